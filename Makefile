@@ -1,0 +1,31 @@
+# PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
+PYTHON ?= python
+
+.PHONY: help run test check fix gpu bench
+
+help:
+	@echo "make run    evaluate the embedded model, original and fused"
+	@echo "make test   every test (those that need a GPU say so when there is none)"
+	@echo "make check  ruff, the import order and the packaging: half a minute"
+	@echo "make fix    what ruff can mend by itself"
+	@echo "make gpu    the tests and measurements that need a CUDA GPU"
+	@echo "make bench  the op's benchmark on this machine"
+
+run:
+	$(PYTHON) -m kernel_surgery.eval --mode fused
+
+test:
+	$(PYTHON) -m pytest
+
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -q tests/test_imports.py tests/test_packaging.py
+
+fix:
+	$(PYTHON) -m ruff check --fix .
+
+gpu:
+	$(PYTHON) -m bench.gpu
+
+bench:
+	$(PYTHON) -m bench.op

@@ -1,0 +1,61 @@
+"""Everything that needs a GPU, in one command and under nine minutes: make gpu, or python -m bench.gpu
+
+In this order, each part with its own time limit: the GPU tests; the projection's benchmark; eval on the embedded
+model in every mode. Writes into $OUT (default bench/results/) and returns 1 if any part failed or ran out of time;
+what the others found is kept.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kernel_surgery import cli
+
+
+def parts(out: Path) -> list[tuple[str, int, list[str]]]:
+    """(name, limit in seconds, command) of each part."""
+    python = sys.executable
+    return [
+        ("tests", 200, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
+        ("op", 180, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
+        (
+            "eval",
+            140,
+            [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")],
+        ),
+    ]
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run the parts one after another; a summary goes to $OUT/summary.json."""
+    parser = cli.Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
+    parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise cli.UserError("no CUDA device here: nothing was run and nothing was written.")
+    environment = cli.environment("cuda")
+    stamp = time.strftime("%Y%m%d")
+    name = environment["device"].lower().replace(" ", "-")
+    out = Path(os.environ.get("OUT") or Path("bench") / "results") / f"{stamp}-{name}"
+    out.mkdir(parents=True, exist_ok=True)
+    summary = {"environment": environment, "date": stamp, "parts": {}}
+    for part, limit, command in parts(out):
+        began = time.monotonic()
+        log = out / f"{part}.txt"
+        with log.open("w", encoding="utf-8") as file:
+            try:
+                status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
+            except subprocess.TimeoutExpired:
+                status = f"stopped after {limit} s"
+        summary["parts"][part] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
+        cli.write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(f"{part}: status {status}, {summary['parts'][part]['seconds']} s, {log}", flush=True)
+    return 0 if all(p["status"] == 0 for p in summary["parts"].values()) else 1
+
+
+if __name__ == "__main__":
+    cli.main(run)

@@ -1,0 +1,129 @@
+"""What the appliers share: everything is checked before anything is changed, and every layer is accounted for."""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kernel_surgery.sites import Site, mlp_outputs
+from kernel_surgery.subspace import Subspace, check_bases
+
+SubspaceLike = Subspace | Mapping[int, Tensor]
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One applied edit. `calls[layer]` counts the forward passes that went through it (not those inside a compiled
+    graph); it is empty for baked weights. `norms[layer]` is the weight's Frobenius norm (before, after) baking.
+    """
+
+    mode: str
+    layers: tuple[int, ...]
+    strength: float
+    provider: str
+    note: str | None = None
+    norms: dict[int, tuple[float, float]] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked edit that has not been made yet."""
+
+    sites: dict[int, Site]
+    bases: dict[int, Tensor]
+    strength: float
+    note: str | None
+
+
+def plan_edit(
+    model: nn.Module, subspace: SubspaceLike, strength: float, layers: Iterable[int] | None, force: bool
+) -> Plan:
+    """Check an edit without making it. Raises ValueError or TypeError for anything that does not fit; changes nothing.
+
+    A `Subspace` must belong to the model (`Subspace.check_model`); a plain {layer: basis} mapping is checked for
+    shape alone.
+    """
+    strength = float(strength)
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, got {strength}. Nothing was changed.")
+    note = None
+    if isinstance(subspace, Subspace):
+        subspace.check_model(model, force=force)
+        bases, fitted = subspace.bases, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
+        if subspace.site not in (None, "mlp_out"):
+            note = f"{subspace.site} basis applied at mlp_out"
+    elif isinstance(subspace, Mapping):
+        bases, fitted = check_bases(subspace), "a plain mapping"
+    else:
+        raise TypeError(f"expected a Subspace or a mapping of layers to bases, got {type(subspace).__name__}")
+    chosen = list(bases) if layers is None else list(layers)
+    if missing := [layer for layer in chosen if layer not in bases]:
+        raise ValueError(f"layers {missing} are not in the subspace, which holds {list(bases)}. Nothing was changed.")
+    sites = mlp_outputs(model, chosen)
+    for layer, site in sites.items():
+        shape, basis = tuple(site.module.weight.shape), bases[layer]
+        if shape[0] != basis.shape[0]:
+            raise ValueError(
+                f"cannot edit {site.name}: basis has d_model={basis.shape[0]}, weight is {shape}.\n"
+                f"  subspace: {fitted}, layer {layer}, k={basis.shape[1]}\n"
+                f"  model:    {getattr(model.config, 'name_or_path', '') or type(model).__name__}\n"
+                "No weight was changed. Fit a subspace on this model, or load the one it was fitted on."
+            )
+    if set(sites) != set(chosen):
+        raise RuntimeError(f"asked for layers {sorted(chosen)}, found sites for {sorted(sites)}. Nothing was changed.")
+    placed = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
+    return Plan(sites, placed, strength, note)
+
+
+def forget_compiled_graphs() -> None:
+    """Make compiled code look at the hooks again.
+
+    Dynamo does not guard on hooks by default (`skip_nnmodule_hook_guards`): code compiled before a hook came or went
+    would go on without noticing, and the edit would silently not be there, or not go away.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@contextmanager
+def output_hooks(
+    mode: str, plan: Plan, provider: str, function: Callable[[Tensor, Tensor, float], Tensor]
+) -> Iterator[Edit]:
+    """`function(output, basis, strength)` on every planned module's output, until the block ends.
+
+    The basis is a buffer of the module, so that it follows the model to another device and into captured graphs; it
+    is not part of the state dict.
+    """
+    edit = Edit(mode, tuple(plan.sites), plan.strength, provider, plan.note, calls=dict.fromkeys(plan.sites, 0))
+    name, handles = f"_kernel_surgery_basis_{next(_names)}", []
+
+    def edited_output(layer: int):
+        def hook(module, inputs, output):
+            if not torch.compiler.is_compiling():
+                edit.calls[layer] += 1
+            return function(output, getattr(module, name), plan.strength)
+
+        return hook
+
+    try:
+        for layer, site in plan.sites.items():
+            site.module.register_buffer(name, plan.bases[layer], persistent=False)
+            handles.append(site.module.register_forward_hook(edited_output(layer)))
+        if len(handles) != len(plan.sites):
+            raise RuntimeError(f"{len(handles)} of {len(plan.sites)} layers were hooked")
+        forget_compiled_graphs()
+        yield edit
+    finally:
+        for handle in handles:
+            handle.remove()
+        for site in plan.sites.values():
+            site.module._buffers.pop(name, None)
+            site.module._non_persistent_buffers_set.discard(name)
+        forget_compiled_graphs()

@@ -1,0 +1,152 @@
+"""Oracles and bounds: what each form of the edit should give, and how far rounding may take it from there.
+
+y = x - a U (U^T x), with x [rows, d], U [d, k] orthonormal and a the strength, a number or one a row. Oracles are
+float64, computed from the exact stored low-precision inputs. u is the unit roundoff of the storage dtype. Nothing
+here is fast; everything else is held against it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+# float32 accumulation over d terms, in units of sqrt(d) (probabilistic growth), with four units of room.
+_ACCUMULATION = 2.0**-22
+# What two bfloat16 pieces (hi + lo) leave of a float32 number.
+_TWO_PIECES = 2.0**-15
+
+Strength = float | Tensor
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half of finfo(dtype).eps. Raises TypeError for a dtype that the edit is not stored in."""
+    if dtype not in _ROUNDOFF:
+        raise TypeError(f"no rounding bound for {dtype}; known: {', '.join(str(d) for d in _ROUNDOFF)}")
+    return _ROUNDOFF[dtype]
+
+
+def _column(strength: Strength, x: Tensor) -> Tensor:
+    """The strength as float64, shaped to multiply rows."""
+    a = torch.as_tensor(strength, dtype=torch.float64, device=x.device)
+    return a.reshape(*a.shape, *(1,) * (x.ndim - a.ndim)) if a.ndim else a
+
+
+def project_oracle(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
+    """y in float64. x [..., d], basis [d, k], strength a number or [...]."""
+    x64, u64 = x.double(), basis.double()
+    return x64 - _column(strength, x64) * ((x64 @ u64) @ u64.T)
+
+
+def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """y as anyone would write it: float32 (float64 for float64 x) arithmetic, one rounding to x's dtype at the end."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide, u = x.to(wide), basis.to(wide)
+    return (x_wide - strength * ((x_wide @ u) @ u.T)).to(x.dtype)
+
+
+def bake_oracle(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """W - a U (U^T W) in float64. weight [d, d_ff]."""
+    return project_oracle(weight.T, basis, strength).T
+
+
+def _row_norms(basis: Tensor) -> Tensor:
+    """norm(U_i) of every row, [d]."""
+    return basis.double().norm(dim=1)
+
+
+def rule_a_bound(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
+    """Rule A, a projection against the oracle, [..., d] float64:
+
+    1.01 [ u |y_i| + |a| norm(U_i) (2^-15 norm(z) + sqrt(d) 2^-22 norm(x)) ],  z = U^T x
+
+    It admits z carried as two bfloat16 pieces and rejects z rounded to bfloat16. For float32 x the 2^-15 term is
+    dropped (it would admit TF32).
+    """
+    u = unit_roundoff(x.dtype)
+    y = project_oracle(x, basis, strength)
+    z = (x.double() @ basis.double()).norm(dim=-1, keepdim=True)
+    pieces = 0.0 if x.dtype == torch.float32 else _TWO_PIECES
+    spread = pieces * z + math.sqrt(x.shape[-1]) * _ACCUMULATION * x.double().norm(dim=-1, keepdim=True)
+    return 1.01 * (u * y.abs() + _column(strength, y).abs() * _row_norms(basis) * spread)
+
+
+def leak_bound(y: Tensor, x: Tensor, basis: Tensor) -> Tensor:
+    """Leak rule (a = 1, x inside span(U)): norm(U^T y) <= 2 u norm(y) sqrt(k/d) + 2^-15 norm(z). [...] float64.
+
+    For float32 x, whose z is never split, the second term is the accumulation of Rule A instead.
+    """
+    d, k = basis.shape
+    u = unit_roundoff(x.dtype)
+    z = (x.double() @ basis.double()).norm(dim=-1)
+    second = math.sqrt(d) * _ACCUMULATION if x.dtype == torch.float32 else _TWO_PIECES
+    return 2 * u * y.double().norm(dim=-1) * math.sqrt(k / d) + second * z
+
+
+def leak(y: Tensor, basis: Tensor) -> Tensor:
+    """norm(U^T y), [...] float64."""
+    return (y.double() @ basis.double()).norm(dim=-1)
+
+
+def rule_b_bounds(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rule B, hook against baked, as (componentwise [rows, d], per row [rows]), float64.
+
+    weight [d, d_ff] and h [rows, d_ff] in the storage dtype; x = W h, y = P_a x, P_a = I - a U U^T,
+    sigma_i = sqrt(sum_j (P_a W)_ij^2 h_j^2):
+
+        |hook - baked|_i    <= u ( |x_i| + |a| norm(U_i) norm(x) + 2 |y_i| + 7 sigma_i )
+        norm(hook - baked)  <= u ( norm(P_a) norm(x) + 2 norm(y) + norm(sigma) )
+
+    The first term is the rounding of W h before the projection, the second its spread by U, the third both final
+    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7). In float32
+    accumulation over d_ff dominates: sqrt(d_ff) is added to the factors 7 and 1 of sigma.
+    """
+    u = unit_roundoff(weight.dtype)
+    w64, h64 = weight.double(), h.double()
+    x = h64 @ w64.T
+    y = project_oracle(x, basis, strength)
+    sigma = ((h64**2) @ (bake_oracle(weight, basis, strength) ** 2).T).sqrt()
+    grown = math.sqrt(weight.shape[1]) if weight.dtype == torch.float32 else 0.0
+    norm_x = x.norm(dim=-1, keepdim=True)
+    each = u * (x.abs() + abs(strength) * _row_norms(basis) * norm_x + 2 * y.abs() + (7 + grown) * sigma)
+    norm_p = max(1.0, abs(1 - strength))
+    row = u * (norm_p * norm_x.squeeze(-1) + 2 * y.norm(dim=-1) + (1 + grown) * sigma.norm(dim=-1))
+    return each, row
+
+
+def expected_rule_b(weight: Tensor, h: Tensor) -> Tensor:
+    """The typical norm(hook - baked) for a = 1: 0.88 u norm(x), [rows]. A gate stands at 2 u norm(x)."""
+    return 0.88 * unit_roundoff(weight.dtype) * (h.double() @ weight.double().T).norm(dim=-1)
+
+
+def leak_of_weight(after: Tensor, before: Tensor, basis: Tensor, strength: float = 1.0) -> float:
+    """norm(U^T W' - (1 - a) U^T W) / norm(U^T W) in float64: what a stored baked weight kept of the subspace."""
+    u64 = basis.double()
+    inside = u64.T @ before.double()
+    return float((u64.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())
+
+
+def leak_floor(after: Tensor, before: Tensor, basis: Tensor) -> float:
+    """The leak that correct rounding leaves: sqrt(sum_ij ulp(W'_ij)^2 / 12 |U_i|^2) / norm(U^T W)."""
+    _, exponent = torch.frexp(after.double())
+    # ulp of a number in [2^(e-1), 2^e) with unit roundoff u is 2u 2^(e-1).
+    ulp = torch.where(after == 0, 0.0, 2 * unit_roundoff(after.dtype) * torch.exp2(exponent.double() - 1))
+    noise = ((ulp**2).sum(1) / 12 * _row_norms(basis) ** 2).sum().sqrt()
+    return float(noise / (basis.double().T @ before.double()).norm())
+
+
+def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """|W' - exact|_ij of a baked file: Rule A on W's columns without 2^-15 norm(z), plus 2^-23 |W_ij|."""
+    exact = bake_oracle(weight, basis, strength)
+    columns = weight.double().norm(dim=0)
+    spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
+    bound = unit_roundoff(weight.dtype) * exact.abs() + abs(strength) * _row_norms(basis)[:, None] * spread
+    return 1.01 * bound + 2.0**-23 * weight.double().abs()
+
+
+def worst_ratio(error: Tensor, bound: Tensor) -> float:
+    """The largest error/bound: 0/0 counts as 0, an error that is NaN or that meets a bound of 0 as infinity."""
+    if error.numel() == 0:
+        return 0.0
+    ratio = torch.where(error == 0, 0.0, error / bound)
+    return float(torch.where(torch.isnan(ratio), math.inf, ratio).max())

@@ -1,0 +1,168 @@
+"""What a difference is worth: intervals and exact tests for paired right/wrong answers, and the words they allow.
+
+The same problems are put to the original and to the edited model, so differences are paired: only the problems on
+which the two disagree (the discordant pairs) say anything about a change. With b gained and c lost of n problems:
+
+    delta        (b - c) / n
+    p            exact McNemar: b ~ Binomial(b + c, 1/2) if the edit changed nothing; with b + c = 0 it is 1
+    interval     Newcombe's square-and-add of two Wilson intervals (1998b, method 10), not a bootstrap: resampling a
+                 set without discordant pairs returns [0, 0], a certainty that n problems cannot give
+    correction   Holm over all comparisons of a run
+
+`verdict` turns them into words, and it alone does: "improved" and "worse" need the interval and the corrected test.
+"No difference shown" is not "no difference"; `smallest_shown` says what n problems could have shown at best.
+
+Newcombe, R. G. (1998a), Statistics in Medicine 17:857-872 (Wilson); (1998b) 17:2635-2650 (paired).
+Holm, S. (1979), Scandinavian Journal of Statistics 6:65-70.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Edited minus original on the same n problems.
+
+    delta: difference of the two accuracies, None where n is 0.
+    ci95: 95% interval of delta (Newcombe 1998b, method 10); (-1, 1) where n is 0.
+    mcnemar_p: exact two-sided p, before any correction; 1 where no pair is discordant.
+    gained, lost: discordant pairs (only the edited model right; only the original right).
+    """
+
+    n: int
+    delta: float | None
+    ci95: tuple[float, float]
+    mcnemar_p: float
+    gained: int
+    lost: int
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a rate; (0, 1) where n is 0, because nothing was learned.
+
+    Raises ValueError unless 0 <= correct <= n.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"cannot give an interval for {correct} correct of {n}: it takes 0 <= correct <= n.")
+    if n == 0:
+        return 0.0, 1.0
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    # At the ends the exact bound is the end itself; rounding may leave it 1e-17 away.
+    return (0.0 if correct == 0 else float(interval.low)), (1.0 if correct == n else float(interval.high))
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Exact two-sided McNemar p of b and c discordant pairs; 1 where there are none (no evidence either way).
+
+    Raises ValueError for a negative count.
+    """
+    if b < 0 or c < 0:
+        raise ValueError(f"cannot test {b} and {c} discordant pairs: counts are not negative.")
+    if b + c == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(b, b + c, 0.5).pvalue)
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given: each p times the tests not yet rejected, at most 1.
+
+    Raises ValueError for a value outside [0, 1], NaN included.
+    """
+    for place, p in enumerate(pvalues):
+        if not 0 <= p <= 1:
+            raise ValueError(f"cannot correct p-value number {place}: got {p}, it takes a number from 0 to 1.")
+    adjusted, largest = [0.0] * len(pvalues), 0.0
+    for rank, place in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
+        # Never below the adjusted value of a smaller p: a test is rejected only if those before it were.
+        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def newcombe_paired(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
+    """95% interval of (gained - lost) / n for paired proportions (Newcombe 1998b, method 10); (-1, 1) for n = 0.
+
+    Two Wilson intervals, combined with the correlation phi of the pairs (corrected by n/2 towards 0).
+    Raises ValueError for a negative count.
+    """
+    if min(both, gained, lost, neither) < 0:
+        raise ValueError(f"cannot give an interval for {(both, gained, lost, neither)}: counts are not negative.")
+    n = both + gained + lost + neither
+    if n == 0:
+        return -1.0, 1.0
+    edited, original = both + gained, both + lost
+    delta = (gained - lost) / n
+    edited_low, edited_high = wilson(edited, n)
+    original_low, original_high = wilson(original, n)
+    agreement = both * neither - gained * lost
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0)
+    margins = edited * (n - edited) * original * (n - original)
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    low = delta - distance(edited / n - edited_low, original_high - original / n)
+    high = delta + distance(edited_high - edited / n, original / n - original_low)
+    return max(-1.0, low), min(1.0, high)
+
+
+def paired_difference(original: Sequence[bool], edited: Sequence[bool]) -> PairedDifference:
+    """Compare right and wrong answers [n] of two models to the same problems, in the same order.
+
+    Raises ValueError where the lengths differ.
+    """
+    if len(original) != len(edited):
+        raise ValueError(
+            f"cannot pair {len(original)} answers of the original with {len(edited)} of the edited model: "
+            "give both the same problems, in the same order."
+        )
+    n = len(original)
+    gained = sum(bool(e) and not o for o, e in zip(original, edited, strict=True))
+    lost = sum(bool(o) and not e for o, e in zip(original, edited, strict=True))
+    both = sum(bool(o) and bool(e) for o, e in zip(original, edited, strict=True))
+    return PairedDifference(
+        n=n,
+        delta=(gained - lost) / n if n else None,
+        ci95=newcombe_paired(both, gained, lost, n - gained - lost - both),
+        mcnemar_p=mcnemar_exact(gained, lost),
+        gained=gained,
+        lost=lost,
+    )
+
+
+def verdict(delta: float | None, ci: Sequence[float], holm_p: float, n: int, alpha: float = 0.05) -> str:
+    """The words that the numbers allow: "improved", "worse", or "no difference shown (n=...)".
+
+    A direction needs both: the interval `ci` (low, high) excludes 0 on the side of `delta`, and `holm_p` < `alpha`.
+    """
+    low, high = ci
+    if delta is not None and holm_p < alpha:
+        if delta > 0 and low > 0:
+            return "improved"
+        if delta < 0 and high < 0:
+            return "worse"
+    return f"no difference shown (n={n})"
+
+
+def smallest_shown(n: int, alpha: float = 0.05, comparisons: int = 1) -> float | None:
+    """The smallest |delta| that n problems can show: every discordant pair goes one way, and p survives Holm.
+
+    m one-sided discordant pairs have p = 2^(1-m), which the first of `comparisons` tests must bring below
+    alpha / comparisons. None where even m = n does not. With alpha = 0.05 and one comparison m is 6: a difference
+    of 5 problems of 20 cannot be told from chance, whatever its direction.
+    Raises ValueError for an alpha outside (0, 1) or less than one comparison.
+    """
+    if not 0 < alpha < 1 or comparisons < 1:
+        raise ValueError(f"alpha={alpha} and comparisons={comparisons}: it takes 0 < alpha < 1 and at least one.")
+    needed = 1
+    while 2.0 ** (1 - needed) >= alpha / comparisons:
+        needed += 1
+    return needed / n if needed <= n else None

@@ -1,0 +1,48 @@
+"""Packaging. Static on purpose: nothing here reads a file, runs a command or looks at the machine.
+
+The Triton kernels live in the folder `kernels/` and are installed as `kernel_surgery.kernels`. There
+must never be an installed top-level package `kernels`: that name belongs to a PyPI package which transformers
+imports (CONTRIBUTING.md, "The kernels trap"). Packages are therefore listed, not searched for.
+"""
+
+from setuptools import setup
+
+setup(
+    name="kernel-surgery",
+    version="0.1.0",
+    description="Measure the language subspace of a multilingual LM, remove it, and prove what that did",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["kernel_surgery", "kernel_surgery.kernels", "kernel_surgery.polyglot"],
+    package_dir={"kernel_surgery.kernels": "kernels"},
+    package_data={
+        "kernel_surgery.kernels": ["*.json"],
+        "kernel_surgery.polyglot": [
+            *("*.safetensors", "*.json", "*.md", "*.txt"),
+            *("model/*.safetensors", "model/*.json", "model/*.md", "model/*.txt"),
+        ],
+    },
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.11",
+        # torch's CPU builds do not bring triton along; it has wheels for Linux alone.
+        'triton>=3.6; sys_platform == "linux"',
+        # Earlier releases take the namespace folder `kernels/` of a clone for the PyPI package.
+        "transformers>=5.10.2",
+        "numpy>=2.0",
+        "einops>=0.8",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "scipy>=1.13",
+        "py3langid>=0.4",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        # setuptools: tests/test_packaging.py builds the wheel and the source distribution.
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"],
+        "lora": ["peft"],
+        "accelerate": ["accelerate"],
+        "lm-eval": ["lm-eval"],
+    },
+)

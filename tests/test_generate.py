@@ -1,0 +1,94 @@
+"""Greedy texts depend on the model and the prompt, not on the batch, and on no knob a checkpoint brings along."""
+
+import pytest
+import torch
+
+from kernel_surgery import cli
+from kernel_surgery.generate import generate
+from kernel_surgery.problems import problems
+
+BUDGET = 160
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return cli.load_tokenizer("polyglot")
+
+
+@pytest.fixture
+def model():
+    return cli.load_model("polyglot", torch.float32)
+
+
+def two_best(model, tokenizer, prompt, ids):
+    """Gap between the two best logits after `ids`, alone in its batch."""
+    full = torch.tensor([tokenizer(prompt).input_ids + list(ids)])
+    with torch.no_grad():
+        top = model(input_ids=full).logits[0, -1].topk(2).values
+    return float(top[0] - top[1])
+
+
+@pytest.mark.slow
+def test_batch_1_and_batch_32_write_the_same_texts(model, tokenizer):
+    """A difference is allowed only where the two best logits are within 1e-4 of each other, and it is printed."""
+    asked = problems("test", 7)[:32]
+    for language in ("en", "zh"):
+        prompts = [p.prompts[language] for p in asked]
+        together = generate(model, tokenizer, prompts, max_new_tokens=BUDGET, batch_size=32)
+        alone = generate(model, tokenizer, prompts, max_new_tokens=BUDGET, batch_size=1)
+        for prompt, a, b in zip(prompts, together, alone, strict=True):
+            if a.ids == b.ids:
+                continue
+            at = next(t for t, (x, y) in enumerate(zip((*a.ids, -1), (*b.ids, -1), strict=False)) if x != y)
+            gap = two_best(model, tokenizer, prompt, a.ids[:at])
+            print(f"{language}: {prompt!r} differs at token {at}, gap of the two best logits {gap:.1e}")
+            assert gap < 1e-4
+
+
+def test_padding_is_what_makes_that_true(model, tokenizer, monkeypatch):
+    """Teeth: with the padding attended to, texts of short prompts change."""
+    prompts = [p.prompts["en"] for p in problems("test", 2)]
+    right = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=len(prompts))
+    real = model.generate
+
+    def unmasked(**kwargs):
+        return real(**kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])})
+
+    monkeypatch.setattr(model, "generate", unmasked)
+    wrong = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=len(prompts))
+    assert any(a.ids != b.ids for a, b in zip(right, wrong, strict=True))
+
+
+def test_a_checkpoints_own_sampling_settings_do_not_survive(model, tokenizer):
+    prompts = [p.prompts["en"] for p in problems("test", 1)]
+    plain = generate(model, tokenizer, prompts, max_new_tokens=40)
+    for name, value in {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "do_sample": True}.items():
+        setattr(model.generation_config, name, value)
+    assert generate(model, tokenizer, prompts, max_new_tokens=40) == plain
+    # Teeth: the settings do change what the model writes when they are let in.
+    ids = tokenizer(prompts[0], return_tensors="pt").input_ids
+    model.generation_config.do_sample = False
+    with torch.no_grad():
+        loose = model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]
+    assert tuple(loose.tolist())[: len(plain[0].ids)] != plain[0].ids
+
+
+def test_order_finish_and_progress(model, tokenizer):
+    prompts = [p.prompts[lang] for p in problems("test", 1) for lang in ("zh", "sw")]
+    ticks = []
+    out = generate(model, tokenizer, prompts, max_new_tokens=BUDGET, batch_size=3, advance=ticks.append)
+    assert sum(ticks) == len(prompts)
+    one = generate(model, tokenizer, prompts[3:4], max_new_tokens=BUDGET)
+    assert out[3].text == one[0].text and {g.finish for g in out} == {"stop"}
+    assert tokenizer.eos_token_id not in out[3].ids
+    short = generate(model, tokenizer, prompts[:1], max_new_tokens=5)[0]
+    assert short.finish == "length" and len(short.ids) == 5
+
+
+def test_bad_sizes_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        generate(model, tokenizer, ["x"], max_new_tokens=5, batch_size=0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate(model, tokenizer, ["x"], max_new_tokens=0)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, tokenizer, ["x", ""], max_new_tokens=2)

@@ -1,0 +1,213 @@
+"""What a difference is worth: worked examples from the literature, theorems, and the words that follow."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernel_surgery.statistics import (
+    PairedDifference,
+    holm,
+    mcnemar_exact,
+    newcombe_paired,
+    paired_difference,
+    smallest_shown,
+    verdict,
+    wilson,
+)
+
+counts = st.integers(0, 60)
+
+
+def answers(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """(original, edited) with these four counts."""
+    original = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    edited = [True] * both + [True] * gained + [False] * lost + [False] * neither
+    return original, edited
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # Newcombe (1998a), table I, method 3, four decimals.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_is_the_published_interval(correct, n, low, high):
+    assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(0, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_solves_its_equation_and_holds_the_estimate(case):
+    """A bound p that is not 0 or 1 satisfies |k/n - p| = z sqrt(p (1-p) / n)."""
+    k, n = case
+    low, high = wilson(k, n)
+    assert 0 <= low <= high <= 1
+    if n == 0:
+        assert (low, high) == (0, 1)
+        return
+    assert low <= k / n <= high
+    assert (low == 0) == (k == 0) and (high == 1) == (k == n)
+    z = 1.959963984540054
+    for p in {low, high} - {0.0, 1.0}:
+        assert abs(k / n - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), rel=1e-9)
+    mirrored = wilson(n - k, n)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(-1, 4), (5, 4), (0, -1)])
+def test_wilson_refuses_impossible_counts(correct, n):
+    with pytest.raises(ValueError, match=f"interval for {correct} correct of {n}: it takes 0 <= correct <= n"):
+        wilson(correct, n)
+
+
+def test_mcnemar_worked_examples():
+    assert mcnemar_exact(5, 0) == 0.0625  # 3 -> 8 of 20 right: not significant
+    assert mcnemar_exact(6, 0) == 0.03125
+    assert mcnemar_exact(1, 7) == pytest.approx(0.0703125)  # 2 (C(8,0) + C(8,1)) / 2^8
+    assert mcnemar_exact(0, 0) == 1.0
+    with pytest.raises(ValueError, match="cannot test -1 and 3 discordant pairs: counts are not negative"):
+        mcnemar_exact(-1, 3)
+
+
+@given(counts, counts)
+def test_mcnemar_is_the_doubled_binomial_tail(b, c):
+    n = b + c
+    tail = sum(math.comb(n, i) for i in range(min(b, c) + 1)) / 2**n
+    assert mcnemar_exact(b, c) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert mcnemar_exact(b, c) == mcnemar_exact(c, b)
+
+
+def test_holm_worked_example():
+    """Holm's procedure on .01 .04 .03 .005: 4(.005), 3(.01), 2(.03), and the last raised to its predecessor."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.2]) == [0.2]
+    assert holm([0.9, 0.9]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_keeps_order_and_lies_between_p_and_bonferroni(pvalues):
+    adjusted = holm(pvalues)
+    assert len(adjusted) == len(pvalues)
+    for p, a in zip(pvalues, adjusted, strict=True):
+        assert p <= a <= min(1.0, len(pvalues) * p)  # never above Bonferroni
+    for i, j in itertools.product(range(len(pvalues)), repeat=2):
+        if pvalues[i] <= pvalues[j]:
+            assert adjusted[i] <= adjusted[j]
+    if pvalues:
+        assert min(adjusted) == min(1.0, len(pvalues) * min(pvalues))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holm_rejects_what_the_step_down_procedure_rejects(pvalues, alpha):
+    """Adjusted < alpha exactly where Holm's procedure, as he states it, rejects."""
+    rejected, remaining = set(), sorted(range(len(pvalues)), key=lambda i: pvalues[i])
+    while remaining and len(remaining) * pvalues[remaining[0]] < alpha:
+        rejected.add(remaining.pop(0))
+    assert {i for i, a in enumerate(holm(pvalues)) if a < alpha} == rejected
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan])
+def test_holm_refuses_what_is_no_probability(bad):
+    with pytest.raises(ValueError, match="cannot correct p-value number 1: got"):
+        holm([0.5, bad])
+
+
+def test_newcombe_worked_example():
+    """Airway hyper-responsiveness in 21 children (Bentur et al. 2009), the example of Fagerland, Lydersen and Laake.
+
+    Their figures: estimate -0.286, Newcombe's interval -0.507 to -0.026.
+    """
+    assert newcombe_paired(1, 1, 7, 12) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    original, edited = answers(1, 1, 7, 12)
+    difference = paired_difference(original, edited)
+    assert difference.delta == pytest.approx(-0.286, abs=5e-4)
+    assert (difference.n, difference.gained, difference.lost) == (21, 1, 7)
+
+
+@given(counts, counts, counts, counts)
+def test_the_paired_interval_holds_the_difference_and_turns_round(both, gained, lost, neither):
+    n = both + gained + lost + neither
+    low, high = newcombe_paired(both, gained, lost, neither)
+    assert -1 <= low <= high <= 1
+    if n == 0:
+        assert (low, high) == (-1, 1)
+        return
+    assert low <= (gained - lost) / n <= high
+    back = newcombe_paired(both, lost, gained, neither)
+    assert (-back[1], -back[0]) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_no_discordant_pair_is_not_a_certainty():
+    """All 40 alike: p is 1, and the interval still has width (a bootstrap would say [0, 0])."""
+    for right in (0, 13, 40):
+        alike = [i < right for i in range(40)]
+        difference = paired_difference(alike, alike)
+        assert (difference.delta, difference.mcnemar_p) == (0.0, 1.0)
+        assert difference.ci95[0] < -0.02 and difference.ci95[1] > 0.02
+    assert paired_difference([], []) == PairedDifference(0, None, (-1.0, 1.0), 1.0, 0, 0)
+
+
+def test_unpaired_answers_are_refused():
+    with pytest.raises(ValueError, match="cannot pair 2 answers of the original with 1 of the edited model"):
+        paired_difference([True, False], [True])
+
+
+def test_words_follow_numbers():
+    assert verdict(0.2, (0.1, 0.3), 0.01, 50) == "improved"
+    assert verdict(-0.2, (-0.3, -0.1), 0.01, 50) == "worse"
+    assert verdict(0.2, (0.1, 0.3), 0.05, 50) == "no difference shown (n=50)"  # the corrected test does not reject
+    assert verdict(0.2, (-0.01, 0.4), 0.01, 50) == "no difference shown (n=50)"  # the interval holds 0
+    assert verdict(-0.2, (-0.4, 0.0), 0.01, 50) == "no difference shown (n=50)"
+    assert verdict(None, (-1.0, 1.0), 1.0, 0) == "no difference shown (n=0)"
+    assert verdict(0.2, [0.1, 0.3], 0.01, 50, alpha=0.005) == "no difference shown (n=50)"
+
+
+def test_the_records_three_to_eight_of_twenty_shows_nothing():
+    """3 -> 8 of 20 right is five discordant pairs at best: p = 0.0625, however it is put."""
+    difference = paired_difference(*answers(3, 5, 0, 12))
+    assert (difference.delta, difference.mcnemar_p) == (0.25, 0.0625)
+    assert verdict(difference.delta, difference.ci95, difference.mcnemar_p, 20) == "no difference shown (n=20)"
+
+
+def test_the_smallest_difference_that_can_be_shown():
+    assert smallest_shown(20) == 6 / 20
+    assert smallest_shown(200, comparisons=6) == 8 / 200  # 2^-7 < 0.05/6 < 2^-6
+    assert smallest_shown(5) is None and smallest_shown(0) is None
+    with pytest.raises(ValueError, match="alpha=0 and comparisons=1: it takes 0 < alpha < 1 and at least one"):
+        smallest_shown(20, alpha=0)
+
+
+@given(st.integers(6, 300), st.integers(1, 20))
+def test_the_smallest_difference_is_the_first_that_is_significant(n, comparisons):
+    smallest = smallest_shown(n, comparisons=comparisons)
+    if smallest is None:
+        assert holm([mcnemar_exact(n, 0), *[1.0] * (comparisons - 1)])[0] >= 0.05
+        return
+    m = round(smallest * n)
+    assert holm([mcnemar_exact(m, 0), *[1.0] * (comparisons - 1)])[0] < 0.05
+    assert holm([mcnemar_exact(m - 1, 0), *[1.0] * (comparisons - 1)])[0] >= 0.05
+
+
+def exact_coverage(both: float, gained: float, lost: float, n: int) -> float:
+    """Exact probability that the interval holds the true difference: a sum over every table of n pairs."""
+    covered = 0.0
+    p = (both, gained, lost, 1 - both - gained - lost)
+    for a in range(n + 1):
+        for b in range(n + 1 - a):
+            for c in range(n + 1 - a - b):
+                table = (a, b, c, n - a - b - c)
+                low, high = newcombe_paired(*table)
+                if low <= gained - lost <= high:
+                    ways = math.factorial(n) / math.prod(math.factorial(x) for x in table)
+                    covered += ways * math.prod(q**x for q, x in zip(p, table, strict=True))
+    return covered
+
+
+@pytest.mark.parametrize("truth", [(0.5, 0.1, 0.1), (0.2, 0.3, 0.05), (0.85, 0.03, 0.02)])
+def test_the_paired_interval_covers_what_it_says(truth):
+    """All tables of 12 pairs, weighted by their probability; 2 points below 0.95 are allowed for discreteness."""
+    coverage = exact_coverage(*truth, 12)
+    print(f"coverage {coverage:.4f} of a nominal 0.95")
+    assert coverage >= 0.93
