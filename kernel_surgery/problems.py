@@ -29,6 +29,9 @@ EXPAG_LANGUAGES = ("en", "zh")
 _SHARES = {"combinatorics": (24, 24)}
 _DEFAULT_SHARES = (10, 10)
 
+# Small enough to be listed in full whenever they are asked for, the smallest first.
+_LISTED = ("combinatorics", "geometry", "sequences")
+
 Parameters = dict[str, int]
 
 
@@ -156,28 +159,25 @@ def _make(category: str, kind: str, parameters: Parameters, split: str, index: i
 
 
 def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Parameters]]:
+    """The first n of a category's tuples in a random order that depends on neither n nor the other categories."""
     # String seeds are hashed with SHA-512 by random.Random: the same on every platform and Python version.
     rng = random.Random(f"{seed}:{split}:{category}")
-    chosen: dict[tuple, tuple[str, Parameters]] = {}
-    # Drawing is fast while the split is far from used up; after that, enumerate what is there and say how many.
-    for _ in range(100 * n + 1000):
-        if len(chosen) == n:
-            return list(chosen.values())
+    if category in _LISTED:
+        chosen = [(kind, parameters) for kind, parameters in tuples(category) if split_of(kind, parameters) == split]
+        if len(chosen) < n:
+            raise ValueError(
+                f"cannot take {n} {category} problems from the {split} split: only {len(chosen)} exist.\n"
+                f"Ask for at most {len(chosen)} per category."
+            )
+        rng.shuffle(chosen)
+        return chosen[:n]
+    # Two million tuples are not listed for the sake of a few; the smallest category has bounded n long before.
+    drawn: dict[tuple, tuple[str, Parameters]] = {}
+    while len(drawn) < n:
         kind, parameters = draw(category, rng)
         if split_of(kind, parameters) == split:
-            chosen.setdefault((kind, *parameters.values()), (kind, parameters))
-    rest = [
-        (kind, parameters)
-        for kind, parameters in tuples(category)
-        if split_of(kind, parameters) == split and (kind, *parameters.values()) not in chosen
-    ]
-    if len(chosen) + len(rest) < n:
-        raise ValueError(
-            f"cannot take {n} {category} problems from the {split} split: only {len(chosen) + len(rest)} exist.\n"
-            f"Ask for at most {len(chosen) + len(rest)} per category."
-        )
-    rng.shuffle(rest)
-    return list(chosen.values()) + rest[: n - len(chosen)]
+            drawn.setdefault((kind, *parameters.values()), (kind, parameters))
+    return list(drawn.values())
 
 
 def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Problem]:
@@ -191,10 +191,12 @@ def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Probl
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if per_category < 1:
         raise ValueError(f"problems per category must be at least 1, got {per_category}")
+    # The smallest categories first: they are what there may not be enough of.
+    chosen = {category: _select(category, split, per_category, seed) for category in (*_LISTED, *CATEGORIES)}
     return [
         _make(category, kind, parameters, split, index)
         for category in CATEGORIES
-        for index, (kind, parameters) in enumerate(_select(category, split, per_category, seed))
+        for index, (kind, parameters) in enumerate(chosen[category])
     ]
 
 

@@ -81,7 +81,14 @@ def errors(tmp_path, foreign):
         "foreign subspace": ("eval", "--subspace", foreign, "--out", out, "somebody/else"),
         "foreign subspace baked": ("bake", "--model", "polyglot", "--subspace", foreign, "--out", out, "somebody/else"),
         "pickled npz": ("fit", "--activations", pickled, "--out", out, "pickled objects, which are never loaded"),
-        "layers out of range": ("collect", "--layers", "2-99", "--out", out, "99"),
+        "layers out of range": (
+            "collect",
+            "--layers",
+            "2-99",
+            "--out",
+            out,
+            "layer 8 is out of range: the model has 8 layers",
+        ),
         "layers not collected": ("fit", "--activations", acts, "--layers", "9-12", "--out", out, "9"),
         "layers that are no layers": ("collect", "--layers", "two", "--out", out, "two"),
         "unknown language": ("eval", "--languages", "en,fr", "--out", out, "'fr'"),
@@ -100,7 +107,8 @@ def errors(tmp_path, foreign):
 CASES = (
     "wrong model path", "folder without a model", "wrong rank", "rank zero", "foreign subspace",
     "foreign subspace baked", "pickled npz", "layers out of range", "layers not collected", "layers that are no layers",
-    "unknown language", "one language", "no such subspace", "not a subspace", "too many problems", "no subspace for a model",
+    "unknown language", "one language", "no such subspace", "not a subspace", "too many problems",
+    "no subspace for a model",
     "expag in Spanish", "unknown mode", "budget of nothing", "strength nan",
 )  # fmt: skip
 
