@@ -19,8 +19,7 @@ setup(
     package_data={
         "kernel_surgery.kernels": ["*.json"],
         "kernel_surgery.polyglot": [
-            *("*.safetensors", "*.json", "*.md", "*.txt"),
-            *("model/*.safetensors", "model/*.json", "model/*.md", "model/*.txt"),
+            *("model/*.safetensors", "model/*.json", "model/*.jsonl", "model/*.md"),
         ],
     },
     include_package_data=False,

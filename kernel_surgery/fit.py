@@ -104,11 +104,14 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
 
 def language_rows(x: "torch.Tensor", method: str) -> "torch.Tensor":
     """The vectors whose span is the language subspace: [problems, languages, d_model] to [rows, d_model] float64."""
+    from einops import rearrange, reduce
+
     x = x.double()
     if method == "deviations":
-        return (x - x.mean(1, keepdim=True)).flatten(0, 1)
+        common = reduce(x, "problem language d_model -> problem 1 d_model", "mean")
+        return rearrange(x - common, "problem language d_model -> (problem language) d_model")
     if method == "centroids":
-        centroids = x.mean(0)
+        centroids = reduce(x, "problem language d_model -> language d_model", "mean")
         return centroids - centroids.mean(0)
     raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 

@@ -19,10 +19,12 @@ Cells = dict[tuple[str, str], list[Sample]]
 def score(problem: Problem, language: str, mode: str, generation: Generation, decode) -> Sample:
     """One text, scored by the strict protocol. `decode` turns token ids into text (for FAT)."""
     prompt = problem.prompts[language]
-    found = scoring.extract_answer(generation.text, prompt)
+    found = scoring.extract_answer(generation.text, prompt, language=language)
     correct = found.value == problem.answer
     verdict = language_module.judge(generation.text, language)
-    first = scoring.first_answer_token(generation.ids, decode, problem.answer, prompt) if correct else None
+    first = None
+    if correct:
+        first = scoring.first_answer_token(generation.ids, decode, problem.answer, prompt, language=language)
     return {
         "id": problem.id,
         "mode": mode,

@@ -1,6 +1,7 @@
 r"""What an answer is: one final number out of a text in seven languages, compared exactly.
 
-`extract_answer` looks for, in this order, and takes the last of its kind before the text turns to a new question:
+`extract_answer` looks for these, in this order, and takes the last of its kind before the text turns to a new question
+(a heading such as "Question:" or 问题, the problem's wording again, or a line with other numbers between two answers):
 
     boxed    \boxed{390}
     marker   "the answer is 390" and its like in zh en es ar ja ko sw, also "390 is the answer" and "Answer: B", where
@@ -14,26 +15,25 @@ not), an argument (C(12, 3)), a number in a question, in an option that was not 
 problem's own sentence repeated. A number that also stands in the prompt counts only where something states it
 ("=", ":", "is", 是, ...). Where nothing is found there is no answer, and no answer is wrong.
 
-1.234 is 1234 in Spanish and 1.234 elsewhere; 1,234 is 1234 everywhere; 12,5 is 12.5 in Spanish and two numbers
-elsewhere. Spanish is known from `language`, or else from words of the prompt (of the text, where there is no prompt).
+1.234 is 1234 in Spanish alone (kernel_surgery/plain.py), which is known from `language`, or else from words of the
+prompt (of the text, where there is no prompt).
 
 Not covered: numbers written as words, intervals, several answers, a percentage as a fraction (50% is 50), an
 intermediate result that happens to equal the answer (it counts for the first-answer token).
 
-Not built on math-verify: it knows markers in English only, reads neither other digits nor what the prompt said, takes
-operands of an unevaluated expression for its value (12 + 7 is 19), and needs SymPy to compare two rationals.
+Not built on math-verify 0.9: it reads no full-width or Arabic-Indic digits, takes 1.2 × 10^3 for 10 and an unevaluated
+12 + 7 for 19, and knows neither the prompt nor options nor where a new question starts.
 
 The `expag_*` functions are the reference script's arithmetic, quirks included, for continuity with its figures alone.
 """
 
 import bisect
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from math import gcd
+
+from kernel_surgery.plain import UNIT, Number, Plain, numbers
 
 Answer = int | str | Fraction
 
@@ -47,123 +47,323 @@ class Extracted:
     how: str | None = None
 
 
-# --- plain text: one kind of digit, space and operator; every character knows where it came from ---------------------
+# --- the words around a number ---
 
-_HARD_SPACES = "\u00a0\u2007\u2009\u202f"
-_SAME = {"−": "-", "–": "-", "‐": "-", "⋅": "×", "·": "×", "∙": "×", "✕": "×", "∶": ":", "⇒": "→", "⟹": "→", "⟶": "→"}
-_SAME |= {"٫": ".", "٬": ",", "’": "'", "ـ": "", "آ": "ا", "أ": "ا", "إ": "ا"} | dict.fromkeys(_HARD_SPACES, "\u00a0")
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b|[ ]?(?:番目|번째|단계)")
+_STEP = re.compile(
+    r"\b(?:step|part|case|paso|hatua|sehemu)[ ]?#?(\d+)|(?:步骤|第|ステップ|手順|الخطوة|خطوة|단계)[ ]?(\d+)",
+    re.IGNORECASE,
+)
+_LIST_ITEM = re.compile(r"^[ \t]*(\d{1,2})[.)、:][ \t]*(?=[^\s\d])", re.MULTILINE)
+_SENTENCE_END = re.compile(r"[。!?؟\n]|\.(?=\s|$|[A-Z¿])")
+_QUESTION_END = re.compile(r"[?؟]|(?:か|까|呢|吗)[。.]")
+_OPTION = re.compile(r"(?<![A-Za-z])\(?([A-H]|[ابجد](?=[.)]))\)?[ ]?[.):、][ ]*(?=-?[\d.])")
+_SPANISH = re.compile(r"[¿¡]|\b(?:el|es|los|las|del|respuesta|resultado|calcula|halla|suma)\b", re.IGNORECASE)
 
-# What LaTeX becomes: a pattern, then the pieces put in its place, an int being a group that stays where it was.
-_WRAPPERS = r"text|textbf|textit|mathrm|mathbf|mathit|operatorname|underline|bm|ensuremath|textcolor|mbox|hbox"
-_LATEX_WORDS: list[tuple[re.Pattern, tuple[str | int, ...]]] = [
-    (re.compile(r"\{,\}"), (",",)),
-    (re.compile(r"\\!"), ("",)),
-    (re.compile(r"\\,"), ("\u00a0",)),
-    (re.compile(r"\\(?:times|cdot)\b"), ("×",)),
-    (re.compile(r"\\div\b"), ("÷",)),
-    (re.compile(r"\\(?:equiv|approx)\b"), ("=",)),
-    (re.compile(r"\\(?:Rightarrow|rightarrow|to|implies|longrightarrow)\b"), ("→",)),
-    (re.compile(r"\\(?:pmod|bmod|mod)\b"), (" mod ",)),
-    (re.compile(r"\\(?:left|right|displaystyle|big|Big|quad|qquad|[;: \\()\[\]{}$])"), (" ",)),
-    (re.compile(r"\\%"), ("%",)),
-    (re.compile(r"[$~&]"), (" ",)),
-]
-_LATEX_GROUPS: list[tuple[re.Pattern, tuple[str | int, ...]]] = [
-    (re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}"), (1,)),
-    (re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))"), ("(", 1, 2, ")⁄(", 3, 4, ")")),
-    (re.compile(r"\\[dt]?binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), ("C(", 1, ",", 2, ")")),
-    (re.compile(r"\^\s*\{([^{}]*)\}"), ("^(", 1, ")")),
-    (re.compile(r"_\s*\{([^{}]*)\}"), ("_(", 1, ")")),
-    (re.compile(r"\\f?boxed\s*\{([^{}]*)\}"), ("⟦", 1, "⟧")),
-]
-_BRACES = (re.compile(r"\{([^{}]*)\}"), (1,))
-# Markdown: bold and headings; ** between two operands is a power and stays.
-_MARKDOWN = (re.compile(r"(?<![0-9A-Za-z)])\*\*|\*\*(?![0-9A-Za-z(])|__|^#+", re.MULTILINE), (" ",))
+_ANSWER = (
+    r"\banswers?\b|\brespuesta\b|\bans\b|\bjibu\b|\bmajibu\b|\bjawabu\b|答案|答え|こたえ"
+    r"|(?<![回解])答(?![案え])|جواب|اجابة|정답|답"
+)
+_RESULT = r"\bresult\b|\bresultado\b|\bmatokeo\b|得数|结果|結果|ناتج|نتيجة|결과"
+_CHOICE = r"\boptions?\b|\bchoose\b|\bchoice\b|\bopción\b|\bchaguo\b|选项|選項|选|選|الخيار|선택"
+_IS = r"(?:\b(?:is|are|equals|es|son|ni|ndiyo|ndio)\b|是|为|為|等于|等於|は|が|은|는|이|가|هو|هي|يساوي|تساوي)"
+_IS_BACKWARD = r"(?:\b(?:is|es|ni|ndiyo|ndio)\b|是|が|は|이|가|هو|هي)"
+_MARKS = r"[\s*_\"'“”«»(\[⟦、,]{0,12}"
+_NUMBER, _LETTER = r"(?P<target>-?\.?\d)", r"(?P<target>(?-i:[A-H](?![A-Za-z'(]))|[ابجد](?!\w))"
 
 
-class _Plain:
-    """`text` made plain, with the span in the original, [starts[i], ends[i]), of each of its characters."""
-
-    def __init__(self, original: str):
-        pieces: list[tuple[str, int, int]] = []
-        raised = ""
-        i = 0
-        while i < len(original):
-            j = i + 1
-            while j < len(original) and unicodedata.combining(original[j]):
-                j += 1
-            plain, level = _plain_cluster(original[i:j])
-            if level and level != raised:
-                plain = level + plain
-            elif plain[1:2] == "⁄" and original[i - 1 : i].isdigit():
-                plain = " " + plain
-            raised = level
-            pieces.append((plain, i, j))
-            i = j
-        self.text = "".join(p for p, _, _ in pieces)
-        self.starts = [start for p, start, _ in pieces for _ in p]
-        self.ends = [end for p, _, end in pieces for _ in p]
-        if "\\" in self.text or "$" in self.text or "{" in self.text:
-            self._read_latex()
-        self._replace(*_MARKDOWN)
-
-    def _read_latex(self) -> None:
-        for pattern, pieces in _LATEX_WORDS:
-            self._replace(pattern, pieces)
-        changed = True
-        while changed:  # innermost groups first; the braces that remain mean nothing
-            changed = any([self._replace(*rule) for rule in _LATEX_GROUPS]) or self._replace(*_BRACES)
-
-    def _replace(self, pattern: re.Pattern, pieces: tuple[str | int, ...]) -> bool:
-        matches = list(pattern.finditer(self.text))
-        if not matches:
-            return False
-        text: list[str] = []
-        starts: list[int] = []
-        ends: list[int] = []
-
-        def keep(begin: int, end: int) -> None:
-            text.append(self.text[begin:end])
-            starts.extend(self.starts[begin:end])
-            ends.extend(self.ends[begin:end])
-
-        last = 0
-        for match in matches:
-            keep(last, match.start())
-            for piece in pieces:
-                if isinstance(piece, int):
-                    if match.group(piece) is not None:
-                        keep(*match.span(piece))
-                else:
-                    text.append(piece)
-                    starts.extend([self.starts[match.start()]] * len(piece))
-                    ends.extend([self.ends[match.end() - 1]] * len(piece))
-            last = match.end()
-        keep(last, len(self.text))
-        self.text, self.starts, self.ends = "".join(text), starts, ends
-        return True
-
-    def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Where the plain characters [begin, end) stand in the original."""
-        return self.starts[begin], self.ends[end - 1]
+def _forward(nouns: str, target: str) -> re.Pattern:
+    """noun ... is ... target, or noun: target. Words stand after "is" only: "Answer: We have 12" states nothing."""
+    filler, gap = r"[^\n.。!?؟:=]{0,60}?", r"(?:[^\W\d_]{1,20}[ ,]{1,2}){0,3}?[^\W\d_]{0,20}[ ]?"
+    link = rf"(?:{filler}(?:{_IS}{_MARKS}:?{_MARKS}{gap}|[:=]){_MARKS}|{_MARKS})"
+    return re.compile(rf"(?:{nouns}){link}{target}", re.IGNORECASE)
 
 
-@lru_cache(maxsize=4096)
-def _plain_cluster(cluster: str) -> tuple[str, str]:
-    """A character with its combining marks, made plain; and "^" or "_" if it is raised or lowered."""
-    head = cluster[0]
-    if head in _SAME:
-        return _SAME[head], ""
-    kind = unicodedata.decomposition(head).partition(" ")[0]
-    plain = unicodedata.normalize("NFKC", cluster)
-    if kind in ("<super>", "<sub>") and (plain[0].isdigit() or plain[0] in "+-−"):
-        return _SAME.get(plain, plain), "^" if kind == "<super>" else "_"
-    if kind == "<circle>" and plain.isdigit():
-        return " ", ""
-    if unicodedata.category(head) == "Nd":
-        return str(unicodedata.decimal(head)), ""
-    if unicodedata.category(head) == "Cf":  # writing direction, zero width
-        return "", ""
-    if unicodedata.name(head, "").startswith("ARABIC") and unicodedata.combining(head):
-        return "", ""
-    return _SAME.get(plain, plain), ""
+def _backward(nouns: str) -> re.Pattern:
+    """What follows the target in "390 is the answer"."""
+    between = r"(?:(?:the|our|my|la|el|final|correct|right|最终的?|最終的?|正しい|최종|ال) ?){0,3}"
+    return re.compile(rf" ?[)\]⟧]? ?{_IS_BACKWARD} ?{between}(?:{nouns})", re.IGNORECASE)
+
+
+# Words for "answer" say more than words for "result", and letters alone follow words for "option".
+_NUMBER_MARKERS = [(_forward(nouns, _NUMBER), _backward(nouns)) for nouns in (_ANSWER, _RESULT)]
+_LETTER_MARKERS = [_forward(nouns, _LETTER) for nouns in (_ANSWER, _RESULT, _CHOICE)]
+_DENIED = re.compile(
+    r"\b(?:because|since|not|no|porque|pues|kwa sababu|si|sio)\b|n't\b|因为|不是|不等|ため|ない|لان|ليس|때문|아니",
+    re.IGNORECASE,
+)
+_STATED = re.compile(
+    r"(?:[=:→≈≡]|\b(?:is|equals?|equal to|gives?|get|leaves?|remainder|es|da|quedan?|sobran?|resto|igual a"
+    r"|ni|baki|sawa na)\b|是|为|為|等于|等於|得到?|剩下?|余数?|余り|は|은|는|나머지|هو|هي|يساوي|تساوي|باقي)"
+    r"[\s*_\"'“«(\[⟦]*$",
+    re.IGNORECASE,
+)
+_LINKS = re.compile(rf"{_IS}|\b(?:mod|mm|cm|km|kg|equal to|igual a|sawa na|gives)\b|厘米", re.IGNORECASE)
+_HEADING = (
+    r"(?:q|question|problem|exercise|pregunta|problema|ejercicio|swali|zoezi|tatizo)\b"
+    r"(?:[ ]*(?:la[ ]+)?#?\d*[ ]*(?:[:.)]|[ *]*(?=\n))|[ ]+(?:la[ ]+)?\d+\b)"
+    r"|q\d+[ ]*[:.)]|(?:human|user|usuario|用户|用戶)[ ]*:"
+    r"|(?:问题|問題|题目|題目|例题|例題|质问|質問|题|題|问|問|السؤال|سؤال|المسالة|مسالة|질문|문제)"
+    r"[ ]*\d*[ ]*(?:[:.)、]|[ *]*(?=\n))"
+    r"|第[ ]*[\d一二三四五六七八九十]+[ ]*[题題问問]"
+)
+# At the beginning of a line or sentence; a capitalised word with a colon also within a line.
+_NEW_QUESTION = re.compile(
+    rf"(?:^|(?<=[.。!?؟])|(?<=[.。!?؟] ))[ \t>*\-]*(?:{_HEADING})"
+    r"|(?<=\s)(?:(?-i:Q|Question|Pregunta|Swali)|问题|問題|السؤال|سؤال|질문|문제) ?\d* ?:",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _words_of(prompt: str) -> re.Pattern | None:
+    """The prompt's sentence with any numbers in it, as a pattern; None where it is hardly more than a formula."""
+    if len(re.findall(r"[^\W\d_]", prompt)) < 4 or not re.search(r"[^\W\d_]{2}", prompt) or len(prompt) > 2000:
+        return None
+    number = r"(\d[\d,.]*(?<=\d))"
+    pieces = re.split(rf"{number}|\s+", prompt.strip(" \n\t.。?؟:"))
+    # re.split gives None for the group where white space was the separator.
+    pattern = "".join(r"\s*" if p is None else number if p[:1].isdigit() else re.escape(p) for p in pieces)
+    return re.compile(pattern, re.IGNORECASE) if number in pattern else None
+
+
+def _options(text: str, found: list[Number]) -> tuple[dict[str, Fraction], list[tuple[int, int]]]:
+    """{letter: value} of a list "A. 12 B. 13 ...", and the spans of its numbers."""
+    at = {n.begin: n for n in found}
+    run: list[tuple[str, Number]] = []
+    for match in _OPTION.finditer(text):
+        number, order = at.get(match.end()), "ABCDEFGH" if match[1].isascii() else "ابجد"
+        if number and match[1] == order[len(run)] and (not run or run[0][0] == order[0]):
+            run.append((match[1], number))
+        elif len(run) > 1:
+            break  # "The answer is A. 12" names an option again
+        else:
+            run = [(match[1], number)] if number and match[1] == order[0] else []
+        if len(run) == len(order):
+            break
+    if len(run) < 2:
+        return {}, []
+    return {letter: n.value for letter, n in run}, [(n.begin, n.end) for _, n in run]
+
+
+class _Reading:
+    """A text read with its prompt: where it ends, its numbers, and which of them can be answers."""
+
+    def __init__(self, text: str, prompt: str, language: str | None):
+        self.plain = Plain(text)
+        asked = Plain(prompt).text
+        self.spanish = language == "es" if language else bool(_SPANISH.search(asked or self.plain.text))
+        self.prompt_numbers = numbers(asked, self.spanish)
+        self.prompt_values = {v for n in self.prompt_numbers for v in (n.value, *n.parts)}
+        self.text, repeated = self._cut(_words_of(asked), asked)
+        self.numbers = numbers(self.text, self.spanish)
+        self.begins = [n.begin for n in self.numbers]
+        self.options, self.listed = _options(self.text, self.numbers)
+        if not self.options:
+            self.options, _ = _options(asked, self.prompt_numbers)
+        excluded = [*self.listed, *repeated, *self._questions(), *self._labels()]
+        self.candidates = [n for n in self.numbers if not n.operand and not any(a <= n.begin < b for a, b in excluded)]
+
+    def _cut(self, words: re.Pattern | None, asked: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text up to a new question, and the spans in it that repeat the prompt."""
+        text, repeated = self.plain.text, []
+        for match in words.finditer(text) if words else ():
+            same = match.groups() == words.search(asked).groups()
+            line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()] + text[match.end() :].partition("\n")[0]
+            # Asked anew: a line of its own, after some number or with others. Else a step, or the problem repeated.
+            if not line.strip(" \t.。?؟:*") and (not same or re.search(r"\d", text[: match.start()])):
+                text = text[: match.start()]
+                break
+            if same:
+                repeated.append(match.span())
+        own = sorted(n.value for n in self.prompt_numbers)
+        for match in _NEW_QUESTION.finditer(text):
+            line = re.split(r"\n|(?<=[?؟])", text[match.end() :].lstrip(" *\n"), maxsplit=1)[0]
+            restated = own and sorted(n.value for n in numbers(line, self.spanish)) == own
+            if text[: match.start()].strip() or not restated:
+                return text[: match.start()], repeated
+        return text, repeated
+
+    def _questions(self) -> list[tuple[int, int]]:
+        ends = [0, *(m.end() for m in _SENTENCE_END.finditer(self.text))]
+        return [(ends[bisect.bisect_right(ends, m.start()) - 1], m.end()) for m in _QUESTION_END.finditer(self.text)]
+
+    def _labels(self) -> list[tuple[int, int]]:
+        """Numbers of steps and of list items, and ordinals."""
+        spans = [m.span() for m in _STEP.finditer(self.text)]
+        spans += [(n.begin, n.end) for n in self.numbers if _ORDINAL.match(self.text, n.end)]
+        items = [m.span(1) for m in _LIST_ITEM.finditer(self.text)]
+        ranks = [int(self.text[a:b]) for a, b in items]
+        # A list counts 1, 2, ...: a line that begins "12. This is" is an answer.
+        return spans + [s for s, r in zip(items, ranks, strict=True) if set(range(1, max(r, 2) + 1)) <= set(ranks)]
+
+    def stated(self, number: Number) -> bool:
+        """Whether something says that this is what comes out, rather than the prompt repeated."""
+        return bool(_STATED.search(self.text[max(0, number.begin - 24) : number.begin]))
+
+    def echo(self, number: Number) -> bool:
+        """Whether the number is only repeated from the prompt."""
+        known = number.value in self.prompt_values or (number.parts and set(number.parts) <= self.prompt_values)
+        return bool(known) and not self.stated(number)
+
+    def result(self, begin: int) -> Number | None:
+        """What an expression beginning at `begin` comes to: the number after its last "=", None if left open."""
+        i = bisect.bisect_left(self.begins, begin)
+        if i == len(self.numbers):
+            return None
+        while i + 1 < len(self.numbers):
+            between = self.text[self.numbers[i].end : self.numbers[i + 1].begin]
+            if self.numbers[i].operand and self.numbers[i + 1].operand:
+                between = between.replace(",", "")  # C(12, 3)
+            words = re.search(r"[^\W\d_]{2,}|[\n;,。]", _LINKS.sub("", between))
+            if words or not (self.numbers[i].operand or re.match(rf"[ )]*{UNIT}[ )]*[=→≈]", between)):
+                break
+            i += 1
+        return None if self.numbers[i].operand else self.numbers[i]
+
+    def asked_anew(self, begin: int, end: int, known: Fraction) -> bool:
+        """Whether a line of its own between two answers asks something else: words, other numbers, no result."""
+        for match in re.finditer(r"(?<=\n)[^\n]*\n", self.text[begin:end]):
+            line = match.group()
+            if re.search(r"[^\W\d_]{2}", line) and not re.search("[=→≈]", line):
+                values = {n.value for n in self.numbers if match.start() <= n.begin - begin < match.end()}
+                if values - self.prompt_values - {known}:
+                    return True
+        return False
+
+    def final(self, found: list[tuple[Fraction, int, int]], how: str) -> Extracted | None:
+        """The last of the answers (value, begin, end) that were given before something else was asked."""
+        answer = None
+        for value, begin, end in sorted(found, key=lambda f: f[1:]):
+            if answer and self.asked_anew(answer[2], begin, answer[0]):
+                break
+            answer = (value, begin, end)
+        return answer and Extracted(answer[0], self.plain.span(*answer[1:]), how)
+
+    def boxed(self) -> Extracted | None:
+        found = []
+        for match in re.finditer("⟦([^⟦⟧]*)⟧", self.text):
+            inside = [n for n in self.numbers if match.start() < n.begin < match.end()]
+            if (letter := match[1].strip(" ().")) in self.options:
+                found.append((self.options[letter], *match.span(1)))
+            elif inside and not inside[-1].operand:
+                found.append((inside[-1].value, inside[-1].begin, inside[-1].end))
+        return self.final(found, "boxed")
+
+    def marked(self) -> Extracted | None:
+        for pattern in _LETTER_MARKERS if self.options else ():
+            found = [
+                (self.options[match["target"]], *match.span("target"))
+                for match in pattern.finditer(self.text)
+                if match["target"] in self.options and not _DENIED.search(match.group())
+            ]
+            if found:
+                return self.final(found, "marker")
+        for forward, backward in _NUMBER_MARKERS:
+            results = [n for n in self.candidates if backward.match(self.text, n.end)]
+            for match in forward.finditer(self.text):
+                if not _DENIED.search(match.group()):
+                    results += [n for n in (self.result(match.start("target")),) if n in self.candidates]
+            if results:
+                return self.final([(n.value, n.begin, n.end) for n in results], "marker")
+        # The text begins with the chosen letter: an answer to options that the prompt lists.
+        match = re.match(r"\s*\(?([A-H]|[ابجد])(?:[.):]|\s*$)", self.text, re.MULTILINE)
+        if match and match[1] in self.options and not self.listed:
+            return self.final([(self.options[match[1]], *match.span(1))], "marker")
+        return None
+
+    def last(self) -> Extracted | None:
+        for number in reversed(self.candidates):
+            if not self.echo(number):
+                return self.final([(number.value, number.begin, number.end)], "last")
+        return None
+
+
+# --- what callers use ------------------------------------------------------------------------------------------------
+
+
+def extract_answer(text: str, prompt: str = "", *, language: str | None = None) -> Extracted:
+    """The one final answer in `text`; `Extracted(None)` where there is none.
+
+    prompt: what was asked, so that a number repeated from it is not taken for an answer, options are known, and the
+    text is cut where the same question is asked again. language: "es" reads 1.234 as 1234 (see above).
+    """
+    reading = _Reading(text, prompt, language)
+    return reading.boxed() or reading.marked() or reading.last() or Extracted(None)
+
+
+def _exact(answer: Answer) -> Fraction:
+    if not isinstance(answer, str):
+        return Fraction(answer)
+    plain = Plain(answer.strip()).text.strip()
+    found = numbers(plain, spanish=False)
+    if len(found) != 1 or (found[0].begin, found[0].end) != (0, len(plain)):
+        raise ValueError(f"cannot compare with the answer {answer!r}: it takes one number (390, 1,234, 3/4, 1.5e3).")
+    return found[0].value
+
+
+def is_correct(text: str, answer: Answer, prompt: str = "", *, language: str | None = None) -> bool:
+    """Whether the final answer in `text` equals `answer` exactly. Raises ValueError for an answer that is no number."""
+    return extract_answer(text, prompt, language=language).value == _exact(answer)
+
+
+def first_answer_character(text: str, answer: Answer, prompt: str = "", *, language: str | None = None) -> int | None:
+    """Unicode characters of `text` up to the end of the first complete correct answer; None where there is none.
+
+    The first number that equals `answer`, is no part of an expression, question, option or label, and is no echo of
+    the prompt; it is judged in the whole text, so that 12 in 123 or in 12 + 7 does not count. Where the answer is
+    given by an option's letter alone, the letter's end.
+    """
+    value = _exact(answer)
+    reading = _Reading(text, prompt, language)
+    for number in reading.candidates:
+        if number.value == value and not reading.echo(number):
+            return reading.plain.span(number.begin, number.end)[1]
+    found = reading.boxed() or reading.marked()
+    return found.span[1] if found and found.value == value else None
+
+
+def first_answer_token(
+    ids: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+    answer: Answer,
+    prompt: str = "",
+    *,
+    language: str | None = None,
+) -> int | None:
+    """The first t such that decode(ids[:t]) holds the complete correct answer (`first_answer_character`); else None.
+
+    ids: the generated tokens [n], without the prompt. Decodes the whole once, and about log2(n) prefixes only if the
+    answer is there.
+    """
+    text = decode(ids)
+    end = first_answer_character(text, answer, prompt, language=language)
+    if end is None:
+        return None
+    return bisect.bisect_left(range(len(ids)), True, key=lambda t: decode(ids[:t])[:end] == text[:end])
+
+
+def restricted_mean(values: Sequence[float | None], budget: float) -> float | None:
+    """Mean over all problems of min(value, budget), a miss (None) counting as the budget; None for no values.
+
+    The restricted mean time to the answer: a mean over the solved alone would reward failing at what takes long.
+    """
+    if not values:
+        return None
+    return sum(budget if v is None else min(v, budget) for v in values) / len(values)
+
+
+def expag_check(text: str, answer: int | str) -> bool:
+    """The script's check_answer: the answer's string is among the numbers. "220." is another string than "220"."""
+    return str(answer) in re.findall(r"-?\d+\.?\d*", text)
+
+
+def expag_fat(text: str, answer: int | str) -> int:
+    """The script's find_first_answer_token: index of the first whitespace token holding the answer, or -1."""
+    return next((i for i, token in enumerate(text.split()) if expag_check(token, answer)), -1)
+
+
+def expag_language(text: str) -> str:
+    """The script's detect_output_language: "zh" if CJK outnumbers ASCII letters, else "en", or "unknown"."""
+    cjk = sum("\u4e00" <= c <= "\u9fff" for c in text)
+    latin = sum(c.isascii() and c.isalpha() for c in text)
+    return "zh" if cjk > latin else "en" if latin else "unknown"

@@ -105,15 +105,15 @@ def launch_options(dtype: torch.dtype, rows: int, k: int) -> dict:
         torch.float16: (None, "tf32x3"),
         torch.float32: (None, "ieee"),
     }[dtype]
-    # 16 rows is the smallest tl.dot; more rows a program read U less often once there are rows enough for every core.
-    block_m = 16 if rows <= 4096 or pieces is None else 32
+    # 16 rows is the smallest tl.dot; with more rows than cores, 32 a program read U half as often. Larger blocks
+    # spill, and so do the two pieces with four warps: see the table of `python -m kernel_surgery.aot`.
     return {
-        "BLOCK_M": block_m,
-        "BLOCK_D": 64 if block_k > 32 or pieces is None else 128,
+        "BLOCK_M": 32 if rows > 4096 and pieces is not None and block_k <= 32 else 16,
+        "BLOCK_D": 64,
         "BLOCK_K": block_k,
         "PIECES": pieces,
         "PRECISION": precision,
-        "num_warps": 4,
+        "num_warps": 8 if pieces is not None else 4,
         "num_stages": 2,
     }
 

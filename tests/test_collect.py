@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.models import pico
 
 from kernel_surgery.collect import collect, collect_languages, pool_states
 from kernel_surgery.problems import problems
+from tests.models import pico
 
 
 class Characters:

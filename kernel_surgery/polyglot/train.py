@@ -43,12 +43,19 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description="Train the embedded model from nothing on the seven-language problems.", epilog=EPILOG)
     p.add_argument("--out", type=Path, required=True, help="folder for state, log and the best checkpoint")
-    p.add_argument("--steps", type=int, default=12_000, help="optimizer steps in all (default 12000)")
+    p.add_argument("--steps", type=int, default=16_000, help="optimizer steps in all (default 16000)")
     p.add_argument("--decay", type=float, default=0.7, help="last part of the steps with falling learning rate (0.7)")
     p.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's learning rate (embedding, biases, norms)")
     p.add_argument("--muon-lr", type=float, default=0.01, help="Muon's learning rate (matrices); 0: AdamW for all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    p.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of matrix products and activations; weights and optimizers are float32 either way (default float32)",
+    )
+    p.add_argument("--compile", action="store_true", help="fuse with torch.compile (needs a C++ compiler on a CPU)")
     p.add_argument("--minutes", type=float, default=0, help="stop after this long with the state saved (0: no limit)")
     p.add_argument("--eval-every", type=int, default=500, help="steps between dev evaluations and saved states")
     return p
@@ -163,6 +170,18 @@ def optimizers(model, lr: float, muon_lr: float):
     return [adamw, Muon(matrices, lr=muon_lr)] if matrices else [adamw]
 
 
+def _append(log_file: Path, line: dict) -> None:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def _started(args: argparse.Namespace, step: int) -> dict:
+    """The log's line for a start or a resumption: what was asked, and with which versions."""
+    options = {name: value for name, value in vars(args).items() if name != "out"}
+    return {"started_at": step, "options": options, "environment": cli.environment()}
+
+
 def run(argv: list[str] | None = None) -> int:
     """Train, or go on training, until --steps or --minutes."""
     args = parser().parse_args(argv)
@@ -184,6 +203,8 @@ def run(argv: list[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     end = tokenizer.eos_token_id
     config = Qwen2Config(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=end, pad_token_id=end, **CONFIG)
+    # Plain attention: on a CPU the fused one has no fast backward pass in bfloat16, and sequences here are short.
+    config._attn_implementation = "eager"
     model = Qwen2ForCausalLM(config).to(device)
     both = optimizers(model, args.lr, args.muon_lr)
     base_lrs = [group["lr"] for optimizer in both for group in optimizer.param_groups]
@@ -195,6 +216,13 @@ def run(argv: list[str] | None = None) -> int:
             optimizer.load_state_dict(saved)
         step, tokens, best, elapsed = state["step"], state["tokens"], state["best"], state["elapsed"]
 
+    def loss_of(ids, labels):
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    if args.compile:
+        loss_of = torch.compile(loss_of, dynamic=True)
+    _append(log_file, _started(args, step))
     started = time.monotonic()
     bar = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=not sys.stderr.isatty(), desc="training")
     losses: list[float] = []
@@ -208,8 +236,8 @@ def run(argv: list[str] | None = None) -> int:
         groups = [group for optimizer in both for group in optimizer.param_groups]
         for group, lr in zip(groups, base_lrs, strict=True):
             group["lr"] = lr * factor
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            loss = loss_of(ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in both:
@@ -224,8 +252,7 @@ def run(argv: list[str] | None = None) -> int:
             accuracy = dev_accuracy(model, tokenizer, DEV_PER_CATEGORY)
             seconds = elapsed + time.monotonic() - started
             line = {"step": step, "tokens": tokens, "seconds": round(seconds), "loss": sum(losses) / len(losses)}
-            with log_file.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line | {"dev": accuracy}) + "\n")
+            _append(log_file, line | {"dev": accuracy})
             bar.set_postfix(loss=f"{line['loss']:.3f}", dev=f"{accuracy['all']:.3f}")
             losses = []
             if accuracy["all"] > best:
