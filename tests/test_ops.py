@@ -1,0 +1,131 @@
+"""kernel_surgery::project as a PyTorch operator: schema, fake, autograd, compile, errors; Rule A on awkward inputs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernel_surgery.ops import project, provider
+from kernel_surgery.reference import project_oracle, rule_a_bound, worst_ratio
+from tests.models import basis
+
+OPERATOR = torch.ops.kernel_surgery.project.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("per_row", [False, True], ids=["number", "per row"])
+def test_opcheck_passes(dtype, per_row):
+    x = torch.randn(5, 24).to(dtype).requires_grad_(dtype in (torch.float32, torch.float64))
+    assert torch.library.opcheck(OPERATOR, (x, basis(24, 3), 0.7, torch.rand(5) if per_row else None))
+    assert torch.library.opcheck(OPERATOR, (x[:, ::2], basis(12, 3), 1.0, None))
+
+
+@given(
+    rows=st.integers(0, 6),
+    d=st.integers(1, 70),
+    k=st.integers(1, 64),
+    strength=st.floats(-2, 2),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    layout=st.sampled_from(["contiguous", "row stride", "stride 0", "transposed", "every second"]),
+    seed=st.integers(0, 2**16),
+)
+def test_rule_a_holds_for_any_shape_layout_and_strength(rows, d, k, strength, dtype, layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, d, generator=generator).to(dtype)
+    u = basis(d, min(k, d), seed)
+    if layout == "row stride":
+        x = torch.cat([x, torch.full((rows, 3), torch.nan, dtype=dtype)], 1)[:, :d]
+    elif layout == "stride 0":
+        x = x[:1].expand(rows, d) if rows else x
+    elif layout == "transposed":
+        x, u = x.T.contiguous().T, u.T.contiguous().T
+    elif layout == "every second":
+        x = torch.stack([x, torch.full_like(x, torch.nan)], 2).reshape(rows, 2 * d)[:, ::2]
+    y = project(x, u, strength)
+    assert y.shape == x.shape and y.dtype == dtype and y.is_contiguous()
+    assert worst_ratio((y.double() - project_oracle(x, u, strength)).abs(), rule_a_bound(x, u, strength)) <= 1
+
+
+def test_a_rows_strength_is_its_own_and_strength_0_returns_the_bits():
+    x, u = torch.randn(3, 4, 32).bfloat16(), basis(32, 5)
+    a = torch.rand(3, 4)
+    a[0], a[1, 2] = 0.0, 1.0
+    y = project(x, u, a)
+    assert worst_ratio((y.double() - project_oracle(x, u, a)).abs(), rule_a_bound(x, u, a)) <= 1
+    assert torch.equal(y[0], x[0]) and torch.equal(y[1, 2], project(x[1, 2], u, 1.0))
+    x[0, 0, 0] = torch.inf  # removed is NaN there; 0 times NaN would be too
+    for strength in (a, 0.0):
+        assert torch.equal(project(x, u, strength)[0], x[0])
+
+
+def test_a_bad_row_stays_in_its_row_and_the_input_is_untouched():
+    x, u = torch.randn(6, 32), basis(32, 5)
+    clean = project(x, u)
+    x[2, 3], x[4, 0] = torch.nan, torch.inf
+    kept = x.clone()
+    y = project(x, u)
+    assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]]) and not torch.isfinite(y[[2, 4]]).any(1).all()
+    assert torch.equal(x.nan_to_num(), kept.nan_to_num()) and y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_the_result_never_aliases_the_input(strength):
+    x = torch.randn(2, 8)
+    assert project(x, basis(8, 2), strength).data_ptr() != x.data_ptr()
+
+
+def test_the_gradient_is_the_same_projection():
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    u, a = basis(10, 3), torch.rand(4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: project(x, u, 0.7), x)
+    assert torch.autograd.gradcheck(lambda x: project(x, u, a), x)
+    upstream = torch.randn(4, 10, dtype=torch.float64)
+    project(x, u, 0.7).backward(upstream)
+    torch.testing.assert_close(x.grad, project_oracle(upstream, u, 0.7))
+
+
+def test_it_compiles_into_one_graph_whatever_the_batch_and_length():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(sum(node.target is OPERATOR for node in graph.graph.nodes))
+        return graph.forward
+
+    u = basis(16, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: project(torch.relu(x), u, 0.5) + 1, fullgraph=True, backend=backend, dynamic=True
+    )
+    for shape in ((2, 7, 16), (3, 5, 16), (1, 9, 16), (4, 1, 16), (8, 33, 16), (1, 1, 16)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), project(torch.relu(x), u, 0.5) + 1, rtol=0, atol=0)
+    print(f"{len(graphs)} graphs for 6 shapes")
+    assert graphs and set(graphs) == {1}
+    assert len(graphs) <= 4  # sizes 1 are compiled apart, once for each place; not one graph a shape
+    torch._dynamo.reset()
+
+
+WRONG = {
+    "integers": (lambda x, u: project(x.int(), u), TypeError, "int32"),
+    "d": (lambda x, u: project(x, basis(9, 2)), ValueError, r"\(4, 8\).*\(9, 2\)"),
+    "one-dimensional basis": (lambda x, u: project(x, u[:, 0]), ValueError, r"basis of shape \(8,\)"),
+    "k": (lambda x, u: project(torch.randn(2, 80), basis(80, 65)), ValueError, "k=65.*64"),
+    "no columns": (lambda x, u: project(x, u[:, :0]), ValueError, "k=0"),
+    "NaN strength": (lambda x, u: project(x, u, float("nan")), ValueError, "finite"),
+    "strength's shape": (lambda x, u: project(x, u, torch.rand(3)), ValueError, r"\(3,\).*\(4,\)"),
+    "device": (lambda x, u: project(x, u.to("meta")), ValueError, "cpu.*meta"),
+    "basis with gradient": (lambda x, u: project(x, u.requires_grad_()), ValueError, "Detach"),
+    "strength with gradient": (lambda x, u: project(x, u, torch.rand(4, requires_grad=True)), ValueError, "Detach"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_with_both_values(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 8), basis(8, 2))
+
+
+def test_the_provider_is_named_for_what_runs():
+    assert provider(torch.zeros(1)) == provider("cpu") == "aten/cpu"
+    assert provider("cuda") == "triton/cuda"

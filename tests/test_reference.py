@@ -1,0 +1,82 @@
+"""The bounds themselves: right arithmetic is inside them, each plausible fault outside, and NaN is never inside."""
+
+import math
+
+import pytest
+import torch
+
+from kernel_surgery.reference import (
+    bake_oracle,
+    baked_element_bound,
+    leak,
+    leak_bound,
+    leak_floor,
+    leak_of_weight,
+    project_eager,
+    project_oracle,
+    rule_a_bound,
+    unit_roundoff,
+    worst_ratio,
+)
+from tests.models import basis
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_unit_roundoff_is_half_of_eps(dtype):
+    assert unit_roundoff(dtype) == torch.finfo(dtype).eps / 2
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(TypeError, match="int8"):
+        unit_roundoff(torch.int8)
+
+
+def test_the_oracle_projects():
+    u, x = basis(20, 4).double(), torch.randn(7, 20)
+    y = project_oracle(x, u)
+    assert float((y @ u).abs().max()) < 1e-6
+    torch.testing.assert_close(project_oracle(y.float(), u), y, rtol=0, atol=1e-6)  # a second time changes nothing
+    torch.testing.assert_close(project_oracle(x, u, 2.0).norm(dim=1), x.double().norm(dim=1))  # reflection: an isometry
+    rows = project_oracle(x, u, torch.linspace(0, 2, 7))
+    assert torch.equal(rows[0], x[0].double())
+    torch.testing.assert_close(rows[-1], project_oracle(x[-1:], u, 2.0)[0])
+
+
+def test_rule_a_admits_two_pieces_and_rejects_one():
+    u, x = basis(512, 10), torch.randn(8, 512).bfloat16()
+    inside = (torch.randn(8, 10) @ u.T).bfloat16()
+    for rows in (x, inside):
+        assert (
+            worst_ratio((project_eager(rows, u).double() - project_oracle(rows, u)).abs(), rule_a_bound(rows, u)) <= 1
+        )
+    z = inside.float() @ u
+    for pieces, good in ((2, True), (1, False)):
+        high = z.bfloat16().float()
+        low = (z - high).bfloat16().float() if pieces == 2 else 0.0
+        y = (inside.float() - (high + low) @ u.T).bfloat16()
+        error = worst_ratio((y.double() - project_oracle(inside, u)).abs(), rule_a_bound(inside, u))
+        kept = worst_ratio(leak(y, u), leak_bound(y, inside, u))
+        print(f"z in {pieces} pieces: error/bound {error:.2f}, leak/bound {kept:.2f}")
+        assert (error <= 1) == (kept <= 1) == good
+
+
+def test_the_leak_floor_is_what_rounding_leaves():
+    torch.manual_seed(1)
+    weight, u = torch.randn(1024, 768).bfloat16(), basis(1024, 10)
+    exact = bake_oracle(weight, u)
+    rounded = exact.to(torch.bfloat16)
+    kept, floor = leak_of_weight(rounded, weight, u), leak_floor(rounded, weight, u)
+    print(f"leak {kept:.3e}, floor {floor:.3e}, ratio {kept / floor:.3f}")
+    assert 0.9 < kept / floor < 1.1
+    assert worst_ratio((rounded.double() - exact).abs(), baked_element_bound(weight, u)) <= 1
+    assert leak_of_weight(weight, weight, u) == 1.0
+    assert leak_of_weight(exact, weight, u) < 1e-6
+    # At another strength, what should stay is not counted as a leak.
+    half = bake_oracle(weight, u, 0.5)
+    assert leak_of_weight(half, weight, u, 0.5) < 1e-6 < leak_of_weight(half, weight, u, 1.0)
+
+
+def test_a_ratio_never_hides_nan_or_an_error_without_a_bound():
+    zero, one, nan = torch.zeros(2), torch.ones(2), torch.tensor([0.0, math.nan])
+    assert worst_ratio(zero, zero) == 0 and worst_ratio(one, 2 * one) == 0.5 and worst_ratio(zero[:0], zero[:0]) == 0
+    assert worst_ratio(one, zero) == worst_ratio(nan, one) == worst_ratio(one, nan) == math.inf
