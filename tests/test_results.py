@@ -1,0 +1,151 @@
+"""From texts to figures, tables and the report page, on samples whose figures can be counted by hand."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from kernel_surgery import report, results
+from kernel_surgery.generate import Generation
+from kernel_surgery.problems import problems
+
+
+def sample(i, mode="original", language="en", correct=True, fat=10, text="The answer is 4.", judged=True, passed=True):
+    return {
+        **{"id": f"p{i}", "mode": mode, "language": language, "category": "ab"[i % 2], "prompt": "<b>2 + 2?</b>"},
+        **{"answer": 4, "text": text, "extracted": "4", "correct": correct, "fat_tokens": fat if correct else None},
+        **{"finish": "stop", "tokens": [1, 2, 3], "language_judged": judged, "language_passed": passed},
+        "language_found": [],
+    }
+
+
+def test_a_text_is_scored_for_answer_time_and_language():
+    problem = next(p for p in problems("test", 1) if p.kind == "geometry")
+    words = [
+        "The ",
+        "area ",
+        "is ",
+        "the ",
+        "length ",
+        "times ",
+        "the ",
+        "width.\n",
+        f"The answer is {problem.answer}.",
+    ]
+
+    def decode(ids):
+        return "".join(words[i] for i in ids)
+
+    made = results.score(problem, "en", "hook", Generation(tuple(range(9)), decode(range(9)), "stop"), decode)
+    assert made["correct"] and made["extracted"] == str(problem.answer) and made["fat_tokens"] == 9
+    assert made["language_judged"] and made["language_passed"] and made["mode"] == "hook"
+    wrong = results.score(problem, "zh", "hook", Generation((0, 1), decode([0, 1]), "length"), decode)
+    assert not wrong["correct"] and wrong["fat_tokens"] is None and wrong["extracted"] is None
+
+
+def test_a_cell_is_summed_up_as_counted_by_hand():
+    cell = [sample(0), sample(1, correct=False), sample(2, fat=30, judged=False, passed=None), sample(3, passed=False)]
+    made = results.summarize(cell, budget=100)
+    assert (made["n"], made["correct"], made["accuracy"]) == (4, 3, 0.75)
+    assert made["fat_tokens"] == (10 + 100 + 30 + 10) / 4  # the miss counts with the whole budget
+    assert made["language_fidelity"] == pytest.approx(2 / 3) and made["coverage"] == 0.75
+    assert made["by_category"] == {"a": {"n": 2, "correct": 2}, "b": {"n": 2, "correct": 1}}
+    assert made["ci95"][0] < 0.75 < made["ci95"][1]
+    assert results.summarize([sample(0, judged=False)], 10)["language_fidelity"] is None
+
+
+def cells(original, edited, mode="fused", language="en"):
+    return {
+        ("original", language): [sample(i, correct=c, language=language) for i, c in enumerate(original)],
+        (mode, language): [sample(i, mode, language, c) for i, c in enumerate(edited)],
+    }
+
+
+def test_differences_are_paired_and_words_follow_the_corrected_interval():
+    n = 40
+    (row,) = results.pair(cells([False] * n, [True] * 12 + [False] * 28))
+    assert (row["delta"], row["gained"], row["lost"], row["same_text"]) == (0.3, 12, 0, n)
+    assert row["holm_p"] == row["mcnemar_p"] == pytest.approx(2 / 2**12) and row["verdict"].startswith("improved")
+    (row,) = results.pair(cells([True] * n, [True] * n))
+    assert row["delta"] == 0 and row["verdict"].startswith("no difference shown") and f"n={n}" in row["verdict"]
+    # The same pair in a run of many comparisons is corrected for them.
+    many = cells([False] * n, [True] * 6 + [False] * 34)
+    assert results.pair(many)[0]["verdict"].startswith("improved")
+    for language in ("zh", "es", "sw"):
+        many |= cells([True] * n, [True] * n, language=language)
+    corrected = results.pair(many)
+    assert corrected[0]["holm_p"] == pytest.approx(4 * corrected[0]["mcnemar_p"])
+    assert corrected[0]["verdict"].startswith("no difference shown")
+
+
+def test_cells_of_other_problems_are_never_compared():
+    made = cells([True] * 3, [True] * 3)
+    made["fused", "en"].reverse()
+    with pytest.raises(RuntimeError, match="not asked the same problems"):
+        results.pair(made)
+
+
+def test_the_tables_show_what_was_summed_up():
+    made = cells([True, False, True, True], [True, True, True, False])
+    modes = {"original": {}, "fused": {}}
+    for (mode, language), cell in made.items():
+        modes[mode][language] = results.summarize(cell, 100)
+    shown = results.strict_table(modes, results.pair(made))
+    print(shown)
+    assert re.search(r"original +en +3/4 +0\.750 \(0\.\d+ to 0\.\d+\)", shown)
+    assert re.search(r"fused +en +3/4 .*\+0\.000 \(.*no difference shown", shown)
+    metrics = results.expag_metrics(made)
+    assert metrics["fused"]["en"]["total"] == 4 and metrics["fused"]["en"]["languages"] == {
+        "zh": 0,
+        "en": 4,
+        "unknown": 0,
+    }
+    script = results.expag_table(metrics, "fused")
+    assert "baseline | EN 0/4 FAT= -1.0" in script and "surgery | EN 0/4" in script  # "4." is not "4" to the script
+
+
+class Page(HTMLParser):
+    """Open tags are closed in order; addresses are collected."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "hr"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "action") and v and not v.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_well_formed_page_that_fetches_nothing_and_escapes_texts(tmp_path):
+    made = cells([True, False, True, True], [True, True, True, False], language="ar")
+    made["fused", "ar"][3]["text"] = "<script>alert(1)</script> الجواب"
+    modes = {"original": {}, "fused": {}}
+    for (mode, language), cell in made.items():
+        modes[mode][language] = results.summarize(cell, 100)
+    whole = {
+        "modes": modes,
+        "paired": results.pair(made),
+        "config": {"languages": ["ar"], "mode": "fused", "protocol": "strict", "max_new_tokens": 100},
+        "model": {"id": "pico & co"},
+        "edits": {"fused": {"note": "fitted on <mlp_out>"}},
+        "environment": {},
+        "subspace": {},
+        "provider": {},
+    }
+    report.write_report(tmp_path / "report.html", whole, made)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+    assert page.open == [] and page.addresses == []
+    assert "<script" not in text and "@import" not in text and "url(http" not in text
+    assert "<svg" in text and "no difference shown" in page.text and "fitted on <mlp_out>" in page.text
+    assert "<script>alert(1)</script> الجواب" in page.text and "dir=auto" in text
