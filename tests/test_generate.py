@@ -48,14 +48,14 @@ def test_batch_1_and_batch_32_write_the_same_texts(model, tokenizer):
 def test_padding_is_what_makes_that_true(model, tokenizer, monkeypatch):
     """Teeth: with the padding attended to, texts of short prompts change."""
     prompts = [p.prompts["en"] for p in problems("test", 2)]
-    right = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=len(prompts))
+    right = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=len(prompts))
     real = model.generate
 
     def unmasked(**kwargs):
         return real(**kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])})
 
     monkeypatch.setattr(model, "generate", unmasked)
-    wrong = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=len(prompts))
+    wrong = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=len(prompts))
     assert any(a.ids != b.ids for a, b in zip(right, wrong, strict=True))
 
 

@@ -53,8 +53,7 @@ def false_steps(line: str) -> list[str]:
 
     faults = []
     for step in re.split(r" (?!\d+\))", line):
-        if step.endswith(":"):  # the operands, written out again before their columns
-            continue
+        step = step.removesuffix(":")  # the operands, written out again before their columns
         sides = re.split("[=→]", re.sub(r"C\((\d+), (\d+)\)", lambda m: str(math.comb(int(m[1]), int(m[2]))), step))
         if "→" in step:
             total = None
@@ -75,7 +74,7 @@ def false_steps(line: str) -> list[str]:
 
 def test_every_step_of_every_working_is_true():
     steps = 0
-    for problem in sample_problems(10):
+    for problem in sample_problems(20):
         line = working(problem.kind, problem.parameters, problem.answer)
         steps += len(re.findall("[=→]", line))
         assert not false_steps(line), line
@@ -85,7 +84,8 @@ def test_every_step_of_every_working_is_true():
 def test_the_step_checker_can_fail():
     assert false_steps("238+152: 8+2+0=10 3+5+1=8 2+1+0=3") == ["3+5+1=8"]
     assert false_steps("17×18: 0+7×8→56 5+1×8→13+7×1→21 2+1×1→3") == ["5+1×8→13+7×1→21"]
-    assert false_steps("1285÷31: 128-31×4=128-124=5 45-31×1=45-31=14") == ["128-31×4=128-124=5"]
+    assert false_steps("1285÷31: 128-31×4=128-125: 8-5-0=3 2-2-0=0 1-1-0=0") == ["128-31×4=128-125"]
+    assert false_steps("45÷31: 45-31×1=45-31: 5-1-0=4 4-3-0=2") == ["4-3-0=2"]
     assert false_steps("C(7, 6)=C(7, 1)=8") == ["C(7, 6)=C(7, 1)=8"]
 
 
@@ -106,11 +106,12 @@ def test_every_solution_scores_as_right_and_in_its_language():
     assert judged == len(sample_problems(2)) * len(LANGUAGES)
 
 
-def test_solutions_fit_the_scripts_budget(tokenizer):
-    """128 new tokens: the expag protocol would otherwise cut long multiplications short."""
+def test_solutions_fit_the_default_budget(tokenizer):
+    """256 new tokens by default; the card and the README say what the script's 128 cut short."""
     draws = training_draws(random.Random("budget"))
     longest = max(len(tokenizer(example(next(draws))[1]).input_ids) + 1 for _ in range(3000))
-    assert longest <= 128, longest
+    print(f"longest solution: {longest} tokens")
+    assert 128 < longest <= 150
 
 
 def test_it_loads_like_any_checkpoint_and_is_small():
@@ -124,7 +125,7 @@ def test_it_answers_at_least_80_percent_in_english_and_chinese(model, tokenizer)
     asked = problems("test", 40)
     for language in ("en", "zh"):
         prompts = [p.prompts[language] for p in asked]
-        texts = generate(model, tokenizer, prompts, max_new_tokens=160, batch_size=100)
+        texts = generate(model, tokenizer, prompts, max_new_tokens=256, batch_size=100)
         right = {c: 0 for c in CATEGORIES}
         verdicts = []
         for p, t in zip(asked, texts, strict=True):
@@ -149,7 +150,7 @@ def test_the_card_states_what_results_json_says():
 def test_dev_accuracy_is_exactly_what_greedy_decoding_does(model, tokenizer):
     chosen = problems("dev", 1)
     rows = [(p, language) for p in chosen for language in LANGUAGES]
-    texts = generate(model, tokenizer, [p.prompts[lang] for p, lang in rows], max_new_tokens=160)
+    texts = generate(model, tokenizer, [p.prompts[lang] for p, lang in rows], max_new_tokens=256)
     exact = [t.text == solution(p, lang) and t.finish == "stop" for (p, lang), t in zip(rows, texts, strict=True)]
     assert train.dev_accuracy(model, tokenizer, 1)["all"] == pytest.approx(sum(exact) / len(exact))
 
@@ -169,16 +170,34 @@ def test_training_resumes_where_it_stopped_and_gives_the_same_weights(tmp_path, 
         (folder / "tokenizer").mkdir(parents=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
             (folder / "tokenizer" / name).write_bytes((MODEL / name).read_bytes())
+
+    def log(folder):
+        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
     common = ["--steps", "3", "--eval-every", "1"]
     assert train.run(["--out", str(straight), *common]) == 0
     assert train.run(["--out", str(cut), *common, "--minutes", "1e-9"]) == 0
-    assert len((cut / "log.jsonl").read_text().splitlines()) == 1
+    assert next(line for line in log(cut) if "step" in line)["step"] == 1
     assert train.run(["--out", str(cut), *common]) == 0
     a, b = (torch.load(f / "state.pt", weights_only=True)["model"] for f in (straight, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    losses = [json.loads(line)["loss"] for line in (cut / "log.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
+    lines = log(cut)
+    losses = [line["loss"] for line in lines if "step" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert [line["started_at"] for line in lines if "options" in line] == [0, 1]
     assert "best dev accuracy" in capsys.readouterr().out
+
+
+def test_training_in_bfloat16_keeps_float32_weights_and_learns(tmp_path, small):
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / "tokenizer" / name).write_bytes((MODEL / name).read_bytes())
+    assert train.run(["--out", str(tmp_path), "--steps", "3", "--eval-every", "1", "--precision", "bfloat16"]) == 0
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "step" in line]
+    assert losses[-1] < losses[0]
 
 
 def test_learning_rate_warms_up_holds_and_falls_to_zero():

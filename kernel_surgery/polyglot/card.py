@@ -36,19 +36,21 @@ Command: `python -m kernel_surgery.eval --mode original --languages all`, kernel
 
 ## How to read it
 - **combinatorics is recall.** All 429 values of C(n, k), n = 5 to 30, were shown in training, the tested ones
-included: there is no
-  working short enough to compute them. No other test problem, and none of the reference script's 20, is in the
-  training data.
+  included: there is no working short enough to compute them. No other test problem, and none of the reference
+  script's 20, is in the training data.
 - **The wordings are not held out.** Every sentence a test problem is asked in was seen in training, with other
-numbers. A model
-  trained from nothing knows no other words; asked anything else, it writes nonsense.
+  numbers. A model trained from nothing knows no other words; asked anything else, it writes nonsense.
 - Products inside a working (of a series, say) may coincide with a product that is asked elsewhere in the test split.
 - Nearly every text follows one template per kind of problem and language, so it says little about how large models
-mix languages.
+  mix languages.
+- The working of a series can take up to 150 tokens: a budget of 128, as in the expag protocol, cuts some short.
 
 ## Training
-{steps} steps, {tokens} tokens, {hours:.1f} hours on 2 CPU cores, seed 0: `python -m kernel_surgery.polyglot.train
---out DIR`. The best weights by dev accuracy were kept. Dev accuracy (whole solution reproduced) as it learned:
+{steps} steps, {tokens} tokens, {hours:.1f} hours on {device} (other work ran beside it):
+
+{commands}
+
+The best weights by dev accuracy were kept. Dev accuracy (whole solution reproduced) as it learned:
 
 | step | tokens | {kinds} | all |
 |---|---|{kind_rules}---|
@@ -66,10 +68,26 @@ def learning_curve(log: list[dict], points: int = 10) -> list[dict]:
     return [log[round(i * (len(log) - 1) / (points - 1))] for i in range(points)]
 
 
+def commands(starts: list[dict]) -> str:
+    """The command of every start of the training, as a Markdown list; the options at which it was first begun."""
+    from kernel_surgery.polyglot.train import parser
+
+    defaults = vars(parser().parse_args(["--out", "DIR"]))
+    lines = []
+    for start in starts:
+        changed = {n: v for n, v in start["options"].items() if v != defaults.get(n)}
+        words = [f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in changed.items()]
+        versions = f"torch {start['environment']['torch']}, transformers {start['environment']['transformers']}"
+        command = " ".join(["python -m kernel_surgery.polyglot.train --out DIR", *words])
+        lines.append(f"- from step {start['started_at']}: `{command}` ({versions})")
+    return "\n".join(lines)
+
+
 def card(results: dict, folder: Path) -> str:
     """The card's text from an evaluation of the original model, the checkpoint's config and its training log."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    log, starts = [line for line in lines if "step" in line], [line for line in lines if "options" in line]
     original = results["modes"]["original"]
     rows = []
     for language in LANGUAGES:
@@ -102,6 +120,8 @@ def card(results: dict, folder: Path) -> str:
         steps=f"{log[-1]['step']:,}",
         tokens=f"{log[-1]['tokens'] / 1e6:.1f} million",
         hours=log[-1]["seconds"] / 3600,
+        device=f"{starts[0]['options']['threads'] or 'all'} cores of {starts[0]['environment']['device']}",
+        commands=commands(starts),
         kinds=" | ".join(kinds),
         kind_rules="---|" * len(kinds),
         curve="\n".join(curve),

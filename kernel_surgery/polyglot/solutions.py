@@ -4,7 +4,7 @@ The working is the same in every language and never needs more than one small st
 
     addition         238+152: 8+2+0=10 3+5+1=9 2+1+0=3                          columns from the right, with carries
     multiplication   17×18: 0+7×8→56 5+1×8→13+7×1→20 2+1×1→3                    columns; each arrow is a running total
-    remainder        1285÷31: 128-31×4=128-124=4 45-31×1=45-31=14               long division, digit by digit
+    remainder        135÷31: 135-31×4=135-124: 5-4-0=1 3-2-0=1 1-1-0=0          long division, column by column
     series           (25-1)×6=144 9×2=18 144+18: ... 162÷2=81 81×25: ...        sum of both ends, times half of n
     C(n, k)          C(7, 6)=C(7, 1)=7                                          symmetry, then recalled from a table
 
@@ -113,6 +113,17 @@ def _multiply(a: int, b: int) -> str:
     return f"{a}×{b}: " + " ".join(columns)
 
 
+def _subtract(a: int, b: int) -> str:
+    """a - b >= 0 in columns from the right: digit (with the ten it borrows) - digit - what the last one borrowed."""
+    x, y = _digits(a), _digits(b)
+    columns, borrowed = [], 0
+    for i, j in zip(x, y + [0] * (len(x) - len(y)), strict=True):
+        ten = 10 * (i < j + borrowed)
+        columns.append(f"{i + ten}-{j}-{borrowed}={i + ten - j - borrowed}")
+        borrowed = ten // 10
+    return f"{a}-{b}: " + " ".join(columns)
+
+
 def _divide(a: int, b: int) -> str:
     steps, rest = [], 0
     for position, digit in enumerate(str(a)):
@@ -120,7 +131,7 @@ def _divide(a: int, b: int) -> str:
         # The first digits are taken together until they reach the divisor (or the number ends).
         if steps or rest >= b or position == len(str(a)) - 1:
             q = rest // b
-            steps.append(f"{rest}-{b}×{q}={rest}-{b * q}={rest - b * q}")
+            steps.append(f"{rest}-{b}×{q}={_subtract(rest, b * q)}")
             rest -= b * q
     return f"{a}÷{b}: " + " ".join(steps)
 
