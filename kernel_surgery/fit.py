@@ -3,9 +3,8 @@
 Per layer, with x[p, l] the activation of problem p in language l:
 
     deviations   the right singular vectors of x[p, l] - mean over l of x[p, l]: what changes when only the language
-    does.
-                 The mathematics of a problem is common to its seven prompts and drops out. (The reference script's
-                 way.)
+                 does. The mathematics of a problem is common to its seven prompts and drops out. (The reference
+                 script's way.)
     centroids    the same of the languages' mean vectors: at most (languages - 1) dimensions, less noisy.
 
 The k leading right singular vectors are the basis U [d_model, k]. Computed in float64, stored in float32.

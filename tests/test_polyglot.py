@@ -219,3 +219,31 @@ def test_the_optimizer_orthogonalizes_and_takes_matrices_only():
         assert singular.min() > 0.5 and singular.max() < 1.5
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.slow
+def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, capsys):
+    """Collect and fit in this process: the same bases, up to what float32 activations leave open."""
+    from kernel_surgery import Subspace, collect, fit
+
+    acts, made = tmp_path / "acts.safetensors", tmp_path / "subspace.safetensors"
+    assert collect.run(["--model", "polyglot", "--out", str(acts)]) == 0
+    assert fit.run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
+    assert "lang variance captured" in capsys.readouterr().out
+    shipped, again = Subspace.load(MODEL / "subspace.safetensors"), Subspace.load(made)
+    assert (shipped.layers, shipped.site, shipped.pool, shipped.rank) == (again.layers, again.site, again.pool, 10)
+    assert shipped.fingerprint == again.fingerprint
+
+    def distance(a, b):
+        """Sine of the largest principal angle of two spans."""
+        return float(torch.linalg.matrix_norm(a.double() - b.double() @ (b.double().T @ a.double()), 2))
+
+    for layer in shipped.layers:
+        # Wedin: a span turns by no more than (error of the data) / (gap of singular values). The data err by float32
+        # rounding through the layers, 2^-24 times some hundreds of operations, relative to the largest value.
+        s = shipped.spectrum[layer].double()
+        bound = 1e3 * 2**-24 * float(s[0] / (s[9] - s[10]))
+        turned = distance(shipped.bases[layer], again.bases[layer])
+        print(f"L{layer}: sine of the largest angle {turned:.1e}, error/bound {turned / bound:.1e}")
+        assert turned <= bound < 0.1
+        assert distance(shipped.bases[layer], again.bases[layer].roll(1, 0)) > bound  # the check can fail

@@ -1,4 +1,4 @@
-"""What the README says is so: its code runs, its commands parse, its links lead somewhere, its figures were measured."""
+"""What the README says is so: its code runs, its commands parse, its links lead somewhere, its figures are real."""
 
 import importlib
 import json
