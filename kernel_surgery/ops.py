@@ -111,8 +111,6 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         number = float(strength)
         if not math.isfinite(number):
             raise ValueError(f"strength must be a finite number, got {number}.")
-    if torch.is_grad_enabled() and (basis.requires_grad or (row_strength is not None and row_strength.requires_grad)):
-        raise ValueError(_NO_GRADIENT)
     # 2-D before the operator: on 3-D activations a compiled caller specialises on batch 1 and length 1 until dynamo's
     # recompile limit, and then runs eagerly without a word.
     return _project(x.reshape(-1, x.shape[-1]), basis, number, row_strength).reshape(x.shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_surgery import baked, fused, hooked
+from kernel_surgery import Subspace, baked, fused, hooked
 from kernel_surgery.sites import mlp_outputs
 from tests.models import basis, pico
 
@@ -208,6 +208,23 @@ def test_what_does_not_fit_is_refused_before_anything_changes(mode, name, bases)
     with pytest.raises(ValueError, match=message), MODES[mode](model, **build(bases)):
         pytest.fail("the block was entered")
     same_anatomy(before, anatomy(model))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_subspace_of_another_model_is_refused_before_anything_changes(mode, bases):
+    from kernel_surgery.subspace import fingerprint
+
+    model = pico("qwen2")
+    own, foreign = (Subspace(bases, n_layers=4, fingerprint=fingerprint(m)) for m in (model, pico("qwen2", seed=1)))
+    before = anatomy(model)
+    with pytest.raises(ValueError, match="measured on other weights"), MODES[mode](model, foreign):
+        pytest.fail("the block was entered")
+    same_anatomy(before, anatomy(model))
+    for subspace, force in ((own, False), (foreign, True)):
+        with MODES[mode](model, subspace, force=force) as edit:
+            assert edit.layers == LAYERS and edit.note is None
+    with MODES[mode](model, Subspace(bases, site="resid_post"), force=True) as edit:
+        assert edit.note == "resid_post basis applied at mlp_out"
 
 
 @pytest.mark.parametrize("mode", MODES)

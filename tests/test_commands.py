@@ -101,6 +101,10 @@ def errors(tmp_path, foreign):
         "unknown mode": ("eval", "--mode", "magic", "--out", out, "magic"),
         "budget of nothing": ("eval", "--max-new-tokens", 0, "--out", out, "at least 1"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
+        "bake at strength nan": (
+            *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", cli.POLYGLOT / "subspace.safetensors"),
+            *("--out", out, "--strength must be a finite number, got nan"),
+        ),
     }
 
 
@@ -109,7 +113,7 @@ CASES = (
     "foreign subspace baked", "pickled npz", "layers out of range", "layers not collected", "layers that are no layers",
     "unknown language", "one language", "no such subspace", "not a subspace", "too many problems",
     "no subspace for a model",
-    "expag in Spanish", "unknown mode", "budget of nothing", "strength nan",
+    "expag in Spanish", "unknown mode", "budget of nothing", "strength nan", "bake at strength nan",
 )  # fmt: skip
 
 
