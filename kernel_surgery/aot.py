@@ -7,6 +7,7 @@ GPU; the ptxas in Triton's wheel does the work. Not for a process with TRITON_IN
 compile then).
 """
 
+import argparse
 import re
 import subprocess
 import tempfile
@@ -95,10 +96,14 @@ def compile_project(sm: int, dtype: str, k: int, rows: int, *, per_row: bool = T
     return Compiled(sm, dtype, k, rows, registers, spilled, done.metadata.shared, done.asm["ttir"])
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return cli.Parser(description="Compile the Triton kernel for GPUs that are not here and show what it needs.")
+
+
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if anything spills or does not fit."""
-    about = "Compile the Triton kernel for GPUs that are not here and show what it needs."
-    cli.Parser(description=about).parse_args(argv)
+    parser().parse_args(argv)
     print(f"{'target':<6} {'dtype':<8} {'k':>3} {'rows':>6} {'registers':>9} {'spilled':>7} {'shared':>7}  limit")
     bad = False
     for sm in SHARED_LIMIT:

@@ -15,7 +15,7 @@ import torch
 
 from kernel_surgery import Subspace, cli
 
-STAGES = ("collect", "fit", "bake", "eval", "polyglot.train", "polyglot.card")
+STAGES = ("collect", "fit", "aot", "bake", "eval", "polyglot.train", "polyglot.card")
 
 
 def call(stage, capsys, *words):
