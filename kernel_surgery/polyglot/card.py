@@ -50,7 +50,7 @@ Command: `python -m kernel_surgery.eval --mode original --languages all`, kernel
 
 {commands}
 
-The best weights by dev accuracy were kept. Dev accuracy (whole solution reproduced) as it learned:
+Kept are the best weights by dev accuracy, those of step {best}. Dev accuracy (whole solution reproduced) as it learned:
 
 | step | tokens | {kinds} | all |
 |---|---|{kind_rules}---|
@@ -68,18 +68,19 @@ def learning_curve(log: list[dict], points: int = 10) -> list[dict]:
     return [log[round(i * (len(log) - 1) / (points - 1))] for i in range(points)]
 
 
-def commands(starts: list[dict]) -> str:
-    """The command of every start of the training, as a Markdown list; the options at which it was first begun."""
+def history(log: list[dict]) -> str:
+    """The command of every start of the training and the notes in its log, as a Markdown list."""
     from kernel_surgery.polyglot.train import parser
 
     defaults = vars(parser().parse_args(["--out", "DIR"]))
     lines = []
-    for start in starts:
+    for start in (line for line in log if "options" in line):
         changed = {n: v for n, v in start["options"].items() if v != defaults.get(n)}
         words = [f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in changed.items()]
         versions = f"torch {start['environment']['torch']}, transformers {start['environment']['transformers']}"
         command = " ".join(["python -m kernel_surgery.polyglot.train --out DIR", *words])
         lines.append(f"- from step {start['started_at']}: `{command}` ({versions})")
+    lines += [f"- {line['note']}" for line in log if "note" in line]
     return "\n".join(lines)
 
 
@@ -121,7 +122,8 @@ def card(results: dict, folder: Path) -> str:
         tokens=f"{log[-1]['tokens'] / 1e6:.1f} million",
         hours=log[-1]["seconds"] / 3600,
         device=f"{starts[0]['options']['threads'] or 'all'} cores of {starts[0]['environment']['device']}",
-        commands=commands(starts),
+        commands=history(lines),
+        best=max(log, key=lambda line: line["dev"]["all"])["step"],
         kinds=" | ".join(kinds),
         kind_rules="---|" * len(kinds),
         curve="\n".join(curve),
