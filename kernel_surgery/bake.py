@@ -109,6 +109,8 @@ def run(argv: list[str] | None = None) -> int:
     norms = bake_checkpoint(folder, subspace, args.out, strength=args.strength, model_id=args.model, force=args.force)
     for name, (before, after) in norms.items():
         print(f"  {name}: norm {before:.3f} -> {after:.3f}")
+    if subspace.note:
+        print(subspace.note)
     print(f"{args.out}: {len(subspace.layers)} layers edited, rank {subspace.rank}, strength {args.strength:g}")
     return 0
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,20 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
-def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
+@contextmanager
+def opened(file: Path):
+    """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as tensors:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error}). Nothing was written.") from error
+
+
+def _names(file: Path) -> list[str]:
+    with opened(file) as tensors:
         return list(tensors.keys())
 
 
@@ -54,8 +65,6 @@ def local_folder(source: str) -> Path:
 
 def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> None:
     """Refuse a checkpoint that the subspace was not fitted on, or of unknown architecture; reads a few tensors."""
-    from safetensors import safe_open
-
     from kernel_surgery.sites import ARCHITECTURES
     from kernel_surgery.subspace import EMBEDDING, sample_weights
 
@@ -73,7 +82,7 @@ def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> 
 
     def weights():
         for name in wanted:
-            with safe_open(where[name], "pt") as file:
+            with opened(where[name]) as file:
                 yield name, file.get_tensor(name)
 
     subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
@@ -82,11 +91,10 @@ def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> 
 def _edited(file: Path, subspace: "Subspace", strength: float) -> tuple[dict, dict, dict]:
     """(tensors, metadata, {name: (norm before, norm after)}) of one weight file, edited where asked."""
     import torch
-    from safetensors import safe_open
 
     from kernel_surgery.bake import bake_weight
 
-    with safe_open(file, "pt") as source:
+    with opened(file) as source:
         tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
         metadata = source.metadata() or {}
     norms = {}
@@ -127,6 +135,7 @@ def bake_checkpoint(
     ValueError for a source that was baked before, for a layer whose down_proj is not in the files, and for what
     `bake_weight` cannot edit; on any exception `destination` does not exist and `source` is as it was.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     source, destination = Path(source), Path(destination)
@@ -153,7 +162,12 @@ def bake_checkpoint(
             if touched:
                 tensors, metadata, changed = _edited(file, subspace, strength)
                 norms |= changed
-                save_file(tensors, temporary / file.name, metadata=metadata)
+                try:
+                    save_file(tensors, temporary / file.name, metadata=metadata)
+                except SafetensorError as error:  # a full disk, most likely
+                    raise ValueError(
+                        f"cannot write {str(destination / file.name)!r} ({error}). Nothing was kept."
+                    ) from error
             else:
                 shutil.copy(file, temporary / file.name)
         for other in source.iterdir():
@@ -170,6 +184,7 @@ def bake_checkpoint(
             "layers": list(subspace.layers),
             "rank": subspace.rank,
             "site": subspace.site,
+            "note": subspace.note,
             "fit": subspace.fit,
             "sha256": hashes,
             "environment": cli.environment(),

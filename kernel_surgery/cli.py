@@ -233,7 +233,7 @@ def load_model(name: str, dtype: "torch.dtype", device: "torch.device | str" = "
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -251,7 +251,7 @@ def load_tokenizer(name: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
     # Where the files are missing, transformers makes an empty tokenizer of the model's class without a word.
     if not tokenizer("0").input_ids:

@@ -57,8 +57,7 @@ def plan_edit(
     if isinstance(subspace, Subspace):
         subspace.check_model(model, force=force)
         bases, fitted = subspace.bases, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
-        if subspace.site not in (None, "mlp_out"):
-            note = f"{subspace.site} basis applied at mlp_out"
+        note = subspace.note
     elif isinstance(subspace, Mapping):
         bases, fitted = check_bases(subspace), "a plain mapping"
     else:

@@ -7,7 +7,7 @@ problem.
     expag    the reference script's 20 problems and its own scoring, for continuity with its figures; nothing else
 
 Writes DIR/results.json, DIR/samples.jsonl (every text in full) and DIR/report.html. A run that was cut short goes on
-with --resume: each mode and language that was finished is kept.
+with --resume and the same options: each mode and language that was finished is kept.
 """
 
 import argparse
@@ -15,17 +15,14 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
-from kernel_surgery import cli
+from kernel_surgery import cli, runs
 from kernel_surgery.problems import EXPAG_LANGUAGES, Problem, expag_problems, problems
 
 MODES = ("original", "hook", "baked", "fused")
-# Beyond these a run is still the same run: where it writes, how it is batched, what else is asked for.
-_NOT_IDENTITY = ("mode", "languages", "batch_size", "out", "resume", "device")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,49 +73,6 @@ def load_subspace(args: argparse.Namespace):
     return Subspace.load(path, force=args.force), path
 
 
-def open_folder(args: argparse.Namespace, identity: dict) -> Path:
-    """The run's folder with its config.json; refuses one that holds another run, or a run not asked to go on."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = args.out or Path("results") / f"{stamp}-{args.mode}-{args.protocol}"
-    config = folder / "config.json"
-    if config.exists():
-        if not args.resume:
-            raise cli.UserError(
-                f"{str(folder)!r} holds a run already; it was left as it is. Go on with it (--resume), or choose "
-                "another --out."
-            )
-        old = json.loads(config.read_text(encoding="utf-8"))
-        if changed := [key for key in identity if old.get(key) != identity[key]]:
-            raise cli.UserError(
-                f"{str(folder)!r} holds a run with other settings: {changed[0]} was {old.get(changed[0])!r}, now "
-                f"{identity[changed[0]]!r}. It was left as it is. Choose another --out."
-            )
-    elif args.resume and args.out and folder.exists() and any(folder.iterdir()):
-        raise cli.UserError(f"{str(folder)!r} holds no run to go on with (no config.json). Choose another --out.")
-    else:
-        cli.write_atomic(config, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
-    return folder
-
-
-def read_cells(samples: Path, asked: int) -> dict[tuple[str, str], list[dict]]:
-    """The finished cells of an interrupted run; a last line cut off by a kill is dropped with its cell."""
-    cells: dict[tuple[str, str], list[dict]] = {}
-    if samples.exists():
-        for line in samples.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                sample = json.loads(line)
-                cells.setdefault((sample["mode"], sample["language"]), []).append(sample)
-    return {key: cell for key, cell in cells.items() if len(cell) == asked}
-
-
-def append_cell(samples: Path, cell: list[dict]) -> None:
-    """Add one finished cell, on disk before anything else happens."""
-    with samples.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in cell)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def applied(mode: str, model, subspace, strength: float, force: bool):
     """The context manager that holds the edit (or none, for the original); yields its record."""
     from kernel_surgery import baked, fused, hooked
@@ -140,8 +94,37 @@ def describe_edit(edit) -> dict:
     }
 
 
-def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget):
-    """Fill `cells` with every (mode, language) that is missing; returns what each edit recorded."""
+def check_edits(modes: list[str], model, subspace, args: argparse.Namespace) -> dict[str, dict]:
+    """Make and undo every edit once; what each recorded. What cannot be done is found before anything is written."""
+    edits = {}
+    for mode in modes:
+        with applied(mode, model, subspace, args.strength, args.force) as edit:
+            if edit is not None:
+                edits[mode] = describe_edit(edit)
+    return edits
+
+
+def notes_of(subspace, edits: dict[str, dict], args: argparse.Namespace) -> list[str]:
+    """What every output says beside the figures. Raises UserError for a subspace fitted on the problems asked."""
+    notes = [edit["note"] for edit in edits.values() if edit["note"]]
+    if args.protocol == "expag":
+        notes.append("expag: the reference script's problems and scoring, quirks included, for continuity only")
+    elif subspace is not None:
+        split = (subspace.fit or {}).get("split")
+        if split == "test" and not args.force:
+            raise cli.UserError(
+                "the subspace was fitted on the test split, the problems that are asked here. Nothing was written. "
+                "Collect on the fit split, or use --force to see the figures with that note beside them."
+            )
+        if split == "test":
+            notes.append("the subspace was fitted on the test split: nothing here is held out")
+        elif split is None:
+            notes.append("the subspace does not say which problems it was fitted on: they may be among those asked")
+    return list(dict.fromkeys(notes))
+
+
+def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget) -> None:
+    """Fill `cells` with every (mode, language) that is missing, each on disk as it is finished."""
     from tqdm import tqdm
 
     from kernel_surgery.generate import generate
@@ -149,16 +132,9 @@ def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, a
 
     missing = [(m, lang) for m in modes for lang in languages if (m, lang) not in cells]
     bar = tqdm(total=len(missing) * len(asked), file=sys.stderr, disable=not sys.stderr.isatty(), unit="text")
-    edits: dict[str, dict] = {}
-
-    def decode(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
     with bar:
-        for mode in modes:
+        for mode in dict.fromkeys(m for m, _ in missing):
             with applied(mode, model, subspace, args.strength, args.force) as edit:
-                if edit is not None:
-                    edits[mode] = describe_edit(edit)
                 for language in (lang for m, lang in missing if m == mode):
                     bar.set_description(f"{mode} {language}")
                     before = dict(edit.calls) if edit is not None and edit.calls else {}
@@ -174,10 +150,26 @@ def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, a
                         raise RuntimeError(
                             f"{mode} never ran at layers {idle}: these texts are not of the edited model"
                         )
-                    cell = [score(p, language, mode, t, decode) for p, t in zip(asked, texts, strict=True)]
-                    append_cell(samples_path, cell)
+                    cell = [score(p, language, mode, t, text_of(tokenizer)) for p, t in zip(asked, texts, strict=True)]
+                    runs.append_cell(samples_path, cell)
                     cells[mode, language] = cell
-    return edits
+
+
+def text_of(tokenizer):
+    """Token ids to text, as samples hold it."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def score_again(tokenizer):
+    """A kept sample judged by the code that runs now."""
+    from kernel_surgery.generate import Generation
+    from kernel_surgery.results import score
+
+    def again(problem: Problem, sample: dict) -> dict:
+        generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
+        return score(problem, sample["language"], sample["mode"], generation, text_of(tokenizer))
+
+    return again
 
 
 def print_expag(results: dict, mode: str) -> None:
@@ -213,31 +205,47 @@ def run(argv: list[str] | None = None) -> int:
     subspace, subspace_path = load_subspace(args)
     modes = {"all": list(MODES), "original": ["original"]}.get(args.mode) or ["original", args.mode]
 
-    from kernel_surgery import ops, sites
-    from kernel_surgery.results import expag_metrics, pair, strict_table, summarize
+    if args.resume and args.out is None:
+        raise cli.UserError("--resume goes on with the run in --out: name that folder.")
+    folder = args.out or Path("results") / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.mode}-{args.protocol}"
+    environment = cli.environment(device)
 
-    digest = hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None
-    identity = {key: value for key, value in vars(args).items() if key not in _NOT_IDENTITY}
-    identity |= {"subspace": digest, "max_new_tokens": budget, "dtype": str(dtype).removeprefix("torch.")}
-    identity |= {"problems": len(asked), "device": device.type}
+    from kernel_surgery import sites
+    from kernel_surgery.results import expag_metrics, pair, strict_table, summarize
+    from kernel_surgery.subspace import fingerprint
+
     model, tokenizer = cli.load_model(source, dtype, device), cli.load_tokenizer(source)
-    if subspace is not None:
-        subspace.check_model(model, force=args.force)
-    folder = open_folder(args, identity)
+    layers = len(sites.decoder_layers(model))
+    edits = check_edits(modes, model, subspace, args)
+    notes = notes_of(subspace, edits, args)
+    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    config |= {
+        "languages": list(languages),
+        "problems": len(asked),
+        "max_new_tokens": budget,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        # Everything else that a text depends on: the same options with other weights are another run.
+        "subspace": hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None,
+        "weights": runs.digest(fingerprint(model)),
+        "prompts": runs.digest([[p.id, p.prompts[lang]] for p in asked for lang in languages]),
+        "versions": {name: environment[name] for name in ("kernel_surgery", "torch", "transformers")},
+    }
+    runs.open_run(folder, config, resume=args.resume)
     samples_path = folder / "samples.jsonl"
-    cells = read_cells(samples_path, len(asked)) if args.resume else {}
+    cells = runs.take_up(samples_path, asked, score_again(tokenizer))
     started = time.monotonic()
-    edits = answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget)
+    answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget)
     cells = {(m, lang): cells[m, lang] for m in modes for lang in languages}
     results = {
         "schema": 1,
-        "config": {**identity, "mode": args.mode, "languages": list(languages), "batch_size": args.batch_size},
-        "environment": cli.environment(device) | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+        "config": config,
+        "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         "model": {
             "id": args.model,
             "revision": getattr(model.config, "_commit_hash", None),
             "architecture": model.config.model_type,
-            "layers": len(sites.decoder_layers(model)),
+            "layers": layers,
             "d_model": model.config.hidden_size,
             "parameters": sum(p.numel() for p in model.parameters()),
         },
@@ -245,7 +253,7 @@ def run(argv: list[str] | None = None) -> int:
         if subspace is None
         else {
             "file": subspace_path.name,
-            "sha256": digest,
+            "sha256": config["subspace"],
             "model_id": subspace.model_id,
             "rank": subspace.rank,
             "layers": list(subspace.layers),
@@ -253,29 +261,30 @@ def run(argv: list[str] | None = None) -> int:
             "pool": subspace.pool,
             "fit": subspace.fit,
         },
-        "provider": ops.provider(device),
+        # What ran the edit: the operator's provider where it was used, else PyTorch's own operations.
+        "provider": edits["fused"]["provider"] if "fused" in edits else f"aten/{device.type}",
         "edits": edits,
+        "notes": notes,
         "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in languages} for m in modes},
         "paired": pair(cells),
         "expag_metrics": expag_metrics(cells),
         "seconds": time.monotonic() - started,
     }
-    lines = (json.dumps(sample, ensure_ascii=False) for cell in cells.values() for sample in cell)
-    cli.write_atomic(samples_path, "".join(line + "\n" for line in lines))
+    runs.write_cells(samples_path, cells)
     cli.write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     from kernel_surgery.report import write_report
 
     write_report(folder / "report.html", results, cells)
+    print(
+        f"{args.model}: {len(asked)} {'test ' * (args.protocol == 'strict')}problems a language, greedy, {budget} new "
+        f"tokens, {config['dtype']}, {results['provider']}"
+    )
+    for note in notes:
+        print(note)
     if args.protocol == "expag":
         for mode in modes[1:] or modes:
             print_expag(results, mode)
     else:
-        print(
-            f"{args.model}: {len(asked)} test problems a language, greedy, {budget} new tokens, "
-            f"{identity['dtype']}, {results['provider']}"
-        )
-        for note in dict.fromkeys(edit["note"] for edit in edits.values() if edit["note"]):
-            print(note)
         print(strict_table(results["modes"], results["paired"]))
     print(f"{folder}: results.json, samples.jsonl, report.html ({results['seconds']:.0f} s)")
     return 0

@@ -52,7 +52,8 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
         try:
             with np.load(path, allow_pickle=False) as data:
                 arrays = {key: torch.from_numpy(np.asarray(data[key], dtype=np.float32)) for key in data.files}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        # numpy raises whatever its parser meets: EOFError for an empty file, TypeError for a .npy under this name.
+        except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError, zipfile.BadZipFile) as error:
             if "pickle" in str(error).lower():
                 raise ValueError(
                     f"{str(path)!r} holds pickled objects, which are never loaded: they can run code.\n"
@@ -80,7 +81,7 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
     vectors: dict[str, dict[int, torch.Tensor]] = {}
     for key, array in arrays.items():
         match = _KEY.fullmatch(key)
-        if not match or array.ndim != 2:
+        if not match or array.ndim != 2 or 0 in array.shape:
             raise ValueError(
                 f"{str(path)!r} has an entry {key!r} of shape {tuple(array.shape)}; expected [problems, d_model] "
                 'arrays named "{lang}_L{layer}", such as "en_L9".'

@@ -30,6 +30,8 @@ def fused(
     exception too.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
+    for basis in plan.bases.values():
+        ops.check_rank(basis)
     provider = ops.provider(next(iter(plan.bases.values())))
     with output_hooks("fused", plan, provider, ops.project) as edit:
         yield edit

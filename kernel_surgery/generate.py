@@ -1,6 +1,7 @@
 """Greedy answers to many prompts: batched, left-padded, the same texts whatever the batch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -21,11 +22,7 @@ def end_tokens(model, tokenizer) -> tuple[int, ...]:
 
 
 def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
-    """A GenerationConfig with every knob that changes greedy text spelled out.
-
-    What is left unset is filled in from the checkpoint's own generation_config: an instruct model's
-    repetition_penalty would survive do_sample=False and change the answers without a word.
-    """
+    """Greedy, with every knob that changes greedy text spelled out."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -47,6 +44,22 @@ def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
     )
+
+
+@contextmanager
+def checkpoint_settings_aside(model):
+    """While the block lasts, the model has a blank generation config.
+
+    What a GenerationConfig leaves unset is filled in from the model's own: a repetition penalty, forbidden words or a
+    time limit of the checkpoint would survive do_sample=False and change the answers without a word.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def generate(
@@ -77,19 +90,20 @@ def generate(
         raise ValueError(f"prompt {empty[0]} is empty after tokenization: there is nothing to continue")
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     done: dict[int, Generation] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = len(encoded[chosen[0]])
-        ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device
-        )
-        with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
-            stop = next((t for t, token in enumerate(row) if token in ends), None)
-            kept = tuple(row if stop is None else row[:stop])
-            text = tokenizer.decode(kept, skip_special_tokens=True)
-            done[i] = Generation(kept, text, "length" if stop is None else "stop")
-        advance(len(chosen))
+    with checkpoint_settings_aside(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = len(encoded[chosen[0]])
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
+            mask = torch.tensor(
+                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device
+            )
+            with torch.no_grad():
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
+                stop = next((t for t, token in enumerate(row) if token in ends), None)
+                kept = tuple(row if stop is None else row[:stop])
+                text = tokenizer.decode(kept, skip_special_tokens=True)
+                done[i] = Generation(kept, text, "length" if stop is None else "stop")
+            advance(len(chosen))
     return [done[i] for i in range(len(prompts))]

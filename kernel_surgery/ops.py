@@ -76,6 +76,15 @@ _NO_GRADIENT = (
 )
 
 
+def check_rank(basis: Tensor) -> None:
+    """Raises ValueError for a basis [d_model, k] with k outside 1 .. MAX_RANK."""
+    if not 1 <= basis.shape[1] <= MAX_RANK:
+        raise ValueError(
+            f"the basis has k={basis.shape[1]} columns; project takes 1 to {MAX_RANK}. Fit with a smaller --rank, or "
+            "truncate: Subspace.truncate."
+        )
+
+
 def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     """y = x - a U (U^T x), as a fresh contiguous tensor of x's shape and dtype.
 
@@ -94,10 +103,7 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
             f"cannot project x of shape {tuple(x.shape)} with a basis of shape {tuple(basis.shape)}: "
             "expected x [..., d_model] and basis [d_model, k]."
         )
-    if not 1 <= basis.shape[1] <= MAX_RANK:
-        raise ValueError(
-            f"the basis has k={basis.shape[1]} columns; project takes 1 to {MAX_RANK}. Truncate the subspace."
-        )
+    check_rank(basis)
     if basis.device != x.device:
         raise ValueError(f"x is on {x.device}, the basis on {basis.device}. Move the basis: basis.to(x.device).")
     row_strength, number = None, 1.0

@@ -123,15 +123,12 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
     ]
     config = results["config"]
     title = f"{results['model']['id']}: {config['mode']}, {config['protocol']} protocol"
-    notes = {edit["note"] for edit in results["edits"].values() if edit["note"]}
-    if config["protocol"] == "expag":
-        notes.add("The expag protocol repeats the reference script's scoring, quirks included, for continuity only.")
     everything = {k: results[k] for k in ("config", "environment", "model", "subspace", "provider")}
     page = f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-{"".join(f"<p class=note>{html.escape(note)}</p>" for note in sorted(notes))}
+{"".join(f"<p class=note>{html.escape(note)}</p>" for note in results["notes"])}
 {summary(results)}
 {accuracy_plot(results)}
 <h2>Answers</h2>

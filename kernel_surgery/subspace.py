@@ -58,6 +58,11 @@ class Subspace:
     def rank(self) -> int:
         return next(iter(self.bases.values())).shape[1]
 
+    @property
+    def note(self) -> str | None:
+        """What every output says where the basis was fitted at another site than the one that is edited."""
+        return None if self.site in (None, "mlp_out") else f"{self.site} basis applied at mlp_out"
+
     def truncate(self, rank: int) -> "Subspace":
         """The leading `rank` columns of every basis. Raises ValueError beyond the rank that is there."""
         if not 1 <= rank <= self.rank:
@@ -120,7 +125,10 @@ class Subspace:
                     found[parts[2]][int(parts[1])] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is not a safetensors file ({error}).") from error
-        provenance = json.loads(metadata.get("provenance", "{}"))
+        try:
+            provenance = dict(json.loads(metadata.get("provenance", "{}")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} has provenance that is not a JSON object ({error}).") from error
         if not provenance.get("fingerprint") and not force:
             raise ValueError(
                 f"{str(path)!r} does not say which model it was fitted on, so nothing can tell whether it belongs to "

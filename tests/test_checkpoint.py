@@ -101,6 +101,31 @@ def test_weights_that_cannot_be_edited_are_refused(source, tmp_path, fault, mess
     refused(source, tmp_path / "new", subspace, ValueError, message, force=True)
 
 
+def test_damaged_files_and_full_disks_are_named(source, tmp_path, monkeypatch):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    subspace = space(source)
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    refused(source, tmp_path / "new", subspace, ValueError, r"cannot write .*new.*No space left.*Nothing was kept")
+    monkeypatch.undo()
+    file = next(source.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(source, tmp_path / "new", subspace, ValueError, rf"{file.name}' cannot be read as safetensors")
+
+
+def test_a_basis_of_another_site_is_said_in_the_provenance(source, tmp_path):
+    from dataclasses import replace
+
+    bake_checkpoint(source, replace(space(source), site="resid_post"), tmp_path / "baked")
+    record = json.loads((tmp_path / "baked" / "provenance.json").read_text())
+    assert record["note"] == "resid_post basis applied at mlp_out"
+
+
 def test_an_exception_half_way_leaves_no_destination_and_the_next_run_is_clean(source, tmp_path, monkeypatch):
     subspace = space(source)
     monkeypatch.setattr(cli, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

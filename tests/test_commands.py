@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,6 @@ def foreign(tmp_path):
 
     config = json.loads((cli.POLYGLOT / "config.json").read_text())
     other = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
-    from dataclasses import replace
 
     from kernel_surgery.subspace import fingerprint
 
@@ -73,6 +73,10 @@ def errors(tmp_path, foreign):
     out = tmp_path / "out"
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
+    shipped = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    wide, leaky = tmp_path / "wide.safetensors", tmp_path / "leaky.safetensors"
+    replace(shipped, bases={i: torch.eye(shipped.d_model)[:, :65] for i in shipped.layers}).save(wide)
+    replace(shipped, fit=shipped.fit | {"split": "test"}).save(leaky)
     return {
         "wrong model path": ("eval", "--model", tmp_path / "nowhere", "--out", out, "no model at"),
         "folder without a model": ("collect", "--model", tmp_path, "--out", out, "no config.json"),
@@ -100,6 +104,9 @@ def errors(tmp_path, foreign):
         "expag in Spanish": ("eval", "--protocol", "expag", "--languages", "es", "--out", out, "'es'"),
         "unknown mode": ("eval", "--mode", "magic", "--out", out, "magic"),
         "budget of nothing": ("eval", "--max-new-tokens", 0, "--out", out, "at least 1"),
+        "resume without a folder": ("eval", "--resume", "name that folder"),
+        "rank beyond the operator's": ("eval", "--subspace", wide, "--out", out, "k=65 columns; project takes 1 to 64"),
+        "fitted on the problems asked": ("eval", "--subspace", leaky, "--out", out, "fitted on the test split"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
             *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", cli.POLYGLOT / "subspace.safetensors"),
@@ -113,7 +120,8 @@ CASES = (
     "foreign subspace baked", "pickled npz", "layers out of range", "layers not collected", "layers that are no layers",
     "unknown language", "one language", "no such subspace", "not a subspace", "too many problems",
     "no subspace for a model",
-    "expag in Spanish", "unknown mode", "budget of nothing", "strength nan", "bake at strength nan",
+    "expag in Spanish", "unknown mode", "budget of nothing", "resume without a folder",
+    "rank beyond the operator's", "fitted on the problems asked", "strength nan", "bake at strength nan",
 )  # fmt: skip
 
 
@@ -219,6 +227,8 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
     assert status == 2 and "holds a run already" in err and (run / "samples.jsonl").read_bytes() == kept
     status, _, err = call("eval", capsys, *words, "--resume", "--strength", 2)
     assert status == 2 and "strength was 1.0, now 2.0" in err
+    status, _, err = call("eval", capsys, *words, "--resume", "--mode", "all")
+    assert status == 2 and "mode was 'fused', now 'all'" in err and (run / "samples.jsonl").read_bytes() == kept
     # A kill during the last cell: its half-written lines are dropped, the finished cells are not generated again.
     lines = kept.decode().splitlines()
     (run / "samples.jsonl").write_text("\n".join(lines[:33]) + "\n" + lines[33][:40])

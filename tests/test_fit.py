@@ -145,12 +145,24 @@ def test_a_pickled_npz_is_refused_and_never_unpickled(tmp_path):
         ({"en_L2": np.full((4, 8), np.nan), "zh_L2": np.zeros((4, 8))}, "en_L2 holds NaN or Inf"),
         ({"en_L2": np.zeros((4, 8))}, "holds 1 languages"),
         ({"layer2": np.zeros((4, 8))}, r"entry 'layer2' of shape \(4, 8\)"),
+        ({"en_L2": np.zeros((0, 8)), "zh_L2": np.zeros((0, 8))}, r"entry 'en_L2' of shape \(0, 8\)"),
     ],
 )
 def test_bad_activations_are_refused_by_name(tmp_path, arrays, message):
     np.savez(tmp_path / "acts.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load_activations(tmp_path / "acts.npz")
+
+
+def test_a_file_that_only_says_npz_is_refused(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros((4, 8)))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "text.npz").write_text("en_L2")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("array", "empty", "text", "cut"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz' is not a readable \.npz|{name}\.npz' holds pickled"):
+            load_activations(tmp_path / f"{name}.npz")
 
 
 def test_a_file_that_is_neither_is_refused(tmp_path):

@@ -59,15 +59,23 @@ def test_padding_is_what_makes_that_true(model, tokenizer, monkeypatch):
     assert any(a.ids != b.ids for a, b in zip(right, wrong, strict=True))
 
 
-def test_a_checkpoints_own_sampling_settings_do_not_survive(model, tokenizer):
+def test_a_checkpoints_own_sampling_settings_do_not_survive(model, tokenizer, monkeypatch):
+    from transformers import GenerationConfig
+
     prompts = [p.prompts["en"] for p in problems("test", 1)]
     plain = generate(model, tokenizer, prompts, max_new_tokens=40)
-    for name, value in {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "do_sample": True}.items():
+    own = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "do_sample": True, "forced_eos_token_id": 5}
+    own |= {"bad_words_ids": [[i] for i in plain[0].ids[:3]], "max_time": 1e-9}
+    original = model.generation_config
+    monkeypatch.setattr(model, "generation_config", GenerationConfig.from_dict(original.to_dict()))
+    for name, value in own.items():
         setattr(model.generation_config, name, value)
     assert generate(model, tokenizer, prompts, max_new_tokens=40) == plain
+    assert model.generation_config.max_time == 1e-9  # put back
     # Teeth: the settings do change what the model writes when they are let in.
     ids = tokenizer(prompts[0], return_tensors="pt").input_ids
     model.generation_config.do_sample = False
+    model.generation_config.max_time = None
     with torch.no_grad():
         loose = model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]
     assert tuple(loose.tolist())[: len(plain[0].ids)] != plain[0].ids

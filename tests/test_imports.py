@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "collect", "fit",
     "hook", "bake", "fuse", "aot", "checkpoint", "lora", "verify",
-    "plain", "scoring", "language", "statistics", "generate", "results", "report", "eval", "score", "polyglot",
+    "plain", "scoring", "language", "statistics", "generate", "results", "report", "runs", "eval", "score", "polyglot",
 )
 # fmt: on
 # Against the order, and only inside a function, when it is called: `parse_languages` asks problems which languages
