@@ -123,7 +123,7 @@ def card(results: dict, folder: Path) -> str:
         hours=log[-1]["seconds"] / 3600,
         device=f"{starts[0]['options']['threads'] or 'all'} cores of {starts[0]['environment']['device']}",
         commands=history(lines),
-        best=max(log, key=lambda line: line["dev"]["all"])["step"],
+        best=max(log, key=lambda line: (line["dev"]["all"], line["step"]))["step"],
         kinds=" | ".join(kinds),
         kind_rules="---|" * len(kinds),
         curve="\n".join(curve),

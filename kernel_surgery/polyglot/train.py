@@ -19,8 +19,9 @@ from pathlib import Path
 from kernel_surgery import cli
 
 EPILOG = """\
-How long it takes: on 2 CPU cores about 5,000 tokens a second (0.8 s a step of 4,096 tokens) when nothing else runs:
-6,000 steps, 25 million tokens, take about 80 minutes. Not measured on a GPU yet.
+How long it takes: on 2 cores of a Xeon with AMX, nothing else running, 7,200 tokens a second in float32 and 9,000 with
+--precision bfloat16 --compile (0.24 s a step): 16,000 steps, 34 million tokens, are 65 to 80 minutes. Not measured on a
+GPU yet.
 Learning curve: DIR/log.jsonl (step, tokens, loss, dev accuracy by kind).
 """
 CONFIG = {
@@ -255,7 +256,7 @@ def run(argv: list[str] | None = None) -> int:
             _append(log_file, line | {"dev": accuracy})
             bar.set_postfix(loss=f"{line['loss']:.3f}", dev=f"{accuracy['all']:.3f}")
             losses = []
-            if accuracy["all"] > best:
+            if accuracy["all"] >= best:  # of equals the later: trained for longer, at a lower learning rate
                 best = accuracy["all"]
                 save_checkpoint(model, tokenizer_folder, args.out / "best")
                 shutil.copy(log_file, args.out / "best" / "training.jsonl")
