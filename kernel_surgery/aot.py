@@ -19,6 +19,8 @@ from kernel_surgery import cli
 # Shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities 8.0 and 9.0).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 MAX_REGISTERS = 255
+# (rows, d, k): each form at the ends of what it is chosen for.
+CASES = ((1, 2048, 10), (1, 8192, 64), (16384, 2048, 10), (16384, 2048, 33), (16384, 8192, 64))
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -27,9 +29,11 @@ class Compiled:
     """What one specialisation needs: registers a thread, bytes spilled, bytes of shared memory a block; its IR."""
 
     sm: int
+    form: str
     dtype: str
-    k: int
     rows: int
+    d: int
+    k: int
     registers: int
     spilled: int
     shared: int
@@ -57,31 +61,40 @@ def _ptxas() -> str:
     raise cli.UserError("this Triton carries no ptxas: nothing can be compiled ahead of time.")
 
 
-def compile_project(sm: int, dtype: str, k: int, rows: int, *, per_row: bool = True, **overrides) -> Compiled:
-    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as `launch_options` would launch it.
+def compile_project(
+    sm: int, dtype: str, rows: int, d: int, k: int, *, form: str | None = None, per_row: bool = True, **overrides
+) -> Compiled:
+    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d].
 
-    overrides: launch options that replace its choice. Raises what Triton raises for a kernel that does not compile.
+    form, overrides: replace its choice of kernel and launch options. Raises what Triton raises for a kernel that does
+    not compile.
     """
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernel_surgery.kernels.project import _project_kernel, launch_options
+    from kernel_surgery.kernels.project import KERNELS, form_of, launch_options
 
-    options = launch_options(getattr(torch, dtype), rows, k) | overrides
+    kind = getattr(torch, dtype)
+    form = form or form_of(rows)
+    options = launch_options(kind, rows, d, k, form) | overrides
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     element = DTYPES[dtype]
+    # stride_basis_k of a row-major basis is 1, which Triton specialises when it launches: so does this.
+    constants = options | {"PER_ROW": per_row, "stride_basis_k": 1}
     signature = {
         **{"x_ptr": f"*{element}", "basis_ptr": "*fp32", "y_ptr": f"*{element}", "row_strength_ptr": "*fp32"},
         **{"strength": "fp32", "rows": "i32", "d": "i32", "k": "i32"},
-        **{name: "i32" for name in ("stride_x", "stride_basis_d", "stride_basis_k", "stride_y")},
-        **{name: "constexpr" for name in (*options, "PER_ROW")},
+        **{name: "i32" for name in ("stride_x", "stride_basis_d", "stride_y")},
+        **dict.fromkeys(constants, "constexpr"),
     }
-    # stride_basis_k of a row-major basis is 1, which Triton specialises when it launches: so does this.
-    constants = options | {"PER_ROW": per_row, "stride_basis_k": 1}
-    signature["stride_basis_k"] = "constexpr"
-    source = ASTSource(_project_kernel, signature=signature, constexprs=constants)
+    # In the order of the kernel's own parameters.
+    signature = {name: signature[name] for name in KERNELS[form].arg_names}
+    # What Triton specialises at launch: aligned pointers, and sizes and strides that are multiples of 16.
+    aligned = [n for n in signature if n.endswith("_ptr") or (n in ("d", "stride_x", "stride_y") and d % 16 == 0)]
+    attrs = {(list(signature).index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(KERNELS[form], signature=signature, constexprs=constants, attrs=attrs)
     done = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch)
     ptx = done.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +106,7 @@ def compile_project(sm: int, dtype: str, k: int, rows: int, *, per_row: bool = T
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return Compiled(sm, dtype, k, rows, registers, spilled, done.metadata.shared, done.asm["ttir"])
+    return Compiled(sm, form, dtype, rows, d, k, registers, spilled, done.metadata.shared, done.asm["ttir"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,18 +117,18 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if anything spills or does not fit."""
     parser().parse_args(argv)
-    print(f"{'target':<6} {'dtype':<8} {'k':>3} {'rows':>6} {'registers':>9} {'spilled':>7} {'shared':>7}  limit")
+    print(f"{'target':<6} {'form':<8} {'dtype':<8} {'rows':>5} {'d':>4} {'k':>2} registers spilled  shared (limit)")
     bad = False
     for sm in SHARED_LIMIT:
         for dtype in DTYPES:
-            for k in (10, 64):
-                for rows in (1, 16384):
-                    c = compile_project(sm, dtype, k, rows)
-                    bad |= bool(c.faults())
-                    print(
-                        f"sm_{sm:<3} {dtype:<8} {k:>3} {rows:>6} {c.registers:>9} {c.spilled:>7} {c.shared:>7}  "
-                        f"{SHARED_LIMIT[sm]} {' '.join(c.faults())}"
-                    )
+            for rows, d, k in CASES:
+                c = compile_project(sm, dtype, rows, d, k)
+                bad |= bool(c.faults())
+                print(
+                    f"sm_{sm:<3} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} {c.registers:>9} {c.spilled:>7} "
+                    f"{c.shared:>7} ({SHARED_LIMIT[sm]}) {' '.join(c.faults())}".rstrip(),
+                    flush=True,
+                )
     return 1 if bad else 0
 
 

@@ -90,8 +90,9 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
 
     x [..., d_model] float32, bfloat16, float16 or float64; basis U [d_model, k], k <= 64, orthonormal columns, any
     floating dtype (used in float32), same device; strength a: a number, or a tensor of x.shape[:-1], one a row. Rows
-    of strength 0 come back bit for bit. Float32 accumulation, one rounding at the store: `reference.rule_a_bound`.
-    Differentiable in x.
+    of strength 0 come back bit for bit. Float32 accumulation, one rounding at the store: `reference.rule_a_bound`. On
+    CUDA up to 64 rows and more than 64 take different kernels (`kernels/project.py`): the last bits of a row may differ
+    between the two. Differentiable in x.
 
     Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
     basis or strength that requires a gradient; TypeError for an x of another dtype.

@@ -22,9 +22,11 @@ from tests.models import basis
 
 DTYPES = ("bfloat16", "float16", "float32")
 PATHS = {
-    "float32": (torch.float32, {}),
-    "float16": (torch.float16, {}),
-    "float16 pieces": (torch.float16, {"PIECES": tl.float16}),
+    "float32": (torch.float32, {"form": "two-pass"}),
+    "float16": (torch.float16, {"form": "two-pass"}),
+    "float16 pieces": (torch.float16, {"form": "two-pass", "PIECES": tl.float16}),
+    "float32 row": (torch.float32, {"form": "row"}),
+    "float16 row": (torch.float16, {"form": "row"}),
 }
 SHAPES = [(0, 64, 1), (1, 64, 1), (3, 129, 10), (17, 2048, 16), (2, 2049, 33), (3, 8192, 64)]
 

@@ -45,27 +45,34 @@ def faults(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group, cases", [("shapes", 37), ("memory", 22), ("rows", 13)])
+@pytest.mark.parametrize("group, cases", [("shapes", 61), ("memory", 36), ("rows", 21)])
 def test_the_interpreted_kernel_meets_rule_a_everywhere(group, cases):
     results = interpret(group)
     assert len(results) == cases
     assert faults(results) == []
 
 
-BASIS_AT = "column[:, None].to(tl.int64) * stride_basis_d + column_k[None, :] * stride_basis_k"
+BASIS_AT = "column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k"
 STORE = "tl.store(y_row + column[None, :], y.to(y_ptr.dtype.element_ty), mask="
-SECOND_WALK = "z_lo = (z - z_hi.to(tl.float32)).to(PIECES)\n    for start in range({}, d, BLOCK_D):"
+ROW_STORE = "tl.store(y_ptr + row * stride_y + column, y.to(y_ptr.dtype.element_ty), mask="
+WALK = "for start in range({}, d, BLOCK_D):\n        column = start + "
 MUTATIONS = {
-    "last rows unmasked": (STORE + "inside)", STORE + "column_in[None, :])"),
-    "last columns unmasked": (STORE + "inside)", STORE + "row_in[:, None])"),
+    "last rows unmasked": (STORE + "inside)", STORE + "(column < d)[None, :])"),
+    "last columns unmasked": (STORE + "inside)", STORE + "row_in)"),
+    "row: last columns unmasked": (ROW_STORE + "column < d)", ROW_STORE + "column < d + BLOCK_D)"),
     "basis taken for row-major": (BASIS_AT, "column[:, None].to(tl.int64) * k + column_k[None, :]"),
     "row stride assumed": ("x_row = x_ptr + row[:, None] * stride_x", "x_row = x_ptr + row[:, None] * d"),
+    "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
     "strength ignored": ("x_wide - a * removed", "x_wide - removed"),
     "sign": ("x_wide - a * removed", "x_wide + a * removed"),
     "z rounded": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
+    "row: z rounded": ("z = tl.sum(partial, 0)", "z = tl.sum(partial, 0).to(tl.float16).to(tl.float32)"),
     "low basis lost": ("removed = tl.dot(z_hi, tl.trans(u_lo))", "removed = tl.dot(z_hi, tl.trans(u_lo)) * 0.0"),
     "strength 0 computed": ("tl.where(a == 0.0, x_wide, x_wide - a * removed)", "x_wide - a * removed"),
-    "chunk skipped": (SECOND_WALK.format("0"), SECOND_WALK.format("BLOCK_D")),
+    "first chunk skipped": (WALK.format("0") + "tl.arange", WALK.format("BLOCK_D") + "tl.arange"),
+    "row: first chunk skipped": (WALK.format("0") + "lane", WALK.format("BLOCK_D") + "lane"),
+    "row: strength of another row": ("tl.load(row_strength_ptr + row)", "tl.load(row_strength_ptr)"),
+    "strength of another row": ("tl.load(row_strength_ptr + row, mask", "tl.load(row_strength_ptr + row * 0, mask"),
 }
 
 
@@ -147,18 +154,20 @@ def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k):
 
 @pytest.mark.slow
 def test_it_compiles_for_sm_80_and_sm_90_without_spills_and_within_shared_memory():
-    from kernel_surgery.aot import compile_project
+    from kernel_surgery.aot import CASES, DTYPES, compile_project
 
     for sm in (80, 90):
-        for dtype in ("bfloat16", "float16", "float32"):
-            for k, rows in ((10, 1), (10, 16384), (33, 16384), (64, 16384)):
-                c = compile_project(sm, dtype, k, rows)
-                print(
-                    f"sm_{sm} {dtype} k={k} rows={rows}: {c.registers} registers, {c.spilled} B spilled, {c.shared} B"
-                )
+        for dtype in DTYPES:
+            for rows, d, k in CASES:
+                c = compile_project(sm, dtype, rows, d, k)
+                print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.spilled} spilled")
                 assert c.faults() == []
+                check_offsets(c.ttir)
+
+
+def check_offsets(ttir):
     # M * d may pass 2^31: whatever is multiplied (rows and columns by strides, program by block) is 64 bits wide.
-    products = re.findall(r"arith\.muli .* : (.*?)(?: loc|$)", c.ttir, re.MULTILINE)
+    products = re.findall(r"arith\.muli .* : (.*?)(?: loc|$)", ttir, re.MULTILINE)
     assert products and all("i64" in kind for kind in products), products
 
 
@@ -166,10 +175,10 @@ def test_it_compiles_for_sm_80_and_sm_90_without_spills_and_within_shared_memory
 def test_the_ahead_of_time_check_can_fail():
     from kernel_surgery.aot import compile_project
 
-    found = compile_project(90, "bfloat16", 64, 16384, BLOCK_M=128, BLOCK_D=256).faults()
+    found = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256).faults()
     print(found)
     assert any("spills" in fault for fault in found)
-    found = compile_project(80, "float32", 64, 16384, BLOCK_M=64, BLOCK_D=1024, num_warps=32).faults()
+    found = compile_project(80, "float32", 16384, 2048, 64, BLOCK_M=64, BLOCK_D=1024, num_warps=32).faults()
     print(found)
     assert any("shared memory" in fault for fault in found)
 
@@ -177,7 +186,10 @@ def test_the_ahead_of_time_check_can_fail():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("m, d, k", [(0, 64, 1), (1, 2048, 10), (17, 2049, 33), (4097, 2048, 10), (199, 8192, 64)])
+@pytest.mark.parametrize(
+    "m, d, k",
+    [(0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 10), (65, 2048, 10), (4097, 2048, 10), (199, 8192, 64)],
+)
 def test_on_a_gpu_rule_a_and_the_leak_rule_hold(dtype, m, d, k):
     from kernel_surgery.ops import project, provider
 
