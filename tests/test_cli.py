@@ -335,7 +335,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tiny, tmp_path):
         cli.load_model(str(tmp_path / "m"), cli.parse_dtype("float32"))
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "config is no JSON", "unknown architecture"])
+@pytest.mark.parametrize("damage", ["truncated weights", "config is no JSON", "unknown architecture", "quantised"])
 def test_a_damaged_checkpoint_is_one_clear_error(tiny, tmp_path, damage):
     folder = tmp_path / "m"
     shutil.copytree(tiny, folder)
@@ -344,6 +344,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(tiny, tmp_path, damage):
         (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     elif damage == "config is no JSON":
         (folder / "config.json").write_text("{")
+    elif damage == "quantised":  # by a library that is not installed
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
     else:
         (folder / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(cli.UserError, match=r"^cannot load a model from '.*/m': ."):

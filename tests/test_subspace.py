@@ -73,6 +73,12 @@ def test_what_is_not_a_subspace_is_refused_by_name(model, tmp_path):
     save_file({"layer.1.basis": torch.ones(8, 2)}, tmp_path / "skew", metadata={"provenance": json.dumps({})})
     with pytest.raises(ValueError, match="does not say which model"):
         Subspace.load(tmp_path / "skew")
+    for broken in ("{", "[1, 2]", "7"):
+        save_file(
+            {"layer.1.basis": torch.eye(8)[:, :2].contiguous()}, tmp_path / "broken", metadata={"provenance": broken}
+        )
+        with pytest.raises(ValueError, match="broken' has provenance that is not a JSON object"):
+            Subspace.load(tmp_path / "broken", force=True)
     with pytest.raises(ValueError, match=r"skew.*layer 1 is not orthonormal"):
         Subspace.load(tmp_path / "skew", force=True)
 
