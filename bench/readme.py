@@ -4,7 +4,6 @@ DIR is a finished `kernel_surgery.eval --mode fused`. Its results.json is kept a
 README shows what stands there, between two marks.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -42,10 +41,10 @@ def with_section(readme: str, results: dict) -> str:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Keep the results and rewrite README.md; both or neither."""
+    """Keep the results and rewrite README.md; neither where README.md lacks the marks."""
     parser = cli.Parser(prog="python -m bench.readme", description="Write the README's table from an evaluation.")
     parser.add_argument("--results", type=Path, required=True, help="folder of a finished kernel_surgery.eval")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     file = args.results / "results.json"
     if not file.is_file():
         raise cli.UserError(f"{str(file)!r} does not exist: give the folder of a finished evaluation.")

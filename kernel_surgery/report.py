@@ -133,7 +133,7 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
 {accuracy_plot(results)}
 <h2>Answers</h2>
 {table(["mode", "language", "correct", "accuracy (95% interval)", "FAT", "fidelity", "coverage"], rates, 2)}
-<p>FAT: tokens until the right answer is complete, a problem not solved counting {rates and config["max_new_tokens"]}.
+<p>FAT: tokens until the right answer is complete, a problem not solved counting {config["max_new_tokens"]}.
 Fidelity: share of judged texts without a line in another language; coverage: share that could be judged.</p>
 <h2>By category</h2>
 {table(["mode", "language", *categories], by_category, 2)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, baked, fused, hooked
+from kernel_surgery.reference import project_oracle, rule_b_bounds, worst_ratio
 from kernel_surgery.sites import mlp_outputs
 from tests.models import basis, pico
 
@@ -122,20 +123,27 @@ def test_baked_reports_the_norms_it_changed_and_keeps_the_parameters(bases):
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_layers_and_another_strength_are_what_is_applied(mode, bases):
     model, seen = pico("llama"), {}
-    for layer, site in mlp_outputs(model).items():
-        site.module.register_forward_hook(lambda m, args, out, layer=layer: seen.update({layer: out}))
+    sites = mlp_outputs(model)
+    for layer, site in sites.items():
+        site.module.register_forward_hook(lambda m, args, out, layer=layer: seen.update({layer: out, "h": args[0]}))
     logits(model)
     plain = dict(seen)
     with MODES[mode](model, bases, 0.5, layers=[2]) as edit:
         # A hook added after ours sees the edited output; ours was added after the recorder for the hook modes.
-        for site in mlp_outputs(model, [2]).values():
-            handle = site.module.register_forward_hook(lambda m, args, out: seen.update(edited=out))
+        handle = sites[2].module.register_forward_hook(lambda m, args, out: seen.update(edited=out, h=args[0]))
+        recorded = sites[3].module.register_forward_pre_hook(lambda m, args: seen.update(kept=seen["h"]))
         logits(model)
         handle.remove()
+        recorded.remove()
     assert edit.layers == (2,) and edit.strength == 0.5
     assert torch.equal(seen[0], plain[0]) and torch.equal(seen[1], plain[1])
-    before, after = plain[2] @ bases[2], seen["edited"] @ bases[2]
-    torch.testing.assert_close(after, 0.5 * before, rtol=1e-4, atol=1e-5)
+    # Whatever the mode, within Rule B of the output before, projected: the widest of the modes' bounds.
+    h, weight = seen["kept"].flatten(0, 1), sites[2].module.weight.detach()
+    each, _ = rule_b_bounds(weight, h, bases[2], 0.5)
+    error = seen["edited"].flatten(0, 1).double() - project_oracle(plain[2].flatten(0, 1), bases[2], 0.5)
+    print(f"{mode}: error/bound {worst_ratio(error.abs(), each):.3f}")
+    assert worst_ratio(error.abs(), each) <= 1
+    assert worst_ratio((seen["edited"] - plain[2]).flatten(0, 1).abs(), each) > 1
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -158,7 +166,12 @@ def test_an_edited_model_trains_only_what_it_should(mode, bases):
     model = pico("llama")
     with MODES[mode](model, bases):
         model(input_ids=ids()).logits.sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.model.layers[0].parameters())
+        assert not any(buffer.requires_grad for buffer in model.buffers())
+    edited = [p.grad.clone() for p in model.model.layers[0].parameters()]
+    assert all(torch.isfinite(gradient).all() for gradient in edited)
+    model.zero_grad()
+    model(input_ids=ids()).logits.sum().backward()
+    assert not any(torch.equal(p.grad, g) for p, g in zip(model.model.layers[0].parameters(), edited, strict=True))
 
 
 def test_a_tied_weight_is_refused_by_baking_before_anything_changes(bases):
@@ -188,10 +201,13 @@ def test_the_basis_follows_the_model_and_stays_out_of_a_save(bases, tmp_path):
 
 
 WRONG = {
-    "unknown layer": (lambda b: {"subspace": b, "layers": [0, 1]}, r"0"),
-    "no layers": (lambda b: {"subspace": b, "layers": []}, "layer"),
+    "unknown layer": (
+        lambda b: {"subspace": b, "layers": [0, 1]},
+        r"layers \[0\] are not in the subspace, which holds \[1, 2, 3\]",
+    ),
+    "no layers": (lambda b: {"subspace": b, "layers": []}, "no layers were asked for"),
     "layer out of range": (lambda b: {"subspace": b | {7: b[1]}}, "layer 7 is out of range: the model has 4 layers"),
-    "d_model": (lambda b: {"subspace": {1: basis(50, 5)}}, "50.*48|48.*50"),
+    "d_model": (lambda b: {"subspace": {1: basis(50, 5)}}, r"d_model=50, weight is \(48, 96\)"),
     "not orthonormal": (lambda b: {"subspace": {1: b[1] * 1.01}}, "layer 1 is not orthonormal"),
     "NaN": (lambda b: {"subspace": {1: b[1] * torch.nan}}, "NaN"),
     "no basis": (lambda b: {"subspace": {}}, "at least one layer"),

@@ -81,7 +81,8 @@ def test_the_gradient_is_the_same_projection():
     assert torch.autograd.gradcheck(lambda x: project(x, u, a), x)
     upstream = torch.randn(4, 10, dtype=torch.float64)
     project(x, u, 0.7).backward(upstream)
-    torch.testing.assert_close(x.grad, project_oracle(upstream, u, 0.7))
+    # float64 both: sums over d = 10 and k = 3, and a subtraction, in units of 2^-53.
+    assert float((x.grad - project_oracle(upstream, u, 0.7)).abs().max()) <= 15 * 2**-53 * float(upstream.norm())
 
 
 def test_it_compiles_into_one_graph_whatever_the_batch_and_length():

@@ -43,7 +43,8 @@ Command: `python -m kernel_surgery.eval --mode original --languages all`, kernel
 - Products inside a working (of a series, say) may coincide with a product that is asked elsewhere in the test split.
 - Nearly every text follows one template per kind of problem and language, so it says little about how large models
   mix languages.
-- The working of a series can take up to 150 tokens: a budget of 128, as in the expag protocol, cuts some short.
+- The working of a series or a remainder can take up to 150 tokens: a budget of 128, as in the expag protocol, cuts
+  some short.
 
 ## Training
 {steps} steps, {tokens} tokens, {hours:.1f} hours on {device} (other work ran beside it):
