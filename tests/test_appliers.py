@@ -167,6 +167,9 @@ def test_an_edited_model_trains_only_what_it_should(mode, bases):
     with MODES[mode](model, bases):
         model(input_ids=ids()).logits.sum().backward()
         assert not any(buffer.requires_grad for buffer in model.buffers())
+    # What an edited layer computes reaches the loss through the edit alone.
+    through = [model.model.layers[layer].mlp.gate_proj.weight.grad for layer in LAYERS]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in through)
     edited = [p.grad.clone() for p in model.model.layers[0].parameters()]
     assert all(torch.isfinite(gradient).all() for gradient in edited)
     model.zero_grad()
