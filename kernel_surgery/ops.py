@@ -1,7 +1,10 @@
-"""The edit as a PyTorch operator, `kernel_surgery::project`: Triton on CUDA, ATen on the CPU, with fake and autograd.
+"""The edit as PyTorch operators: Triton on CUDA, ATen on the CPU, with fake and autograd.
 
-An operator rather than a function so that torch.compile sees one opaque, differentiable call and CUDA graphs capture
-it.
+    kernel_surgery::project               y = x - a U (U^T x)
+    kernel_surgery::project_add           h = residual + y
+    kernel_surgery::project_add_rmsnorm   h, and n = rmsnorm(h) * weight
+
+Operators rather than functions so that torch.compile sees one opaque, differentiable call and CUDA graphs capture it.
 """
 
 import math
@@ -20,55 +23,157 @@ def provider(where: Tensor | torch.device | str) -> str:
     return f"aten/{device.type}"
 
 
-@torch.library.custom_op("kernel_surgery::project", mutates_args=())
-def _project(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
-    """ATen: float32 arithmetic (float64 for float64 x), one rounding. x [rows, d], basis [d, k]."""
+def _projected(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
+    """ATen: y in float32 (float64 for float64 x), not rounded. x [rows, d], basis [d, k]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, u = x.to(wide), basis.to(wide)
     removed = (x_wide @ u) @ u.T
     if row_strength is None:
         # At strength 0 the input comes back bit for bit, also where `removed` is not finite.
-        y = x_wide - strength * removed if strength else x_wide
-    else:
-        a = (strength * row_strength.to(wide)).unsqueeze(1)
-        y = torch.where(a == 0, x_wide, x_wide - a * removed)
-    # Always fresh and contiguous: a custom op may return neither its input nor strides that the fake does not have.
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return out.copy_(y)
+        return x_wide - strength * removed if strength else x_wide
+    a = (strength * row_strength.to(wide)).unsqueeze(1)
+    return torch.where(a == 0, x_wide, x_wide - a * removed)
+
+
+def _fresh(value: Tensor, like: Tensor) -> Tensor:
+    """`value` rounded to the dtype of `like` [rows, d], in new contiguous memory: a custom op may return neither its
+    input nor strides that the fake does not have."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(value)
+
+
+@torch.library.custom_op("kernel_surgery::project", mutates_args=())
+def _project(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
+    return _fresh(_projected(x, basis, strength, row_strength), x)
+
+
+@torch.library.custom_op("kernel_surgery::project_add", mutates_args=())
+def _project_add(
+    x: Tensor, residual: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, separate: bool
+) -> Tensor:
+    y = _projected(x, basis, strength, row_strength)
+    if separate:
+        y = y.to(x.dtype).to(y.dtype)
+    return _fresh(residual.to(y.dtype) + y, x)
+
+
+@torch.library.custom_op("kernel_surgery::project_add_rmsnorm", mutates_args=())
+def _project_add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    basis: Tensor,
+    strength: float,
+    row_strength: Tensor | None,
+    separate: bool,
+) -> tuple[Tensor, Tensor]:
+    h = _project_add(x, residual, basis, strength, row_strength, separate)
+    n = h.float() * _inverse_rms(h, eps)
+    return h, _fresh(weight * n.to(x.dtype) if separate else weight.float() * n, x)
+
+
+def _inverse_rms(h: Tensor, eps: float) -> Tensor:
+    """1 / rms of every row [rows, 1], float32."""
+    return torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
+    from kernel_surgery.kernels.project import project as launch
+
+    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not.
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return launch(
+        x, basis.float(), strength, None if row_strength is None else row_strength.float().contiguous(), **more
+    )
 
 
 @_project.register_kernel("cuda")
 def _project_cuda(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
     if x.dtype == torch.float64:
         return _project._init_fn(x, basis, strength, row_strength)
-    from kernel_surgery.kernels.project import project as launch
-
-    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not.
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    row_strength = None if row_strength is None else row_strength.float().contiguous()
-    return launch(x, basis.float(), strength, row_strength)
+    return _launch(x, basis, strength, row_strength)[0]
 
 
-@_project.register_fake
-def _project_fake(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
+@_project_add.register_kernel("cuda")
+def _project_add_cuda(x, residual, basis, strength, row_strength, separate):
+    residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+    return _launch(x, basis, strength, row_strength, residual=residual, separate=separate)[0]
+
+
+@_project_add_rmsnorm.register_kernel("cuda")
+def _project_add_rmsnorm_cuda(x, residual, weight, eps, basis, strength, row_strength, separate):
+    residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+    more = {"residual": residual, "weight": weight.contiguous(), "eps": eps, "separate": separate}
+    return _launch(x, basis, strength, row_strength, **more)
+
+
+def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, basis, strength, row_strength = inputs
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+@_project.register_fake
+def _project_fake(x, basis, strength, row_strength):
+    return _like(x)
+
+
+@_project_add.register_fake
+def _project_add_fake(x, residual, basis, strength, row_strength, separate):
+    return _like(x)
+
+
+@_project_add_rmsnorm.register_fake
+def _project_add_rmsnorm_fake(x, residual, weight, eps, basis, strength, row_strength, separate):
+    return _like(x), _like(x)
+
+
+def _remember_edit(ctx, basis: Tensor, strength: float, row_strength: Tensor | None, *others: Tensor) -> None:
+    if basis.requires_grad or (row_strength is not None and row_strength.requires_grad):
         raise ValueError(_NO_GRADIENT)
-    ctx.save_for_backward(basis, row_strength)
+    ctx.save_for_backward(basis, row_strength, *others)
     ctx.strength = strength
 
 
-def _backward(ctx, gradient: Tensor):
-    # I - a U U^T is symmetric: the gradient passes through the same operator.
+# I - a U U^T is symmetric: a gradient passes through the same operator.
+
+
+def _project_setup(ctx, inputs, output) -> None:
+    _, basis, strength, row_strength = inputs
+    _remember_edit(ctx, basis, strength, row_strength)
+
+
+def _project_backward(ctx, gradient: Tensor):
     basis, row_strength = ctx.saved_tensors
     return _project(gradient, basis, ctx.strength, row_strength), None, None, None
 
 
-_project.register_autograd(_backward, setup_context=_setup_context)
+def _project_add_setup(ctx, inputs, output) -> None:
+    _, _, basis, strength, row_strength, _ = inputs
+    _remember_edit(ctx, basis, strength, row_strength)
+
+
+def _project_add_backward(ctx, gradient: Tensor):
+    basis, row_strength = ctx.saved_tensors
+    return _project(gradient, basis, ctx.strength, row_strength), gradient, None, None, None, None
+
+
+def _project_add_rmsnorm_setup(ctx, inputs, output) -> None:
+    _, _, weight, ctx.eps, basis, strength, row_strength, _ = inputs
+    _remember_edit(ctx, basis, strength, row_strength, weight, output[0])
+
+
+def _project_add_rmsnorm_backward(ctx, gradient_h: Tensor, gradient_n: Tensor):
+    basis, row_strength, weight, h = ctx.saved_tensors
+    wide, inverse = h.float(), _inverse_rms(h, ctx.eps)
+    through = gradient_n.float() * weight.float()
+    along = (through * wide).mean(-1, keepdim=True) * inverse.square()
+    total = (gradient_h.float() + inverse * (through - wide * along)).to(h.dtype)
+    gradient_weight = (gradient_n.float() * wide * inverse).sum(0).to(weight.dtype)
+    return _project(total, basis, ctx.strength, row_strength), total, gradient_weight, None, None, None, None, None
+
+
+_project.register_autograd(_project_backward, setup_context=_project_setup)
+_project_add.register_autograd(_project_add_backward, setup_context=_project_add_setup)
+_project_add_rmsnorm.register_autograd(_project_add_rmsnorm_backward, setup_context=_project_add_rmsnorm_setup)
 
 _NO_GRADIENT = (
     "project has a gradient for x only, but the basis or the strength requires one. Detach it: an orthonormal basis "
@@ -85,20 +190,18 @@ def check_rank(basis: Tensor) -> None:
         )
 
 
-def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-    """y = x - a U (U^T x), as a fresh contiguous tensor of x's shape and dtype.
+def packed(basis: Tensor) -> Tensor:
+    """The basis as float32, contiguous, with zero columns up to a multiple of 16: [d_model, k] -> [d_model, k'].
 
-    x [..., d_model] float32, bfloat16, float16 or float64; basis U [d_model, k], k <= 64, orthonormal columns, any
-    floating dtype (used in float32), same device; strength a: a number, or a tensor of x.shape[:-1], one a row. Rows
-    of strength 0 come back bit for bit. Float32 accumulation, one rounding at the store: `reference.rule_a_bound`. On
-    CUDA up to 64 rows and more than 64 take different kernels (`kernels/project.py`): the last bits of a row may differ
-    between the two. Differentiable in x.
-
-    Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
-    basis or strength that requires a gradient; TypeError for an x of another dtype.
+    The same edit, in the memory layout that the fastest kernel wants. Done once by the appliers, not at every call.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"project takes float32, bfloat16, float16 or float64, got {x.dtype}")
+    return torch.nn.functional.pad(basis.float(), (0, -basis.shape[1] % 16)).contiguous()
+
+
+def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> tuple[Tensor, float, Tensor | None]:
+    """Check what an operator is given; (x as [rows, d_model], strength of all rows, strength of each row or None)."""
+    if x.dtype not in dtypes:
+        raise TypeError(f"expected x of {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {x.dtype}")
     if basis.ndim != 2 or x.ndim < 1 or basis.shape[0] != x.shape[-1]:
         raise ValueError(
             f"cannot project x of shape {tuple(x.shape)} with a basis of shape {tuple(basis.shape)}: "
@@ -109,15 +212,84 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         raise ValueError(f"x is on {x.device}, the basis on {basis.device}. Move the basis: basis.to(x.device).")
     row_strength, number = None, 1.0
     if isinstance(strength, Tensor):
-        if strength.shape != x.shape[:-1]:
+        leading = x.shape[:-1]
+        if strength.ndim == 0 or strength.shape != leading[: strength.ndim]:
             raise ValueError(
-                f"strength has shape {tuple(strength.shape)}; expected a number, or one a row: {tuple(x.shape[:-1])}."
+                f"strength has shape {tuple(strength.shape)}; expected a number, one a row: {tuple(leading)}, or one a "
+                f"sequence: {tuple(leading[:1])}."
             )
-        row_strength = strength.to(x.device).reshape(-1)
+        missing = (1,) * (len(leading) - strength.ndim)
+        row_strength = strength.to(x.device).reshape(*strength.shape, *missing).expand(leading).reshape(-1)
     else:
         number = float(strength)
         if not math.isfinite(number):
             raise ValueError(f"strength must be a finite number, got {number}.")
     # 2-D before the operator: on 3-D activations a compiled caller specialises on batch 1 and length 1 until dynamo's
     # recompile limit, and then runs eagerly without a word.
-    return _project(x.reshape(-1, x.shape[-1]), basis, number, row_strength).reshape(x.shape)
+    return x.reshape(-1, x.shape[-1]), number, row_strength
+
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    """y = x - a U (U^T x), as a fresh contiguous tensor of x's shape and dtype.
+
+    x [..., d_model] float32, bfloat16, float16 or float64; basis U [d_model, k], k <= 64, orthonormal columns, any
+    floating dtype (used in float32), same device; strength a: a number, or a tensor of one a row, x.shape[:-1], or of
+    one a sequence, its leading dimensions. Rows of strength 0 come back bit for bit. Float32 accumulation, one
+    rounding at the store: `reference.rule_a_bound`. On CUDA the number of rows, d_model and k choose between three
+    kernels (`kernels/project.py`, `form_of`): across a threshold the last bits of a row may differ. Differentiable
+    in x.
+
+    Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
+    basis or strength that requires a gradient; TypeError for an x of another dtype.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, (*LOW, torch.float64))
+    return _project(rows, basis, number, row_strength).reshape(x.shape)
+
+
+def project_add(
+    x: Tensor, residual: Tensor, basis: Tensor, strength: float | Tensor = 1.0, *, separate: bool = True
+) -> Tensor:
+    """h = residual + x - a U (U^T x), fresh and contiguous: `project` and the residual addition in one pass.
+
+    residual: of x's shape, dtype and device. separate: y is rounded to x's dtype before it is added, as it would be by
+    two operations; otherwise once, at the end. Everything else, errors too, as in `project` (no float64); residual is
+    differentiable too.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, LOW)
+    _check_beside(x, "residual", residual, x.shape)
+    return _project_add(rows, residual.reshape(rows.shape), basis, number, row_strength, separate).reshape(x.shape)
+
+
+def project_add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    basis: Tensor,
+    strength: float | Tensor = 1.0,
+    *,
+    separate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(h, n): `project_add`, and n = h / sqrt(mean(h^2) + eps) * weight, fresh and contiguous, in one pass.
+
+    weight: [d_model] of x's dtype and device. n is computed from h as it is returned, in float32. separate: rounded
+    before the multiplication by weight too, as Llama-shaped models do; otherwise once, at the end. As in
+    `project_add` otherwise; weight is differentiable too. Bound: `reference.rmsnorm_bound`.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, LOW)
+    _check_beside(x, "residual", residual, x.shape)
+    _check_beside(x, "weight", weight, x.shape[-1:])
+    more = (weight, float(eps), basis, number, row_strength, separate)
+    h, n = _project_add_rmsnorm(rows, residual.reshape(rows.shape), *more)
+    return h.reshape(x.shape), n.reshape(x.shape)
+
+
+def _check_beside(x: Tensor, name: str, other: Tensor, shape: torch.Size) -> None:
+    if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
+        raise ValueError(
+            f"{name} is {tuple(other.shape)} {other.dtype} on {other.device}; expected {tuple(shape)} {x.dtype} on "
+            f"{x.device}, as x has it."
+        )

@@ -45,6 +45,12 @@ def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     return (x_wide - strength * ((x_wide @ u) @ u.T)).to(x.dtype)
 
 
+def rmsnorm_oracle(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """h / sqrt(mean(h^2) + eps) * weight in float64. h [..., d], weight [d]."""
+    wide = h.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
 def bake_oracle(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     """W - a U (U^T W) in float64. weight [d, d_ff]."""
     return project_oracle(weight.T, basis, strength).T
@@ -69,6 +75,38 @@ def rule_a_bound(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
     pieces = 0.0 if x.dtype == torch.float32 else _TWO_PIECES
     spread = pieces * z + math.sqrt(x.shape[-1]) * _ACCUMULATION * x.double().norm(dim=-1, keepdim=True)
     return 1.01 * (u * y.abs() + _column(strength, y).abs() * _row_norms(basis) * spread)
+
+
+def add_bound(x: Tensor, residual: Tensor, basis: Tensor, strength: Strength = 1.0, separate: bool = True) -> Tensor:
+    """h = residual + y against the oracle, [..., d] float64: Rule A for y, then the rounding of the sum,
+
+        E + 1.01 u (|residual + y| + E),  E = `rule_a_bound`
+
+    Without separate roundings y is a float32 number: E has 2^-24 |y_i| in place of u |y_i|, and the sum is rounded to
+    float32 before it is rounded to the dtype.
+    """
+    u = unit_roundoff(x.dtype)
+    y = project_oracle(x, basis, strength)
+    error = rule_a_bound(x, basis, strength)
+    if not separate:
+        error = error - 1.01 * (u - 2.0**-24) * y.abs()
+    rounding = u if x.dtype == torch.float32 else u + 2.0**-24
+    return error + 1.01 * rounding * ((residual.double() + y).abs() + error)
+
+
+def rmsnorm_bound(h: Tensor, weight: Tensor, eps: float, separate: bool = True) -> Tensor:
+    """n against `rmsnorm_oracle` of the same stored h, [..., d] float64:
+
+        1.01 |n_i| ( r u + (sqrt(d) / 2 + 8) 2^-24 ) + the smallest normal number's u (1 + |weight_i|)
+
+    r = 2 roundings if they are separate (the quotient, the product), else 1. The sum of d squares grows like sqrt(d)
+    float32 roundings, halved by the root; 8 are for the division, the root (2 ulp in hardware) and the products.
+    """
+    u = unit_roundoff(h.dtype)
+    exact = rmsnorm_oracle(h, weight, eps).abs()
+    roundings = (2 if separate else 1) * u + (math.sqrt(h.shape[-1]) / 2 + 8) * 2.0**-24
+    underflow = torch.finfo(h.dtype).smallest_normal * 2 * u * (1 + weight.double().abs())
+    return 1.01 * exact * roundings + underflow
 
 
 def leak_bound(y: Tensor, x: Tensor, basis: Tensor) -> Tensor:

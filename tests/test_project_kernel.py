@@ -2,124 +2,230 @@
 
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernel_surgery.reference import leak, leak_bound, project_oracle, rule_a_bound, worst_ratio
+from kernel_surgery.reference import (
+    add_bound,
+    leak,
+    leak_bound,
+    project_oracle,
+    rmsnorm_bound,
+    rmsnorm_oracle,
+    rule_a_bound,
+    worst_ratio,
+)
 from tests.models import basis
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def interpret(group, root=ROOT):
-    """The results of one group of cases of tests/interpreter.py, run on the tree in `root`."""
+def interpret(*words):
+    """The lines of `python -m tests.interpreter`, from JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreter", group],
+        [sys.executable, "-W", "ignore", "-m", "tests.interpreter", *words],
         capture_output=True,
         text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def faults(results):
-    """The cases that break a rule."""
-    found = []
+@pytest.mark.slow
+def test_the_interpreted_kernels_meet_every_bound_on_awkward_shapes():
+    paths = (
+        ("float32", "float16 pieces", "float16 tile pieces"),
+        ("float16", "float32 row", "float16 row", "float32 tile"),
+    )
+    with ThreadPoolExecutor(2) as pool:
+        results = [r for part in pool.map(lambda some: interpret("shapes", *some), paths) for r in part]
+    worst = {}
     for r in results:
-        if "same_bits" in r:
-            good = r["same_bits"]
-        else:
-            good = r["finite"] and r["error_over_bound"] <= 1 and r["over_eager"] <= 1
-            print(f"{r['case']}: error/bound {r['error_over_bound']:.3f}, over eager {r['over_eager']:.3f}")
-        if not good:
-            found.append(r["case"])
-    return found
+        for what, ratio in r.get("over_bound", {}).items():
+            worst[what] = max(worst.get(what, (0.0, "")), (ratio, r["case"]))
+    for what, (ratio, case) in worst.items():
+        print(f"{what}: at most {ratio:.3f} of its bound ({case})")
+    assert len(results) == 128
+    assert [r["broken"] for r in results if r["broken"]] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group, cases", [("shapes", 61), ("memory", 36), ("rows", 21)])
-def test_the_interpreted_kernel_meets_rule_a_everywhere(group, cases):
+@pytest.mark.parametrize("group, cases", [("memory", 48), ("rows", 36)])
+def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, cases):
     results = interpret(group)
     assert len(results) == cases
-    assert faults(results) == []
+    assert [r["broken"] for r in results if r["broken"]] == []
 
 
-BASIS_AT = "column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k"
-STORE = "tl.store(y_row + column[None, :], y.to(y_ptr.dtype.element_ty), mask="
-ROW_STORE = "tl.store(y_ptr + row * stride_y + column, y.to(y_ptr.dtype.element_ty), mask="
-WALK = "for start in range({}, d, BLOCK_D):\n        column = start + "
+# name: (what stands in kernels/project.py, what a plausible mistake would make of it). A name that begins with a form
+# is a fault of that form alone.
 MUTATIONS = {
-    "last rows unmasked": (STORE + "inside)", STORE + "(column < d)[None, :])"),
-    "last columns unmasked": (STORE + "inside)", STORE + "row_in)"),
-    "row: last columns unmasked": (ROW_STORE + "column < d)", ROW_STORE + "column < d + BLOCK_D)"),
-    "basis taken for row-major": (BASIS_AT, "column[:, None].to(tl.int64) * k + column_k[None, :]"),
-    "row stride assumed": ("x_row = x_ptr + row[:, None] * stride_x", "x_row = x_ptr + row[:, None] * d"),
-    "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
-    "strength ignored": ("x_wide - a * removed", "x_wide - removed"),
-    "sign": ("x_wide - a * removed", "x_wide + a * removed"),
-    "z rounded": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
+    "sign": ("wide - a * removed", "wide + a * removed"),
+    "strength ignored": ("wide - a * removed", "wide - removed"),
+    "strength 0 computed": ("tl.where(a == 0.0, wide, wide - a * removed)", "wide - a * removed"),
+    "z in one piece": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
+    "low piece of the basis lost": ("removed = tl.dot(z_hi, u_lo)", "removed = tl.dot(z_hi, u_lo) * 0.0"),
+    "basis taken for row-major": (
+        "column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k",
+        "column[:, None].to(tl.int64) * k + column_k[None, :]",
+    ),
+    "columns beyond k unmasked": ("mask=(column < d)[:, None] & (column_k < k)[None, :]", "mask=(column < d)[:, None]"),
+    "residual forgotten": ("wide += residual.to(tl.float32)", "wide += 0.0"),
+    "residual added twice": ("wide += residual.to(tl.float32)", "wide += 2.0 * residual.to(tl.float32)"),
+    "residual projected too": ("wide - a * removed)\n    if ADD:", "wide - a * removed) * (1.0 - a)\n    if ADD:"),
+    "y not rounded where separate": (
+        "        if SEPARATE:\n            wide = wide.to(kind).to(tl.float32)\n        wide +=",
+        "        wide +=",
+    ),
+    "h / rms not rounded where separate": (
+        "    if SEPARATE:\n        wide = wide.to(kind).to(tl.float32)\n    return (wide *",
+        "    return (wide *",
+    ),
+    "weight forgotten": ("(wide * weight.to(tl.float32)).to(kind)", "wide.to(kind)"),
     "row: z rounded": ("z = tl.sum(partial, 0)", "z = tl.sum(partial, 0).to(tl.float16).to(tl.float32)"),
-    "low basis lost": ("removed = tl.dot(z_hi, tl.trans(u_lo))", "removed = tl.dot(z_hi, tl.trans(u_lo)) * 0.0"),
-    "strength 0 computed": ("tl.where(a == 0.0, x_wide, x_wide - a * removed)", "x_wide - a * removed"),
-    "first chunk skipped": (WALK.format("0") + "tl.arange", WALK.format("BLOCK_D") + "tl.arange"),
-    "row: first chunk skipped": (WALK.format("0") + "lane", WALK.format("BLOCK_D") + "lane"),
+    "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
+    "row: residual stride assumed": ("residual_ptr + row * stride_residual", "residual_ptr + row * d"),
+    "row: last columns unmasked": ("column, y, mask=column < d)", "column, y, mask=column < d + BLOCK_D)"),
     "row: strength of another row": ("tl.load(row_strength_ptr + row)", "tl.load(row_strength_ptr)"),
-    "strength of another row": ("tl.load(row_strength_ptr + row, mask", "tl.load(row_strength_ptr + row * 0, mask"),
+    "row: chunks before the last lost": ("partial += x[:, None] * u", "partial = x[:, None] * u"),
+    "row: eps outside the root": (
+        "tl.rsqrt(tl.sum(squares, 0) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(squares, 0) / d) + eps)",
+    ),
+    "row: mean over the block": ("tl.sum(squares, 0) / d", "tl.sum(squares, 0) / BLOCK_D"),
+    "two-pass: row stride assumed": ("x_row = x_ptr + row[:, None] * stride_x", "x_row = x_ptr + row[:, None] * d"),
+    "two-pass: residual stride assumed": (
+        "residual_ptr + row[:, None] * stride_residual",
+        "residual_ptr + row[:, None] * d",
+    ),
+    "two-pass: last rows unmasked": (
+        "tl.store(y_row + column[None, :], y, mask=inside)",
+        "tl.store(y_row + column[None, :], y, mask=(column < d)[None, :])",
+    ),
+    "two-pass: last columns unmasked": (
+        "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=inside)",
+        "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=row_in)",
+    ),
+    "two-pass: chunks before the last lost": ("z = gather(x, u, z,", "z = gather(x, u, z * 0.0,"),
+    "two-pass: eps outside the root": (
+        "tl.rsqrt(tl.sum(squares, 1) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(squares, 1) / d) + eps)",
+    ),
+    "two-pass: mean over the block": ("tl.sum(squares, 1) / d", "tl.sum(squares, 1) / BLOCK_D"),
+    "blocks: strength of another row": (
+        "tl.load(row_strength_ptr + row, mask",
+        "tl.load(row_strength_ptr + row * 0, mask",
+    ),
+    "tile: chunks before the last lost": ("gather(kept[chunk], u, z,", "gather(kept[chunk], u, z * 0.0,"),
+    "tile: transposed basis": (
+        "part[:, :, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]",
+        "part[:, :, None] + tl.arange(0, BLOCK_K)[None, None, :] * d",
+    ),
+    "tile: basis of the first chunk": ("chunk * BLOCK_D * BLOCK_K + basis_at, eviction", "basis_at, eviction"),
+    "tile: sum over the warps forgotten": (
+        "z = tl.broadcast_to(tl.sum(z, 0)[None, :, :], [SPLIT, BLOCK_M, BLOCK_K])\n",
+        "",
+    ),
+    "tile: row stride assumed": (
+        "x_row = x_ptr + row[None, :, None] * stride_x",
+        "x_row = x_ptr + row[None, :, None] * d",
+    ),
+    "tile: residual stride assumed": (
+        "residual_ptr + row[None, :, None] * stride_residual",
+        "residual_ptr + row[None, :, None] * d",
+    ),
+    "tile: last rows unmasked": (
+        "tl.store(y_row + chunk * BLOCK_D, y, mask=row_in)",
+        "tl.store(y_row + chunk * BLOCK_D, y)",
+    ),
+    "tile: weight of the first chunk": (
+        "tl.load(weight_ptr + chunk * BLOCK_D + across)",
+        "tl.load(weight_ptr + across)",
+    ),
+    "tile: eps outside the root": (
+        "tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(tl.sum(squares, 2), 0) / d) + eps)",
+    ),
+    "tile: any basis taken for packed": (
+        'if form == "tile" and (basis.stride() != (k, 1)',
+        'if form == "tile" and (False',
+    ),
+}
+# Faults that only very large inputs show, seen in the compiled kernel's IR instead.
+NARROW = {
+    "32-bit offsets in blocks": ("tl.program_id(0).to(tl.int64) * BLOCK_M", "tl.program_id(0) * BLOCK_M"),
+    "32-bit offsets of a row": ("row = tl.program_id(0).to(tl.int64)\n", "row = tl.program_id(0)\n"),
 }
 
 
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of what the interpreter needs."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tests").mkdir()
-    for name in ("__init__.py", "interpreter.py", "models.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
-    (tmp_path / "kernel_surgery").mkdir()
-    for name in ("__init__.py", "reference.py"):
-        shutil.copy(ROOT / "kernel_surgery" / name, tmp_path / "kernel_surgery")
-    (tmp_path / "kernel_surgery" / "kernels").symlink_to(Path("..") / "kernels")
-    # The shapes that tell faults apart, and no others: twelve seconds would become two minutes.
-    worker = tmp_path / "tests" / "interpreter.py"
-    text = worker.read_text(encoding="utf-8")
-    worker.write_text(re.sub(r"SHAPES = \[.*\]", "SHAPES = [(17, 129, 10)]", text), encoding="utf-8")
-    return tmp_path
+def narrow_in(kernel):
+    """The faults of one specialisation of each form, compiled ahead of time from a kernel source."""
+    code = (
+        "import importlib.util as i, sys\n"
+        f"spec = i.spec_from_file_location('kernel_surgery.kernels.project', {str(kernel)!r})\n"
+        "sys.modules[spec.name] = module = i.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "from kernel_surgery.aot import compile_project as c\n"
+        "for rows, k in ((1, 10), (9999, 16), (9999, 10)):\n"
+        "    found = c(90, 'bfloat16', rows, 256, k, 'project_add_rmsnorm')\n"
+        "    print(found.form, *found.faults(), sep=': ')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next((line for line in done.stdout.splitlines() if ": " in line), "")
 
 
 @pytest.mark.slow
-def test_every_mutation_of_the_kernel_is_caught(tree):
-    kernel = tree / "kernels" / "project.py"
-    right = kernel.read_text(encoding="utf-8")
-    groups = ("shapes", "memory", "rows")
-    assert [faults(interpret(group, tree)) for group in groups] == [[], [], []]
-    survivors = []
-    for name, (old, new) in MUTATIONS.items():
+def test_every_mutation_of_the_kernels_is_caught(tmp_path):
+    right = (ROOT / "kernels" / "project.py").read_text(encoding="utf-8")
+    files = {}
+    for name, (old, new) in ({"nothing": (right, right)} | MUTATIONS | NARROW).items():
         assert old in right, f"{name}: the source has changed, mend the mutation"
-        kernel.write_text(right.replace(old, new), encoding="utf-8")
-        caught = next((f"{group}: {found[0]}" for group in groups if (found := faults(interpret(group, tree)))), None)
-        print(f"{name}: caught by {caught}")
-        if not caught:
-            survivors.append(name)
-    assert survivors == []
+        files[name] = tmp_path / f"{len(files)}.py"
+        files[name].write_text(right.replace(old, new), encoding="utf-8")
+    seen = [name for name in files if name not in NARROW]
+    halves = seen[::2], seen[1::2]
+    caught = {name: narrow_in(files[name]) for name in ("nothing", *NARROW)}
+    assert caught.pop("nothing") == ""
+    with ThreadPoolExecutor(2) as pool:
+        for names, lines in zip(
+            halves, pool.map(lambda half: interpret("--first", *(str(files[n]) for n in half)), halves), strict=True
+        ):
+            caught |= dict(zip(names, lines, strict=True))
+    for name, case in caught.items():
+        print(f"{name}: {case or 'not caught'}")
+    assert caught.pop("nothing") == ""
+    assert [name for name, case in caught.items() if not case] == []
+    # A fault of one form shows in a case of that form.
+    for name, case in caught.items():
+        form = next((f for f in ("row", "tile", "two-pass") if name.startswith(f"{f}: ")), None)
+        if form and not case.startswith("rows behind"):
+            found_in = next((f for f in ("row", "tile") if case.split()[1] == f), "two-pass")
+            assert found_in == form, f"{name}: {case}"
 
 
-def emulated(x, u, z_pieces=2, u_pieces=2, block=64):
-    """The kernel's bfloat16 path in torch: same chunks, pieces and float32 sums, one rounding. x [rows, d] bfloat16."""
+def emulated(x, u, z_pieces=2, u_pieces=2, block=64, split=1):
+    """The kernels' bfloat16 path in torch: same chunks, pieces and float32 sums, one rounding. x [rows, d] bfloat16.
+
+    split: the tile form's slices of a chunk, each with a sum of its own, added up at the end.
+    """
     high = u.bfloat16()
     low = (u - high.float()).bfloat16() if u_pieces == 2 else torch.zeros_like(high)
-    z = torch.zeros(x.shape[0], u.shape[1])
+    z = torch.zeros(split, x.shape[0], u.shape[1])
     for start in range(0, x.shape[1], block):
-        chunk = slice(start, start + block)
-        z = z + x[:, chunk].float() @ high[chunk].float()
-        z = z + x[:, chunk].float() @ low[chunk].float()
+        for part in range(split):
+            chunk = slice(start + part * block // split, start + (part + 1) * block // split)
+            z[part] = z[part] + x[:, chunk].float() @ high[chunk].float()
+            z[part] = z[part] + x[:, chunk].float() @ low[chunk].float()
+    z = z.sum(0)
     z_high = z.bfloat16()
     z_low = (z - z_high.float()).bfloat16() if z_pieces == 2 else torch.zeros_like(z_high)
     removed = z_high.float() @ low.float().T
@@ -128,14 +234,19 @@ def emulated(x, u, z_pieces=2, u_pieces=2, block=64):
     return (x.float() - removed).bfloat16()
 
 
-@pytest.mark.parametrize("d, k", [(2048, 10), (2048, 64), (8192, 10), (8192, 64)])
-def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k):
+@pytest.mark.parametrize("form", ["two-pass", "tile"])
+@pytest.mark.parametrize("d, k", [(2048, 16), (2048, 64), (8192, 10), (8192, 64)])
+def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k, form):
+    from kernel_surgery.kernels.project import launch_options
+
+    options = launch_options(torch.bfloat16, 16384, d, k, form)
+    order = {"block": options["BLOCK_D"], "split": options.get("SPLIT", 1)}
     u = basis(d, k)
     x = torch.randn(64, d).bfloat16()
     inside = (torch.randn(64, k) @ u.T).bfloat16()
 
     def ratios(**pieces):
-        y, kept = emulated(x, u, **pieces), emulated(inside, u, **pieces)
+        y, kept = emulated(x, u, **order, **pieces), emulated(inside, u, **order, **pieces)
         return (
             worst_ratio((y.double() - project_oracle(x, u)).abs(), rule_a_bound(x, u)),
             worst_ratio((kept.double() - project_oracle(inside, u)).abs(), rule_a_bound(inside, u)),
@@ -143,7 +254,7 @@ def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k):
         )
 
     right = ratios()
-    print(f"d={d} k={k}: error/bound {right[0]:.2f} random, {right[1]:.2f} inside; leak/bound {right[2]:.2f}")
+    print(f"{form} d={d} k={k}: error/bound {right[0]:.2f} random, {right[1]:.2f} inside; leak/bound {right[2]:.2f}")
     assert max(right) <= 1
     # Teeth: the usual mistakes. Random x alone would not show the first by much; x inside the span does.
     for name, pieces in {"z in bfloat16": {"z_pieces": 1}, "basis in bfloat16": {"u_pieces": 1}}.items():
@@ -152,23 +263,56 @@ def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k):
         assert max(wrong[1:]) > 1
 
 
+def test_the_choice_of_a_form_is_by_shape_alone():
+    from kernel_surgery.kernels.project import form_of, launch_options
+
+    def form(rows, d=2048, k=16, dtype=torch.bfloat16, **more):
+        return form_of(dtype, rows, d, k, **more)
+
+    assert [form(rows) for rows in (1, 64, 65, 16384)] == ["row", "row", "tile", "tile"]
+    assert form(65, k=10) == form(65, d=2049) == form(65, d=8192) == form(65, packed=False) == "two-pass"
+    assert form(65, dtype=torch.float16) == form(65, dtype=torch.float32) == "two-pass"
+    assert (form(65, d=4096), form(65, d=4096, norm=True)) == ("tile", "two-pass")
+    assert (form(65, k=32), form(65, k=32, d=4096), form(65, k=64)) == ("tile", "two-pass", "two-pass")
+    for d in range(128, 4097, 128):
+        for k in (16, 32):
+            if form(65, d, k) == "tile":
+                options = launch_options(torch.bfloat16, 65, d, k, "tile")
+                assert d % options["BLOCK_D"] == 0 and options["BLOCK_D"] // options["SPLIT"] >= 16
+
+
 @pytest.mark.slow
-def test_it_compiles_for_sm_80_and_sm_90_without_spills_and_within_shared_memory():
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
+def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
     from kernel_surgery.aot import CASES, DTYPES, compile_project
 
-    for sm in (80, 90):
-        for dtype in DTYPES:
-            for rows, d, k in CASES:
-                c = compile_project(sm, dtype, rows, d, k)
-                print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.spilled} spilled")
-                assert c.faults() == []
-                check_offsets(c.ttir)
+    forms = set()
+    # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
+    for dtype in DTYPES if operation != "project" else ("bfloat16",):
+        for rows, d, k in CASES:
+            c = compile_project(sm, dtype, rows, d, k, operation)
+            print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} bytes shared")
+            assert c.faults() == []
+            forms.add(c.form)
+    assert forms == {"row", "tile", "two-pass"}
 
 
-def check_offsets(ttir):
-    # M * d may pass 2^31: whatever is multiplied (rows and columns by strides, program by block) is 64 bits wide.
-    products = re.findall(r"arith\.muli .* : (.*?)(?: loc|$)", ttir, re.MULTILINE)
-    assert products and all("i64" in kind for kind in products), products
+def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
+    from kernel_surgery.aot import CASES, DTYPES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+
+    table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
+    remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json"
+    assert table["kernel_sha256"] == kernel_sha256(), remedy
+    names = {(r["sm"], r["operation"], r["dtype"], r["rows"], r["d"], r["k"]) for r in table["rows"]}
+    assert names == {
+        (sm, operation, dtype, *case)
+        for sm in SHARED_LIMIT
+        for operation in OPERATIONS
+        for dtype in DTYPES
+        for case in CASES
+    }, remedy
+    assert [r for r in table["rows"] if r["faults"] or r["spilled"] or r["narrow"]] == []
 
 
 @pytest.mark.slow
@@ -183,22 +327,85 @@ def test_the_ahead_of_time_check_can_fail():
     assert any("shared memory" in fault for fault in found)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
+GPU_SHAPES = [
+    *((0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 16), (65, 2048, 16), (4097, 2048, 16), (199, 8192, 64)),
+    *((300, 896, 16), (300, 2048, 32), (300, 2560, 16), (300, 4096, 16), (4097, 2048, 10)),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    "m, d, k",
-    [(0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 10), (65, 2048, 10), (4097, 2048, 10), (199, 8192, 64)],
-)
-def test_on_a_gpu_rule_a_and_the_leak_rule_hold(dtype, m, d, k):
-    from kernel_surgery.ops import project, provider
+@pytest.mark.parametrize("m, d, k", GPU_SHAPES)
+def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
+    from kernel_surgery.ops import project, project_add, project_add_rmsnorm, provider
 
     u = basis(d, k).cuda()
-    x = torch.randn(m, d).to(dtype).cuda()
+    x, r = torch.randn(m, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda()
+    w = torch.rand(d).to(dtype).cuda()
     inside = (torch.randn(m, k) @ u.cpu().T).to(dtype).cuda()
     assert provider(x) == "triton/cuda"
+    exact = project_oracle(x, u, 0.7)
     y, kept = project(x, u, 0.7), project(inside, u)
-    error = worst_ratio((y.double() - project_oracle(x, u, 0.7)).abs(), rule_a_bound(x, u, 0.7))
-    kept_ratio = worst_ratio(leak(kept, u), leak_bound(kept, inside, u))
-    print(f"{dtype} {m}x{d} k={k}: error/bound {error:.2f}, leak/bound {kept_ratio:.2f}")
-    assert error <= 1 and kept_ratio <= 1
+    ratios = {
+        "y": worst_ratio((y.double() - exact).abs(), rule_a_bound(x, u, 0.7)),
+        "leak": worst_ratio(leak(kept, u), leak_bound(kept, inside, u)),
+    }
+    for separate in (True, False):
+        h, n = project_add_rmsnorm(x, r, w, 0.3, u, 0.7, separate=separate)
+        assert torch.equal(h, project_add(x, r, u, 0.7, separate=separate))
+        assert not separate or torch.equal(h, r + y)
+        off = (h.double() - (r.double() + exact)).abs()
+        ratios[f"h {separate}"] = worst_ratio(off, add_bound(x, r, u, 0.7, separate))
+        off = (n.double() - rmsnorm_oracle(h, w, 0.3)).abs()
+        ratios[f"n {separate}"] = worst_ratio(off, rmsnorm_bound(h, w, 0.3, separate))
+    print(f"{dtype} {m}x{d} k={k}: {', '.join(f'{what} {ratio:.2f}' for what, ratio in ratios.items())} of its bound")
+    assert max(ratios.values()) <= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 65])
+def test_on_a_gpu_a_captured_graph_replays_the_same_bits(rows):
+    from kernel_surgery.ops import project_add_rmsnorm
+
+    x, r = (torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda", dtype=torch.bfloat16), basis(2048, 16).cuda()
+    right = project_add_rmsnorm(x, r, w, 1e-6, u)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h, n = project_add_rmsnorm(x, r, w, 1e-6, u)
+    h.zero_(), n.zero_()
+    graph.replay()
+    assert torch.equal(h, right[0]) and torch.equal(n, right[1])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_right():
+    from kernel_surgery.ops import project
+
+    rows, d = 2**31 // 2048 + 100, 2048
+    u = basis(d, 16).cuda()
+    x = torch.zeros(rows, d, dtype=torch.bfloat16, device="cuda")
+    x[-50:] = torch.randn(50, d).bfloat16().cuda()
+    y = project(x, u)
+    ratio = worst_ratio((y[-50:].double() - project_oracle(x[-50:], u)).abs(), rule_a_bound(x[-50:], u))
+    print(f"{rows} x {d}: error/bound {ratio:.2f}")
+    assert ratio <= 1 and not y[:-50].any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rows", [18, 118])
+def test_on_a_gpu_a_bad_row_stays_in_its_row(rows):
+    from kernel_surgery.ops import project_add_rmsnorm
+
+    x, r = (torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda", dtype=torch.bfloat16), basis(2048, 16).cuda()
+    right = project_add_rmsnorm(x, r, w, 1e-6, u)
+    x[4, 7], x[9, 0] = float("nan"), float("inf")
+    clean = [i for i in range(rows) if i not in (4, 9)]
+    for got, expected in zip(project_add_rmsnorm(x, r, w, 1e-6, u), right, strict=True):
+        assert torch.equal(got[clean], expected[clean]) and got[[4, 9]].isnan().any(1).all()
