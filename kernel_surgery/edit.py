@@ -21,15 +21,19 @@ _names = itertools.count()
 class Edit:
     """One applied edit. `calls[layer]` counts the forward passes that went through it (not those inside a compiled
     graph); it is empty for baked weights. `norms[layer]` is the weight's Frobenius norm (before, after) baking.
+    `reach[layer]`, of the fused mode alone, is how much of the layer is one operator with the edit, and
+    `fallbacks[layer]` why it is less than was asked for (`decoder.reach_of`).
     """
 
     mode: str
     layers: tuple[int, ...]
-    strength: float
+    strength: float | Tensor
     provider: str
     note: str | None = None
     norms: dict[int, tuple[float, float]] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
+    reach: dict[int, str] = field(default_factory=dict)
+    fallbacks: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,48 @@ class Plan:
 
     sites: dict[int, Site]
     bases: dict[int, Tensor]
-    strength: float
+    strength: float | Tensor
     note: str | None
 
 
+def buffer_name() -> str:
+    """A name for a basis among a module's buffers, never given out twice."""
+    return f"_kernel_surgery_basis_{next(_names)}"
+
+
+def check_strength(strength: float | Tensor, per_sequence: bool) -> float | Tensor:
+    """The strength, as a finite number or, with `per_sequence`, as the tensor of one a sequence that it is."""
+    if isinstance(strength, Tensor) and strength.ndim > 0:
+        if not per_sequence:
+            raise TypeError(
+                "this mode takes one strength for all, not a tensor of strengths: use fused. Nothing was changed."
+            )
+        if strength.ndim != 1 or not strength.is_floating_point() or strength.requires_grad:
+            raise ValueError(
+                f"strength is {tuple(strength.shape)} {strength.dtype}, requires_grad={strength.requires_grad}; "
+                "expected a number, or one a sequence: a floating tensor [batch] without gradient. Nothing was changed."
+            )
+        return strength
+    strength = float(strength)
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, got {strength}. Nothing was changed.")
+    return strength
+
+
 def plan_edit(
-    model: nn.Module, subspace: SubspaceLike, strength: float, layers: Iterable[int] | None, force: bool
+    model: nn.Module,
+    subspace: SubspaceLike,
+    strength: float | Tensor,
+    layers: Iterable[int] | None,
+    force: bool,
+    per_sequence: bool = False,
 ) -> Plan:
     """Check an edit without making it. Raises ValueError or TypeError for anything that does not fit; changes nothing.
 
     A `Subspace` must belong to the model (`Subspace.check_model`); a plain {layer: basis} mapping is checked for
-    shape alone.
+    shape alone. per_sequence: the strength may be a tensor [batch].
     """
-    strength = float(strength)
-    if not math.isfinite(strength):
-        raise ValueError(f"strength must be a finite number, got {strength}. Nothing was changed.")
+    strength = check_strength(strength, per_sequence)
     note = None
     if isinstance(subspace, Subspace):
         subspace.check_model(model, force=force)
@@ -93,21 +124,26 @@ def forget_compiled_graphs() -> None:
 
 @contextmanager
 def output_hooks(
-    mode: str, plan: Plan, provider: str, function: Callable[[Tensor, Tensor, float], Tensor]
-) -> Iterator[Edit]:
-    """`function(output, basis, strength)` on every planned module's output, until the block ends.
+    plan: Plan,
+    edit: Edit,
+    function: Callable[[Tensor, Tensor, float | Tensor], Tensor],
+    buffer: str | None = None,
+    elsewhere: Mapping[int, bool] | None = None,
+) -> Iterator[None]:
+    """`function(output, basis, strength)` on the output of every planned module, until the block ends.
 
-    The basis is a buffer of the module, so that it follows the model to another device and into captured graphs; it
-    is not part of the state dict.
+    The basis is a buffer of the module, named `buffer`, so that it follows the model to another device and into
+    captured graphs; it is not part of the state dict. elsewhere: for which layers the edit of the running forward pass
+    is made further on; they are counted here and their output is left alone.
     """
-    edit = Edit(mode, tuple(plan.sites), plan.strength, provider, plan.note, calls=dict.fromkeys(plan.sites, 0))
-    name, handles = f"_kernel_surgery_basis_{next(_names)}", []
+    name, handles = buffer or buffer_name(), []
+    elsewhere = {} if elsewhere is None else elsewhere
 
     def edited_output(layer: int):
         def hook(module, inputs, output):
             if not torch.compiler.is_compiling():
                 edit.calls[layer] += 1
-            return function(output, getattr(module, name), plan.strength)
+            return None if elsewhere.get(layer) else function(output, getattr(module, name), plan.strength)
 
         return hook
 
@@ -118,7 +154,7 @@ def output_hooks(
         if len(handles) != len(plan.sites):
             raise RuntimeError(f"{len(handles)} of {len(plan.sites)} layers were hooked")
         forget_compiled_graphs()
-        yield edit
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -126,3 +162,8 @@ def output_hooks(
             site.module._buffers.pop(name, None)
             site.module._non_persistent_buffers_set.discard(name)
         forget_compiled_graphs()
+
+
+def made_edit(mode: str, plan: Plan, provider: str, **more) -> Edit:
+    """The record of a planned edit that is about to be made and counted."""
+    return Edit(mode, tuple(plan.sites), plan.strength, provider, plan.note, calls=dict.fromkeys(plan.sites, 0), **more)

@@ -91,6 +91,8 @@ def describe_edit(edit) -> dict:
         "strength": edit.strength,
         "note": edit.note,
         "norms": {str(layer): list(pair) for layer, pair in (edit.norms or {}).items()},
+        "reach": {str(layer): reach for layer, reach in edit.reach.items()},
+        "fallbacks": {str(layer): reason for layer, reason in edit.fallbacks.items()},
     }
 
 
@@ -107,6 +109,11 @@ def check_edits(modes: list[str], model, subspace, args: argparse.Namespace) -> 
 def notes_of(subspace, edits: dict[str, dict], args: argparse.Namespace) -> list[str]:
     """What every output says beside the figures. Raises UserError for a subspace fitted on the problems asked."""
     notes = [edit["note"] for edit in edits.values() if edit["note"]]
+    for edit in edits.values():
+        for reason in dict.fromkeys(edit["fallbacks"].values()):
+            layers = [layer for layer, why in edit["fallbacks"].items() if why == reason]
+            reach = edit["reach"][layers[0]]
+            notes.append(f"fused no further than the {reach} in layers {', '.join(layers)}: {reason}")
     if args.protocol == "expag":
         notes.append("expag: the reference script's problems and scoring, quirks included, for continuity only")
     elif subspace is not None:

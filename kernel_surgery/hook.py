@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kernel_surgery.edit import Edit, SubspaceLike, output_hooks, plan_edit
+from kernel_surgery.edit import Edit, SubspaceLike, made_edit, output_hooks, plan_edit
 from kernel_surgery.reference import project_eager
 
 
@@ -25,5 +25,6 @@ def hooked(
     anything is changed; the model is as it was when the block ends, by an exception too.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
-    with output_hooks("hook", plan, "torch/eager", project_eager) as edit:
+    edit = made_edit("hook", plan, "torch/eager")
+    with output_hooks(plan, edit, project_eager):
         yield edit

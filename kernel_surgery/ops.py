@@ -24,21 +24,24 @@ def provider(where: Tensor | torch.device | str) -> str:
 
 
 def _projected(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
-    """ATen: y in float32 (float64 for float64 x), not rounded. x [rows, d], basis [d, k]."""
+    """ATen: y in float32 (float64 for float64 x), not rounded further. x [rows, d], basis [d, k].
+
+    Two matrix products, the second with the subtraction in it: half the passes over [rows, d] of the written formula.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, u = x.to(wide), basis.to(wide)
-    removed = (x_wide @ u) @ u.T
     if row_strength is None:
-        # At strength 0 the input comes back bit for bit, also where `removed` is not finite.
-        return x_wide - strength * removed if strength else x_wide
+        # At strength 0 the input comes back bit for bit, also where what would be removed is not finite.
+        return torch.addmm(x_wide, x_wide @ u, u.T, alpha=-strength) if strength else x_wide
     a = (strength * row_strength.to(wide)).unsqueeze(1)
-    return torch.where(a == 0, x_wide, x_wide - a * removed)
+    return torch.where(a == 0, x_wide, torch.addmm(x_wide, (x_wide @ u) * -a, u.T))
 
 
-def _fresh(value: Tensor, like: Tensor) -> Tensor:
-    """`value` rounded to the dtype of `like` [rows, d], in new contiguous memory: a custom op may return neither its
-    input nor strides that the fake does not have."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(value)
+def _fresh(value: Tensor, given: Tensor) -> Tensor:
+    """`value` in the dtype of `given`, contiguous: a custom op may return neither its input nor strides that the fake
+    does not have."""
+    made = value.to(given.dtype).contiguous()
+    return made.clone() if made.data_ptr() == given.data_ptr() else made
 
 
 @torch.library.custom_op("kernel_surgery::project", mutates_args=())
@@ -51,9 +54,7 @@ def _project_add(
     x: Tensor, residual: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, separate: bool
 ) -> Tensor:
     y = _projected(x, basis, strength, row_strength)
-    if separate:
-        y = y.to(x.dtype).to(y.dtype)
-    return _fresh(residual.to(y.dtype) + y, x)
+    return (residual + (y.to(x.dtype) if separate else y)).to(x.dtype).contiguous()
 
 
 @torch.library.custom_op("kernel_surgery::project_add_rmsnorm", mutates_args=())
@@ -68,13 +69,14 @@ def _project_add_rmsnorm(
     separate: bool,
 ) -> tuple[Tensor, Tensor]:
     h = _project_add(x, residual, basis, strength, row_strength, separate)
-    n = h.float() * _inverse_rms(h, eps)
-    return h, _fresh(weight * n.to(x.dtype) if separate else weight.float() * n, x)
+    wide = h.float()
+    n = wide * _inverse_rms(wide, eps)
+    return h, (weight * n.to(x.dtype) if separate else weight.float() * n).to(x.dtype)
 
 
-def _inverse_rms(h: Tensor, eps: float) -> Tensor:
-    """1 / rms of every row [rows, 1], float32."""
-    return torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + eps)
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    """1 / rms of every row of a float32 tensor, [rows, 1]."""
+    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
@@ -163,7 +165,8 @@ def _project_add_rmsnorm_setup(ctx, inputs, output) -> None:
 
 def _project_add_rmsnorm_backward(ctx, gradient_h: Tensor, gradient_n: Tensor):
     basis, row_strength, weight, h = ctx.saved_tensors
-    wide, inverse = h.float(), _inverse_rms(h, ctx.eps)
+    wide = h.float()
+    inverse = _inverse_rms(wide, ctx.eps)
     through = gradient_n.float() * weight.float()
     along = (through * wide).mean(-1, keepdim=True) * inverse.square()
     total = (gradient_h.float() + inverse * (through - wide * along)).to(h.dtype)

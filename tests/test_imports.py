@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from those before it. Where a new one goes is a decision: write it here.
 # fmt: off
 ORDER = (
-    "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "collect", "fit",
+    "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "decoder", "collect", "fit",
     "hook", "bake", "fuse", "aot", "checkpoint", "lora", "verify",
     "plain", "scoring", "language", "statistics", "generate", "results", "report", "runs", "eval", "score", "polyglot",
 )
