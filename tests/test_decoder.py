@@ -300,7 +300,9 @@ def test_it_works_with_every_kind_of_cache_and_of_call(bases):
             # A layer called by itself, with what it needs by position.
             places = torch.arange(6)[None]
             turned = model.model.rotary_emb(h, places)
-            seen.append(model.model.layers[1](h, None, places, position_embeddings=turned))
+            mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9)
+            seen.append(model.model.layers[1](h, mask, places, position_embeddings=turned))
+            assert not torch.equal(seen[-1], model.model.layers[1](h, mask * 0, places, position_embeddings=turned))
         results.append(seen)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)

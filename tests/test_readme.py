@@ -20,10 +20,13 @@ def commands():
     return [(module, shlex.split(arguments)) for module, arguments in found]
 
 
-def test_the_python_example_runs(capsys):
-    (code,) = [text for language, text in BLOCKS if language == "python"]
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_examples_run_one_after_another(capsys):
+    first, second = [text for language, text in BLOCKS if language == "python"]
+    names = {}
+    exec(compile(first, "README.md", "exec"), names)
     assert "238+152" in capsys.readouterr().out
+    exec(compile(second, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip() == str([True] * 3 + [False] + [True] * 4)
 
 
 def test_there_are_two_set_up_commands_and_no_third():
