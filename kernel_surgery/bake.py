@@ -1,6 +1,7 @@
 """The edit in the weights (weight orthogonalization): W <- W - a U (U^T W), in memory or as a checkpoint.
 
 python -m kernel_surgery.bake --model SRC --subspace S --out DST
+python -m kernel_surgery.bake --undo --model BAKED --out RESTORED
 """
 
 import argparse
@@ -17,19 +18,25 @@ if TYPE_CHECKING:
     from kernel_surgery.edit import Edit, SubspaceLike
 
 
-def bake_weight(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "Tensor":
-    """W - a U (U^T W) as a new tensor of W's dtype. weight [d_model, d_ff], or a bias [d_model]; basis [d_model, k].
+def remove(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "tuple[Tensor, Tensor]":
+    """(W - a U (U^T W) as a new tensor of W's dtype, U^T W in float32 [k, columns]).
 
-    Float32 arithmetic (float64 for a float64 weight), one rounding at the end: `reference.baked_element_bound`. P = I
-    - U U^T is never formed: rounded to bfloat16 it would leave a fifth of the elements wrong.
+    weight [d_model, d_ff], or a bias [d_model]; basis [d_model, k]. Float32 arithmetic (float64 for a float64 weight),
+    one rounding at the end: `reference.baked_element_bound`. P = I - U U^T is never formed: rounded to bfloat16 it
+    would leave a fifth of the elements wrong.
     """
     import torch
 
     wide = torch.promote_types(weight.dtype, torch.float32)
     w, u = weight.detach().to(wide), basis.to(weight.device, wide)
-    columns = w.unsqueeze(1) if w.ndim == 1 else w
-    edited = columns - strength * (u @ (u.T @ columns))
-    return edited.reshape(w.shape).to(weight.dtype)
+    columns = w.reshape(w.shape[0], -1)
+    inside = u.T @ columns
+    return torch.addmm(columns, u, inside, alpha=-strength).reshape(w.shape).to(weight.dtype), inside
+
+
+def bake_weight(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "Tensor":
+    """W - a U (U^T W) as a new tensor of W's dtype: the first of what `remove` returns."""
+    return remove(weight, basis, strength)[0]
 
 
 @contextmanager
@@ -85,34 +92,48 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description="Write a checkpoint with the edit in its weights.")
     p.add_argument("--model", required=True, help='"polyglot", a folder, or a hub id')
-    p.add_argument("--subspace", type=Path, required=True, help="subspace file (safetensors)")
+    p.add_argument("--subspace", type=Path, help="subspace file (safetensors)")
     p.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
+    p.add_argument("--undo", action="store_true", help="take the edit of a baked checkpoint back")
     p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Check that the subspace belongs to the checkpoint, bake, print the norm change of every layer."""
+    """Check that the subspace belongs to the checkpoint, bake (or undo), print the norm change of every layer."""
     import math
 
     args = parser().parse_args(argv)
     if not math.isfinite(args.strength):
         raise cli.UserError(f"--strength must be a finite number, got {args.strength}.")
+    if args.undo == (args.subspace is not None):
+        raise cli.UserError("give --subspace to bake, or --undo to take an edit back, not both. Nothing was written.")
+    command = cli.command_line("kernel_surgery.bake", argv)
     source = cli.resolve_model(args.model)
 
-    from kernel_surgery.checkpoint import bake_checkpoint, local_folder
+    from kernel_surgery.checkpoint import bake_checkpoint, local_folder, undo_checkpoint
     from kernel_surgery.subspace import Subspace
 
+    if args.undo:
+        norms = undo_checkpoint(local_folder(source), args.out, command=command)
+        show(norms)
+        print(f"{args.out}: the edit of {len(norms)} tensors taken back, to within a rounding")
+        return 0
     subspace = Subspace.load(args.subspace, force=args.force)
     folder = local_folder(source)
-    norms = bake_checkpoint(folder, subspace, args.out, strength=args.strength, model_id=args.model, force=args.force)
-    for name, (before, after) in norms.items():
-        print(f"  {name}: norm {before:.3f} -> {after:.3f}")
+    options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
+    show(bake_checkpoint(folder, subspace, args.out, **options))
     if subspace.note:
         print(subspace.note)
     print(f"{args.out}: {len(subspace.layers)} layers edited, rank {subspace.rank}, strength {args.strength:g}")
     return 0
+
+
+def show(norms: dict[str, tuple[float, float]]) -> None:
+    """One line a tensor."""
+    for name, (before, after) in norms.items():
+        print(f"  {name}: norm {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,39 @@
-"""The edit in a checkpoint's files: safetensors in, safetensors out, nothing else changed.
+"""The edit in a checkpoint's files: safetensors in, safetensors out, nothing else changed; and back again.
 
-One weight file is in memory at a time. The new folder is built under a temporary name beside its destination and
-renamed when it is complete: a destination that exists is whole. `provenance.json` in it says what was done, to what,
-with what.
+One tensor is in memory at a time, the rest is copied by the kernel (`stream.py`). The new folder is built under a
+temporary name beside its destination and renamed when it is complete: a destination that exists is whole. In it,
+`provenance.json` says what was done, to what, with what; `kernel_surgery/undo.safetensors` holds what was removed,
+U^T W of every edited tensor, from which `--undo` restores the weights to within a rounding.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel_surgery import cli
+from kernel_surgery import cli, stream
+from kernel_surgery.stream import sha256
 
 if TYPE_CHECKING:
+    import torch
+
     from kernel_surgery.subspace import Subspace
 
 _DOWN_PROJ = re.compile(r"model\.layers\.(\d+)\.mlp\.down_proj\.(weight|bias)")
 PROVENANCE = "provenance.json"
+# In a folder of its own: some engines load every *.safetensors that lies beside the weights.
+UNDO = Path("kernel_surgery") / "undo.safetensors"
+BASE_CARD = "README.base.md"
+# Weights in other formats would be the original's, unedited, in a folder that says it is edited.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -49,11 +53,6 @@ def opened(file: Path):
         raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error}). Nothing was written.") from error
 
 
-def _names(file: Path) -> list[str]:
-    with opened(file) as tensors:
-        return list(tensors.keys())
-
-
 def local_folder(source: str) -> Path:
     """The folder of a resolved model: itself, or the hub's files in the local cache, fetched if need be."""
     if Path(source).is_dir():
@@ -63,7 +62,7 @@ def local_folder(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
 
 
-def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> None:
+def check_source(folder: Path, layouts: list[stream.Layout], subspace: "Subspace", *, force: bool = False) -> None:
     """Refuse a checkpoint that the subspace was not fitted on, or of unknown architecture; reads a few tensors."""
     from kernel_surgery.sites import ARCHITECTURES
     from kernel_surgery.subspace import EMBEDDING, sample_weights
@@ -75,7 +74,7 @@ def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> 
             f"{', '.join(ARCHITECTURES)}.\nNothing was written."
         )
     n_layers = config["num_hidden_layers"]
-    where = {name: file for file in _weight_files(folder) for name in _names(file)}
+    where = {name: layout.path for layout in layouts for name in layout.entries}
     wanted = [EMBEDDING, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(n_layers))]
     if missing := [name for name in wanted if name not in where]:
         raise ValueError(f"{str(folder)!r} has no tensor {missing[0]}. Nothing was written.")
@@ -88,36 +87,184 @@ def check_source(folder: Path, subspace: "Subspace", *, force: bool = False) -> 
     subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
 
 
-def _edited(file: Path, subspace: "Subspace", strength: float) -> tuple[dict, dict, dict]:
-    """(tensors, metadata, {name: (norm before, norm after)}) of one weight file, edited where asked."""
+Edit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
+
+
+def _write_file(layout: stream.Layout, target: Path, edits: dict[str, Edit], advance) -> stream.Follower:
+    """One weight file, front to back: edited tensors computed, everything between them copied. Its hash, under way."""
+    edited = sorted((layout.entries[name] for name in edits if name in layout.entries), key=lambda e: e.begin)
+    with layout.path.open("rb") as source, target.open("w+b") as out:
+        shared = stream.share_blocks(source.fileno(), out.fileno())
+        follower = stream.Follower(target, layout.size)
+        done = 0
+
+        def reached(upto: int) -> None:
+            nonlocal done
+            follower.ready(upto)
+            advance(upto - done)
+            done = upto
+
+        try:
+            for entry in [*edited, None]:
+                upto = layout.size if entry is None else entry.begin
+                if shared:
+                    reached(upto)
+                else:
+                    stream.copy_range(source.fileno(), out.fileno(), done, upto, reached)
+                if entry is not None:
+                    tensor = edits[entry.name](entry.name, stream.read_tensor(source.fileno(), entry))
+                    stream.write_tensor(out.fileno(), entry, tensor)
+                    reached(entry.end)
+        except BaseException:
+            follower.give_up()
+            raise
+    return follower
+
+
+def _others(source: Path) -> tuple[list[Path], list[str]]:
+    """(files that go along as they are, names of files that are left out)."""
+    along, left_out = [], []
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name == PROVENANCE:
+            continue
+        if file.suffix in _OTHER_WEIGHTS:
+            left_out.append(file.name)
+        else:
+            along.append(file)
+    weights = {file.name for file in weight_files(source)}
+    return along, [name for name in left_out if name not in weights]
+
+
+def _rewrite(
+    source: Path,
+    destination: Path,
+    layouts: list[stream.Layout],
+    edits: dict[str, Edit],
+    rename: Callable[[str], str | None],
+    finish: Callable[[Path], dict],
+) -> None:
+    """`source` with some tensors edited as the new folder `destination`; `rename` gives the names under which
+    other files go along (None: not at all); `finish(folder)` adds files and returns the record, to which the hash of
+    every file is added. All of it or nothing."""
+    from safetensors import SafetensorError
+
+    total = sum(layout.size for layout in layouts)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(destination.parent).free
+    if free < total:
+        raise ValueError(
+            f"{str(destination)!r} needs {total / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
+            "left. Nothing was written. Choose another --out."
+        )
+    temporary = destination.with_name(f".{destination.name}.baking")
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(stream.locked_folder(temporary))
+            bar = stack.enter_context(cli.byte_bar(total, destination.name))
+            followers = {}
+            for layout in layouts:
+                name = layout.path.name
+                followers[name] = _write_file(layout, temporary / name, edits, bar.update)
+            along, left_out = _others(source)
+            for file in along:
+                if name := rename(file.name):
+                    shutil.copy(file, temporary / name)
+            record = finish(temporary) | {"left_out": left_out}
+            hashes = {name: follower.hexdigest() for name, follower in followers.items()}
+            for file in sorted(temporary.rglob("*")):
+                name = file.relative_to(temporary).as_posix()
+                if file.is_file() and name not in hashes:
+                    hashes[name] = sha256(file)
+            record |= {"sha256": dict(sorted(hashes.items())), "environment": cli.environment()}
+            cli.write_atomic(temporary / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            os.rename(temporary, destination)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is writing {str(destination)!r} (it holds {str(temporary)!r}). Nothing was written."
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"cannot write {str(destination)!r}: {error}. Nothing was kept.") from error
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ValueError(f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept.") from error
+
+
+def _storage_floor(weight: "torch.Tensor", basis: "torch.Tensor") -> float:
+    """norm(U^T E) for E the rounding errors of storing `weight`: sqrt(sum ulp^2 / 12 |U_i|^2)."""
     import torch
 
-    from kernel_surgery.bake import bake_weight
+    from kernel_surgery.reference import unit_roundoff
 
-    with opened(file) as source:
-        tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
-        metadata = source.metadata() or {}
-    norms = {}
-    for name, tensor in tensors.items():
-        match = _DOWN_PROJ.fullmatch(name)
-        if not match or int(match[1]) not in subspace.bases:
-            continue
-        basis = subspace.bases[int(match[1])]
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"cannot bake {name}: it is stored as {tensor.dtype}, not as float32, bfloat16 or float16.\n"
-                "Nothing was written. Bake the unquantised checkpoint, or use --mode fused, which leaves weights alone."
-            )
-        if tensor.shape[0] != basis.shape[0]:
-            raise ValueError(
-                f"cannot bake {name}: basis has d_model={basis.shape[0]}, the tensor is {tuple(tensor.shape)}.\n"
-                "Nothing was written. Fit a subspace on this model."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
-        tensors[name] = bake_weight(tensor, basis, strength)
-        norms[name] = (float(tensor.float().norm()), float(tensors[name].float().norm()))
-    return tensors, metadata, norms
+    columns = weight.reshape(weight.shape[0], -1)
+    total = 0.0
+    for start in range(0, columns.shape[0], 256):
+        part = columns[start : start + 256].float()
+        _, exponent = torch.frexp(part)
+        squares = torch.where(part == 0, 0.0, torch.exp2(2.0 * (exponent - 1))).sum(1).double()
+        norms = basis[start : start + 256].double().square().sum(1)
+        total += float((squares * norms).sum())
+    return 2 * unit_roundoff(weight.dtype) * (total / 12) ** 0.5
+
+
+def _check_editable(layouts: list[stream.Layout], bases: dict) -> list[stream.Entry]:
+    """The tensors to be edited: weights, and biases where there are any. Refuses what cannot be edited."""
+    found = []
+    for layout in layouts:
+        for name, entry in layout.entries.items():
+            match = _DOWN_PROJ.fullmatch(name)
+            if not match or int(match[1]) not in bases:
+                continue
+            basis = bases[int(match[1])]
+            if entry.dtype not in ("F32", "BF16", "F16"):
+                raise ValueError(
+                    f"cannot bake {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
+                    "Nothing was written. Bake the unquantised checkpoint, or use --mode fused, which leaves weights "
+                    "alone."
+                )
+            if entry.shape[0] != basis.shape[0]:
+                raise ValueError(
+                    f"cannot bake {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
+                    "Nothing was written. Fit a subspace on this model."
+                )
+            found.append(entry)
+    missing = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in bases} - {entry.name for entry in found}
+    if missing:
+        raise ValueError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}. Nothing was written.")
+    return found
+
+
+def read_provenance(folder: Path) -> dict:
+    """What a baked checkpoint says of itself. Raises ValueError for a folder that is none."""
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        assert record["kind"] == "baked" and isinstance(record["sha256"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{str(folder)!r} is not a checkpoint that python -m kernel_surgery.bake has written: its {PROVENANCE} is "
+            "missing or says something else. Nothing was written."
+        ) from error
+    return record
+
+
+def _card(record: dict) -> str:
+    """A model card: what the weights are, and how to take the edit back."""
+    model, layers, a = record["model_id"], record["layers"], record["strength"]
+    lines = [
+        *("---", f"base_model: {json.dumps(model)}", "tags: [kernel-surgery]", "---", ""),
+        *(f"# {Path(model).name}, language subspace removed", ""),
+        f"These are the weights of {model} with one edit: in layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
+        f"W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
+        "Every other tensor is byte for byte the original's.",
+        "",
+        *([record["note"] + ".", ""] if record["note"] else []),
+        f"`{PROVENANCE}` has the SHA-256 of every file and says how the subspace was found. `{UNDO.as_posix()}`",
+        "has what was removed:",
+        "",
+        "    python -m kernel_surgery.bake --undo --model THIS --out RESTORED",
+        "",
+        f"takes the edit back to within a rounding. The original's card, where it had one, is `{BASE_CARD}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def bake_checkpoint(
@@ -128,15 +275,19 @@ def bake_checkpoint(
     strength: float = 1.0,
     model_id: str | None = None,
     force: bool = False,
+    command: str | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Write `source` with the edit in its weights to the new folder `destination`; {tensor: (norm before, after)}.
 
-    Raises what `check_source` raises, FileExistsError if `destination` exists,
-    ValueError for a source that was baked before, for a layer whose down_proj is not in the files, and for what
-    `bake_weight` cannot edit; on any exception `destination` does not exist and `source` is as it was.
+    Float32 arithmetic, one rounding: `reference.baked_element_bound`. Raises what `check_source` raises,
+    FileExistsError if `destination` exists, ValueError for a source that was baked before (by its provenance; at
+    strength 1 also by its weights), for a layer whose down_proj is not in the files, and for what cannot be edited,
+    read or written; on any exception `destination` does not exist and `source` is as it was.
     """
-    from safetensors import SafetensorError
+    import torch
     from safetensors.torch import save_file
+
+    from kernel_surgery.bake import remove
 
     source, destination = Path(source), Path(destination)
     if destination.exists():
@@ -146,52 +297,81 @@ def bake_checkpoint(
             f"{str(source)!r} was baked before (it holds {PROVENANCE}): baking again would not remove anything more at "
             "strength 1 and would compound at any other. Nothing was written. Bake the original checkpoint."
         )
-    check_source(source, subspace, force=force)
-    files = _weight_files(source)
-    wanted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in subspace.bases}
-    if missing := sorted(wanted - {name for file in files for name in _names(file)}):
-        raise ValueError(f"{str(source)!r} has no tensor {missing[0]}. Nothing was written.")
-    # A rerun after a kill finds the same name and starts clean: leftovers never pile up.
-    temporary = destination.with_name(f".{destination.name}.baking")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    layouts = [stream.read_layout(file) for file in weight_files(source)]
+    check_source(source, layouts, subspace, force=force)
     norms: dict[str, tuple[float, float]] = {}
-    try:
-        for file in cli.progress(files, total=len(files), desc="bake"):
-            touched = any((m := _DOWN_PROJ.fullmatch(n)) and int(m[1]) in subspace.bases for n in _names(file))
-            if touched:
-                tensors, metadata, changed = _edited(file, subspace, strength)
-                norms |= changed
-                try:
-                    save_file(tensors, temporary / file.name, metadata=metadata)
-                except SafetensorError as error:  # a full disk, most likely
-                    raise ValueError(
-                        f"cannot write {str(destination / file.name)!r} ({error}). Nothing was kept."
-                    ) from error
-            else:
-                shutil.copy(file, temporary / file.name)
-        for other in source.iterdir():
-            if other.is_file() and other.suffix != ".safetensors" and not other.name.startswith("."):
-                shutil.copy(other, temporary / other.name)
-        if untouched := wanted - set(norms):
-            raise RuntimeError(f"{sorted(untouched)[0]} was asked for and not edited; nothing was written")
-        hashes = {"source": {f.name: sha256(f) for f in files}}
-        hashes["baked"] = {f.name: sha256(temporary / f.name) for f in files}
-        record = {
-            "kind": "baked",
-            "model_id": model_id or str(source),
-            "strength": strength,
-            "layers": list(subspace.layers),
-            "rank": subspace.rank,
-            "site": subspace.site,
-            "note": subspace.note,
-            "fit": subspace.fit,
-            "sha256": hashes,
-            "environment": cli.environment(),
-        }
-        cli.write_atomic(temporary / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        os.rename(temporary, destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    removed: dict[str, torch.Tensor] = {}
+
+    def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
+        basis = subspace.bases[int(_DOWN_PROJ.fullmatch(name)[1])]
+        edited, inside = remove(weight, basis, strength)
+        # One NaN or Inf in a column makes all of that column's inside NaN or Inf.
+        if not torch.isfinite(inside).all():
+            raise ValueError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
+        if strength == 1 and weight.ndim == 2 and float(inside.norm()) < 3 * _storage_floor(weight, basis):
+            raise ValueError(
+                f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
+                f"{float(inside.norm()):.3g}): it was baked with this subspace before. Nothing was written. "
+                "Bake the original checkpoint."
+            )
+        norms[name] = float(weight.norm(dtype=torch.float32)), float(edited.norm(dtype=torch.float32))
+        removed[name] = inside
+        return edited
+
+    def finish(folder: Path) -> dict:
+        (folder / UNDO).parent.mkdir()
+        tensors = {f"basis.{layer}": basis.contiguous() for layer, basis in subspace.bases.items()}
+        tensors |= {f"inside.{name}": inside.contiguous() for name, inside in removed.items()}
+        save_file(tensors, folder / UNDO, metadata={"strength": repr(strength)})
+        record = {"kind": "baked", "model_id": model_id or str(source), "strength": strength}
+        record |= {"layers": list(subspace.layers), "rank": subspace.rank, "site": subspace.site}
+        record |= {"revision": subspace.revision, "note": subspace.note, "fit": subspace.fit}
+        record["command"] = command
+        cli.write_atomic(folder / "README.md", _card(record))
+        return record
+
+    edits = {entry.name: edit for entry in _check_editable(layouts, subspace.bases)}
+    _rewrite(source, destination, layouts, edits, lambda n: BASE_CARD if n == "README.md" else n, finish)
+    return norms
+
+
+def undo_checkpoint(source: Path, destination: Path, *, command: str | None = None) -> dict[str, tuple[float, float]]:
+    """Write a baked checkpoint with its edit taken back to the new folder `destination`; {tensor: (norm before,
+    after)}.
+
+    W = W' + a U (U^T W), from what was kept beside the weights; within 1.01 u (|W| + |W'|) and float32's own errors,
+    not bit for bit. Raises FileExistsError, or ValueError for a folder that is not a baked checkpoint or whose files
+    are not those that were written; on any exception `destination` does not exist and `source` is as it was.
+    """
+    import torch
+
+    source, destination = Path(source), Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
+    record = read_provenance(source)
+    for name, digest in record["sha256"].items():
+        if not (source / name).is_file() or sha256(source / name) != digest:
+            raise ValueError(
+                f"{str(source / name)!r} is not the file that was written when this checkpoint was baked: undoing the "
+                "edit would not give back the original. Nothing was written."
+            )
+    layouts = [stream.read_layout(file) for file in weight_files(source)]
+    with opened(source / UNDO) as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    norms: dict[str, tuple[float, float]] = {}
+
+    def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
+        basis, inside = kept[f"basis.{_DOWN_PROJ.fullmatch(name)[1]}"], kept[f"inside.{name}"]
+        columns = weight.float().reshape(weight.shape[0], -1)
+        back = torch.addmm(columns, basis, inside, alpha=record["strength"]).reshape(weight.shape).to(weight.dtype)
+        norms[name] = float(weight.norm(dtype=torch.float32)), float(back.norm(dtype=torch.float32))
+        return back
+
+    def finish(folder: Path) -> dict:
+        about = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
+        return about | {"layers": record["layers"], "command": command}
+
+    names = {"README.md": None, BASE_CARD: "README.md"}
+    edits = {name.removeprefix("inside."): edit for name in kept if name.startswith("inside.")}
+    _rewrite(source, destination, layouts, edits, lambda n: names.get(n, n), finish)
     return norms

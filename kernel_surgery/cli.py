@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import traceback
@@ -33,6 +34,7 @@ from kernel_surgery import __version__
 
 if TYPE_CHECKING:
     import torch
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -124,6 +126,20 @@ def progress(iterable: Iterable[T], total: int | None = None, desc: str | None =
     from tqdm import tqdm
 
     return iter(tqdm(iterable, total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False))
+
+
+def byte_bar(total: int, desc: str) -> "tqdm":
+    """A bar of `total` bytes on stderr while that is a terminal; a context manager with `update`."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, desc=desc, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+    )
+
+
+def command_line(module: str, argv: "list[str] | None") -> str:
+    """The command that a stage was called with, for its records."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else map(str, argv))])
 
 
 def quiet_transformers() -> None:

@@ -182,6 +182,14 @@ def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) ->
     return 1.01 * bound + 2.0**-23 * weight.double().abs()
 
 
+def undo_bound(weight: Tensor, baked: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """|restored - W|_ij of an edit taken back: 1.01 u (|W_ij| + |W'_ij|), both roundings, plus float32's own part."""
+    columns = weight.double().norm(dim=0)
+    spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
+    rounding = unit_roundoff(weight.dtype) * (weight.double().abs() + baked.double().abs())
+    return 1.01 * (rounding + abs(strength) * _row_norms(basis)[:, None] * spread) + 2.0**-23 * weight.double().abs()
+
+
 def worst_ratio(error: Tensor, bound: Tensor) -> float:
     """The largest error/bound: 0/0 counts as 0, an error that is NaN or that meets a bound of 0 as infinity."""
     if error.numel() == 0:

@@ -1,14 +1,30 @@
 """A baked checkpoint is the original with the edit in it and nothing else changed; a failure leaves nothing behind."""
 
+import errno
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import cli
-from kernel_surgery.checkpoint import bake_checkpoint, sha256
-from kernel_surgery.reference import bake_oracle, baked_element_bound, leak_floor, leak_of_weight, worst_ratio
+from kernel_surgery import cli, stream
+from kernel_surgery.checkpoint import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.reference import (
+    bake_oracle,
+    baked_element_bound,
+    leak_floor,
+    leak_of_weight,
+    undo_bound,
+    worst_ratio,
+)
 from kernel_surgery.subspace import Subspace, fingerprint
 from tests.models import basis, pico
 
@@ -35,7 +51,7 @@ def space(folder, layers=(1, 2), d=None):
 
 
 def test_edited_tensors_are_right_and_all_others_are_byte_equal(source, tmp_path):
-    before = {f.name: sha256(f) for f in source.iterdir()}
+    before = {f.name: sha256(f) for f in source.iterdir() if f.is_file()}
     old = tensors(source)
     subspace = space(source)
     norms = bake_checkpoint(source, subspace, tmp_path / "baked")
@@ -55,22 +71,22 @@ def test_edited_tensors_are_right_and_all_others_are_byte_equal(source, tmp_path
         floor = float(leak_floor(new[name], old[name], u))
         print(f"{name}: error/bound {ratio:.2f}, leak {leak:.2e}, floor {floor:.2e}, ratio {leak / floor:.2f}")
         assert ratio <= 1 and new[name].dtype == torch.bfloat16
-    assert {f.name: sha256(f) for f in source.iterdir()} == before
+    assert {f.name: sha256(f) for f in source.iterdir() if f.is_file()} == before
     assert (tmp_path / "baked" / "notes.txt").read_text() == "travels along"
     record = json.loads((tmp_path / "baked" / "provenance.json").read_text())
     assert record["layers"] == [1, 2] and record["strength"] == 1.0
-    assert all(sha256(tmp_path / "baked" / n) == h for n, h in record["sha256"]["baked"].items())
+    assert all(sha256(tmp_path / "baked" / n) == h for n, h in record["sha256"].items())
     assert cli.load_model(str(tmp_path / "baked"), torch.bfloat16) is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["baked", "source"]
 
 
 def refused(source, destination, subspace, error, message, **options):
-    before = {f.name: sha256(f) for f in source.iterdir()}
+    before = {f.name: sha256(f) for f in source.iterdir() if f.is_file()}
     there = sorted(p.name for p in destination.parent.iterdir())
     with pytest.raises(error, match=message):
         bake_checkpoint(source, subspace, destination, **options)
     assert sorted(p.name for p in destination.parent.iterdir()) == there
-    assert {f.name: sha256(f) for f in source.iterdir()} == before
+    assert {f.name: sha256(f) for f in source.iterdir() if f.is_file()} == before
 
 
 def test_refusals_leave_nothing_behind(source, tmp_path):
@@ -87,7 +103,7 @@ def test_refusals_leave_nothing_behind(source, tmp_path):
         refused(source, tmp_path / "new", space(source, d=50), ValueError, "d_model=50, the model 48", force=force)
 
 
-@pytest.mark.parametrize("fault, message", [("nan", "holds NaN or Inf"), ("int8", "stored as torch.int8")])
+@pytest.mark.parametrize("fault, message", [("nan", "holds NaN or Inf"), ("int8", "stored as I8")])
 def test_weights_that_cannot_be_edited_are_refused(source, tmp_path, fault, message):
     name = "model.layers.2.mlp.down_proj.weight"
     file = next(f for f in source.glob("*.safetensors") if name in load_file(f))
@@ -102,20 +118,30 @@ def test_weights_that_cannot_be_edited_are_refused(source, tmp_path, fault, mess
 
 
 def test_damaged_files_and_full_disks_are_named(source, tmp_path, monkeypatch):
-    import safetensors.torch
-    from safetensors import SafetensorError
-
     subspace = space(source)
 
-    def full(*args, **kwargs):
-        raise SafetensorError("No space left on device")
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    refused(source, tmp_path / "new", subspace, ValueError, r"cannot write .*new.*No space left.*Nothing was kept")
+    for name in ("write_tensor", "copy_range"):
+        monkeypatch.setattr(stream, name, full)
+        refused(source, tmp_path / "new", subspace, ValueError, r"cannot write .*new.*No space left.*Nothing was kept")
+        monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused(source, tmp_path / "new", subspace, ValueError, r"new' needs 0\.00 GB, .* has 0\.00 GB left")
     monkeypatch.undo()
     file = next(source.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:1000])
-    refused(source, tmp_path / "new", subspace, ValueError, rf"{file.name}' cannot be read as safetensors")
+    whole = file.read_bytes()
+    for damage, why in {
+        whole[:1000]: "header|tensors end",
+        whole[:-1]: "tensors end at byte",
+        whole + b"0": "tensors end at byte",
+        whole[:8] + b"}" + whole[9:]: "makes no sense",
+        b"": "shorter than a header",
+    }.items():
+        file.write_bytes(damage)
+        message = rf"{file.name}' cannot be read as safetensors \(.*({why})"
+        refused(source, tmp_path / "new", subspace, ValueError, message)
 
 
 def test_a_basis_of_another_site_is_said_in_the_provenance(source, tmp_path):
@@ -136,3 +162,177 @@ def test_an_exception_half_way_leaves_no_destination_and_the_next_run_is_clean(s
     (tmp_path / ".new.baking" / "model.safetensors").write_bytes(b"half")
     bake_checkpoint(source, subspace, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "source"]
+
+
+def test_the_same_weights_are_not_baked_twice_even_without_provenance(source, tmp_path):
+    subspace = space(source)
+    bake_checkpoint(source, subspace, tmp_path / "once")
+    (tmp_path / "once" / "provenance.json").unlink()
+    shutil.rmtree(tmp_path / "once" / "kernel_surgery")
+    message = "no more of the subspace than rounding leaves"
+    refused(tmp_path / "once", tmp_path / "twice", subspace, ValueError, message, force=True)
+    # Another subspace, or another strength, is another edit.
+    bake_checkpoint(tmp_path / "once", subspace, tmp_path / "half", strength=0.5, force=True)
+    other = Subspace(bases={i: basis(48, 4, 10 + i) for i in (1, 2)}, site="mlp_out")
+    bake_checkpoint(tmp_path / "once", other, tmp_path / "other", force=True)
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0, -0.5])
+def test_undo_gives_the_weights_back_to_within_a_rounding_and_the_rest_to_the_byte(source, tmp_path, strength):
+    (source / "README.md").write_text("# the original's card")
+    subspace, old = space(source), tensors(source)
+    bake_checkpoint(source, subspace, tmp_path / "baked", strength=strength)
+    assert "base_model" in (tmp_path / "baked" / "README.md").read_text()
+    middle = tensors(tmp_path / "baked")
+    undo_checkpoint(tmp_path / "baked", tmp_path / "restored")
+    new = tensors(tmp_path / "restored")
+    for name, weight in old.items():
+        if "down_proj" not in name or int(name.split(".")[2]) not in (1, 2):
+            assert torch.equal(new[name], weight)
+            continue
+        bound = undo_bound(weight, middle[name], subspace.bases[int(name.split(".")[2])], strength)
+        ratio = worst_ratio((new[name].double() - weight.double()).abs(), bound)
+        changed = worst_ratio((middle[name].double() - weight.double()).abs(), bound)
+        print(f"{name}: restored to {ratio:.2f} of the bound, baked was {changed:.1f} away")
+        assert ratio <= 1 < changed
+    left = {f.name for f in (tmp_path / "restored").iterdir()} - {"provenance.json"}
+    assert left == {f.name for f in source.iterdir()}
+    for name in left:
+        if not name.endswith(".safetensors"):
+            assert (tmp_path / "restored" / name).read_bytes() == (source / name).read_bytes()
+    with pytest.raises(ValueError, match=r"is not a checkpoint that .*bake has written"):
+        undo_checkpoint(tmp_path / "restored", tmp_path / "no")
+    file = next((tmp_path / "baked").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is not the file that was written"):
+        undo_checkpoint(tmp_path / "baked", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_weights_in_other_formats_are_left_out_and_named(source, tmp_path):
+    """They are the original's, unedited; some engines would load them instead."""
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+        (source / name).write_bytes(b"unedited")
+    bake_checkpoint(source, space(source), tmp_path / "baked")
+    record = json.loads((tmp_path / "baked" / "provenance.json").read_text())
+    assert record["left_out"] == ["consolidated.safetensors", "model.gguf", "pytorch_model.bin"]
+    assert not {f.name for f in (tmp_path / "baked").iterdir()} & set(record["left_out"])
+
+
+@pytest.mark.parametrize("how", ["reflink", "copy_file_range", "read and write"])
+def test_a_file_is_copied_whole_whatever_the_filesystem_offers(source, tmp_path, how, monkeypatch):
+    if how == "reflink":  # what the ioctl would do, on a filesystem that has none
+
+        def share(one, other):
+            os.pwrite(other, os.pread(one, os.fstat(one).st_size, 0), 0)
+            return True
+
+        monkeypatch.setattr(stream, "share_blocks", share)
+    elif how == "read and write":
+
+        def refuse(*args):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(stream, "CHUNK", 1000)
+    subspace, old = space(source), tensors(source)
+    bake_checkpoint(source, subspace, tmp_path / "baked")
+    new, record = tensors(tmp_path / "baked"), json.loads((tmp_path / "baked" / "provenance.json").read_text())
+    assert sum(not torch.equal(new[name], old[name]) for name in old) == 2
+    assert all(sha256(tmp_path / "baked" / name) == digest for name, digest in record["sha256"].items())
+    assert record["sha256"].keys() == {
+        f.relative_to(tmp_path / "baked").as_posix() for f in (tmp_path / "baked").rglob("*") if f.is_file()
+    } - {"provenance.json"}
+
+
+BAKE = """
+import sys, time
+from pathlib import Path
+import torch, safetensors.torch
+from kernel_surgery import bake, reference, stream
+from kernel_surgery.checkpoint import bake_checkpoint
+from kernel_surgery.subspace import Subspace
+
+source, subspace, destination, pause = sys.argv[1:]
+subspace = Subspace.load(subspace)
+def slowed(real):
+    return lambda *a, **k: (time.sleep(float(pause)), real(*a, **k))[1]
+for name in ("copy_range", "write_tensor", "read_tensor"):
+    setattr(stream, name, slowed(getattr(stream, name)))
+print("ready", flush=True)
+bake_checkpoint(Path(source), subspace, Path(destination))
+"""
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A checkpoint that takes long enough to be interrupted: 36 MB in four files."""
+    model = pico("qwen2", dtype=torch.bfloat16, hidden_size=256, intermediate_size=2048, num_hidden_layers=8)
+    model.save_pretrained(tmp_path / "source", max_shard_size="10MB")
+    bases = {i: basis(256, 4, i) for i in range(2, 6)}
+    Subspace(bases=bases, site="mlp_out", fingerprint=fingerprint(model)).save(tmp_path / "subspace.safetensors")
+    return tmp_path
+
+
+def started(folder, pause=0.0):
+    """A process that bakes, with pauses so that a kill can fall between all steps; everything is imported by now."""
+    words = [
+        sys.executable,
+        "-c",
+        BAKE,
+        folder / "source",
+        folder / "subspace.safetensors",
+        folder / "baked",
+        str(pause),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_half_checkpoint_and_one_sibling_at_most(large):
+    before = {f.name: sha256(f) for f in (large / "source").iterdir()}
+    process = started(large, 0.02)
+    began = time.monotonic()
+    while not (large / "baked").exists() and process.poll() is None:
+        time.sleep(0.005)
+    whole_run = time.monotonic() - began
+    assert process.wait() == 0, process.stderr.read()
+    right = {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")}
+    shutil.rmtree(large / "baked")
+    states = {"nothing": 0, "sibling": 0, "whole": 0}
+    for _ in range(20):
+        process = started(large, 0.02)
+        time.sleep(whole_run * random.random())
+        process.kill()
+        process.wait()
+        names = {p.name for p in large.iterdir()} - {"source", "subspace.safetensors"}
+        assert names in (set(), {".baked.baking"}, {"baked"}), names
+        states["whole" if "baked" in names else "sibling" if names else "nothing"] += 1
+        if "baked" in names:
+            assert {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")} == right
+            shutil.rmtree(large / "baked")
+    print(f"a run takes {whole_run:.2f} s; after twenty kills: {states}")
+    assert states["sibling"] >= 3  # else the kills fell beside it
+    process = started(large)
+    assert process.wait() == 0, process.stderr.read()
+    assert {p.name for p in large.iterdir()} == {"source", "subspace.safetensors", "baked"}
+    assert {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")} == right
+    assert {f.name: sha256(f) for f in (large / "source").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_two_at_once_do_not_write_the_same_checkpoint(large):
+    first = started(large, 0.5)
+    for _ in range(500):
+        if (large / ".baked.baking").exists():
+            break
+        time.sleep(0.01)
+    second = started(large)
+    assert second.wait() == 1 and "another process is writing" in second.stderr.read()
+    assert first.wait() == 0, first.stderr.read()
+    assert {p.name for p in large.iterdir()} == {"source", "subspace.safetensors", "baked"}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 ORDER = (
     "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "decoder", "collect", "fit",
-    "hook", "bake", "fuse", "aot", "checkpoint", "lora", "verify",
+    "hook", "bake", "fuse", "aot", "stream", "checkpoint", "lora", "verify",
     "plain", "scoring", "language", "statistics", "generate", "results", "report", "runs", "eval", "score", "polyglot",
 )
 # fmt: on

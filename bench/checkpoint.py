@@ -1,0 +1,178 @@
+"""Baking a checkpoint against copying and hashing it: python -m bench.checkpoint [--out FILE] [--layers N]
+
+A synthetic checkpoint of Qwen2.5-3B's shapes (random bfloat16 weights, about 6 GB) is made in a temporary folder and
+removed. The floor is `cp -r` followed by `sha256sum` of the same folder: every byte read, written and hashed. Ours is
+`python -m kernel_surgery.bake` as anyone would call it, imports and all. Both in one run, in turn; peak memory of ours
+from the kernel's accounts (resident: with mapped file pages; anonymous: without).
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from kernel_surgery import cli
+
+# Qwen/Qwen2.5-3B, config.json.
+QWEN = {
+    **{"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    **{"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768},
+}
+
+
+def make_source(folder: Path, layers: int) -> None:
+    """A checkpoint of random weights with Qwen2.5-3B's shapes, and a subspace that fits it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen2Config
+
+    from kernel_surgery.sites import default_layers
+    from kernel_surgery.subspace import EMBEDDING, Subspace, sample_weights
+
+    folder.mkdir()
+    config = Qwen2Config(**QWEN | {"num_hidden_layers": layers}, architectures=["Qwen2ForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    d, ff, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 128
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    tensors = {EMBEDDING: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
+    for i in range(layers):
+        shapes = {
+            **{"mlp.down_proj.weight": (d, ff), "mlp.up_proj.weight": (ff, d), "mlp.gate_proj.weight": (ff, d)},
+            **{"self_attn.q_proj.weight": (d, d), "self_attn.q_proj.bias": (d,), "self_attn.o_proj.weight": (d, d)},
+            **{
+                f"self_attn.{n}_proj.{part}": (kv, d)[: 2 if part == "weight" else 1]
+                for n in "kv"
+                for part in ("weight", "bias")
+            },
+            **{"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)},
+        }
+        tensors |= {f"model.layers.{i}.{name}": random(*shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    wanted = [EMBEDDING, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(layers))]
+    marks = sample_weights((name, tensors[name]) for name in wanted)
+    bases = {
+        i: torch.linalg.qr(torch.randn(d, 10, generator=generator, dtype=torch.float64))[0].float()
+        for i in default_layers(layers)
+    }
+    Subspace(bases, site="mlp_out", n_layers=layers, fingerprint=marks).save(folder.parent / "subspace.safetensors")
+
+
+def watched(words: list[str]) -> tuple[float, dict[str, float]]:
+    """(seconds, peak memory in GB: resident and anonymous) of a command. Raises CalledProcessError if it fails."""
+    began = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    peak = {"resident": 0.0, "anonymous": 0.0}
+
+    def look():
+        while process.poll() is None:
+            try:
+                text = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            except OSError:
+                return
+            now = {
+                line.split(":")[0]: int(line.split()[1]) / 1e6
+                for line in text.splitlines()
+                if line.startswith(("VmHWM", "RssAnon"))
+            }
+            peak["resident"] = max(peak["resident"], now.get("VmHWM", 0.0))
+            peak["anonymous"] = max(peak["anonymous"], now.get("RssAnon", 0.0))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    status = process.wait()
+    seconds = time.perf_counter() - began
+    watcher.join()
+    if status:
+        raise subprocess.CalledProcessError(status, words)
+    return seconds, peak
+
+
+def check(source: Path, baked: Path, subspace: Path) -> dict[str, float]:
+    """The worst leak over its floor and the worst element over its bound, from the files on disk, over three layers."""
+    from safetensors import safe_open
+
+    from kernel_surgery.reference import bake_oracle, baked_element_bound, leak_floor, leak_of_weight, worst_ratio
+    from kernel_surgery.subspace import Subspace
+
+    space, worst = Subspace.load(subspace), {"leak_over_floor": 0.0, "error_over_bound": 0.0}
+    with safe_open(source / "model.safetensors", "pt") as old, safe_open(baked / "model.safetensors", "pt") as new:
+        for layer in (space.layers[0], space.layers[len(space.layers) // 2], space.layers[-1]):
+            name, basis = f"model.layers.{layer}.mlp.down_proj.weight", space.bases[layer]
+            before, after = old.get_tensor(name), new.get_tensor(name)
+            ratio = leak_of_weight(after, before, basis) / leak_floor(after, before, basis)
+            worst["leak_over_floor"] = max(worst["leak_over_floor"], ratio)
+            off = (after.double() - bake_oracle(before, basis)).abs()
+            ratio = worst_ratio(off, baked_element_bound(before, basis))
+            worst["error_over_bound"] = max(worst["error_over_bound"], ratio)
+    return worst
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.checkpoint", description="Time baking against copying and hashing.")
+    p.add_argument("--out", type=Path, help="JSON file for the rows")
+    p.add_argument("--layers", type=int, default=36, help="fewer make a smaller checkpoint")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Print the table; 1 if a file on disk breaks its bound or leaks more than 1.1 times its floor."""
+    args = parser().parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        source, subspace = folder / "source", folder / "subspace.safetensors"
+        make_source(source, args.layers)
+        size = sum(f.stat().st_size for f in source.iterdir())
+        print(f"{size / 1e9:.2f} GB, {args.layers} layers", flush=True)
+        times, peaks, found = {"cp -r + sha256sum": [], "bake": []}, [], {}
+        for number in range(args.rounds):
+            began = time.perf_counter()
+            subprocess.run(["cp", "-r", source, folder / "copy"], check=True)
+            subprocess.run(f"sha256sum {folder}/copy/* > {folder}/sums", shell=True, check=True)
+            times["cp -r + sha256sum"].append(time.perf_counter() - began)
+            shutil.rmtree(folder / "copy")
+            words = [sys.executable, "-m", "kernel_surgery.bake", "--model", str(source), "--subspace", str(subspace)]
+            seconds, peak = watched([*words, "--out", str(folder / "baked")])
+            times["bake"].append(seconds)
+            peaks.append(peak)
+            if number == 0:
+                found = check(source, folder / "baked", subspace)
+            shutil.rmtree(folder / "baked")
+            print({name: f"{taken[-1]:.2f} s" for name, taken in times.items()}, flush=True)
+    floor = statistics.median(times["cp -r + sha256sum"])
+    environment = cli.environment()
+    stamp = {key: environment[key] for key in ("torch", "commit", "dirty", "device")} | {
+        "date": time.strftime("%Y-%m-%d")
+    }
+    rows = []
+    for name, taken in times.items():
+        row = {"case": "checkpoint", "provider": name, "gigabytes": size / 1e9, "layers": args.layers}
+        row |= {
+            "seconds": taken,
+            "seconds_p50": statistics.median(taken),
+            "ratio_to_floor": statistics.median(taken) / floor,
+        }
+        if name == "bake":
+            row |= {f"peak_{kind}_gb": max(p[kind] for p in peaks) for kind in ("resident", "anonymous")} | found
+        rows.append(row | stamp)
+        print(json.dumps(rows[-1]))
+    if args.out:
+        cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+    return 0 if found["leak_over_floor"] <= 1.1 and found["error_over_bound"] <= 1 else 1
+
+
+if __name__ == "__main__":
+    cli.main(run)
