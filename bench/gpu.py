@@ -20,11 +20,11 @@ def parts(out: Path) -> list[tuple[str, int, list[str]]]:
     """(name, limit in seconds, command) of each part."""
     python = sys.executable
     return [
-        ("tests", 200, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
-        ("op", 240, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
+        ("tests", 260, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
+        ("op", 200, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
         (
             "eval",
-            100,
+            80,
             [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")],
         ),
     ]

@@ -73,7 +73,7 @@ def narrow_products(ttir: str) -> int:
     """
     tainted = set(re.findall(r"(%\w+): i32", ttir))
     count = 0
-    for name, operation, rest in re.findall(r"(%\w+) = ([\w.]+) (.*)", ttir):
+    for name, operation, rest in re.findall(r"(%\w+)(?::\d+)? = ([\w.]+) (.*)", ttir):
         of_rows = operation == "tt.get_program_id" or any(used in tainted for used in re.findall(r"%\w+", rest))
         kind = re.sub(r"\s*loc\(.*", "", rest).rsplit(":", 1)[-1].rsplit("->", 1)[-1]
         if not of_rows or not re.search(r"\bi32|xi32", kind):
@@ -96,7 +96,8 @@ def compile_project(
     separate: bool = True,
     **overrides,
 ) -> Compiled:
-    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d].
+    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d],
+    every tensor beginning at a multiple of 16 bytes.
 
     operation: a key of OPERATIONS. form, overrides: replace its choice of kernel and launch options. Raises what
     Triton raises for a kernel that does not compile.
@@ -110,7 +111,7 @@ def compile_project(
     from kernel_surgery.kernels.project import KERNELS, form_of, launch_options
 
     kind = getattr(torch, dtype)
-    form = form or form_of(kind, rows, d, k, OPERATIONS[operation]["NORM"])
+    form = form or form_of(kind, rows, d, k)
     options = launch_options(kind, rows, d, k, form) | overrides
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     element = DTYPES[dtype]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import MethodType
 
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 
 from kernel_surgery import ops
 from kernel_surgery.edit import Edit, Plan
@@ -43,7 +44,8 @@ def _replaced(module: nn.Module) -> bool:
 
 def _output_watched(block: nn.Module) -> bool:
     """Whether another hook than the edit's own sees the MLP's output."""
-    return bool(block.mlp._forward_hooks) or len(block.mlp.down_proj._forward_hooks) > 1
+    own = len(block.mlp.down_proj._forward_hooks) == 1
+    return not own or bool(block.mlp._forward_hooks) or bool(hooks_of_all._global_forward_hooks)
 
 
 def _watched(model: nn.Module, layer: int) -> bool:
@@ -111,7 +113,12 @@ class _Handover:
 
 
 def _layer_forward(
-    model: nn.Module, layer: int, buffer: str, plan: Plan, elsewhere: dict[int, bool], handover: _Handover | None
+    model: nn.Module,
+    layer: int,
+    buffer: str,
+    plan: Plan,
+    elsewhere: dict[int, nn.Module | None],
+    handover: _Handover | None,
 ) -> Callable[..., Tensor]:
     """The forward of one edited layer."""
     block, norm = decoder_layers(model)[layer], next_norm(model, layer)
@@ -130,9 +137,11 @@ def _layer_forward(
         residual = hidden_states + attended
         down = block.mlp.down_proj
         at_once = _output_watched(block) or residual.dtype not in ops.LOW
-        elsewhere[layer] = not at_once
-        output = block.mlp(block.post_attention_layernorm(residual))
-        elsewhere[layer] = False
+        elsewhere[layer] = None if at_once else down
+        try:
+            output = block.mlp(block.post_attention_layernorm(residual))
+        finally:
+            elsewhere[layer] = None
         if at_once:
             return residual + output
         basis = getattr(down, buffer)
@@ -160,7 +169,9 @@ def _norm_forward(norm: nn.Module, handover: _Handover) -> Callable[[Tensor], Te
 
 
 @contextmanager
-def edited_layers(model: nn.Module, plan: Plan, edit: Edit, buffer: str, elsewhere: dict[int, bool]) -> Iterator[None]:
+def edited_layers(
+    model: nn.Module, plan: Plan, edit: Edit, buffer: str, elsewhere: dict[int, nn.Module | None]
+) -> Iterator[None]:
     """Replace the forward of every layer whose `edit.reach` is "add" or "norm" (and of the norms after the latter),
     until the block ends. buffer, elsewhere: what `edit.output_hooks` is given."""
     replaced, blocks = [], decoder_layers(model)

@@ -128,13 +128,13 @@ def output_hooks(
     edit: Edit,
     function: Callable[[Tensor, Tensor, float | Tensor], Tensor],
     buffer: str | None = None,
-    elsewhere: Mapping[int, bool] | None = None,
+    elsewhere: Mapping[int, nn.Module | None] | None = None,
 ) -> Iterator[None]:
     """`function(output, basis, strength)` on the output of every planned module, until the block ends.
 
     The basis is a buffer of the module, named `buffer`, so that it follows the model to another device and into
-    captured graphs; it is not part of the state dict. elsewhere: for which layers the edit of the running forward pass
-    is made further on; they are counted here and their output is left alone.
+    captured graphs; it is not part of the state dict. elsewhere: the modules, by layer, whose edit in the running
+    forward pass is made further on; they are counted here and their output is left alone.
     """
     name, handles = buffer or buffer_name(), []
     elsewhere = {} if elsewhere is None else elsewhere
@@ -143,7 +143,7 @@ def output_hooks(
         def hook(module, inputs, output):
             if not torch.compiler.is_compiling():
                 edit.calls[layer] += 1
-            return None if elsewhere.get(layer) else function(output, getattr(module, name), plan.strength)
+            return None if elsewhere.get(layer) is module else function(output, getattr(module, name), plan.strength)
 
         return hook
 

@@ -27,8 +27,9 @@ def fused(
 ) -> Iterator[Edit]:
     """While the block lasts, the output of `down_proj` is edited by `ops.project` in every layer of `subspace`.
 
-    strength: a number, or a floating tensor [batch] of one a sequence; rows of strength 0 pass bit for bit. The tensor
-    is read at every call, also by a replayed graph: written to in place, it turns the edit on and off by request.
+    strength: a number, or a floating tensor [batch] of one a sequence, read at every call, also by a replayed graph:
+    written to in place, it turns the edit on and off by request. Rows of strength 0 pass bit for bit (at reach "norm"
+    on CUDA: the residual stream does, its norm is another float32 sum).
     layers: fewer than the subspace holds. force: accept a subspace of unknown or foreign provenance (never of another
     shape). reach: how much becomes one operator with the edit. "output": nothing more. "add": the residual addition
     too. "norm" (default): and the norm that follows, wherever the layer allows it; where it does not, less, and

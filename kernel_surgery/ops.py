@@ -84,9 +84,10 @@ def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | No
 
     # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not.
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return launch(
-        x, basis.float(), strength, None if row_strength is None else row_strength.float().contiguous(), **more
-    )
+    row_strength = None if row_strength is None else row_strength.float().contiguous()
+    # Triton launches on the current device, which need not be x's.
+    with torch.cuda.device(x.device):
+        return launch(x, basis.float(), strength, row_strength, **more)
 
 
 @_project.register_kernel("cuda")

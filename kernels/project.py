@@ -1,12 +1,13 @@
 """y = x - a U (U^T x) for rows x [M, d] and an orthonormal basis U [d, k], and what follows it in a decoder layer.
 
 Three operations, told apart at compile time: y alone; h = residual + y (ADD); and also n = rmsnorm(h) * weight (NORM).
-The last moves four times M d elements, as many as adding and normalising alone do: the edit itself is free of traffic.
+The last needs x, the residual, h and n once each, as adding and normalising alone do; what a form reads again (U, and x
+or h) comes from cache where it fits there. How near that comes to free is not measured on a GPU yet.
 
 Three kernels, one function:
 
     row         one row a program, float32 products without tensor cores: few rows, where only latency counts
-    tile        x is read once and stays in registers, the warps share the columns: bfloat16, packed U, k <= 32
+    tile        x is read once and stays in registers, the warps share the columns: bfloat16, packed U, k = 16
     two-pass    a block of rows is read twice, the second time from cache where it fits: every other shape
 
 `form_of` chooses by shape alone. Crossing one of its thresholds changes the order of summation and so the last bits of
@@ -309,20 +310,19 @@ def _project_tile_kernel(
 
 KERNELS = {"row": _project_row_kernel, "tile": _project_tile_kernel, "two-pass": _project_two_pass_kernel}
 FEW_ROWS = 64  # by arithmetic a launch costs more than the work up to here; not measured on a GPU yet
-# The largest d at which the tile form does not spill, by (k, with NORM): `python -m kernel_surgery.aot`.
-TILE_WIDEST = {(16, False): 4096, (16, True): 2560, (32, False): 2048, (32, True): 2048}
+# The largest d at which the tile form spills nowhere, with Triton 3.6 as with 3.7 (`python -m kernel_surgery.aot`).
+TILE_WIDEST = 2560
 
 
-def form_of(dtype: torch.dtype, rows: int, d: int, k: int, norm: bool = False, packed: bool = True) -> str:
+def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) -> str:
     """Which kernel runs for x [rows, d] and a basis of k columns: "row", "tile" or "two-pass".
 
     packed: the basis lies in memory as [d, k] without gaps. `ops.packed` makes it so, with zero columns for a k that
-    the tile form does not take.
+    the tile form does not take. The same for all three operations: h has the same bits with the norm and without.
     """
     if rows <= FEW_ROWS:
         return "row"
-    widest = TILE_WIDEST.get((k, norm), 0)
-    fits = packed and d % 128 == 0 and d <= (widest if d % 256 == 0 else min(widest, 2560))
+    fits = packed and k == 16 and d % 128 == 0 and d <= TILE_WIDEST
     return "tile" if dtype == torch.bfloat16 and fits else "two-pass"
 
 
@@ -376,7 +376,7 @@ def project(
     n = None if weight is None else torch.empty((rows, d), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, n
-    form = form or form_of(x.dtype, rows, d, k, weight is not None, basis.stride() == (k, 1))
+    form = form or form_of(x.dtype, rows, d, k, basis.stride() == (k, 1))
     options = launch_options(x.dtype, rows, d, k, form) | overrides
     if form == "tile" and (basis.stride() != (k, 1) or k != options["BLOCK_K"] or d % options["BLOCK_D"]):
         raise ValueError(f"the tile form takes a packed basis of 16, 32 or 64 columns: {tuple(basis.shape)} is not")

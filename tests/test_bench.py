@@ -63,6 +63,13 @@ def test_the_checks_tell_an_edit_from_none():
     h, n = op.additions(t, False)["project_add_rmsnorm (aten/cpu)"]()
     assert op.error_over_bound("project_add_rmsnorm", "project_add_rmsnorm", (h, n), t) <= 1
     assert op.error_over_bound("project_add_rmsnorm", "project_add_rmsnorm", (h, n * 1.01), t) > 1
+    # The last rows are looked at too, and those between.
+    t = op.inputs(2000, 64, 3, torch.float32, torch.device("cpu"))
+    for wrong in (slice(1999, None), slice(900, 1100)):
+        y = op.projections(t, False)["project (aten/cpu)"]()
+        assert op.error_over_bound("project", "project", y, t) <= 1
+        y[wrong] = 0
+        assert op.error_over_bound("project", "project", y, t) > 1
 
 
 STAND_INS = """

@@ -380,7 +380,8 @@ def test_on_a_gpu_every_reach_stays_within_rounding_of_the_operator_alone(kind, 
                 assert edit.provider == "triton/cuda" and edit.fallbacks == {}
                 seen[reach] = model(input_ids=ids().cuda()).logits.double()
         plain = float((model(input_ids=ids().cuda()).logits.double() - exact(input_ids=ids().cuda()).logits).norm())
-    # The residual addition is bit for bit the separate one; only the norm's root may differ in its last float32 bit.
+    # The residual addition is bit for bit the separate one (12 rows: one form for all); only the norm's root may differ
+    # in its last float32 bit.
     assert torch.equal(seen["output"], seen["add"])
     for reach, logits_of in seen.items():
         error = float((logits_of - right).norm())
@@ -392,37 +393,92 @@ def test_on_a_gpu_every_reach_stays_within_rounding_of_the_operator_alone(kind, 
 @needs_gpu
 @pytest.mark.parametrize("how", ["compiled", "captured"])
 def test_on_a_gpu_a_step_with_a_static_cache_compiles_and_is_captured(how, bases):
-    from transformers import StaticCache
-
     model = pico("qwen2", dtype=torch.bfloat16).cuda()
     strength = torch.tensor([0.0, 1.0], device="cuda")
     x, places = ids()[:, :1].cuda(), torch.tensor([6], device="cuda")
-
-    def made():
-        cache = StaticCache(config=model.config, max_cache_len=16)
-        model(
-            input_ids=ids().cuda(), cache_position=torch.arange(6, device="cuda"), past_key_values=cache, use_cache=True
-        )
-        return cache
 
     def step(cache):
         return model(input_ids=x, cache_position=places, past_key_values=cache, use_cache=True).logits
 
     with torch.no_grad(), fused(model, bases, strength) as edit:
         assert set(edit.reach.values()) == {"norm"}
-        eager = step(made())
-        cache = made()
+        cache, rewind = filled_cache(model, "cuda")
+        eager = step(cache)
+        rewind()
         if how == "compiled":
             torch.testing.assert_close(torch.compile(step, fullgraph=True)(cache), eager, rtol=0.02, atol=0.02)
             return
-        step(cache)  # everything is compiled before it is captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step(cache)
+        rewind()
         graph.replay()
         assert torch.equal(captured, eager)
         # One graph serves edited and unedited requests: the strengths are read at every replay.
         strength.copy_(torch.tensor([1.0, 0.0]))
+        rewind()
         graph.replay()
         assert not torch.equal(captured, eager)
-        assert torch.equal(captured, step(made()))
+        rewind()
+        assert torch.equal(captured, step(cache))
+
+
+def filled_cache(model, device):
+    """(a static cache that holds the prompt, a function that brings it back to that state in place)."""
+    from transformers import StaticCache
+
+    cache, first = StaticCache(config=model.config, max_cache_len=16), torch.arange(6, device=device)
+    model(input_ids=ids().to(device), cache_position=first, past_key_values=cache, use_cache=True)
+    held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    state = [t.clone() for t in held]
+
+    def rewind():
+        for tensor, value in zip(held, state, strict=True):
+            tensor.copy_(value)
+
+    return cache, rewind
+
+
+def test_a_static_cache_can_be_brought_back(bases):
+    """What the GPU tests rely on: a cache moves on by itself, so a second step is another one."""
+    model = pico("qwen2")
+    with torch.no_grad(), fused(model, bases):
+        cache, rewind = filled_cache(model, "cpu")
+        more = {"cache_position": torch.tensor([6]), "past_key_values": cache, "use_cache": True}
+        steps = [model(input_ids=ids()[:, :1], **more).logits for _ in range(2)]
+        rewind()
+        assert torch.equal(model(input_ids=ids()[:, :1], **more).logits, steps[0])
+
+
+@pytest.mark.parametrize("fault", [MemoryError, KeyboardInterrupt])
+def test_an_mlp_that_fails_leaves_the_edit_on(fault, bases, monkeypatch):
+    model, x = pico("llama"), torch.randn(3, 48)
+    with fused(model, bases, 0.5), torch.no_grad():
+        right, alone = logits(model), model.model.layers[2].mlp(x)
+
+        def failing(*args):
+            raise fault
+
+        with monkeypatch.context() as patched, pytest.raises(fault):
+            patched.setattr(model.model.layers[2].mlp.act_fn, "forward", failing)
+            logits(model)
+        assert torch.equal(model.model.layers[2].mlp(x), alone)
+        assert torch.equal(logits(copy.deepcopy(model)), right) and torch.equal(logits(model), right)
+
+
+def test_hooks_on_every_module_are_heard_too(bases, operators):
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model, seen = pico("llama"), []
+    mlp = model.model.layers[2].mlp
+    with fused(model, bases, reach="output"):
+        right = mlp.register_forward_hook(lambda m, args, out: seen.append(out))
+        expected = logits(model)
+        right.remove()
+    with fused(model, bases):
+        handle = register_module_forward_hook(lambda m, args, out: seen.append(out) if m is mlp else None)
+        try:
+            assert torch.equal(logits(model), expected)
+        finally:
+            handle.remove()
+    assert len(seen) == 2 and torch.equal(*seen) and operators["project_add_rmsnorm"] == 0
