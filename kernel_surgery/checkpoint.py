@@ -32,6 +32,12 @@ BASE_CARD = "README.base.md"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
+def edited_name(name: str, layers) -> int | None:
+    """The layer of a tensor that the edit of these layers concerns, else None."""
+    match = _DOWN_PROJ.fullmatch(name)
+    return int(match[1]) if match and int(match[1]) in layers else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint."""
     index = folder / "model.safetensors.index.json"
@@ -189,32 +195,15 @@ def _rewrite(
         raise ValueError(f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept.") from error
 
 
-def _storage_floor(weight: "torch.Tensor", basis: "torch.Tensor") -> float:
-    """norm(U^T E) for E the rounding errors of storing `weight`: sqrt(sum ulp^2 / 12 |U_i|^2)."""
-    import torch
-
-    from kernel_surgery.reference import unit_roundoff
-
-    columns = weight.reshape(weight.shape[0], -1)
-    total = 0.0
-    for start in range(0, columns.shape[0], 256):
-        part = columns[start : start + 256].float()
-        _, exponent = torch.frexp(part)
-        squares = torch.where(part == 0, 0.0, torch.exp2(2.0 * (exponent - 1))).sum(1).double()
-        norms = basis[start : start + 256].double().square().sum(1)
-        total += float((squares * norms).sum())
-    return 2 * unit_roundoff(weight.dtype) * (total / 12) ** 0.5
-
-
 def _check_editable(layouts: list[stream.Layout], bases: dict) -> list[stream.Entry]:
     """The tensors to be edited: weights, and biases where there are any. Refuses what cannot be edited."""
     found = []
     for layout in layouts:
         for name, entry in layout.entries.items():
-            match = _DOWN_PROJ.fullmatch(name)
-            if not match or int(match[1]) not in bases:
+            layer = edited_name(name, bases)
+            if layer is None:
                 continue
-            basis = bases[int(match[1])]
+            basis = bases[layer]
             if entry.dtype not in ("F32", "BF16", "F16"):
                 raise ValueError(
                     f"cannot bake {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
@@ -288,6 +277,7 @@ def bake_checkpoint(
     from safetensors.torch import save_file
 
     from kernel_surgery.bake import remove
+    from kernel_surgery.reference import storage_noise
 
     source, destination = Path(source), Path(destination)
     if destination.exists():
@@ -308,7 +298,7 @@ def bake_checkpoint(
         # One NaN or Inf in a column makes all of that column's inside NaN or Inf.
         if not torch.isfinite(inside).all():
             raise ValueError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
-        if strength == 1 and weight.ndim == 2 and float(inside.norm()) < 3 * _storage_floor(weight, basis):
+        if strength == 1 and weight.ndim == 2 and float(inside.norm()) < 3 * storage_noise(weight, basis):
             raise ValueError(
                 f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
                 f"{float(inside.norm()):.3g}): it was baked with this subspace before. Nothing was written. "

@@ -164,13 +164,21 @@ def leak_of_weight(after: Tensor, before: Tensor, basis: Tensor, strength: float
     return float((u64.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())
 
 
+def storage_noise(stored: Tensor, basis: Tensor) -> float:
+    """norm(U^T E) for E the rounding of a stored [d, columns]: sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2)."""
+    total = 0.0
+    for start in range(0, stored.shape[0], 256):
+        part = stored[start : start + 256].double()
+        _, exponent = torch.frexp(part)
+        # ulp of a number in [2^(e-1), 2^e) with unit roundoff u is 2u 2^(e-1).
+        ulp = torch.where(part == 0, 0.0, 2 * unit_roundoff(stored.dtype) * torch.exp2(exponent.double() - 1))
+        total += float(((ulp**2).sum(1) * _row_norms(basis[start : start + 256]) ** 2).sum())
+    return math.sqrt(total / 12)
+
+
 def leak_floor(after: Tensor, before: Tensor, basis: Tensor) -> float:
-    """The leak that correct rounding leaves: sqrt(sum_ij ulp(W'_ij)^2 / 12 |U_i|^2) / norm(U^T W)."""
-    _, exponent = torch.frexp(after.double())
-    # ulp of a number in [2^(e-1), 2^e) with unit roundoff u is 2u 2^(e-1).
-    ulp = torch.where(after == 0, 0.0, 2 * unit_roundoff(after.dtype) * torch.exp2(exponent.double() - 1))
-    noise = ((ulp**2).sum(1) / 12 * _row_norms(basis) ** 2).sum().sqrt()
-    return float(noise / (basis.double().T @ before.double()).norm())
+    """The leak that correct rounding leaves: `storage_noise` of W' over norm(U^T W)."""
+    return storage_noise(after, basis) / float((basis.double().T @ before.double()).norm())
 
 
 def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
