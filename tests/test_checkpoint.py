@@ -137,6 +137,7 @@ def test_damaged_files_and_full_disks_are_named(source, tmp_path, monkeypatch):
         whole[:-1]: "tensors end at byte",
         whole + b"0": "tensors end at byte",
         whole[:8] + b"}" + whole[9:]: "makes no sense",
+        whole.replace(b"[0,", b"[2,", 1): "lies outside its bytes",
         b"": "shorter than a header",
     }.items():
         file.write_bytes(damage)
@@ -160,8 +161,11 @@ def test_an_exception_half_way_leaves_no_destination_and_the_next_run_is_clean(s
     # What a kill leaves: the sibling with the deterministic name. A rerun replaces it.
     (tmp_path / ".new.baking").mkdir()
     (tmp_path / ".new.baking" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".new.baking" / "half.txt").write_bytes(b"half")
     bake_checkpoint(source, subspace, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "source"]
+    made = {"README.md", "kernel_surgery", "provenance.json"}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {p.name for p in source.iterdir()} | made
 
 
 def test_the_same_weights_are_not_baked_twice_even_without_provenance(source, tmp_path):

@@ -119,6 +119,7 @@ def test_a_planted_fault_is_found_and_its_layer_named_though_the_hashes_match(tm
     assert faults and all(fault.startswith("layer 2: model.layers.2.mlp.down_proj.") for fault in faults)
     assert all(f"broken: {fault}" in said for fault in faults) and "SHA-256" not in said
     print(faults)
+    assert any("it holds NaN or Inf" in fault for fault in faults) == (name == "not_finite")
     # From the file alone, what leaks is found too (a flipped sign leaks too little to be told from rounding, and in
     # float32 and float16 the coarse projector and one per cent are compared with a finer floor).
     alone = certified(folder, model=False)["faults"]
