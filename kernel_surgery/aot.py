@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel ahead of time for a GPU that is not there, and reads off what it needs.
+"""Compiles the Triton kernels ahead of time for a GPU that is not there, and reads off what they need.
 
     python -m kernel_surgery.aot [--out FILE]     registers, spills and shared memory for sm_80 and sm_90
 
@@ -113,7 +113,7 @@ def compile_project(
     kind = getattr(torch, dtype)
     form = form or form_of(kind, rows, d, k)
     options = launch_options(kind, rows, d, k, form) | overrides
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     element = DTYPES[dtype]
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
     # A row-major basis has stride_basis_k = 1, which Triton specialises when it launches: so does this.
@@ -139,30 +139,12 @@ def compile_project(
         file.write_text(ptx)
         # Triton compiles for sm_90a where it can; ptxas must be told what the PTX says.
         target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)[1]
-        words = [
-            knobs.nvidia.ptxas.path,
-            "-v",
-            f"--gpu-name={target}",
-            str(file),
-            "-o",
-            str(Path(folder) / "kernel.cubin"),
-        ]
+        words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file, "-o", Path(folder) / "kernel.cubin"]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return Compiled(
-        sm,
-        operation,
-        form,
-        dtype,
-        rows,
-        d,
-        k,
-        registers,
-        spilled,
-        done.metadata.shared,
-        narrow_products(done.asm["ttir"]),
-    )
+    needs = registers, spilled, done.metadata.shared, narrow_products(done.asm["ttir"])
+    return Compiled(sm, operation, form, dtype, rows, d, k, *needs)
 
 
 def kernel_sha256() -> str:

@@ -166,7 +166,7 @@ def _rewrite(
     try:
         with ExitStack() as stack:
             stack.enter_context(stream.locked_folder(temporary))
-            bar = stack.enter_context(cli.byte_bar(total, destination.name))
+            bar = stack.enter_context(cli.bar(total, destination.name, unit="B", unit_scale=True, leave=False))
             followers = {}
             for layout in layouts:
                 name = layout.path.name
@@ -226,8 +226,9 @@ def read_provenance(folder: Path) -> dict:
     """What a baked checkpoint says of itself. Raises ValueError for a folder that is none."""
     try:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        assert record["kind"] == "baked" and isinstance(record["sha256"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if record["kind"] != "baked" or not isinstance(record["sha256"], dict):
+            raise ValueError(f"it is of a {record['kind']!r} checkpoint")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(folder)!r} is not a checkpoint that python -m kernel_surgery.bake has written: its {PROVENANCE} is "
             "missing or says something else. Nothing was written."
@@ -293,7 +294,7 @@ def bake_checkpoint(
     removed: dict[str, torch.Tensor] = {}
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        basis = subspace.bases[int(_DOWN_PROJ.fullmatch(name)[1])]
+        basis = subspace.bases[edited_name(name, subspace.bases)]
         edited, inside = remove(weight, basis, strength)
         # One NaN or Inf in a column makes all of that column's inside NaN or Inf.
         if not torch.isfinite(inside).all():

@@ -123,18 +123,14 @@ def _message(error: Exception) -> str:
 
 def progress(iterable: Iterable[T], total: int | None = None, desc: str | None = None) -> Iterator[T]:
     """The same items, with a bar on stderr while that is a terminal; nothing at all in a pipe or a log."""
+    return iter(bar(total, desc, iterable=iterable, leave=False))
+
+
+def bar(total: int | None, desc: str | None = None, **options) -> "tqdm":
+    """A bar on stderr while that is a terminal: a context manager with `update`. options: tqdm's own."""
     from tqdm import tqdm
 
-    return iter(tqdm(iterable, total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False))
-
-
-def byte_bar(total: int, desc: str) -> "tqdm":
-    """A bar of `total` bytes on stderr while that is a terminal; a context manager with `update`."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=desc, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
-    )
+    return tqdm(total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty(), **options)
 
 
 def command_line(module: str, argv: "list[str] | None") -> str:

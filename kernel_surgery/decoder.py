@@ -73,7 +73,7 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
     weight = block.mlp.down_proj.weight
     if asked == "output":
         return "output", None
-    if weight.dtype not in ops.LOW:
+    if weight.dtype not in ops.UP_TO_FLOAT32:
         return "output", f"{weight.dtype} has no fused addition"
     if not _own_class(block, kind, "DecoderLayer"):
         return "output", f"{type(block).__name__} is not the layer that transformers defines for {kind}"
@@ -136,7 +136,7 @@ def _layer_forward(
         attended = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)[0]
         residual = hidden_states + attended
         down = block.mlp.down_proj
-        at_once = _output_watched(block) or residual.dtype not in ops.LOW
+        at_once = _output_watched(block) or residual.dtype not in ops.UP_TO_FLOAT32
         elsewhere[layer] = None if at_once else down
         try:
             output = block.mlp(block.post_attention_layernorm(residual))

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -132,14 +131,11 @@ def notes_of(subspace, edits: dict[str, dict], args: argparse.Namespace) -> list
 
 def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget) -> None:
     """Fill `cells` with every (mode, language) that is missing, each on disk as it is finished."""
-    from tqdm import tqdm
-
     from kernel_surgery.generate import generate
     from kernel_surgery.results import score
 
     missing = [(m, lang) for m in modes for lang in languages if (m, lang) not in cells]
-    bar = tqdm(total=len(missing) * len(asked), file=sys.stderr, disable=not sys.stderr.isatty(), unit="text")
-    with bar:
+    with cli.bar(len(missing) * len(asked), unit="text") as bar:
         for mode in dict.fromkeys(m for m, _ in missing):
             with applied(mode, model, subspace, args.strength, args.force) as edit:
                 for language in (lang for m, lang in missing if m == mode):

@@ -233,7 +233,7 @@ def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> 
     return x.reshape(-1, x.shape[-1]), number, row_strength
 
 
-LOW = (torch.float32, torch.bfloat16, torch.float16)
+UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
@@ -249,7 +249,7 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
     basis or strength that requires a gradient; TypeError for an x of another dtype.
     """
-    rows, number, row_strength = _rows(x, basis, strength, (*LOW, torch.float64))
+    rows, number, row_strength = _rows(x, basis, strength, (*UP_TO_FLOAT32, torch.float64))
     return _project(rows, basis, number, row_strength).reshape(x.shape)
 
 
@@ -262,7 +262,7 @@ def project_add(
     two operations; otherwise once, at the end. Everything else, errors too, as in `project` (no float64); residual is
     differentiable too.
     """
-    rows, number, row_strength = _rows(x, basis, strength, LOW)
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
     _check_beside(x, "residual", residual, x.shape)
     return _project_add(rows, residual.reshape(rows.shape), basis, number, row_strength, separate).reshape(x.shape)
 
@@ -283,7 +283,7 @@ def project_add_rmsnorm(
     before the multiplication by weight too, as Llama-shaped models do; otherwise once, at the end. As in
     `project_add` otherwise; weight is differentiable too. Bound: `reference.rmsnorm_bound`.
     """
-    rows, number, row_strength = _rows(x, basis, strength, LOW)
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
     _check_beside(x, "residual", residual, x.shape)
     _check_beside(x, "weight", weight, x.shape[-1:])
     more = (weight, float(eps), basis, number, row_strength, separate)

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from kernel_surgery import baked, fused, hooked, ops
 from kernel_surgery.decoder import REACHES, decoder_layers, next_norm
@@ -183,11 +182,6 @@ def test_who_changes_the_stream_between_layer_and_norm_is_heard(where, when, how
     assert operators["project_add"] == 1 and operators["project_add_rmsnorm"] == 2
 
 
-class _OwnLayer(nn.Module):
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states
-
-
 def _replace_forward(module):
     original = module.forward
     module.forward = lambda *args, **kwargs: original(*args, **kwargs)
@@ -258,11 +252,18 @@ def test_autocast_and_checkpointing_give_what_the_operator_alone_gives(bases):
             # Run again in the backward pass, which is what it is for.
             assert edit.calls == dict.fromkeys(LAYERS, 2 if checkpointed else 1)
             gradients[str(checkpointed), reach] = [p.grad.clone() for p in model.parameters()]
+    exact = pico("llama", dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    with fused(exact, bases):
+        exact(input_ids=ids(), use_cache=False).logits.square().sum().backward()
+    exact = [p.grad for p in exact.parameters()]
     right = gradients["None", "output"]
-    for seen in gradients.values():
-        for one, other in zip(seen, right, strict=True):
-            # The fused norm's own backward: other float32 roundings, a few hundred deep, of sums of this size.
-            assert float((one - other).norm()) <= 2.0**-14 * float(other.norm())
+    # The yardstick is what separate operations miss themselves, and float32 parts that a float64 model keeps (2^-22).
+    own = [(one.double() - e).norm() + 2.0**-22 * e.norm() for one, e in zip(right, exact, strict=True)]
+    for name, seen in gradients.items():
+        ratio = max(float((g.double() - e).norm() / m) for g, e, m in zip(seen, exact, own, strict=True))
+        print(f"gradients, {name}: {ratio:.2f} of the separate operations' own error")
+        assert ratio <= 2
     # Teeth: without the edit the gradients are others altogether.
     model.gradient_checkpointing_disable()
     model.zero_grad()
@@ -399,8 +400,11 @@ def test_on_a_gpu_a_step_with_a_static_cache_compiles_and_is_captured(how, bases
     strength = torch.tensor([0.0, 1.0], device="cuda")
     x, places = ids()[:, :1].cuda(), torch.tensor([6], device="cuda")
 
-    def step(cache):
+    def step_of(model, cache):
         return model(input_ids=x, cache_position=places, past_key_values=cache, use_cache=True).logits
+
+    def step(cache):
+        return step_of(model, cache)
 
     with torch.no_grad(), fused(model, bases, strength) as edit:
         assert set(edit.reach.values()) == {"norm"}
@@ -408,7 +412,14 @@ def test_on_a_gpu_a_step_with_a_static_cache_compiles_and_is_captured(how, bases
         eager = step(cache)
         rewind()
         if how == "compiled":
-            torch.testing.assert_close(torch.compile(step, fullgraph=True)(cache), eager, rtol=0.02, atol=0.02)
+            # Compiled code rounds elsewhere: it may miss the float32 model by twice what eager bfloat16 misses it by.
+            wide = pico("qwen2").cuda()
+            wide.load_state_dict(model.state_dict())
+            with fused(wide, bases, strength):
+                exact = step_of(wide, filled_cache(wide, "cuda")[0])
+            error, own = (float((y - exact).norm()) for y in (torch.compile(step, fullgraph=True)(cache), eager))
+            print(f"compiled: error {error:.3g}, eager {own:.3g}")
+            assert error <= 2 * own
             return
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

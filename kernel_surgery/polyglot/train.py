@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -187,7 +186,6 @@ def run(argv: list[str] | None = None) -> int:
     """Train, or go on training, until --steps or --minutes."""
     args = parser().parse_args(argv)
     import torch
-    from tqdm import tqdm
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from kernel_surgery.polyglot.tokenizer import VOCABULARY, train_tokenizer
@@ -225,7 +223,7 @@ def run(argv: list[str] | None = None) -> int:
         loss_of = torch.compile(loss_of, dynamic=True)
     _append(log_file, _started(args, step))
     started = time.monotonic()
-    bar = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=not sys.stderr.isatty(), desc="training")
+    bar = cli.bar(args.steps, "training", initial=step)
     losses: list[float] = []
     batches, chunk = [], -1
     while step < args.steps:
