@@ -39,8 +39,8 @@ setup(
     ],
     extras_require={
         # setuptools: tests/test_packaging.py builds the wheel and the source distribution.
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"],
-        "lora": ["peft"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.18", "ruff>=0.6", "setuptools>=77"],
+        "lora": ["peft>=0.18"],
         "accelerate": ["accelerate"],
         "lm-eval": ["lm-eval"],
     },

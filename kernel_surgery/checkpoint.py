@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def located(folder: Path) -> dict[str, tuple[Path, stream.Entry]]:
+    """Where every tensor of a checkpoint lies: {name: (file, entry)}."""
+    layouts = [stream.read_layout(file) for file in weight_files(folder)]
+    return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
+
+
 @contextmanager
 def opened(file: Path):
     """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
@@ -76,7 +82,7 @@ def check_source(folder: Path, layouts: list[stream.Layout], subspace: "Subspace
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(
-            f"cannot bake a {config.get('model_type')!r} checkpoint: known architectures are "
+            f"cannot edit a {config.get('model_type')!r} checkpoint: known architectures are "
             f"{', '.join(ARCHITECTURES)}.\nNothing was written."
         )
     n_layers = config["num_hidden_layers"]
@@ -141,48 +147,33 @@ def _others(source: Path) -> tuple[list[Path], list[str]]:
     return along, [name for name in left_out if name not in weights]
 
 
-def _rewrite(
-    source: Path,
-    destination: Path,
-    layouts: list[stream.Layout],
-    edits: dict[str, Edit],
-    rename: Callable[[str], str | None],
-    finish: Callable[[Path], dict],
-) -> None:
-    """`source` with some tensors edited as the new folder `destination`; `rename` gives the names under which
-    other files go along (None: not at all); `finish(folder)` adds files and returns the record, to which the hash of
-    every file is added. All of it or nothing."""
+def check_absent(destination: Path) -> None:
+    """Raises FileExistsError if there is something at `destination`."""
+    if destination.exists():
+        raise FileExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
+
+
+@contextmanager
+def new_folder(destination: Path, size: int) -> Iterator[Path]:
+    """A temporary folder beside `destination`, renamed to it when the block ends; removed again on any exception.
+
+    size: bytes that will be written. Raises FileExistsError if the destination exists, ValueError where there is no
+    room, where another process is writing it, and for whatever the file system refuses inside the block.
+    """
     from safetensors import SafetensorError
 
-    total = sum(layout.size for layout in layouts)
+    check_absent(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(destination.parent).free
-    if free < total:
+    if free < size:
         raise ValueError(
-            f"{str(destination)!r} needs {total / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
+            f"{str(destination)!r} needs {size / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
             "left. Nothing was written. Choose another --out."
         )
     temporary = destination.with_name(f".{destination.name}.baking")
     try:
-        with ExitStack() as stack:
-            stack.enter_context(stream.locked_folder(temporary))
-            bar = stack.enter_context(cli.bar(total, destination.name, unit="B", unit_scale=True, leave=False))
-            followers = {}
-            for layout in layouts:
-                name = layout.path.name
-                followers[name] = _write_file(layout, temporary / name, edits, bar.update)
-            along, left_out = _others(source)
-            for file in along:
-                if name := rename(file.name):
-                    shutil.copy(file, temporary / name)
-            record = finish(temporary) | {"left_out": left_out}
-            hashes = {name: follower.hexdigest() for name, follower in followers.items()}
-            for file in sorted(temporary.rglob("*")):
-                name = file.relative_to(temporary).as_posix()
-                if file.is_file() and name not in hashes:
-                    hashes[name] = sha256(file)
-            record |= {"sha256": dict(sorted(hashes.items())), "environment": cli.environment()}
-            cli.write_atomic(temporary / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        with stream.locked_folder(temporary):
+            yield temporary
             os.rename(temporary, destination)
     except BlockingIOError as error:
         raise ValueError(
@@ -195,8 +186,56 @@ def _rewrite(
         raise ValueError(f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept.") from error
 
 
-def _check_editable(layouts: list[stream.Layout], bases: dict) -> list[stream.Entry]:
-    """The tensors to be edited: weights, and biases where there are any. Refuses what cannot be edited."""
+def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
+    """Write the record with the SHA-256 of every file in the folder; `hashes` holds those that are known already."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in hashes:
+            hashes[name] = sha256(file)
+    record = record | {"sha256": dict(sorted(hashes.items())), "environment": cli.environment()}
+    cli.write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rewrite(
+    source: Path,
+    destination: Path,
+    layouts: list[stream.Layout],
+    edits: dict[str, Edit],
+    rename: Callable[[str], str | None],
+    finish: Callable[[Path], dict],
+) -> None:
+    """`source` with some tensors edited as the new folder `destination`; `rename` gives the names under which
+    other files go along (None: not at all); `finish(folder)` adds files and returns the record, to which the hash of
+    every file is added. All of it or nothing."""
+    total = sum(layout.size for layout in layouts)
+    with (
+        new_folder(destination, total) as temporary,
+        cli.bar(total, destination.name, unit="B", unit_scale=True, leave=False) as bar,
+    ):
+        followers = {}
+        for layout in layouts:
+            name = layout.path.name
+            followers[name] = _write_file(layout, temporary / name, edits, bar.update)
+        along, left_out = _others(source)
+        for file in along:
+            if name := rename(file.name):
+                shutil.copy(file, temporary / name)
+        record = finish(temporary) | {"left_out": left_out}
+        write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
+
+
+def original_layouts(source: Path) -> list[stream.Layout]:
+    """The weight files of a checkpoint that was not baked before. Raises ValueError for one that was."""
+    if (source / PROVENANCE).exists():
+        raise ValueError(
+            f"{str(source)!r} was baked before (it holds {PROVENANCE}): the edit again would not remove anything more "
+            "at strength 1 and would compound at any other. Nothing was written. Take the original checkpoint."
+        )
+    return [stream.read_layout(file) for file in weight_files(source)]
+
+
+def editable(layouts: list[stream.Layout], bases: dict) -> list[stream.Entry]:
+    """The tensors that the edit concerns: weights, and biases where there are any. Refuses what cannot be edited."""
     found = []
     for layout in layouts:
         for name, entry in layout.entries.items():
@@ -206,13 +245,13 @@ def _check_editable(layouts: list[stream.Layout], bases: dict) -> list[stream.En
             basis = bases[layer]
             if entry.dtype not in ("F32", "BF16", "F16"):
                 raise ValueError(
-                    f"cannot bake {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
-                    "Nothing was written. Bake the unquantised checkpoint, or use --mode fused, which leaves weights "
+                    f"cannot edit {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
+                    "Nothing was written. Take the unquantised checkpoint, or use --mode fused, which leaves weights "
                     "alone."
                 )
             if entry.shape[0] != basis.shape[0]:
                 raise ValueError(
-                    f"cannot bake {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
+                    f"cannot edit {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
                     "Nothing was written. Fit a subspace on this model."
                 )
             found.append(entry)
@@ -222,15 +261,19 @@ def _check_editable(layouts: list[stream.Layout], bases: dict) -> list[stream.En
     return found
 
 
-def read_provenance(folder: Path) -> dict:
-    """What a baked checkpoint says of itself. Raises ValueError for a folder that is none."""
+_WRITER = {"baked": "kernel_surgery.bake", "adapter": "kernel_surgery.lora"}
+
+
+def read_provenance(folder: Path, kind: str = "baked") -> dict:
+    """What a baked checkpoint (or an "adapter") says of itself. Raises ValueError for a folder that is none."""
     try:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if record["kind"] != "baked" or not isinstance(record["sha256"], dict):
+        if record["kind"] != kind or not isinstance(record["sha256"], dict):
             raise ValueError(f"it is of a {record['kind']!r} checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "a checkpoint" if kind == "baked" else "an adapter"
         raise ValueError(
-            f"{str(folder)!r} is not a checkpoint that python -m kernel_surgery.bake has written: its {PROVENANCE} is "
+            f"{str(folder)!r} is not {what} that python -m {_WRITER[kind]} has written: its {PROVENANCE} is "
             "missing or says something else. Nothing was written."
         ) from error
     return record
@@ -281,14 +324,8 @@ def bake_checkpoint(
     from kernel_surgery.reference import storage_noise
 
     source, destination = Path(source), Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
-    if (source / PROVENANCE).exists():
-        raise ValueError(
-            f"{str(source)!r} was baked before (it holds {PROVENANCE}): baking again would not remove anything more at "
-            "strength 1 and would compound at any other. Nothing was written. Bake the original checkpoint."
-        )
-    layouts = [stream.read_layout(file) for file in weight_files(source)]
+    check_absent(destination)
+    layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     norms: dict[str, tuple[float, float]] = {}
     removed: dict[str, torch.Tensor] = {}
@@ -321,7 +358,7 @@ def bake_checkpoint(
         cli.write_atomic(folder / "README.md", _card(record))
         return record
 
-    edits = {entry.name: edit for entry in _check_editable(layouts, subspace.bases)}
+    edits = {entry.name: edit for entry in editable(layouts, subspace.bases)}
     _rewrite(source, destination, layouts, edits, lambda n: BASE_CARD if n == "README.md" else n, finish)
     return norms
 
@@ -337,8 +374,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     import torch
 
     source, destination = Path(source), Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
+    check_absent(destination)
     record = read_provenance(source)
     for name, digest in record["sha256"].items():
         if not (source / name).is_file() or sha256(source / name) != digest:

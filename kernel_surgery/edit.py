@@ -126,11 +126,13 @@ def forget_compiled_graphs() -> None:
 def output_hooks(
     plan: Plan,
     edit: Edit,
-    function: Callable[[Tensor, Tensor, float | Tensor], Tensor],
+    function: Callable[..., Tensor],
     buffer: str | None = None,
     elsewhere: Mapping[int, nn.Module | None] | None = None,
+    reads_input: bool = False,
 ) -> Iterator[None]:
-    """`function(output, basis, strength)` on the output of every planned module, until the block ends.
+    """`function(output, basis, strength)` on the output of every planned module, until the block ends; with
+    `reads_input`, `function(output, basis, strength, input)`.
 
     The basis is a buffer of the module, named `buffer`, so that it follows the model to another device and into
     captured graphs; it is not part of the state dict. elsewhere: the modules, by layer, whose edit in the running
@@ -143,7 +145,9 @@ def output_hooks(
         def hook(module, inputs, output):
             if not torch.compiler.is_compiling():
                 edit.calls[layer] += 1
-            return None if elsewhere.get(layer) is module else function(output, getattr(module, name), plan.strength)
+            if elsewhere.get(layer) is module:
+                return None
+            return function(output, getattr(module, name), plan.strength, *(inputs[:1] if reads_input else ()))
 
         return hook
 

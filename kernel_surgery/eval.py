@@ -21,7 +21,7 @@ from pathlib import Path
 from kernel_surgery import cli, runs
 from kernel_surgery.problems import EXPAG_LANGUAGES, Problem, expag_problems, problems
 
-MODES = ("original", "hook", "baked", "fused")
+MODES = ("original", "hook", "baked", "fused", "lora")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,11 +74,11 @@ def load_subspace(args: argparse.Namespace):
 
 def applied(mode: str, model, subspace, strength: float, force: bool):
     """The context manager that holds the edit (or none, for the original); yields its record."""
-    from kernel_surgery import baked, fused, hooked
+    from kernel_surgery import adapted, baked, fused, hooked
 
     if mode == "original":
         return contextlib.nullcontext()
-    applier = {"hook": hooked, "baked": baked, "fused": fused}[mode]
+    applier = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}[mode]
     return applier(model, subspace, strength, force=force)
 
 

@@ -6,6 +6,7 @@ here is fast; everything else is held against it.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -126,30 +127,97 @@ def leak(y: Tensor, basis: Tensor) -> Tensor:
     return (y.double() @ basis.double()).norm(dim=-1)
 
 
-def rule_b_bounds(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Exact:
+    """What an edited `down_proj` gives in exact arithmetic, with what its roundings scale with; [rows, d] float64.
+
+    x = W h + b, y = P_a x, P_a = I - a U U^T; sigma_i = sqrt(sum_j (P_a W)_ij^2 h_j^2) and tau_i the same of W.
+    edited_bias = P_a b [d].
+    """
+
+    x: Tensor
+    y: Tensor
+    sigma: Tensor
+    tau: Tensor
+    edited_bias: Tensor
+
+
+def exact_output(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0, bias: Tensor | None = None) -> Exact:
+    """weight [d, d_ff], h [rows, d_ff], bias [d] or None, as stored. A block of columns in float64 at a time."""
+    x, y, sigma, tau = (h.new_zeros((len(h), len(weight)), dtype=torch.float64) for _ in range(4))
+    for start in range(0, weight.shape[1], 1024):
+        w64, h64 = weight[:, start : start + 1024].double(), h[:, start : start + 1024].double()
+        edited = bake_oracle(w64, basis, strength)
+        x += h64 @ w64.T
+        y += h64 @ edited.T
+        tau += h64.square() @ w64.square().T
+        sigma += h64.square() @ edited.square().T
+    b = h.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    edited_bias = project_oracle(b, basis, strength)
+    return Exact(x + b, y + edited_bias, sigma.sqrt(), tau.sqrt(), edited_bias)
+
+
+def rule_b_bounds(
+    weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0, exact: Exact | None = None
+) -> tuple[Tensor, Tensor]:
     """Rule B, hook against baked, as (componentwise [rows, d], per row [rows]), float64.
 
-    weight [d, d_ff] and h [rows, d_ff] in the storage dtype; x = W h, y = P_a x, P_a = I - a U U^T,
-    sigma_i = sqrt(sum_j (P_a W)_ij^2 h_j^2):
+    weight [d, d_ff] and h [rows, d_ff] in the storage dtype; x, y, sigma as in `Exact` (`exact`: where it is known
+    already; with a bias, whose rounding joins the fourth term, it must be):
 
         |hook - baked|_i    <= u ( |x_i| + |a| norm(U_i) norm(x) + 2 |y_i| + 7 sigma_i )
         norm(hook - baked)  <= u ( norm(P_a) norm(x) + 2 norm(y) + norm(sigma) )
 
     The first term is the rounding of W h before the projection, the second its spread by U, the third both final
-    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7). In float32
-    accumulation over d_ff dominates: sqrt(d_ff) is added to the factors 7 and 1 of sigma.
+    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7). In float32 the sums
+    over d_ff and d weigh as much: with g = sqrt(d_ff) 2^-24 and f = sqrt(d) 2^-22 each element gains
+
+        g (sigma_i + tau_i + |a| norm(U_i) norm(tau)) + |a| norm(U_i) f (norm(tau) + norm(x))
+
+    and a row the norm of that. tau, not sigma: a hook sums the unedited products, which can be far larger.
     """
-    u = unit_roundoff(weight.dtype)
-    w64, h64 = weight.double(), h.double()
-    x = h64 @ w64.T
-    y = project_oracle(x, basis, strength)
-    sigma = ((h64**2) @ (bake_oracle(weight, basis, strength) ** 2).T).sqrt()
-    grown = math.sqrt(weight.shape[1]) if weight.dtype == torch.float32 else 0.0
-    norm_x = x.norm(dim=-1, keepdim=True)
-    each = u * (x.abs() + abs(strength) * _row_norms(basis) * norm_x + 2 * y.abs() + (7 + grown) * sigma)
-    norm_p = max(1.0, abs(1 - strength))
-    row = u * (norm_p * norm_x.squeeze(-1) + 2 * y.norm(dim=-1) + (1 + grown) * sigma.norm(dim=-1))
-    return each, row
+    u, (d, k) = unit_roundoff(weight.dtype), basis.shape
+    exact = exact_output(weight, h, basis, strength) if exact is None else exact
+    x, y, sigma, tau = (t.norm(dim=-1, keepdim=True) for t in (exact.x, exact.y, exact.sigma, exact.tau))
+    spread, norm_p = abs(strength) * _row_norms(basis), max(1.0, abs(1 - strength))
+    each = u * (exact.x.abs() + spread * x + 2 * exact.y.abs() + 7 * exact.sigma + exact.edited_bias.abs())
+    row = u * (norm_p * x + 2 * y + exact.edited_bias.norm() + sigma)
+    if weight.dtype == torch.float32:
+        g, f = math.sqrt(weight.shape[1]) * 2.0**-24, math.sqrt(d) * _ACCUMULATION
+        each = each + g * (exact.sigma + exact.tau + spread * tau) + spread * f * (tau + x)
+        row = row + g * (sigma + norm_p * tau) + abs(strength) * math.sqrt(k) * f * (tau + x)
+    return each, row.squeeze(-1)
+
+
+def applied_bound(mode: str, exact: Exact, basis: Tensor, d_ff: int, dtype: torch.dtype, strength: float) -> Tensor:
+    """|output - y|_i of one mode ("hook", "fused", "baked" or "lora") against the exact y of the same h, [rows, d].
+
+    Every mode rounds y, and sums d_ff products in float32 (g = sqrt(d_ff) 2^-24, in units of tau, or sigma where the
+    weights are edited):
+
+        all    1.01 u |y_i|
+        hook, fused  + 1.01 u |x_i| + g tau_i, and both spread by U: |a| norm(U_i) (u norm(x) + g norm(tau)),
+                     and Rule A's own spread
+        baked  + u (7 sigma_i + |(P_a b)_i|) + g sigma_i, and float32's part in the weights, |a| norm(U_i) f norm(tau)
+        lora   + 1.01 u |x_i| + g tau_i, and |a| norm(U_i) (f + g) norm(tau) for float32's part in A and in A h
+
+    f = sqrt(d) 2^-22. The sum of two modes' bounds bounds their difference; of hook and baked it is Rule B with the
+    terms below u written out.
+    """
+    u, d = unit_roundoff(dtype), basis.shape[0]
+    g, f = math.sqrt(d_ff) * 2.0**-24, math.sqrt(d) * _ACCUMULATION
+    spread = abs(strength) * _row_norms(basis)
+    norm_x, norm_tau = exact.x.norm(dim=-1, keepdim=True), exact.tau.norm(dim=-1, keepdim=True)
+    bound = 1.01 * u * exact.y.abs()
+    if mode == "baked":
+        bound = bound + u * (7 * exact.sigma + exact.edited_bias.abs()) + g * exact.sigma
+        return bound + spread * f * norm_tau
+    bound = bound + 1.01 * u * exact.x.abs() + g * exact.tau
+    if mode == "lora":
+        return bound + spread * (f + g) * norm_tau
+    pieces = 0.0 if dtype == torch.float32 else _TWO_PIECES
+    norm_z = (exact.x @ basis.double()).norm(dim=-1, keepdim=True)
+    return bound + spread * (u * norm_x + g * norm_tau + 1.01 * (pieces * norm_z + f * norm_x))
 
 
 def expected_rule_b(weight: Tensor, h: Tensor) -> Tensor:
@@ -188,6 +256,11 @@ def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) ->
     spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
     bound = unit_roundoff(weight.dtype) * exact.abs() + abs(strength) * _row_norms(basis)[:, None] * spread
     return 1.01 * bound + 2.0**-23 * weight.double().abs()
+
+
+def adapter_bound(weight: Tensor, strength: float = 1.0) -> Tensor:
+    """|A - a U^T W|_rj of a float32 adapter: 1.01 |a| sqrt(d) 2^-22 norm(W_:j), [1, d_ff]; for weight [d, d_ff]."""
+    return 1.01 * abs(strength) * math.sqrt(weight.shape[0]) * _ACCUMULATION * weight.double().norm(dim=0, keepdim=True)
 
 
 def undo_bound(weight: Tensor, baked: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:

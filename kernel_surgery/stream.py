@@ -85,6 +85,18 @@ def read_layout(path: Path) -> Layout:
     return Layout(path, entries, size)
 
 
+def rows_of(entry: Entry, start: int, stop: int) -> Entry:
+    """The entry of rows start .. stop of a tensor."""
+    width = (entry.end - entry.begin) // entry.shape[0]
+    return Entry(
+        f"{entry.name}[{start}:{stop}]",
+        entry.dtype,
+        (stop - start, *entry.shape[1:]),
+        entry.begin + start * width,
+        entry.begin + stop * width,
+    )
+
+
 def read_tensor(file: int, entry: Entry) -> "torch.Tensor":
     """One tensor of an open file, in memory of its own. Raises ValueError for a dtype that is no float."""
     import torch

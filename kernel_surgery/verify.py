@@ -1,11 +1,18 @@
-"""What a baked checkpoint says of itself, checked against its bytes; and against the original, where that is at hand.
+"""The equivalence certificate: what an edit does, in every mode, and what an applier has left on disk.
 
-python -m kernel_surgery.verify --baked DST [--model SRC] [--subspace S] [--out certificate.json]
+python -m kernel_surgery.verify --model SRC --subspace S [--baked DST] [--out certificate.json]
+python -m kernel_surgery.verify --baked DST [--model SRC]
+python -m kernel_surgery.verify --adapter DIR [--model SRC]
 
-From DST alone: every file is hashed again, and for every edited tensor the leak, norm(U^T W' - (1-a) U^T W) over
+Of a model (the first form): hook, fused, baked and lora are held, layer by layer and end to end, to the exact edit and
+to each other (`certify.py`).
+
+Of a baked checkpoint: every file is hashed again, and for every edited tensor the leak, norm(U^T W' - (1-a) U^T W) over
 norm(U^T W), is computed from the file and held to 1.1 times its floor, the leak that correct rounding leaves. With SRC
 too, whatever the hashes say: every edited element is held to its bound (`reference.baked_element_bound`), and every
 other tensor must be equal to the byte. float64 arithmetic, a block of columns of one tensor in memory at a time.
+
+Of an adapter: its hashes, B = -U to the bit, and with SRC A = a U^T W within its bound.
 
 Exit status 0 if everything holds; 1 if not, with the layer named; 2 for input that cannot be verified.
 """
@@ -21,73 +28,6 @@ from kernel_surgery import cli, stream
 
 if TYPE_CHECKING:
     import torch
-
-LEAK_GATE = 1.1  # leak over floor, for a weight; `leak_gate` for anything smaller
-COLUMNS = 1024  # of a weight, in float64, at a time: 16 MB at d_model 2048
-
-
-def check_tensor(
-    after: "torch.Tensor", before: "torch.Tensor | None", inside: "torch.Tensor", basis: "torch.Tensor", strength: float
-) -> dict[str, float | None]:
-    """One edited tensor: {"error_over_bound", "leak", "leak_floor", "leak_over_floor", "leak_gate", "finite"}.
-
-    after, before [d_model, columns] as stored; without `before` (None) the first is None. inside: U^T W [k, columns];
-    from `before` where there is one. Everything infinite where something is not finite.
-    """
-    import torch
-
-    from kernel_surgery.reference import bake_oracle, baked_element_bound, storage_noise, worst_ratio
-
-    u = basis.double()
-    worst, kept, whole, noise = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, after.shape[1], COLUMNS):
-        part = slice(start, start + COLUMNS)
-        new = after[:, part].double()
-        held = inside[:, part].double()
-        if before is not None:
-            old = before[:, part]
-            held = u.T @ old.double()
-            off = (new - bake_oracle(old, basis, strength)).abs()
-            worst = max(worst, worst_ratio(off, baked_element_bound(old, basis, strength)))
-        kept += float((u.T @ new - (1 - strength) * held).square().sum())
-        whole += float(held.square().sum())
-        noise += storage_noise(after[:, part], basis) ** 2
-    # A bias of zeros holds nothing of the subspace and leaks nothing.
-    leak = math.sqrt(kept / whole) if whole else math.inf if kept else 0.0
-    floor = math.sqrt(noise / whole) if whole else 0.0
-    over = leak / floor if floor else math.inf if leak else 0.0
-    return {
-        "error_over_bound": None if before is None else worst,
-        "leak": leak if math.isfinite(leak) else math.inf,
-        "leak_floor": floor,
-        "leak_over_floor": over if math.isfinite(over) else math.inf,
-        "leak_gate": leak_gate(basis.shape[1] * after.shape[1]),
-        "finite": bool(torch.isfinite(after).all()),
-    }
-
-
-def leak_gate(samples: int) -> float:
-    """How far the leak may lie above its floor: 1.1, and more where few samples are averaged.
-
-    leak^2 / floor^2 is a mean of k * columns squares of mean 1 and variance 2 (sums of many roundings): seven of its
-    standard deviations are 7 sqrt(2 / samples). For a weight that is nothing, for a bias it is most of the gate.
-    """
-    return max(LEAK_GATE, math.sqrt(1 + 7 * math.sqrt(2 / samples)))
-
-
-def broken(row: dict) -> list[str]:
-    """What a tensor breaks, in words; empty if nothing."""
-    found = []
-    if not row["finite"]:
-        found.append("it holds NaN or Inf")
-    if row["error_over_bound"] is not None and not row["error_over_bound"] <= 1:
-        found.append(f"an element is {row['error_over_bound']:.3g} times its bound away from what the edit gives")
-    # A float32 tensor is rounded so finely that the arithmetic before shows too: only its elements are held to a bound.
-    if row["dtype"] != "F32" and not row["leak_over_floor"] <= row["leak_gate"]:
-        found.append(f"it leaks {row['leak_over_floor']:.3g} times its floor (allowed: {row['leak_gate']:.3g})")
-    if row["dtype"] == "F32" and row["error_over_bound"] is None and not row["leak"] <= 2.0**-15:
-        found.append(f"it leaks {row['leak']:.3g} (allowed in float32: {2.0**-15:.3g})")
-    return found
 
 
 def same_bytes(one: tuple[Path, stream.Entry], other: tuple[Path, stream.Entry]) -> bool:
@@ -118,14 +58,6 @@ def check_files(folder: Path, record: dict) -> list[str]:
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     unknown = sorted(there - record["sha256"].keys() - {PROVENANCE})
     return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]
-
-
-def located(folder: Path) -> dict[str, tuple[Path, stream.Entry]]:
-    """Where every tensor of a checkpoint lies."""
-    from kernel_surgery.checkpoint import weight_files
-
-    layouts = [stream.read_layout(file) for file in weight_files(folder)]
-    return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
 
 
 def read(place: tuple[Path, stream.Entry]) -> "torch.Tensor":
@@ -159,7 +91,8 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     kept beside the weights). Raises ValueError for a folder that is no baked checkpoint, a subspace that does not fit
     it, and files that cannot be read.
     """
-    from kernel_surgery.checkpoint import UNDO, edited_name, opened, read_provenance
+    from kernel_surgery.checkpoint import UNDO, edited_name, located, opened, read_provenance
+    from kernel_surgery.checks import broken, check_tensor
 
     record = read_provenance(folder)
     with opened(folder / UNDO) as file:
@@ -203,46 +136,166 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     }
 
 
-def shown(certificate: dict) -> str:
-    """The table, and the verdict in one line."""
-    lines = [
-        f"{'layer':>5} {'tensor':<40} {'dtype':<5} {'error/bound':>11} {'leak':>9} {'floor':>9} {'leak/floor':>10}"
-    ]
-    for r in certificate["tensors"]:
-        error = "" if r["error_over_bound"] is None else f"{r['error_over_bound']:.3f}"
-        lines.append(
-            f"{r['layer']:>5} {r['tensor']:<40} {r['dtype']:<5} {error:>11} {r['leak']:>9.2e} {r['leak_floor']:>9.2e} "
-            f"{r['leak_over_floor']:>10.3f}"
-        )
-    faults = certificate["faults"]
-    lines += [f"broken: {fault}" for fault in faults]
-    lines.append(
-        f"{len(certificate['tensors'])} edited tensors: " + (f"{len(faults)} faults" if faults else "everything holds")
-    )
-    return "\n".join(lines)
+def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
+    """The certificate of an adapter's files, as `verify_checkpoint` has it.
+
+    B must be -U to the bit, what fills the rank up zero, and the scaling 1; with the original, A is held to
+    `reference.adapter_bound`, and "leak_bfloat16" says what of U^T W an engine leaves that rounds A and B to bfloat16.
+    """
+    import torch
+
+    from kernel_surgery.checkpoint import located, opened, read_provenance
+    from kernel_surgery.lora import CONFIG, PREFIX, WEIGHTS
+    from kernel_surgery.reference import adapter_bound, worst_ratio
+
+    record = read_provenance(folder, "adapter")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    with opened(folder / "kernel_surgery" / "subspace.safetensors") as file:
+        bases = {int(name.removeprefix("basis.")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    faults, rows = check_files(folder, record), []
+    if subspace is not None:
+        bases, wrong = basis_faults(bases, subspace, folder)
+        faults += wrong
+    if config.get("lora_alpha") != config.get("r") or config.get("use_rslora") or config.get("use_dora"):
+        faults.append(f"{CONFIG} scales the adapter: r {config.get('r')}, alpha {config.get('lora_alpha')}")
+    if sorted(config.get("layers_to_transform") or []) != sorted(bases):
+        faults.append(f"{CONFIG} names layers {config.get('layers_to_transform')}, the bases are of {sorted(bases)}")
+    old = {} if source is None else located(source)
+    with opened(folder / WEIGHTS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for layer, basis in cli.progress(bases.items(), total=len(bases), desc="verify"):
+        module = f"model.layers.{layer}.mlp.down_proj"
+        a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
+        k, d = basis.shape[1], basis.shape[0]
+        if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != config.get("r"):
+            faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
+            continue
+        if not torch.equal(b[:, :k], -basis):
+            faults.append(f"layer {layer}: {module}: B is not -U")
+        if a[k:].any() or b[:, k:].any():
+            faults.append(f"layer {layer}: {module}: what fills the rank up is not zero")
+        row = {"layer": layer, "tensor": f"{module}.lora_A", "dtype": str(a.dtype).removeprefix("torch.")}
+        row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
+        if source is not None:
+            if f"{module}.weight" not in old or old[f"{module}.weight"][1].shape != (d, a.shape[1]):
+                faults.append(f"layer {layer}: {module}: the original has no weight of shape {(d, a.shape[1])}")
+                continue
+            weight, strength = read(old[f"{module}.weight"]), float(record["strength"])
+            inside = basis.double().T @ weight.double()
+            error = (a[:k].double() - strength * inside).abs()
+            row["error_over_bound"] = worst_ratio(error, adapter_bound(weight, strength))
+            rounded = basis.double().T @ b.bfloat16().double() @ a.bfloat16().double() + strength * inside
+            row["leak_bfloat16"] = float(rounded.norm() / inside.norm())
+            if not row["error_over_bound"] <= 1:
+                faults.append(f"layer {layer}: {module}: A is {row['error_over_bound']:.3g} times its bound off")
+        if not row["finite"]:
+            faults.append(f"layer {layer}: {module}: A holds NaN or Inf")
+        rows.append(row)
+    faults += [f"{name} is of no layer of the subspace" for name in sorted(tensors)]
+    return {
+        "kind": "certificate",
+        "of": {"adapter": str(folder), "model": None if source is None else str(source)},
+        **{"model_id": record["model_id"], "strength": record["strength"], "rank": record["rank"]},
+        **{"tensors": rows, "faults": faults, "environment": cli.environment()},
+    }
+
+
+def stored_dtype(folder: Path, layer: int) -> str:
+    """The dtype of a layer's down_proj in the files, by its name in torch. Raises UserError for what is no float."""
+    from kernel_surgery.checkpoint import located
+
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    place = located(folder).get(name)
+    found = None if place is None else stream.EDITABLE.get(place[1].dtype)
+    if found not in cli.DTYPES:
+        stored = "missing" if place is None else f"stored as {place[1].dtype}"
+        raise cli.UserError(f"{name} in {str(folder)!r} is {stored}: only {', '.join(cli.DTYPES)} can be certified.")
+    return found
+
+
+def verify_model(args: argparse.Namespace, source: Path, subspace_path: Path) -> dict:
+    """The certificate of a model in every mode, those of its files included where --baked is given."""
+    from kernel_surgery.certify import certify
+    from kernel_surgery.checkpoint import check_source, read_provenance, weight_files
+    from kernel_surgery.subspace import Subspace
+
+    subspace = Subspace.load(subspace_path, force=args.force)
+    check_source(source, [stream.read_layout(f) for f in weight_files(source)], subspace, force=args.force)
+    stored = stored_dtype(source, subspace.layers[0])
+    dtype = stored if args.dtype == "auto" else args.dtype
+    strength = 1.0 if args.strength is None else args.strength
+    certificate = {"kind": "certificate", "of": {"baked": None, "model": str(source)}, "tensors": [], "faults": []}
+    if args.baked is not None:
+        baked_with = float(read_provenance(args.baked)["strength"])
+        if args.strength not in (None, baked_with):
+            raise cli.UserError(f"{str(args.baked)!r} was baked at strength {baked_with:g}, not {args.strength:g}.")
+        if dtype != stored:
+            raise cli.UserError(f"a baked checkpoint is certified in the dtype it is stored in, {stored}, not {dtype}.")
+        strength = baked_with
+        certificate = verify_checkpoint(args.baked, source, subspace_path)
+    import torch
+
+    options = {"dtype": getattr(torch, dtype), "device": cli.parse_device(args.device), "strength": strength}
+    options |= {"prompts": args.prompts, "new_tokens": args.new_tokens, "seed": args.seed, "made": args.baked}
+    model = certify(source, subspace, **options)
+    certificate |= {"model_id": args.model, "strength": strength, "rank": subspace.rank, "note": subspace.note}
+    certificate["faults"] = certificate["faults"] + model.pop("faults")
+    return certificate | {"model": model, "environment": cli.environment(options["device"])}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description="Check a baked checkpoint against what it says of itself, and against the original.")
-    p.add_argument("--baked", type=Path, required=True, help="folder that python -m kernel_surgery.bake has written")
+    p = cli.Parser(description="Check the edit: of a model in every mode, of a baked checkpoint, of an adapter.")
     p.add_argument("--model", help='the original: "polyglot", a folder, or a hub id')
-    p.add_argument("--subspace", type=Path, help="the subspace it is said to be baked with")
-    p.add_argument("--out", type=Path, help="JSON file for the certificate")
+    p.add_argument("--subspace", type=Path, help="subspace file (default with --model polyglot: the one shipped)")
+    p.add_argument("--baked", type=Path, help="folder that python -m kernel_surgery.bake has written")
+    p.add_argument("--adapter", type=Path, help="folder that python -m kernel_surgery.lora has written")
+    p.add_argument("--out", type=Path, help="JSON file for the certificate; its plot goes beside it, as .svg")
+    p.add_argument("--strength", type=float, help="of the edit (default: 1, or what --baked was made with)")
+    p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="auto: as the files have it")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--prompts", type=int, default=8, help="sequences that are sampled (default 8)")
+    p.add_argument("--new-tokens", type=int, default=16, help="greedy tokens after each (default 16)")
+    p.add_argument("--seed", type=int, default=0, help="which prompts")
+    p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if something is broken."""
     args = parser().parse_args(argv)
-    if not args.baked.is_dir():
-        raise cli.UserError(f"no folder at {str(args.baked)!r}. Nothing was verified.")
+    if args.baked is None and args.adapter is None and args.model is None:
+        raise cli.UserError("give --model, --baked or --adapter. Nothing was verified.")
+    if args.baked is not None and args.adapter is not None:
+        raise cli.UserError("give --baked or --adapter, one at a time. Nothing was verified.")
+    for folder in (args.baked, args.adapter):
+        if folder is not None and not folder.is_dir():
+            raise cli.UserError(f"no folder at {str(folder)!r}. Nothing was verified.")
+    for name, least in (("prompts", 1), ("new_tokens", 0)):
+        if getattr(args, name) < least:
+            raise cli.UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
+    if args.strength is not None and not math.isfinite(args.strength):
+        raise cli.UserError(f"--strength must be a finite number, got {args.strength}.")
+    subspace = args.subspace
+    if subspace is None and args.model == "polyglot" and args.baked is None and args.adapter is None:
+        subspace = cli.POLYGLOT / "subspace.safetensors"
+    if subspace is None and args.baked is None and args.adapter is None:
+        raise cli.UserError(f"--model {args.model} needs --subspace, or --baked. Nothing was verified.")
+    command = cli.command_line("kernel_surgery.verify", argv)
+
+    from kernel_surgery.certificate import shown, write
     from kernel_surgery.checkpoint import local_folder
 
     source = None if args.model is None else local_folder(cli.resolve_model(args.model))
-    certificate = verify_checkpoint(args.baked, source, args.subspace)
+    if args.adapter is not None:
+        certificate = verify_adapter(args.adapter, source, subspace)
+    elif source is not None and subspace is not None:
+        certificate = verify_model(args, source, subspace)
+    else:
+        certificate = verify_checkpoint(args.baked, source, subspace)
+    certificate["command"] = command
     if args.out:
-        cli.write_atomic(args.out, json.dumps(certificate, indent=2) + "\n")
+        write(args.out, certificate)
     print(shown(certificate))
     return 1 if certificate["faults"] else 0
 

@@ -1,14 +1,14 @@
-"""hooked, baked and fused as context managers: what they change, what they leave alone, and what they refuse."""
+"""hooked, baked, fused, adapted as context managers: what they change, what they leave alone, what they refuse."""
 
 import pytest
 import torch
 
-from kernel_surgery import Subspace, baked, fused, hooked
+from kernel_surgery import Subspace, adapted, baked, fused, hooked
 from kernel_surgery.reference import project_oracle, rule_b_bounds, worst_ratio
 from kernel_surgery.sites import mlp_outputs
 from tests.models import basis, pico
 
-MODES = {"hook": hooked, "baked": baked, "fused": fused}
+MODES = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}
 LAYERS = (1, 2, 3)
 
 
@@ -48,7 +48,7 @@ def same_anatomy(before, after):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_itself_again(mode, dtype, bases):
-    model = pico("qwen2", dtype=dtype, bias=True)
+    model = pico("qwen2", dtype=dtype, bias=mode != "lora")
     before, out = anatomy(model), logits(model)
     with MODES[mode](model, bases) as edit:
         assert not torch.equal(logits(model), out)
@@ -93,7 +93,7 @@ def test_the_model_is_itself_again_when_applying_fails_half_way(mode, bases, mon
     same_anatomy(before, anatomy(model))
 
 
-@pytest.mark.parametrize("mode", ["hook", "fused"])
+@pytest.mark.parametrize("mode", ["hook", "fused", "lora"])
 def test_every_layer_is_counted_and_hooks_leave_weights_alone(mode, bases):
     model = pico("qwen3")
     weights = {name: p.clone() for name, p in model.named_parameters()}
@@ -137,7 +137,7 @@ def test_fewer_layers_and_another_strength_are_what_is_applied(mode, bases):
         recorded.remove()
     assert edit.layers == (2,) and edit.strength == 0.5
     assert torch.equal(seen[0], plain[0]) and torch.equal(seen[1], plain[1])
-    # Whatever the mode, within Rule B of the output before, projected: the widest of the modes' bounds.
+    # Whatever the mode, within Rule B of the output before, projected: it is wider than each mode's own bound.
     h, weight = seen["kept"].flatten(0, 1), sites[2].module.weight.detach()
     each, _ = rule_b_bounds(weight, h, bases[2], 0.5)
     error = seen["edited"].flatten(0, 1).double() - project_oracle(plain[2].flatten(0, 1), bases[2], 0.5)

@@ -17,7 +17,7 @@ import torch
 from kernel_surgery import Subspace, cli
 from kernel_surgery.problems import problems
 
-STAGES = ("collect", "fit", "aot", "bake", "verify", "eval", "polyglot.train", "polyglot.card")
+STAGES = ("collect", "fit", "aot", "bake", "lora", "verify", "eval", "polyglot.train", "polyglot.card")
 
 
 def call(stage, capsys, *words):
@@ -196,9 +196,9 @@ def test_the_four_commands_in_a_row(qwen, tmp_path, capsys):
     status, out, err = call(
         "eval", capsys, "--mode", "all", "--model", qwen, "--subspace", space, "--out", tmp_path / "all", *common
     )
-    assert status == 0 and err == "" and out.count("no difference shown") == 6
+    assert status == 0 and err == "" and out.count("no difference shown") == 8
     results = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert list(results["modes"]) == ["original", "hook", "baked", "fused"]
+    assert list(results["modes"]) == ["original", "hook", "baked", "fused", "lora"]
     assert all(edit["layers"] == [2, 3, 4, 5] for edit in results["edits"].values())
     status, _, _ = call("eval", capsys, "--mode", "original", "--model", baked, "--out", tmp_path / "again", *common)
     assert status == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_surgery import Subspace, baked, cli, fused, hooked
+from kernel_surgery import Subspace, adapted, baked, cli, fused, hooked
 from kernel_surgery.bake import bake_weight
 from kernel_surgery.generate import generate
 from kernel_surgery.ops import project
@@ -17,7 +17,7 @@ from kernel_surgery.reference import (
 )
 from kernel_surgery.sites import mlp_outputs
 
-MODES = {"hook": hooked, "baked": baked, "fused": fused}
+MODES = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from kernel_surgery import cli, verify
 from kernel_surgery.bake import bake_weight
+from kernel_surgery.certificate import shown
 from kernel_surgery.checkpoint import bake_checkpoint, sha256
 from kernel_surgery.subspace import Subspace, fingerprint
 from tests.models import basis, pico
@@ -43,7 +44,7 @@ def test_a_certificate_passes_in_every_dtype(tmp_path, dtype, strength, shards):
     folder = prepared(tmp_path, dtype, strength, shards)
     for options in ({"model": False}, {"model": False, "subspace": True}, {}, {"subspace": True}):
         certificate = certified(folder, **options)
-        print(verify.shown(certificate))
+        print(shown(certificate))
         assert certificate["faults"] == []
         assert [(r["layer"], r["tensor"]) for r in certificate["tensors"]] == [
             (i, DOWN.format(i, part)) for i in LAYERS for part in ("bias", "weight")

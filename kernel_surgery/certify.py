@@ -1,0 +1,358 @@
+"""The equivalence certificate of a model: every mode against the exact edit and against each other.
+
+The model is run layer by layer from its files (`layerwise.py`), all streams side by side: the original and every mode
+in the dtype that is certified, the original and the edited model as oracle in float64 (float32 where the dtype is a
+16-bit one). At every edited layer the modes are given the same activations and held to their bounds (`checks.py`);
+along the way the hidden states, and at the end the logits, are compared with the oracle's, beside what the original
+model itself loses in that dtype.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernel_surgery import adapted, baked, cli, fused, hooked
+from kernel_surgery.checks import LogitComparison, broken, check_outputs, check_span, check_tensor, span_rows
+from kernel_surgery.decoder import next_norm
+from kernel_surgery.layerwise import Layerwise
+from kernel_surgery.lora import refuse_bias
+from kernel_surgery.reference import (
+    add_bound,
+    project_oracle,
+    rmsnorm_bound,
+    rmsnorm_oracle,
+    worst_ratio,
+)
+from kernel_surgery.subspace import Subspace
+
+APPLIERS = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
+ROWS = 256  # activations a layer that are held to bounds; more are spread evenly
+# Original and edited model make the same roundings but for one or two more in an edited layer, of a dozen: a mode that
+# errs by more than twice as much does something else.
+BESIDE_ORIGINAL = 2.0
+
+
+def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tensor, str]:
+    """(ids [count, tokens], what they are): test problems of one length in tokens, in as many languages as have that
+    length; without a tokenizer, random ids."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocabulary, (count, 32), generator=generator), f"random ids, seed {seed}"
+    from kernel_surgery.problems import LANGUAGES, problems
+
+    by_length: dict[int, dict[str, list]] = {}
+    for problem in problems("test", 40, seed=seed):
+        for language in LANGUAGES:
+            ids = tokenizer(problem.prompts[language]).input_ids
+            by_length.setdefault(len(ids), {}).setdefault(language, []).append(ids)
+    enough = {n: found for n, found in by_length.items() if sum(map(len, found.values())) >= count} or by_length
+    length = max(enough, key=lambda n: (len(enough[n]), sum(map(len, enough[n].values()))))
+    queues, chosen = [list(prompts) for prompts in enough[length].values()], []
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    languages = ", ".join(language for language in LANGUAGES if language in enough[length])
+    return torch.tensor(chosen), f"test problems of {length} tokens ({languages}), seed {seed}"
+
+
+@contextmanager
+def exactly_edited(block: nn.Module, basis: Tensor | None, strength: float) -> Iterator[None]:
+    """The oracle's edit: float64, on the output of `down_proj`."""
+    if basis is None:
+        yield
+        return
+    handle = block.mlp.down_proj.register_forward_hook(
+        lambda module, inputs, output: project_oracle(output, basis, strength).to(output.dtype)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _instead(module: nn.Module, value: Tensor | None) -> Iterator[None]:
+    """While the block lasts, the module gives `value` whatever it is given (None: what it always gives)."""
+    if value is None:
+        yield
+        return
+    had = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: value
+    try:
+        yield
+    finally:
+        del module.forward
+        if had is not None:
+            module.forward = had
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What enters the module while the block lasts."""
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def greedy(oracle: Layerwise, ids: Tensor, bases: dict, strength: float, tokens: int, advance: Callable) -> Tensor:
+    """ids with the edited oracle's own greedy continuation; end tokens do not end it. One pass through the files a
+    token, with a cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=oracle.config)
+    fresh = ids
+    for _ in range(tokens):
+        start = ids.shape[1] - fresh.shape[1]
+        hidden, where = oracle.embed(fresh), oracle.positions(start, ids.shape[1])
+        for index in range(oracle.layers):
+            with oracle.layer(index) as block, exactly_edited(block, bases.get(index), strength):
+                hidden = block(hidden, past_key_values=cache, use_cache=True, **where)
+            advance()
+        with oracle.final_norm() as norm:
+            fresh = oracle.next_tokens(norm(hidden[:, -1])).to(ids.device)[:, None]
+        ids = torch.cat([ids, fresh], 1)
+    return ids
+
+
+def _sampled(x: Tensor) -> Tensor:
+    """At most ROWS rows, spread evenly."""
+    rows = x.flatten(0, -2)
+    return rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=x.device).round().long()]
+
+
+class _Certifier:
+    """One certificate under way."""
+
+    def __init__(self, source, bases, strength, dtype, device, made: Path | None):
+        self.low = Layerwise(source, dtype, device)
+        self.wide = Layerwise(source, torch.float64 if dtype == torch.float32 else torch.float32, device, exact=True)
+        self.made = None if made is None else Layerwise(made, dtype, device)
+        self.bases = {layer: basis.to(device) for layer, basis in bases.items()}
+        self.strength = strength
+        self.modes, self.left_out = list(APPLIERS), {}
+        self.layers, self.pairs, self.tensors, self.faults, self.hidden = [], [], [], [], []
+        self.providers: dict[str, str] = {}
+        for layer in bases:
+            name = f"model.layers.{layer}.mlp.down_proj"
+            if "lora" in self.modes and f"{name}.bias" in self.low.places:
+                try:
+                    refuse_bias(name, self.low.tensor(f"{name}.bias"))
+                except ValueError as error:
+                    self.modes.remove("lora")
+                    self.left_out["lora"] = str(error).splitlines()[0]
+
+    def fault(self, layer: int, mode: str, what: str) -> None:
+        self.faults.append(f"layer {layer}: {mode}: {what}")
+
+    def run_layer(self, index: int, streams: dict, oracles: dict, where: dict, wide_where: dict) -> None:
+        """All streams through one layer, and the checks if it is an edited one."""
+        basis = self.bases.get(index)
+        with self.wide.layer(index) as block:
+            oracles["original"] = block(oracles["original"], **wide_where)
+            with exactly_edited(block, basis, self.strength):
+                oracles["edited"] = block(oracles["edited"], **wide_where)
+        with self.low.layer(index) as block:
+            streams["original"] = (block(streams["original"][0], **where), None)
+            if basis is None:
+                for mode in self.modes:
+                    streams[mode] = self.plain(block, index, mode, streams[mode], where)
+            else:
+                self.edited_layer(block, index, basis, streams, where)
+
+    def plain(self, block: nn.Module, index: int, mode: str, stream: tuple, where: dict) -> tuple:
+        """A layer that is not edited; a baked checkpoint's comes from its own files."""
+        hidden, normed = stream
+        with _instead(block.input_layernorm, normed):
+            if mode == "baked" and self.made is not None:
+                with self.made.layer(index) as own:
+                    return own(hidden, **where), None
+            return block(hidden, **where), None
+
+    def edited_layer(self, block: nn.Module, index: int, basis: Tensor, streams: dict, where: dict) -> None:
+        down, dtype, outputs, rows = block.mlp.down_proj, self.low.dtype, {}, {}
+        inside, h, rounded = span_rows(basis, dtype), None, None
+        for mode in self.modes:
+            hidden, normed = streams[mode]
+            from_files = mode == "baked" and self.made is not None
+            rows[mode] = {"layer": index, "mode": mode}
+            with (
+                self.made.layer(index) if from_files else nullcontext(block) as run,
+                nullcontext() if from_files else self.applied(mode, index, basis) as edit,
+            ):
+                site = run.mlp.down_proj
+                with (
+                    _instead(run.input_layernorm, normed),
+                    _seen(site) as entered,
+                    _seen(run.post_attention_layernorm) as residual,
+                ):
+                    out = run(hidden, **where)
+                if h is None:
+                    h = _sampled(entered[0])
+                outputs[mode] = site(h)
+                after = [p.detach().clone() for p in (site.weight, site.bias) if p is not None]
+                normed = None
+                if mode == "fused":
+                    normed = next_norm(self.low.model, index)(out)
+                if mode in ("hook", "fused"):
+                    with _instead(down, inside):
+                        rows[mode] |= check_span(down(h[: len(inside)]), inside, basis, self.strength)
+            streams[mode] = (out, normed)
+            self.providers[mode] = "weights on disk" if from_files else edit.provider
+            if edit is not None and edit.calls and not edit.calls[index]:
+                self.fault(index, mode, "the edit never ran")
+            if mode == "baked":
+                self.check_weights(index, basis, after, down)
+            if mode == "fused":
+                norm = next_norm(self.low.model, index)
+                rows[mode] |= self.check_fused(norm, basis, down(_sampled(entered[0])), residual[0], out, normed)
+        rounded = down(h)
+        modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, basis, self.strength)
+        for mode, found in modes.items():
+            rows[mode] |= found
+            self.layers.append(rows[mode])
+            for key, what in LIMITS.items():
+                if key in rows[mode] and not rows[mode][key] <= 1:
+                    self.fault(index, mode, f"{what} is {rows[mode][key]:.3g} times its bound")
+        for pair in pairs:
+            self.pairs.append({"layer": index} | pair)
+            worst = max(pair["error_over_bound"], pair.get("row_over_bound", 0.0))
+            if not worst <= 1:
+                self.fault(index, " and ".join(pair["pair"]), f"they differ by {worst:.3g} times their bound")
+
+    def applied(self, mode: str, index: int, basis: Tensor):
+        return APPLIERS[mode](self.low.model, {index: basis}, self.strength)
+
+    def check_weights(self, index: int, basis: Tensor, after: list[Tensor], down: nn.Module) -> None:
+        """The edited weight, and bias, element by element."""
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[self.low.dtype]
+        before = [p for p in (down.weight, down.bias) if p is not None]
+        for part, new, old in zip(("weight", "bias"), after, before, strict=False):
+            row = {"layer": index, "tensor": f"model.layers.{index}.mlp.down_proj.{part}", "dtype": kind}
+            new, old = (t.reshape(len(t), -1) for t in (new, old))
+            row |= check_tensor(new, old, basis.double().T @ old.double(), basis, self.strength)
+            self.tensors.append(row)
+            self.faults += [f"layer {index}: baked {part}: {what}" for what in broken(row)]
+
+    def check_fused(self, norm, basis, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor) -> dict[str, float]:
+        """What the fused layer returns, and the norm it hands over, against `add_bound` and `rmsnorm_bound`."""
+        residual, out, normed = (_sampled(t) for t in (residual, out, normed))
+        exact = residual.double() + project_oracle(x, basis, self.strength)
+        eps, w = norm.variance_epsilon, norm.weight
+        return {
+            "add": worst_ratio((out.double() - exact).abs(), add_bound(x, residual, basis, self.strength)),
+            "norm": worst_ratio((normed.double() - rmsnorm_oracle(out, w, eps)).abs(), rmsnorm_bound(out, w, eps)),
+        }
+
+    def compare_hidden(self, index: int, streams: dict, oracles: dict) -> None:
+        """How far the hidden states after a layer are from the oracle's, relative to them."""
+
+        def relative(mode: str, oracle: str) -> float:
+            exact = oracles[oracle].double()
+            return float((streams[mode][0].double() - exact).norm() / exact.norm())
+
+        own = relative("original", "original")
+        row = {"layer": index, "original": own}
+        for mode in self.modes:
+            row[mode] = relative(mode, "edited")
+            if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own:
+                before = self.hidden[-1] if self.hidden else None
+                if before is None or before[mode] <= BESIDE_ORIGINAL * before["original"]:
+                    self.fault(index, mode, f"hidden states err {row[mode] / own:.3g} times as much as the original's")
+        self.hidden.append(row)
+
+    def compare_logits(self, streams: dict, oracles: dict, prompt: int) -> dict[str, dict]:
+        sequences = len(streams["original"][0])
+        with self.low.final_norm() as norm:
+            ends = {m: (norm(h) if n is None else n).flatten(0, 1) for m, (h, n) in streams.items()}
+        with self.wide.final_norm() as norm:
+            exact = {name: norm(h).flatten(0, 1) for name, h in oracles.items()}
+        found = {mode: LogitComparison(len(ends[mode]), self.low.device) for mode in ends}
+        for (_, rows), (_, wide) in zip(self.low.head_blocks(), self.wide.head_blocks(), strict=True):
+            logits = {name: h @ wide.T for name, h in exact.items()}
+            for mode, comparison in found.items():
+                comparison.add(logits["original" if mode == "original" else "edited"], ends[mode] @ rows.T)
+        figures = {mode: comparison.figures() for mode, comparison in found.items()}
+        own = figures["original"]["relative"]
+        for mode in self.modes:
+            figures[mode] |= found[mode].divergence(sequences, prompt - 1)
+            figures[mode]["of_original"] = figures[mode]["relative"] / own
+            if not figures[mode]["of_original"] <= BESIDE_ORIGINAL:
+                self.faults.append(
+                    f"{mode}: the logits err {figures[mode]['of_original']:.3g} times as much as the original's"
+                )
+        return figures
+
+
+# What a mode's row holds to 1, in words.
+LIMITS = {
+    "error_over_bound": "the error against the exact edit",
+    "rule_a": "the error of the projection (Rule A)",
+    "span_rule_a": "the error of the projection inside the subspace (Rule A)",
+    "span_leak": "the leak of what lies inside the subspace",
+    "add": "the error of the edit with the residual addition",
+    "norm": "the error of the norm that follows",
+}
+
+
+@torch.no_grad()
+def certify(
+    source: Path,
+    subspace: Subspace,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    strength: float = 1.0,
+    made: Path | None = None,
+    prompts: int = 8,
+    new_tokens: int = 16,
+    seed: int = 0,
+) -> dict:
+    """The certificate of a model, as a dict.
+
+    source: folder of the original. made: a baked checkpoint of it, whose weights are then the baked mode's. dtype: in
+    which the modes run (float32, bfloat16, float16). prompts, new_tokens, seed: what is sampled.
+
+    "layers": a row a layer and mode; "pairs": a row a layer and pair; "tensors": the baked weights; "hidden": relative
+    errors by layer; "logits": by mode; "faults": sentences, empty if everything holds; "sampled": on what. Raises
+    ValueError where the subspace does not fit, and UserError where the model overflows in the dtype.
+    """
+    tokenizer = cli.load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
+    run = _Certifier(source, subspace.bases, strength, dtype, device, made)
+    ids, about = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
+    length = ids.shape[1]
+    run.low.check_length(length + new_tokens)
+    with cli.bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
+        ids = greedy(run.wide, ids, run.bases, strength, new_tokens, bar.update)
+        hidden, wide = run.low.embed(ids), run.wide.embed(ids)
+        streams = {mode: (hidden, None) for mode in ("original", *run.modes)}
+        oracles = {"original": wide, "edited": wide}
+        where, wide_where = (m.positions(0, ids.shape[1]) for m in (run.low, run.wide))
+        for index in range(run.low.layers):
+            run.run_layer(index, streams, oracles, where, wide_where)
+            if not bool(torch.isfinite(streams["original"][0]).all()):
+                raise cli.UserError(
+                    f"the original model gives NaN or Inf in {dtype} from layer {index} on: there is nothing to "
+                    "compare with. Choose another --dtype."
+                )
+            run.compare_hidden(index, streams, oracles)
+            bar.update()
+        logits = run.compare_logits(streams, oracles, length)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "oracle": str(run.wide.dtype).removeprefix("torch."),
+        "device": str(device),
+        "providers": run.providers,
+        "sampled": {
+            **{"prompts": len(ids), "prompt_tokens": length, "new_tokens": new_tokens, "text": about, "seed": seed},
+            **{"positions": ids.numel(), "rows_per_layer": min(ROWS, ids.numel())},
+        },
+        **{"modes": run.modes, "left_out": run.left_out, "layers": run.layers, "pairs": run.pairs},
+        **{"tensors": run.tensors, "hidden": run.hidden, "logits": logits, "faults": run.faults},
+    }

@@ -1,0 +1,222 @@
+"""The adapter: exact at the real layer shape, what PEFT makes of it, what is written, what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernel_surgery import Subspace, adapted, baked, cli, hooked, lora, verify
+from kernel_surgery.bake import bake_weight
+from kernel_surgery.checkpoint import bake_checkpoint, sha256
+from kernel_surgery.reference import adapter_bound, applied_bound, exact_output, project_eager, worst_ratio
+from kernel_surgery.sites import mlp_outputs
+from kernel_surgery.subspace import fingerprint
+from tests.models import basis, pico
+
+D, D_FF, K = 2048, 11008, 10
+LAYERS = (1, 2)
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+A, B = (lora.PREFIX + "model.layers.{}.mlp.down_proj." + f"lora_{part}.weight" for part in "AB")
+
+
+def saved(folder, dtype=torch.bfloat16, shards="5GB", **options):
+    """(model, Subspace) of a checkpoint written to folder / "source", the subspace beside it."""
+    model = pico("qwen2", dtype=dtype, **options)
+    model.save_pretrained(folder / "source", max_shard_size=shards)
+    subspace = Subspace({i: basis(48, 5, i) for i in LAYERS}, site="mlp_out", fingerprint=fingerprint(model))
+    subspace.save(folder / "subspace.safetensors")
+    return model, subspace
+
+
+def ids():
+    return torch.arange(1, 25).reshape(2, 12)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=ids()).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 2.0])
+def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, strength):
+    torch.manual_seed(0)
+    weight = (torch.randn(D, D_FF) * D_FF**-0.5).to(dtype)
+    h = (torch.randn(16, D_FF) * torch.nn.functional.silu(torch.randn(16, D_FF))).to(dtype)
+    u = basis(D, K)
+    a, b = lora.adapter(weight, u, strength)
+    inside = u.double().T @ weight.double()
+    ratio = worst_ratio((a.double() - strength * inside).abs(), adapter_bound(weight, strength))
+    print(f"{dtype} a={strength} A: error/bound {ratio:.3f}")
+    assert ratio <= 1 and torch.equal(b, -u)
+    x, exact = h @ weight.T, exact_output(weight, h, u, strength)
+    bounds = {m: applied_bound(m, exact, u, D_FF, dtype, strength) for m in ("hook", "baked", "lora")}
+    forms = {
+        "hook": project_eager(x, u, strength),
+        "baked": h @ bake_weight(weight, u, strength).T,
+        "lora": lora._adapted(x, torch.cat([b, a.T]), strength, h),
+    }
+    for mode, y in forms.items():
+        ratio = worst_ratio((y.double() - exact.y).abs(), bounds[mode])
+        apart = worst_ratio((y.double() - forms["lora"].double()).abs(), bounds[mode] + bounds["lora"])
+        print(f"{dtype} a={strength} {mode}: error/bound {ratio:.3f}, of lora {apart:.3f}")
+        assert max(ratio, apart) <= 1
+    # Teeth: the sign, the strength, a column forgotten; and in float32 an adapter of 16 bits.
+    wrong = {
+        "B = +U": (a, u),
+        "strength ignored": (a / strength * 0.9, b),
+        "a column forgotten": (a[:-1], b[:, :-1]),
+    }
+    if dtype == torch.float32:
+        wrong["A in bfloat16"] = (a.bfloat16().float(), b)
+    for name, (wrong_a, wrong_b) in wrong.items():
+        y = lora._adapted(x, torch.cat([wrong_b, wrong_a.T]), strength, h)
+        ratio = worst_ratio((y.double() - exact.y).abs(), bounds["lora"])
+        print(f"{dtype} a={strength} {name}: error/bound {ratio:.1f}")
+        assert ratio > 1
+
+
+@pytest.mark.parametrize("k, rank", [(1, 8), (8, 8), (9, 16), (10, 16), (64, 64), (257, 320), (512, 512)])
+def test_the_rank_is_filled_up_to_one_that_engines_take(k, rank):
+    assert lora.padded_rank(k) == rank
+
+
+def test_a_rank_that_no_engine_takes_is_refused():
+    with pytest.raises(ValueError, match="no engine takes an adapter of rank 513: at most 512"):
+        lora.padded_rank(513)
+
+
+def peft_model(model, folder):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_peft_loads_it_and_computes_what_our_lora_mode_does(tmp_path, dtype, shards):
+    model, subspace = saved(tmp_path, dtype, shards)
+    plain = logits(model)
+    with adapted(model, subspace, 0.5):
+        ours = logits(model)
+    with hooked(model, subspace, 0.5):
+        hook = logits(model)
+    with baked(model, subspace, 0.5):
+        weights = {i: site.module.weight.detach().clone() for i, site in mlp_outputs(model, LAYERS).items()}
+    assert lora.write_adapter(tmp_path / "source", subspace, tmp_path / "adapter", strength=0.5) == 8
+    config = json.loads((tmp_path / "adapter" / lora.CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == 8 and config["layers_to_transform"] == [1, 2]
+    theirs = peft_model(model, tmp_path / "adapter")
+    names = [n for n, _ in theirs.named_modules() if n.endswith("down_proj.lora_A.default")]
+    assert names == [f"base_model.model.model.layers.{i}.mlp.down_proj.lora_A.default" for i in LAYERS]
+    scale = float((hook - plain).double().norm())
+    gap = float((logits(theirs) - ours).double().norm()) / scale
+    print(f"{dtype}: PEFT against ours {gap:.1e} of what the edit changes")
+    # The same float32 sums, but for the zeros that fill the rank up and the order of a product's blocks.
+    assert gap <= {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    # Off for a request, and on again.
+    with theirs.disable_adapter():
+        assert torch.equal(logits(theirs), plain)
+    # Merged, PEFT rounds W + B A once, as bake does: at most a rounding apart, and in few places.
+    merged = theirs.merge_and_unload()
+    for i, site in mlp_outputs(merged, LAYERS).items():
+        step = torch.finfo(dtype).eps * weights[i].double().abs() + 1e-6
+        assert worst_ratio((site.module.weight.double() - weights[i].double()).abs(), step) <= 1
+        if dtype != torch.float32:
+            assert float((site.module.weight != weights[i]).double().mean()) < 0.01
+
+
+def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, capsys):
+    saved(tmp_path)
+    words = ["--model", tmp_path / "source", "--subspace", tmp_path / "subspace.safetensors", "--out"]
+    adapter = tmp_path / "adapter"
+    assert lora.run([str(w) for w in [*words, adapter]]) == 0
+    assert "2 layers, rank 5 filled up to 8, strength 1" in capsys.readouterr().out
+    assert sorted(p.name for p in adapter.rglob("*") if p.is_file()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "subspace.safetensors")
+    ]
+    right = load_file(adapter / lora.WEIGHTS)
+    assert sorted(right) == sorted([A.format(i) for i in LAYERS] + [B.format(i) for i in LAYERS])
+    assert all(t.dtype == torch.float32 for t in right.values())
+    for extra in ([], ["--model", tmp_path / "source"], ["--subspace", tmp_path / "subspace.safetensors"]):
+        assert verify.run([str(w) for w in ["--adapter", adapter, *extra]]) == 0
+    assert "leak if rounded to bfloat16" in capsys.readouterr().out
+
+    def faults(change, model=True):
+        tensors = {name: t.clone() for name, t in right.items()}
+        change(tensors)
+        save_file(tensors, adapter / lora.WEIGHTS, metadata={"format": "pt"})
+        record = json.loads((adapter / "provenance.json").read_text())
+        record["sha256"][lora.WEIGHTS] = sha256(adapter / lora.WEIGHTS)
+        (adapter / "provenance.json").write_text(json.dumps(record))
+        found = verify.verify_adapter(adapter, tmp_path / "source" if model else None)["faults"]
+        return "\n".join(found)
+
+    a, b = A.format(2), B.format(2)
+    assert faults(lambda t: None) == ""
+    assert "layer 2: model.layers.2.mlp.down_proj: A is" in faults(lambda t: t.update({a: t[a] * 0.99}))
+    assert "A is" in faults(lambda t: t[a][1, 7].mul_(-1)) and "A is" in faults(lambda t: t[a].copy_(t[A.format(1)]))
+    assert faults(lambda t: t[b][3, 2].add_(1e-6), model=False) == "layer 2: model.layers.2.mlp.down_proj: B is not -U"
+    assert "what fills the rank up is not zero" in faults(lambda t: t[a][6, 0].add_(1), model=False)
+    assert "A holds NaN" in faults(lambda t: t[a][0, 0].fill_(torch.nan), model=False)
+    assert "A or B is missing" in faults(lambda t: t.pop(a))
+    assert "is of no layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
+    assert faults(lambda t: None) == ""
+    config = json.loads((adapter / lora.CONFIG).read_text())
+    for change, message in (({"lora_alpha": 16}, "scales the adapter"), ({"layers_to_transform": [1]}, "names layers")):
+        (adapter / lora.CONFIG).write_text(json.dumps(config | change))
+        found = verify.verify_adapter(adapter)["faults"]
+        assert any(message in f for f in found) and any("SHA-256 differs" in f for f in found)
+
+
+def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
+    model, subspace = saved(tmp_path)
+    with_bias = pico("llama", bias=True)
+    message = r"layers\.1\.mlp\.down_proj has a bias, and an adapter cannot"
+    with pytest.raises(ValueError, match=message), adapted(with_bias, dict(subspace.bases)):
+        pytest.fail("the block was entered")
+    # A bias of zero is none.
+    for site in mlp_outputs(with_bias).values():
+        site.module.bias.data.zero_()
+    with adapted(with_bias, dict(subspace.bases)) as edit:
+        logits(with_bias)
+    assert edit.calls == {1: 1, 2: 1}
+
+    def refused(message, source="source", space=subspace, error=ValueError):
+        with pytest.raises(error, match=message):
+            lora.write_adapter(tmp_path / source, space, tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+
+    biased = pico("llama", mlp_bias=True)
+    biased.model.layers[2].mlp.down_proj.bias.data.normal_()
+    biased.save_pretrained(tmp_path / "biased")
+    refused(
+        r"model\.layers\.2\.mlp\.down_proj has a bias",
+        "biased",
+        Subspace(dict(subspace.bases), fingerprint=fingerprint(biased)),
+    )
+    refused("measured on other weights", "biased")
+    bake_checkpoint(tmp_path / "source", subspace, tmp_path / "baked")
+    refused("was baked before", "baked")
+    model.model.layers[2].mlp.down_proj.weight.data[3, 3] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    refused(r"layers\.2\.mlp\.down_proj\.weight holds NaN or Inf", "broken")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FileExistsError, match="exists and was left as it is"):
+        lora.write_adapter(tmp_path / "source", subspace, tmp_path / "taken")
+    with pytest.raises(cli.UserError, match="finite"):
+        lora.run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])
+
+
+def test_the_adapter_is_of_a_given_strength(tmp_path):
+    model, subspace = saved(tmp_path, torch.float32)
+    for strength in (2.0, -0.5):
+        out = tmp_path / str(strength)
+        lora.write_adapter(tmp_path / "source", subspace, out, strength=strength)
+        a = load_file(out / lora.WEIGHTS)[A.format(1)]
+        weight = model.model.layers[1].mlp.down_proj.weight.detach()
+        exact = strength * subspace.bases[1].double().T @ weight.double()
+        assert worst_ratio((a[:5].double() - exact).abs(), adapter_bound(weight, strength)) <= 1
+        assert verify.verify_adapter(out, tmp_path / "source")["faults"] == []
