@@ -3,7 +3,12 @@
 A synthetic checkpoint of Qwen2.5-3B's shapes (random bfloat16 weights, about 6 GB) is made in a temporary folder and
 removed. The floor is `cp -r` followed by `sha256sum` of the same folder: every byte read, written and hashed. Ours is
 `python -m kernel_surgery.bake` as anyone would call it, imports and all. Both in one run, in turn; peak memory of ours
-from the kernel's accounts (resident: with mapped file pages; anonymous: without).
+from the kernel's accounts (resident: with mapped file pages; anonymous: without). The baked checkpoint is then loaded
+with transformers and generates.
+
+With --peers, beside them: the whole model in memory and a dense P @ W in its own dtype, as the script did that this
+project began with; and PEFT's merge_and_unload of the adapter that `python -m kernel_surgery.lora` writes (made
+beforehand, not timed).
 """
 
 import argparse
@@ -27,7 +32,7 @@ QWEN = {
 
 
 FLOOR = "cp -r + sha256sum"
-PEER = "from_pretrained, dense P @ W, save_pretrained"
+DENSE, PEFT = "from_pretrained, dense P @ W, save_pretrained", "from_pretrained, peft merge_and_unload, save_pretrained"
 
 
 def make_source(folder: Path, layers: int) -> None:
@@ -103,7 +108,7 @@ def watched(words: list[str]) -> tuple[float, dict[str, float]]:
 
 
 # What the script this project began with does: the whole model in memory, W multiplied by a dense P in its own dtype.
-DENSE = """
+DENSE_CODE = """
 import sys
 import torch
 from safetensors import safe_open
@@ -117,6 +122,25 @@ with safe_open(sys.argv[2], "pt") as file, torch.no_grad():
             p = (torch.eye(len(basis)) - basis @ basis.T).to(weight.dtype)
             weight.copy_(p @ weight)
 model.save_pretrained(sys.argv[3])
+"""
+
+PEFT_CODE = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
+"""
+
+GENERATE_CODE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+ids = torch.arange(100, 132)[None]
+out = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+assert out.shape == (1, 40) and torch.isfinite(model(out).logits).all()
 """
 
 
@@ -150,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--layers", type=int, default=36, help="fewer make a smaller checkpoint")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--peers", action="store_true", help="the first script's way too (the whole model in memory)")
+    p.add_argument("--peers", action="store_true", help="a dense P @ W and peft's merge too (the model in memory)")
     p.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     return p
 
@@ -164,19 +188,14 @@ def run(argv: list[str] | None = None) -> int:
         make_source(source, args.layers)
         size = sum(f.stat().st_size for f in source.iterdir())
         print(f"{size / 1e9:.2f} GB, {args.layers} layers", flush=True)
-        ours = [
-            sys.executable,
-            "-m",
-            "kernel_surgery.bake",
-            "--model",
-            str(source),
-            "--subspace",
-            str(subspace),
-            "--out",
-        ]
-        commands = {"bake": ours}
+        given = ["--model", str(source), "--subspace", str(subspace), "--out"]
+        commands = {"bake": [sys.executable, "-m", "kernel_surgery.bake", *given]}
         if args.peers:
-            commands[PEER] = [sys.executable, "-c", DENSE, str(source), str(subspace)]
+            adapter = str(folder / "adapter")
+            make = [sys.executable, "-m", "kernel_surgery.lora", *given, adapter]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+            commands[DENSE] = [sys.executable, "-c", DENSE_CODE, str(source), str(subspace)]
+            commands[PEFT] = [sys.executable, "-c", PEFT_CODE, str(source), adapter]
         times, peaks, found = {name: [] for name in (FLOOR, *commands)}, {name: [] for name in commands}, {}
         for number in range(args.rounds):
             began = time.perf_counter()
@@ -190,23 +209,26 @@ def run(argv: list[str] | None = None) -> int:
                 peaks[name].append(peak)
                 if number == 0:
                     found[name] = check(source, folder / "baked", subspace)
+                    subprocess.run([sys.executable, "-c", GENERATE_CODE, str(folder / "baked")], check=True)
+                    found[name]["generated_tokens"] = 8
                 shutil.rmtree(folder / "baked")
             print({name: f"{taken[-1]:.2f} s" for name, taken in times.items()}, flush=True)
     floor = statistics.median(times[FLOOR])
     environment = cli.environment()
     stamp = {key: environment[key] for key in ("torch", "transformers", "commit", "dirty", "device")}
-    stamp["date"] = time.strftime("%Y-%m-%d")
+    stamp |= {"peft": cli.version("peft"), "date": time.strftime("%Y-%m-%d")}
     rows = []
-    print(f"{'':<48} seconds of floor  peak GB  leak/floor error/bound not correctly rounded")
+    print(f"{'':<57} seconds of floor resident GB anonymous leak/floor error/bound not correctly rounded")
     for name, taken in times.items():
         middle = statistics.median(taken)
         row = {"case": "checkpoint", "provider": name, "gigabytes": size / 1e9, "layers": args.layers}
         row |= {"seconds": taken, "seconds_p50": middle, "ratio_to_floor": middle / floor}
-        line = f"{name:<48} {middle:>7.2f} {middle / floor:>8.2f}"
+        line = f"{name:<57} {middle:>7.2f} {middle / floor:>8.2f}"
         if name != FLOOR:
             row |= {f"peak_{kind}_gb": max(p[kind] for p in peaks[name]) for kind in ("resident", "anonymous")}
             row |= found[name]
-            line += f" {row['peak_resident_gb']:>8.2f} {row['leak_over_floor']:>11.3f} {row['error_over_bound']:>11.3f}"
+            line += f" {row['peak_resident_gb']:>11.2f} {row['peak_anonymous_gb']:>9.2f}"
+            line += f" {row['leak_over_floor']:>10.3f} {row['error_over_bound']:>11.3f}"
             line += f" {row['not_correctly_rounded']:>21.5f}"
         print(line)
         rows.append(row | stamp)

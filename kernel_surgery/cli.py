@@ -332,7 +332,7 @@ def environment(device: "torch.device | str | None" = None) -> dict[str, str | b
     return {
         "kernel_surgery": __version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        **{name: version(name) for name in ("torch", "triton", "transformers")},
         "platform": platform.platform(),
         "device": _device_name(device),
         "commit": commit,
@@ -340,7 +340,8 @@ def environment(device: "torch.device | str | None" = None) -> dict[str, str | b
     }
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where it is not installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
     return None

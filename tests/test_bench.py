@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import op
+from bench import checkpoint, op
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {
@@ -117,3 +117,24 @@ def test_every_part_of_the_gpu_command_has_a_limit_and_together_they_stay_under_
     parts = gpu.parts(tmp_path)
     assert [name for name, _, _ in parts] == ["tests", "op", "eval"]
     assert sum(limit for _, limit, _ in parts) <= 9 * 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monkeypatch):
+    """At a small size: what is timed is checked from the files, and the first script's way is shown to be coarse."""
+    small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(checkpoint, "QWEN", checkpoint.QWEN | small | {"vocab_size": 512})
+    out, work = tmp_path / "rows.json", tmp_path / "work"
+    work.mkdir()
+    words = ["--layers", "4", "--rounds", "1", "--peers", "--out", str(out), "--folder", str(work)]
+    assert checkpoint.run(words) == 0
+    rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
+    assert list(rows) == [checkpoint.FLOOR, "bake", checkpoint.DENSE, checkpoint.PEFT]
+    assert list(work.iterdir()) == [] and "of floor" in capsys.readouterr().out
+    for name in ("bake", checkpoint.PEFT):
+        assert rows[name]["leak_over_floor"] <= 1.1 and rows[name]["error_over_bound"] <= 1
+        assert rows[name]["not_correctly_rounded"] < 0.01
+    assert rows[checkpoint.DENSE]["error_over_bound"] > 1 and rows[checkpoint.DENSE]["not_correctly_rounded"] > 0.1
+    assert all(row["generated_tokens"] == 8 for row in list(rows.values())[1:])
+    assert rows["bake"]["peak_anonymous_gb"] > 0 and rows["bake"]["peft"]

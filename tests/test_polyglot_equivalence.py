@@ -1,4 +1,4 @@
-"""The three forms of the edit on the whole embedded model: one function, up to rounding that is accounted for."""
+"""The four forms of the edit on the whole embedded model: one function, up to rounding that is accounted for."""
 
 import pytest
 import torch
@@ -161,7 +161,7 @@ def test_all_modes_write_the_same_texts_in_float32(models, tokenizer, subspace):
     for mode, applier in MODES.items():
         with applier(model, subspace):
             written[mode] = generate(model, tokenizer, texts, max_new_tokens=192, batch_size=100)
-    for other in ("baked", "fused"):
+    for other in ("baked", "fused", "lora"):
         for prompt, a, b in zip(texts, written["hook"], written[other], strict=True):
             if a.ids == b.ids:
                 continue
