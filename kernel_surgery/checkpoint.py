@@ -7,15 +7,22 @@ U^T W of every edited tensor, from which `--undo` restores the weights to within
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel_surgery import cli, stream
+from kernel_surgery.provenance import (
+    PROVENANCE,
+    check_absent,
+    new_folder,
+    opened,
+    read_provenance,
+    write_bases,
+    write_provenance,
+)
 from kernel_surgery.stream import sha256
 
 if TYPE_CHECKING:
@@ -24,7 +31,6 @@ if TYPE_CHECKING:
     from kernel_surgery.subspace import Subspace
 
 _DOWN_PROJ = re.compile(r"model\.layers\.(\d+)\.mlp\.down_proj\.(weight|bias)")
-PROVENANCE = "provenance.json"
 # In a folder of its own: some engines load every *.safetensors that lies beside the weights.
 UNDO = Path("kernel_surgery") / "undo.safetensors"
 BASE_CARD = "README.base.md"
@@ -53,18 +59,6 @@ def located(folder: Path) -> dict[str, tuple[Path, stream.Entry]]:
     return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
 
 
-@contextmanager
-def opened(file: Path):
-    """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error}). Nothing was written.") from error
-
-
 def local_folder(source: str) -> Path:
     """The folder of a resolved model: itself, or the hub's files in the local cache, fetched if need be."""
     if Path(source).is_dir():
@@ -72,6 +66,11 @@ def local_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
+
+
+def revision_of(folder: Path, subspace: "Subspace") -> str | None:
+    """The commit of a checkpoint that lies in the hub's cache; else the one that the subspace was measured on."""
+    return folder.name if folder.parent.name == "snapshots" else subspace.revision
 
 
 def check_source(folder: Path, layouts: list[stream.Layout], subspace: "Subspace", *, force: bool = False) -> None:
@@ -147,55 +146,6 @@ def _others(source: Path) -> tuple[list[Path], list[str]]:
     return along, [name for name in left_out if name not in weights]
 
 
-def check_absent(destination: Path) -> None:
-    """Raises FileExistsError if there is something at `destination`."""
-    if destination.exists():
-        raise FileExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
-
-
-@contextmanager
-def new_folder(destination: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `destination`, renamed to it when the block ends; removed again on any exception.
-
-    size: bytes that will be written. Raises FileExistsError if the destination exists, ValueError where there is no
-    room, where another process is writing it, and for whatever the file system refuses inside the block.
-    """
-    from safetensors import SafetensorError
-
-    check_absent(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < size:
-        raise ValueError(
-            f"{str(destination)!r} needs {size / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
-            "left. Nothing was written. Choose another --out."
-        )
-    temporary = destination.with_name(f".{destination.name}.baking")
-    try:
-        with stream.locked_folder(temporary):
-            yield temporary
-            os.rename(temporary, destination)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"another process is writing {str(destination)!r} (it holds {str(temporary)!r}). Nothing was written."
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(f"cannot write {str(destination)!r}: {error}. Nothing was kept.") from error
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise ValueError(f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept.") from error
-
-
-def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
-    """Write the record with the SHA-256 of every file in the folder; `hashes` holds those that are known already."""
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in hashes:
-            hashes[name] = sha256(file)
-    record = record | {"sha256": dict(sorted(hashes.items())), "environment": cli.environment()}
-    cli.write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
 def _rewrite(
     source: Path,
     destination: Path,
@@ -259,24 +209,6 @@ def editable(layouts: list[stream.Layout], bases: dict) -> list[stream.Entry]:
     if missing:
         raise ValueError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}. Nothing was written.")
     return found
-
-
-_WRITER = {"baked": "kernel_surgery.bake", "adapter": "kernel_surgery.lora"}
-
-
-def read_provenance(folder: Path, kind: str = "baked") -> dict:
-    """What a baked checkpoint (or an "adapter") says of itself. Raises ValueError for a folder that is none."""
-    try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if record["kind"] != kind or not isinstance(record["sha256"], dict):
-            raise ValueError(f"it is of a {record['kind']!r} checkpoint")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = "a checkpoint" if kind == "baked" else "an adapter"
-        raise ValueError(
-            f"{str(folder)!r} is not {what} that python -m {_WRITER[kind]} has written: its {PROVENANCE} is "
-            "missing or says something else. Nothing was written."
-        ) from error
-    return record
 
 
 def _card(record: dict) -> str:
@@ -353,7 +285,7 @@ def bake_checkpoint(
         save_file(tensors, folder / UNDO, metadata={"strength": repr(strength)})
         record = {"kind": "baked", "model_id": model_id or str(source), "strength": strength}
         record |= {"layers": list(subspace.layers), "rank": subspace.rank, "site": subspace.site}
-        record |= {"revision": subspace.revision, "note": subspace.note, "fit": subspace.fit}
+        record |= {"revision": revision_of(source, subspace), "note": subspace.note, "fit": subspace.fit}
         record["command"] = command
         cli.write_atomic(folder / "README.md", _card(record))
         return record
@@ -395,6 +327,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         return back
 
     def finish(folder: Path) -> dict:
+        write_bases(folder, {int(name[6:]): basis for name, basis in kept.items() if name.startswith("basis.")})
         about = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
         return about | {"layers": record["layers"], "command": command}
 

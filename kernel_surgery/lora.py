@@ -119,15 +119,8 @@ def write_adapter(
     from safetensors.torch import save_file
 
     from kernel_surgery import stream
-    from kernel_surgery.checkpoint import (
-        check_absent,
-        check_source,
-        editable,
-        edited_name,
-        new_folder,
-        original_layouts,
-        write_provenance,
-    )
+    from kernel_surgery.checkpoint import check_source, editable, edited_name, original_layouts, revision_of
+    from kernel_surgery.provenance import check_absent, new_folder, write_bases, write_provenance
 
     source, destination = Path(source), Path(destination)
     check_absent(destination)
@@ -154,7 +147,8 @@ def write_adapter(
         tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
     record = {"kind": "adapter", "model_id": model_id or str(source), "strength": strength}
     record |= {"layers": list(subspace.layers), "rank": subspace.rank, "padded_rank": rank, "site": subspace.site}
-    record |= {"revision": subspace.revision, "note": subspace.note, "fit": subspace.fit, "command": command}
+    record |= {"revision": revision_of(source, subspace), "note": subspace.note, "fit": subspace.fit}
+    record["command"] = command
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": record["model_id"]},
         **{"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False},
@@ -164,9 +158,7 @@ def write_adapter(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        bases = {f"basis.{layer}": basis.contiguous() for layer, basis in subspace.bases.items()}
-        (folder / "kernel_surgery").mkdir()
-        save_file(bases, folder / "kernel_surgery" / "subspace.safetensors")
+        write_bases(folder, dict(subspace.bases))
         cli.write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         cli.write_atomic(folder / "README.md", _card(record))
         write_provenance(folder, record, {})

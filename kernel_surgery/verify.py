@@ -3,6 +3,7 @@
 python -m kernel_surgery.verify --model SRC --subspace S [--baked DST] [--out certificate.json]
 python -m kernel_surgery.verify --baked DST [--model SRC]
 python -m kernel_surgery.verify --adapter DIR [--model SRC]
+python -m kernel_surgery.verify --restored DIR [--model SRC]
 
 Of a model (the first form): hook, fused, baked and lora are held, layer by layer and end to end, to the exact edit and
 to each other (`certify.py`).
@@ -12,7 +13,8 @@ norm(U^T W), is computed from the file and held to 1.1 times its floor, the leak
 too, whatever the hashes say: every edited element is held to its bound (`reference.baked_element_bound`), and every
 other tensor must be equal to the byte. float64 arithmetic, a block of columns of one tensor in memory at a time.
 
-Of an adapter: its hashes, B = -U to the bit, and with SRC A = a U^T W within its bound.
+Of an adapter: its hashes, B = -U to the bit, and with SRC A = a U^T W within its bound. Of a checkpoint whose edit was
+taken back: its hashes, and with SRC how far every element is from the original.
 
 Exit status 0 if everything holds; 1 if not, with the layer named; 2 for input that cannot be verified.
 """
@@ -47,7 +49,7 @@ def same_bytes(one: tuple[Path, stream.Entry], other: tuple[Path, stream.Entry])
 
 def check_files(folder: Path, record: dict) -> list[str]:
     """Files whose hash is not the recorded one, that are missing, or that nobody recorded."""
-    from kernel_surgery.checkpoint import PROVENANCE
+    from kernel_surgery.provenance import PROVENANCE
 
     faults = []
     for name, digest in cli.progress(record["sha256"].items(), total=len(record["sha256"]), desc="hash"):
@@ -91,8 +93,9 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     kept beside the weights). Raises ValueError for a folder that is no baked checkpoint, a subspace that does not fit
     it, and files that cannot be read.
     """
-    from kernel_surgery.checkpoint import UNDO, edited_name, located, opened, read_provenance
+    from kernel_surgery.checkpoint import UNDO, edited_name, located
     from kernel_surgery.checks import broken, check_tensor
+    from kernel_surgery.provenance import opened, read_provenance
 
     record = read_provenance(folder)
     with opened(folder / UNDO) as file:
@@ -144,14 +147,14 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     """
     import torch
 
-    from kernel_surgery.checkpoint import located, opened, read_provenance
+    from kernel_surgery.checkpoint import located
     from kernel_surgery.lora import CONFIG, PREFIX, WEIGHTS
+    from kernel_surgery.provenance import opened, read_bases, read_provenance
     from kernel_surgery.reference import adapter_bound, worst_ratio
 
     record = read_provenance(folder, "adapter")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    with opened(folder / "kernel_surgery" / "subspace.safetensors") as file:
-        bases = {int(name.removeprefix("basis.")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    bases = read_bases(folder)
     faults, rows = check_files(folder, record), []
     if subspace is not None:
         bases, wrong = basis_faults(bases, subspace, folder)
@@ -200,6 +203,53 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     }
 
 
+def verify_restored(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
+    """The certificate of a checkpoint whose edit was taken back, as `verify_checkpoint` has it.
+
+    With the original: every tensor that was edited is within `reference.undo_bound` of it, every other equal to the
+    byte. Without it, hashes alone.
+    """
+    from kernel_surgery.bake import bake_weight
+    from kernel_surgery.checkpoint import edited_name, located
+    from kernel_surgery.provenance import read_bases, read_provenance
+    from kernel_surgery.reference import undo_bound, worst_ratio
+
+    record = read_provenance(folder, "restored")
+    bases = read_bases(folder)
+    faults, rows = check_files(folder, record), []
+    if subspace is not None:
+        bases, wrong = basis_faults(bases, subspace, folder)
+        faults += wrong
+    new, old = located(folder), {} if source is None else located(source)
+    if source is not None:
+        faults += [f"{name} is in one of the two checkpoints only" for name in sorted(new.keys() ^ old.keys())]
+    for name in cli.progress(sorted(new.keys() & old.keys()), total=len(new), desc="verify"):
+        layer = edited_name(name, bases)
+        if layer is None:
+            if not same_bytes(new[name], old[name]):
+                faults.append(f"{name} was never edited, and differs from the original")
+            continue
+        back, weight = read(new[name]), read(old[name])
+        if (back.shape, back.dtype) != (weight.shape, weight.dtype):
+            faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
+            continue
+        basis, strength, worst = bases[layer], float(record["strength"]), 0.0
+        for start in range(0, weight.shape[1], 1024):
+            part = weight[:, start : start + 1024]
+            off = (back[:, start : start + 1024].double() - part.double()).abs()
+            bound = undo_bound(part, bake_weight(part, basis, strength), basis, strength)
+            worst = max(worst, worst_ratio(off, bound))
+        rows.append({"layer": layer, "tensor": name, "dtype": new[name][1].dtype, "error_over_bound": worst})
+        if not worst <= 1:
+            faults.append(f"layer {layer}: {name}: an element is {worst:.3g} times its bound away from the original")
+    return {
+        "kind": "certificate",
+        "of": {"restored": str(folder), "model": None if source is None else str(source)},
+        **{"model_id": record["model_id"], "strength": record["strength"]},
+        **{"tensors": rows, "faults": faults, "environment": cli.environment()},
+    }
+
+
 def stored_dtype(folder: Path, layer: int) -> str:
     """The dtype of a layer's down_proj in the files, by its name in torch. Raises UserError for what is no float."""
     from kernel_surgery.checkpoint import located
@@ -216,7 +266,8 @@ def stored_dtype(folder: Path, layer: int) -> str:
 def verify_model(args: argparse.Namespace, source: Path, subspace_path: Path) -> dict:
     """The certificate of a model in every mode, those of its files included where --baked is given."""
     from kernel_surgery.certify import certify
-    from kernel_surgery.checkpoint import check_source, read_provenance, weight_files
+    from kernel_surgery.checkpoint import check_source, weight_files
+    from kernel_surgery.provenance import read_provenance
     from kernel_surgery.subspace import Subspace
 
     subspace = Subspace.load(subspace_path, force=args.force)
@@ -250,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--subspace", type=Path, help="subspace file (default with --model polyglot: the one shipped)")
     p.add_argument("--baked", type=Path, help="folder that python -m kernel_surgery.bake has written")
     p.add_argument("--adapter", type=Path, help="folder that python -m kernel_surgery.lora has written")
+    p.add_argument("--restored", type=Path, help="folder that python -m kernel_surgery.bake --undo has written")
     p.add_argument("--out", type=Path, help="JSON file for the certificate; its plot goes beside it, as .svg")
     p.add_argument("--strength", type=float, help="of the edit (default: 1, or what --baked was made with)")
     p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="auto: as the files have it")
@@ -264,12 +316,13 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if something is broken."""
     args = parser().parse_args(argv)
-    if args.baked is None and args.adapter is None and args.model is None:
-        raise cli.UserError("give --model, --baked or --adapter. Nothing was verified.")
-    if args.baked is not None and args.adapter is not None:
-        raise cli.UserError("give --baked or --adapter, one at a time. Nothing was verified.")
-    for folder in (args.baked, args.adapter):
-        if folder is not None and not folder.is_dir():
+    written = {name: getattr(args, name) for name in ("baked", "adapter", "restored") if getattr(args, name)}
+    if not written and args.model is None:
+        raise cli.UserError("give --model, --baked, --adapter or --restored. Nothing was verified.")
+    if len(written) > 1:
+        raise cli.UserError(f"give one of --{' and --'.join(written)} at a time. Nothing was verified.")
+    for folder in written.values():
+        if not folder.is_dir():
             raise cli.UserError(f"no folder at {str(folder)!r}. Nothing was verified.")
     for name, least in (("prompts", 1), ("new_tokens", 0)):
         if getattr(args, name) < least:
@@ -277,9 +330,9 @@ def run(argv: list[str] | None = None) -> int:
     if args.strength is not None and not math.isfinite(args.strength):
         raise cli.UserError(f"--strength must be a finite number, got {args.strength}.")
     subspace = args.subspace
-    if subspace is None and args.model == "polyglot" and args.baked is None and args.adapter is None:
+    if subspace is None and args.model == "polyglot" and not written:
         subspace = cli.POLYGLOT / "subspace.safetensors"
-    if subspace is None and args.baked is None and args.adapter is None:
+    if subspace is None and not written:
         raise cli.UserError(f"--model {args.model} needs --subspace, or --baked. Nothing was verified.")
     command = cli.command_line("kernel_surgery.verify", argv)
 
@@ -289,6 +342,8 @@ def run(argv: list[str] | None = None) -> int:
     source = None if args.model is None else local_folder(cli.resolve_model(args.model))
     if args.adapter is not None:
         certificate = verify_adapter(args.adapter, source, subspace)
+    elif args.restored is not None:
+        certificate = verify_restored(args.restored, source, subspace)
     elif source is not None and subspace is not None:
         certificate = verify_model(args, source, subspace)
     else:

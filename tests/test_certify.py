@@ -330,11 +330,11 @@ def test_a_model_that_overflows_is_not_certified(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ((), "give --model, --baked or --adapter"),
+        ((), "give --model, --baked, --adapter or --restored"),
         (("--model", "polyglot", "--prompts", "0"), "--prompts must be at least 1"),
         (("--model", "polyglot", "--strength", "nan"), "--strength must be a finite number"),
         (("--model", str(cli.POLYGLOT)), "needs --subspace, or --baked"),
-        (("--baked", ".", "--adapter", "."), "one at a time"),
+        (("--baked", ".", "--adapter", "."), "give one of --baked and --adapter at a time"),
         (("--adapter", "nowhere"), "no folder at 'nowhere'"),
         (("--model", "polyglot", "--new-tokens", "600"), "longer than the model's"),
     ],
@@ -402,3 +402,14 @@ def test_rows_inside_the_subspace_tell_a_coarse_edit(dtype):
     assert set(right) == {"span_rule_a", "span_leak"} and max(right.values()) <= 1
     assert min(check_span(dense(x, u, 1.0), x, u, 1.0).values()) > 1
     assert set(check_span(project_eager(x, u, 0.5), x, u, 0.5)) == {"span_rule_a"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_polyglots_certificate_passes_on_the_gpu(dtype):
+    """The same checks, with the Triton kernels in the fused mode."""
+    found = certified(dtype, device="cuda")
+    print(found["logits"])
+    assert found["faults"] == [] and found["providers"]["fused"] == "triton/cuda"
+    assert {r["norm"] > 0 for r in found["layers"] if r["mode"] == "fused"} == {True}

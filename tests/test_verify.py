@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from kernel_surgery import cli, verify
 from kernel_surgery.bake import bake_weight
 from kernel_surgery.certificate import shown
-from kernel_surgery.checkpoint import bake_checkpoint, sha256
+from kernel_surgery.checkpoint import bake_checkpoint, sha256, undo_checkpoint
 from kernel_surgery.subspace import Subspace, fingerprint
 from tests.models import basis, pico
 
@@ -179,3 +179,41 @@ def test_what_is_no_baked_checkpoint_is_refused(tmp_path):
     shutil.rmtree(folder / "baked" / "kernel_surgery")
     with pytest.raises(FileNotFoundError):
         verify.verify_checkpoint(folder / "baked")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, dtype, strength, capsys):
+    folder = prepared(tmp_path, dtype, strength)
+    undo_checkpoint(folder / "baked", folder / "restored")
+    words = ["--restored", str(folder / "restored"), "--model", str(folder / "source")]
+    assert (
+        verify.run([*words, "--subspace", str(folder / "subspace.safetensors"), "--out", str(tmp_path / "c.json")]) == 0
+    )
+    print(capsys.readouterr().out)
+    rows = json.loads((tmp_path / "c.json").read_text())["tensors"]
+    assert [(r["layer"], r["tensor"]) for r in rows] == [
+        (i, DOWN.format(i, part)) for i in LAYERS for part in ("bias", "weight")
+    ]
+    assert all(0 < r["error_over_bound"] <= 1 for r in rows) and (tmp_path / "c.svg").exists()
+    assert verify.run(words[:2]) == 0  # hashes alone
+    (file,) = (folder / "restored").glob("*.safetensors")
+    whole, record = load_file(file), folder / "restored" / "provenance.json"
+    name, other = DOWN.format(2, "weight"), "model.layers.0.mlp.up_proj.weight"
+    wrong = {
+        "still baked": ({name: load_file(folder / "baked" / file.name)[name]}, f"layer 2: {name}: an element is"),
+        "an element": ({name: whole[name].clone()}, f"layer 2: {name}: an element is"),
+        "never edited": ({other: whole[other] + 1}, f"{other} was never edited, and differs"),
+    }
+    wrong["an element"][0][name][5, 5] *= -1
+    for change, message in wrong.values():
+        save_file(whole | change, file, metadata={"format": "pt"})
+        rewritten = json.loads(record.read_text())
+        rewritten["sha256"][file.name] = sha256(file)
+        record.write_text(json.dumps(rewritten))
+        capsys.readouterr()
+        assert verify.run(words) == 1
+        broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
+        assert len(broken) == 1 and broken[0].startswith(f"broken: {message}")
+    with pytest.raises(ValueError, match=r"is not a checkpoint that python -m kernel_surgery\.bake --undo has written"):
+        verify.run(["--restored", str(folder / "baked")])
