@@ -11,7 +11,6 @@ with --resume and the same options: each mode and language that was finished is 
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -19,9 +18,9 @@ import time
 from pathlib import Path
 
 from kernel_surgery import cli, runs
+from kernel_surgery.controls import parse_controls
+from kernel_surgery.modes import MODES, applied, describe_edit
 from kernel_surgery.problems import EXPAG_LANGUAGES, Problem, expag_problems, problems
-
-MODES = ("original", "hook", "baked", "fused", "lora")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="which problems of the test split are drawn")
     p.add_argument("--max-new-tokens", type=int, help="budget (default 256; expag: the script's 128)")
     p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
+    p.add_argument("--controls", help="haar:20, energy:20 or pca:20: so many random subspaces beside the real one")
+    p.add_argument("--margin", type=float, default=0.05, help="accuracies within it are called equivalent (.05)")
+    p.add_argument("--no-damage", action="store_true", help="leave out neutral text and language probes")
     p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="auto: float32 on CPU, else bfloat16")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--batch-size", type=int, default=64)
@@ -70,29 +72,6 @@ def load_subspace(args: argparse.Namespace):
 
     path = args.subspace or cli.POLYGLOT / "subspace.safetensors"
     return Subspace.load(path, force=args.force), path
-
-
-def applied(mode: str, model, subspace, strength: float, force: bool):
-    """The context manager that holds the edit (or none, for the original); yields its record."""
-    from kernel_surgery import adapted, baked, fused, hooked
-
-    if mode == "original":
-        return contextlib.nullcontext()
-    applier = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}[mode]
-    return applier(model, subspace, strength, force=force)
-
-
-def describe_edit(edit) -> dict:
-    """What results.json says of one applied edit."""
-    return {
-        "provider": edit.provider,
-        "layers": list(edit.layers),
-        "strength": edit.strength,
-        "note": edit.note,
-        "norms": {str(layer): list(pair) for layer, pair in (edit.norms or {}).items()},
-        "reach": {str(layer): reach for layer, reach in edit.reach.items()},
-        "fallbacks": {str(layer): reason for layer, reason in edit.fallbacks.items()},
-    }
 
 
 def check_edits(modes: list[str], model, subspace, args: argparse.Namespace) -> dict[str, dict]:
@@ -132,7 +111,7 @@ def notes_of(subspace, edits: dict[str, dict], args: argparse.Namespace) -> list
 def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget) -> None:
     """Fill `cells` with every (mode, language) that is missing, each on disk as it is finished."""
     from kernel_surgery.generate import generate
-    from kernel_surgery.results import score
+    from kernel_surgery.results import score, text_of
 
     missing = [(m, lang) for m in modes for lang in languages if (m, lang) not in cells]
     with cli.bar(len(missing) * len(asked), unit="text") as bar:
@@ -156,23 +135,6 @@ def answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, a
                     cell = [score(p, language, mode, t, text_of(tokenizer)) for p, t in zip(asked, texts, strict=True)]
                     runs.append_cell(samples_path, cell)
                     cells[mode, language] = cell
-
-
-def text_of(tokenizer):
-    """Token ids to text, as samples hold it."""
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def score_again(tokenizer):
-    """A kept sample judged by the code that runs now."""
-    from kernel_surgery.generate import Generation
-    from kernel_surgery.results import score
-
-    def again(problem: Problem, sample: dict) -> dict:
-        generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
-        return score(problem, sample["language"], sample["mode"], generation, text_of(tokenizer))
-
-    return again
 
 
 def print_expag(results: dict, mode: str) -> None:
@@ -202,6 +164,11 @@ def run(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"{name} must be at least 1, got {value}.")
     if not math.isfinite(args.strength):
         raise cli.UserError(f"--strength must be a finite number, got {args.strength}.")
+    if not args.margin > 0:
+        raise cli.UserError(f"--margin must be positive, got {args.margin}.")
+    if args.controls and (args.mode == "original" or args.protocol != "strict"):
+        raise cli.UserError("--controls goes with an edited mode and the strict protocol. Nothing was written.")
+    parse_controls(args.controls)
     source = cli.resolve_model(args.model)
     device = cli.parse_device(args.device)
     dtype = cli.parse_dtype(args.dtype, device)
@@ -214,14 +181,20 @@ def run(argv: list[str] | None = None) -> int:
     environment = cli.environment(device)
 
     from kernel_surgery import sites
-    from kernel_surgery.results import expag_metrics, pair, strict_table, summarize
+    from kernel_surgery.controls import run as run_controls
+    from kernel_surgery.controls import table as control_table
+    from kernel_surgery.damage import measure as measure_damage
+    from kernel_surgery.damage import table as damage_table
+    from kernel_surgery.results import expag_metrics, pair, power, score_again, strict_table, summarize
     from kernel_surgery.subspace import fingerprint
 
     model, tokenizer = cli.load_model(source, dtype, device), cli.load_tokenizer(source)
     layers = len(sites.decoder_layers(model))
     edits = check_edits(modes, model, subspace, args)
     notes = notes_of(subspace, edits, args)
-    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    # What no text depends on may change when a run goes on: controls and damage are added to it.
+    later = ("out", "resume", "controls", "margin", "no_damage")
+    config = {key: value for key, value in vars(args).items() if key not in later}
     config |= {
         "languages": list(languages),
         "problems": len(asked),
@@ -237,9 +210,17 @@ def run(argv: list[str] | None = None) -> int:
     runs.open_run(folder, config, resume=args.resume)
     samples_path = folder / "samples.jsonl"
     cells = runs.take_up(samples_path, asked, score_again(tokenizer))
-    started = time.monotonic()
+    started, kept = time.monotonic(), len(cells)
     answer_all(model, tokenizer, asked, languages, modes, cells, samples_path, args, subspace, budget)
+    made = (len(cells) - kept) * len(asked)
+    pace = (time.monotonic() - started) / made if made else None
     cells = {(m, lang): cells[m, lang] for m in modes for lang in languages}
+    controls = damage = None
+    if args.controls:
+        controls = run_controls(model, tokenizer, asked, languages, cells, folder, args, subspace, budget, pace)
+    if args.protocol == "strict" and not args.no_damage:
+        damage = measure_damage(modes, model, tokenizer, languages, args, subspace)
+    paired = pair(cells, args.margin)
     results = {
         "schema": 1,
         "config": config,
@@ -269,7 +250,10 @@ def run(argv: list[str] | None = None) -> int:
         "edits": edits,
         "notes": notes,
         "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in languages} for m in modes},
-        "paired": pair(cells),
+        "paired": paired,
+        "power": power(paired),
+        "controls": controls,
+        "damage": damage,
         "expag_metrics": expag_metrics(cells),
         "seconds": time.monotonic() - started,
     }
@@ -289,6 +273,10 @@ def run(argv: list[str] | None = None) -> int:
             print_expag(results, mode)
     else:
         print(strict_table(results["modes"], results["paired"]))
+        if damage and damage["neutral"]:
+            print(damage_table(damage))
+        if controls:
+            print(control_table(controls))
     print(f"{folder}: results.json, samples.jsonl, report.html ({results['seconds']:.0f} s)")
     return 0
 

@@ -127,7 +127,7 @@ def _plain_cluster(cluster: str) -> tuple[str, str]:
     if kind in ("<super>", "<sub>") and (plain[0].isdigit() or plain[0] in "+-−"):
         return _SAME.get(plain, plain), "^" if kind == "<super>" else "_"
     if kind == "<circle>" and plain.isdigit():
-        return " ", ""
+        return (head if len(plain) == 1 else " "), ""  # ① may name an option; it is no number
     if unicodedata.category(head) == "Nd":
         return str(unicodedata.decimal(head)), ""
     if unicodedata.category(head) == "Cf":  # writing direction, zero width

@@ -41,7 +41,56 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
         "language_judged": verdict.judged,
         "language_passed": verdict.passed,
         "language_found": list(verdict.found),
+        "correct_at": correct_at(problem.answer, prompt, language, generation, decode),
     }
+
+
+def text_of(tokenizer):
+    """Token ids to text, as samples hold it."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def score_again(tokenizer):
+    """A kept sample judged by the code that runs now."""
+
+    def again(problem: Problem, sample: dict) -> dict:
+        generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
+        return score(problem, sample["language"], sample["mode"], generation, text_of(tokenizer))
+
+    return again
+
+
+BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def correct_at(answer: int, prompt: str, language: str, generation: Generation, decode) -> dict[str, bool]:
+    """{budget: whether the text, cut off there, gives the right answer}, for budgets shorter than the text.
+
+    At any longer budget the verdict is that of the whole text.
+    """
+    found = {}
+    for budget in BUDGETS:
+        if budget < len(generation.ids):
+            cut = scoring.extract_answer(decode(generation.ids[:budget]), prompt, language=language)
+            found[str(budget)] = cut.value == answer
+    return found
+
+
+def budget_curve(cell: Sequence[Sample], budget: int) -> list[list[float]]:
+    """[[budget, accuracy]]: what shorter budgets would have given, from the one generation that there is."""
+    points = [b for b in BUDGETS if b < budget]
+    right = [sum(s["correct_at"].get(str(b), s["correct"]) for s in cell) / len(cell) for b in points]
+    return [*map(list, zip(points, right, strict=True)), [budget, sum(s["correct"] for s in cell) / len(cell)]]
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the n-grams of a text's words (of its characters, where it is written without spaces) that repeat an
+    earlier one; 0 for a text shorter than n."""
+    words = text.split()
+    if len("".join(words)) > 9 * len(words):
+        words = list("".join(words))
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summarize(cell: Sequence[Sample], budget: int) -> dict:
@@ -67,13 +116,20 @@ def summarize(cell: Sequence[Sample], budget: int) -> dict:
         "coverage": len(judged) / n,
         "stopped": sum(s["finish"] == "stop" for s in cell) / n,
         "mean_tokens": sum(len(s["tokens"]) for s in cell) / n,
+        "repetition": sum(repetition(s["text"]) for s in cell) / n,
+        "budget_curve": budget_curve(cell, budget),
         "by_category": categories,
     }
 
 
-def pair(cells: Cells) -> list[dict]:
-    """Every edited cell against the original's in that language: same problems, exact McNemar, Holm over all pairs."""
-    rows = []
+def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
+    """Every edited cell against the original's in that language: same problems, exact McNemar, Holm over all pairs.
+
+    Where a mode answered in several languages, a row with the language "all" pools them, each problem with its
+    translations one cluster. "equivalent": the difference is within `margin`, both ways, corrected for the number of
+    comparisons too.
+    """
+    rows, pooled = [], {}
     for (mode, language), cell in cells.items():
         if mode == "original":
             continue
@@ -90,11 +146,46 @@ def pair(cells: Cells) -> list[dict]:
         rows.append(
             {"mode": mode, "language": language, "n": len(cell), **asdict(difference), "same_text": same}
             | {"fat_both_solved": {"n": len(both), "mean_difference": sum(both) / len(both) if both else None}}
+            | {"both": sum(a["correct"] and b["correct"] for a, b in zip(original, cell, strict=True))}
         )
-    for row, p in zip(rows, statistics.holm([row["mcnemar_p"] for row in rows]), strict=True):
+        moves = [b["correct"] - a["correct"] for a, b in zip(original, cell, strict=True)]
+        pooled.setdefault(mode, []).append((rows[-1], moves))
+    for mode, languages in pooled.items():
+        if len(languages) > 1:
+            rows.append(_pooled_row(mode, [row for row, _ in languages], [moves for _, moves in languages]))
+    rows.sort(key=lambda row: list(pooled).index(row["mode"]))
+    tests = [row["p"] if row["language"] == POOLED else row["mcnemar_p"] for row in rows]
+    for row, p in zip(rows, statistics.holm(tests), strict=True):
         row["holm_p"] = p
         row["verdict"] = statistics.verdict(row["delta"], row["ci95"], p, row["n"])
+        row["margin"] = margin
+        if row["language"] != POOLED:
+            counts = (row["both"], row["gained"], row["lost"], row["n"] - row["both"] - row["gained"] - row["lost"])
+            row["equivalent"] = statistics.equivalent(*counts, margin, comparisons=len(rows))
+        else:
+            row["equivalent"] = None
     return rows
+
+
+POOLED = "all"
+
+
+def _pooled_row(mode: str, rows: list[dict], moves: list[list[int]]) -> dict:
+    """The row of a mode over all its languages; n counts problems."""
+    found = statistics.clustered_difference(list(zip(*moves, strict=True)))
+    return {"mode": mode, "language": POOLED, **asdict(found), "languages": [row["language"] for row in rows]} | {
+        key: sum(row[key] for row in rows) for key in ("gained", "lost", "both", "same_text")
+    }
+
+
+def power(paired: list[dict]) -> list[dict]:
+    """What the comparisons could have shown at best: {"language", "n", "comparisons", "smallest_shown"} a language."""
+    found = {row["language"]: row["n"] for row in paired if row["language"] != POOLED}
+    return [
+        {"language": language, "n": n, "comparisons": len(paired)}
+        | {"smallest_shown": statistics.smallest_shown(n, comparisons=len(paired))}
+        for language, n in found.items()
+    ]
 
 
 def expag_metrics(cells: Cells) -> dict:
@@ -121,7 +212,7 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
     """The table that a run prints: one line a mode and language."""
     lines = [
         f"{'mode':<9} {'lang':<4} {'correct':>9}  {'accuracy (95% CI)':<22} {'FAT':>6} {'fidelity':>8} {'coverage':>8}"
-        f"   {'difference (95% CI)':<26} {'Holm p':>6}  verdict"
+        + _COMPARED
     ]
     beside = {(row["mode"], row["language"]): row for row in paired}
     for mode, by_language in modes.items():
@@ -134,10 +225,27 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
                 f"{r['fat_tokens']:>6.1f} {fidelity:>8} {r['coverage']:>8.3f}"
             )
             if row := beside.get((mode, language)):
-                low, high = row["ci95"]
-                line += f"   {row['delta']:+.3f} ({low:+.3f} to {high:+.3f})  {row['holm_p']:>6.3f}  {row['verdict']}"
+                line += compared(row)
             lines.append(line.rstrip())
+        if row := beside.get((mode, POOLED)):
+            lines.append(f"{mode:<9} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
+    shown = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
+    for (n, comparisons), least in shown.items():
+        could = "no difference at all" if least is None else f"a difference of {least:.3f} or more"
+        lines.append(f"{n} problems a language and {comparisons} comparisons could have shown {could}.")
     return "\n".join(lines)
+
+
+_COMPARED = "   difference (95% CI)          Holm p  verdict"
+
+
+def compared(row: dict) -> str:
+    """The end of a table's line: difference, interval, corrected p, and the words they allow."""
+    low, high = row["ci95"]
+    words = row["verdict"]
+    if row["equivalent"] and words.startswith("no difference"):
+        words += f", within {row['margin']:g}"
+    return f"   {row['delta']:+.3f} ({low:+.3f} to {high:+.3f})  {row['holm_p']:>6.3f}  {words}"
 
 
 def expag_table(metrics: dict, mode: str) -> str:

@@ -57,7 +57,11 @@ _STEP = re.compile(
 _LIST_ITEM = re.compile(r"^[ \t]*(\d{1,2})[.)、:][ \t]*(?=[^\s\d])", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[。!?؟\n]|\.(?=\s|$|[A-Z¿])")
 _QUESTION_END = re.compile(r"[?؟]|(?:か|까|呢|吗)[。.]")
-_OPTION = re.compile(r"(?<![A-Za-z])\(?([A-H]|[ابجد](?=[.)]))\)?[ ]?[.):、][ ]*(?=-?[\d.])")
+# What options are named by. Letters of words need a point or a bracket after them; the others may stand alone.
+_ORDERS = ("ABCDEFGH", "abcdefgh", "ابجد", "アイウエオカ", "가나다라마바", "①②③④⑤⑥⑦⑧")
+_OPTION = re.compile(
+    r"(?<![^\W\d_])\(?(?:([A-Ha-hابجد])\)?[ ]?[.):、]|([アイウエオカ가나다라마바①-⑧])[).:、]?)\s*(?=-?[\d.])"
+)
 _SPANISH = re.compile(r"[¿¡]|\b(?:el|es|los|las|del|respuesta|resultado|calcula|halla|suma)\b", re.IGNORECASE)
 
 _ANSWER = (
@@ -69,7 +73,11 @@ _CHOICE = r"\boptions?\b|\bchoose\b|\bchoice\b|\bopción\b|\bchaguo\b|选项|選
 _IS = r"(?:\b(?:is|are|equals|es|son|ni|ndiyo|ndio)\b|是|为|為|等于|等於|は|が|은|는|이|가|هو|هي|يساوي|تساوي)"
 _IS_BACKWARD = r"(?:\b(?:is|es|ni|ndiyo|ndio)\b|是|が|は|이|가|هو|هي)"
 _MARKS = r"[\s*_\"'“”«»(\[⟦、,]{0,12}"
-_NUMBER, _LETTER = r"(?P<target>-?\.?\d)", r"(?P<target>(?-i:[A-H](?![A-Za-z'(]))|[ابجد](?!\w))"
+_NUMBER = r"(?P<target>-?\.?\d)"
+_LETTER = (
+    r"(?P<target>(?-i:[A-H](?![A-Za-z'(])|[a-h](?=\s*[).]|\s*$))|[ابجد](?!\w)|[アイウエオカ](?![ァ-ヶー])"
+    r"|[가나다라마바](?=\))|[①-⑧])"
+)
 
 
 def _forward(nouns: str, target: str) -> re.Pattern:
@@ -131,13 +139,14 @@ def _options(text: str, found: list[Number]) -> tuple[dict[str, Fraction], list[
     at = {n.begin: n for n in found}
     run: list[tuple[str, Number]] = []
     for match in _OPTION.finditer(text):
-        number, order = at.get(match.end()), "ABCDEFGH" if match[1].isascii() else "ابجد"
-        if number and match[1] == order[len(run)] and (not run or run[0][0] == order[0]):
-            run.append((match[1], number))
+        letter = match[1] or match[2]
+        number, order = at.get(match.end()), next(o for o in _ORDERS if letter in o)
+        if number and letter == order[len(run)] and (not run or run[0][0] == order[0]):
+            run.append((letter, number))
         elif len(run) > 1:
             break  # "The answer is A. 12" names an option again
         else:
-            run = [(match[1], number)] if number and match[1] == order[0] else []
+            run = [(letter, number)] if number and letter == order[0] else []
         if len(run) == len(order):
             break
     if len(run) < 2:
@@ -175,6 +184,11 @@ class _Reading:
                 break
             if same:
                 repeated.append(match.span())
+        # A number alone, and then a question: the number was the answer.
+        if asks := _QUESTION_END.search(text):
+            line = text.rfind("\n", 0, asks.start()) + 1
+            if re.fullmatch(r"-?[\d.,' ]*\d[.。]?", text[:line].strip()):
+                text = text[:line]
         own = sorted(n.value for n in self.prompt_numbers)
         for match in _NEW_QUESTION.finditer(text):
             line = re.split(r"\n|(?<=[?؟])", text[match.end() :].lstrip(" *\n"), maxsplit=1)[0]
@@ -266,7 +280,7 @@ class _Reading:
             if results:
                 return self.final([(n.value, n.begin, n.end) for n in results], "marker")
         # The text begins with the chosen letter: an answer to options that the prompt lists.
-        match = re.match(r"\s*\(?([A-H]|[ابجد])(?:[.):]|\s*$)", self.text, re.MULTILINE)
+        match = re.match(r"\s*\(?([A-Ha-hابجدアイウエオカ가나다라마바①-⑧])(?:[.):]|\s*$)", self.text, re.MULTILINE)
         if match and match[1] in self.options and not self.listed:
             return self.final([(self.options[match[1]], *match.span(1))], "marker")
         return None

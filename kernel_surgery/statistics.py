@@ -8,9 +8,14 @@ which the two disagree (the discordant pairs) say anything about a change. With 
     interval     Newcombe's square-and-add of two Wilson intervals (1998b, method 10), not a bootstrap: resampling a
                  set without discordant pairs returns [0, 0], a certainty that n problems cannot give
     correction   Holm over all comparisons of a run
+    pooled       over languages, a problem and its translations are one cluster: bootstrap of the problems for the
+                 interval, sign flips of whole problems for the test (`clustered_difference`)
+    equivalence  two one-sided tests: the interval of 1 - 2 alpha (alpha divided by the comparisons) lies within the
+                 margin on both sides (`equivalent`)
 
 `verdict` turns them into words, and it alone does: "improved" and "worse" need the interval and the corrected test.
-"No difference shown" is not "no difference"; `smallest_shown` says what n problems could have shown at best.
+"No difference shown" is not "no difference"; `smallest_shown` says what n problems could have shown at best, and only
+`equivalent` says that a difference, if there is one, is small.
 
 Newcombe, R. G. (1998a), Statistics in Medicine 17:857-872 (Wilson); (1998b) 17:2635-2650 (paired).
 Holm, S. (1979), Scandinavian Journal of Statistics 6:65-70.
@@ -39,8 +44,8 @@ class PairedDifference:
     lost: int
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a rate; (0, 1) where n is 0, because nothing was learned.
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a rate, 95% by default; (0, 1) where n is 0, because nothing was learned.
 
     Raises ValueError unless 0 <= correct <= n.
     """
@@ -50,7 +55,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    interval = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
     # At the ends the exact bound is the end itself; rounding may leave it 1e-17 away.
     return (0.0 if correct == 0 else float(interval.low)), (1.0 if correct == n else float(interval.high))
 
@@ -85,8 +90,9 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def newcombe_paired(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
-    """95% interval of (gained - lost) / n for paired proportions (Newcombe 1998b, method 10); (-1, 1) for n = 0.
+def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of (gained - lost) / n for paired proportions, 95% by default (Newcombe 1998b, method 10); (-1, 1) for
+    n = 0.
 
     Two Wilson intervals, combined with the correlation phi of the pairs (corrected by n/2 towards 0).
     Raises ValueError for a negative count.
@@ -98,8 +104,8 @@ def newcombe_paired(both: int, gained: int, lost: int, neither: int) -> tuple[fl
         return -1.0, 1.0
     edited, original = both + gained, both + lost
     delta = (gained - lost) / n
-    edited_low, edited_high = wilson(edited, n)
-    original_low, original_high = wilson(original, n)
+    edited_low, edited_high = wilson(edited, n, confidence)
+    original_low, original_high = wilson(original, n, confidence)
     agreement = both * neither - gained * lost
     if agreement > 0:
         agreement = max(agreement - n / 2, 0)
@@ -136,6 +142,60 @@ def paired_difference(original: Sequence[bool], edited: Sequence[bool]) -> Paire
         gained=gained,
         lost=lost,
     )
+
+
+@dataclass(frozen=True)
+class ClusteredDifference:
+    """Edited minus original over problems asked in several languages, a problem being one cluster.
+
+    delta: mean over problems of the mean over languages. ci95: bootstrap of the problems, 10,000 times, percentiles.
+    p: exact or Monte Carlo two-sided test that flips the sign of whole problems. moved: problems that differ at all.
+    """
+
+    n: int
+    delta: float | None
+    ci95: tuple[float, float]
+    p: float
+    moved: int
+
+
+def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 10_000) -> ClusteredDifference:
+    """differences [problems][languages]: 1 gained, -1 lost, 0 the same. Seeded: the same figures every time.
+
+    Where no problem moved, resampling would give [0, 0], a certainty that n problems cannot give: the interval is then
+    plus and minus the Wilson bound of 0 moved problems in n. Raises ValueError for rows of different lengths.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap, permutation_test
+
+    if len({len(row) for row in differences}) > 1:
+        raise ValueError("cannot pool languages that were asked different numbers of problems.")
+    n = len(differences)
+    means = np.array([sum(row) / len(row) for row in differences])
+    moved = sum(any(row) for row in differences)
+    if not np.any(means):
+        bound = wilson(0, n)[1]
+        return ClusteredDifference(n, 0.0 if n else None, (-bound, bound), 1.0, moved)
+    options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0)}
+    interval = bootstrap((means,), np.mean, method="percentile", **options).confidence_interval
+    # Problems that did not move contribute nothing under any sign.
+    test = permutation_test((means[means != 0],), np.sum, permutation_type="samples", **options)
+    return ClusteredDifference(
+        n, float(means.mean()), (float(interval.low), float(interval.high)), float(min(1.0, test.pvalue)), moved
+    )
+
+
+def equivalent(
+    both: int, gained: int, lost: int, neither: int, margin: float, comparisons: int = 1, alpha: float = 0.05
+) -> bool:
+    """Whether the accuracies differ by less than `margin` either way: both one-sided tests at alpha / comparisons.
+
+    Raises ValueError for a margin that is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"an equivalence test needs a positive margin, got {margin}.")
+    low, high = newcombe_paired(both, gained, lost, neither, confidence=1 - 2 * alpha / comparisons)
+    return -margin < low and high < margin
 
 
 def verdict(delta: float | None, ci: Sequence[float], holm_p: float, n: int, alpha: float = 0.05) -> str:

@@ -15,7 +15,7 @@ def sample(i, mode="original", language="en", correct=True, fat=10, text="The an
         **{"id": f"p{i}", "mode": mode, "language": language, "category": "ab"[i % 2], "prompt": "<b>2 + 2?</b>"},
         **{"answer": 4, "text": text, "extracted": "4", "correct": correct, "fat_tokens": fat if correct else None},
         **{"finish": "stop", "tokens": [1, 2, 3], "language_judged": judged, "language_passed": passed},
-        "language_found": [],
+        **{"language_found": [], "correct_at": {}},
     }
 
 
@@ -74,8 +74,67 @@ def test_differences_are_paired_and_words_follow_the_corrected_interval():
     for language in ("zh", "es", "sw"):
         many |= cells([True] * n, [True] * n, language=language)
     corrected = results.pair(many)
-    assert corrected[0]["holm_p"] == pytest.approx(4 * corrected[0]["mcnemar_p"])
+    # Four languages, and the four pooled.
+    assert [row["language"] for row in corrected] == ["en", "zh", "es", "sw", "all"]
+    assert corrected[0]["holm_p"] == pytest.approx(5 * corrected[0]["mcnemar_p"])
     assert corrected[0]["verdict"].startswith("no difference shown")
+
+
+def test_languages_are_pooled_by_problem_and_equivalence_needs_numbers():
+    n = 40
+    right, wrong = [True] * n, [True] * 28 + [False] * 12
+    both = cells(right, wrong, language="en") | cells(right, wrong, language="zh")
+    rows = results.pair(both)
+    pooled = rows[-1]
+    assert [row["language"] for row in rows] == ["en", "zh", "all"] and pooled["languages"] == ["en", "zh"]
+    # Twelve problems moved, in both languages alike: the second language adds no evidence.
+    assert (pooled["n"], pooled["moved"], pooled["delta"]) == (n, 12, -0.3) and (pooled["gained"], pooled["lost"]) == (
+        0,
+        24,
+    )
+    assert pooled["p"] == pytest.approx(2 / 2**12) and pooled["verdict"] == "worse" and pooled["equivalent"] is None
+    low, high = pooled["ci95"]
+    assert -0.5 < low < -0.3 < high < 0
+    (row,) = results.pair(cells([True] * 400, [True] * 400))
+    assert row["equivalent"] and row["margin"] == 0.05 and row["verdict"].startswith("no difference shown")
+    assert not results.pair(cells([True] * 400, [True] * 400), margin=0.001)[0]["equivalent"]
+    # Forty problems cannot show that nothing happened, though nothing did.
+    assert not results.pair(cells(right, right))[0]["equivalent"]
+
+
+def test_the_budget_curve_is_what_shorter_budgets_would_have_given():
+    problem = next(p for p in problems("test", 1) if p.kind == "geometry")
+    words = ["The ", "area ", "is "] + ["so "] * 30 + [f"{problem.answer}. "] + ["Then "] * 40 + ["the answer is 1."]
+
+    def decode(ids):
+        return "".join(words[i] for i in ids)
+
+    ids = tuple(range(len(words)))
+    made = results.score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
+    assert made["correct_at"] == {"16": False, "32": False, "48": True, "64": True} and not made["correct"]
+    assert results.summarize([made], 256)["budget_curve"] == [
+        *([16, 0.0], [32, 0.0], [48, 1.0], [64, 1.0], [96, 0.0], [128, 0.0], [192, 0.0], [256, 0.0])
+    ]
+    # Each point is the verdict on the text that the budget would have left.
+    for budget, accuracy in results.summarize([made], 256)["budget_curve"]:
+        cut = ids[:budget]
+        assert (
+            results.score(problem, "en", "hook", Generation(cut, decode(cut), "length"), decode)["correct"] == accuracy
+        )
+
+
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        ("", 0.0),
+        ("one two three", 0.0),
+        ("one two three four five", 0.0),
+        ("again and again and again and again and", 3 / 5),
+        ("答案是五答案是五答案是五", 5 / 9),
+    ],
+)
+def test_repetition_counts_what_was_said_before(text, share):
+    assert results.repetition(text) == pytest.approx(share)
 
 
 def test_cells_of_other_problems_are_never_compared():
@@ -94,6 +153,8 @@ def test_the_tables_show_what_was_summed_up():
     print(shown)
     assert re.search(r"original +en +3/4 +0\.750 \(0\.\d+ to 0\.\d+\)", shown)
     assert re.search(r"fused +en +3/4 .*\+0\.000 \(.*no difference shown", shown)
+    assert "4 problems a language and 1 comparisons could have shown no difference at all." in shown
+    assert results.power(results.pair(made)) == [{"language": "en", "n": 4, "comparisons": 1, "smallest_shown": None}]
     metrics = results.expag_metrics(made)
     assert metrics["fused"]["en"]["total"] == 4 and metrics["fused"]["en"]["languages"] == {
         "zh": 0,

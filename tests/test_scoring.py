@@ -1,11 +1,14 @@
 """What counts as the answer: labelled texts in seven languages, where it is complete, and the script's own rules."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel_surgery import score
+from kernel_surgery.language import LANGUAGES
 from kernel_surgery.scoring import (
     Extracted,
     expag_check,
@@ -66,6 +69,8 @@ ANSWERS = [
     ("The answer is 15.\n\nQuestion: What is 3 + 4? The answer is 7.", 15, "en"),
     ("答案是 15。\n问题：3 + 4 等于多少？答案是 7。", 15, "zh"),
     ("The answer is 15.\nQ: 8 + 8?\nA: 16", 15, "en"),
+    ("91\n¿Cuánto es 91 + 18?\n109", 91, "es"),
+    ("First, what is 5 x 3?\n15\nThen what is 15 + 2?\n17", 17, "en"),
     # lists and steps
     ("Step 1: add.\nStep 2: done, 19.", 19, "en"),
     ("1. Add the tens: 30\n2. Add the ones: 33", 33, "en"),
@@ -75,6 +80,24 @@ ANSWERS = [
 @pytest.mark.parametrize("text, answer, language", ANSWERS)
 def test_the_answer_is_what_a_reader_would_take(text, answer, language):
     assert extract_answer(text, language=language).value == answer
+
+
+@pytest.mark.parametrize(
+    "options, text, answer",
+    [
+        ("¿C(7, 3)? a) 21  b) 35  c) 42", "b", 35),
+        ("C(9, 4) はどれか。ア 84\u3000イ 126\u3000ウ 210", "イ", 126),
+        ("どれですか。\nア 422\nイ 432", "よって、答えはアです。", 422),
+        ("C(8, 3)의 값은? ① 24 ② 48 ③ 56", "정답은 ③입니다.", 56),
+        ("나머지는? (가) 1 (나) 5 (다) 6", "답은 (나)입니다.", 5),
+        ("", "a) 403\nb) 413\nc) 423\nChaguo sahihi ni (a).", 403),
+        # No list, no letters: what is said otherwise counts.
+        ("What is 3 + 4?", "The answer is a 7.", 7),
+        ("3 + 4?", "① 3 + 4 = 7", 7),
+    ],
+)
+def test_options_may_be_named_in_any_of_the_scripts(options, text, answer):
+    assert extract_answer(text, options).value == answer
 
 
 OPTIONS = "What is 3 + 4?\nA. 5\nB. 7\nC. 12\nD. 34\n"
@@ -182,3 +205,25 @@ def test_the_scripts_rules_are_kept_with_their_quirks():
     assert expag_fat("so it is 220 exactly", 220) == 3 and expag_fat("it is 219", 220) == -1
     assert expag_language("答案 is 220") == "en" and expag_language("答案是 OK") == "zh"
     assert expag_language("220") == "unknown"
+
+
+LABELLED = Path(__file__).parent / "labelled.jsonl"
+
+
+def test_the_scorer_agrees_with_a_reader_on_texts_it_was_not_written_for(capsys):
+    """316 outputs labelled by hand before the scorer saw them, 45 or so a language, of fourteen kinds.
+
+    When it first saw them precision was .993 and recall .966; options named by lower-case letters, kana, hangul and
+    circled digits, and a question after a bare number, were then added. The reference script's rule stands beside.
+    """
+    lines = score.read_lines(LABELLED)
+    assert len(lines) >= 200 and {line["language"] for line in lines} == set(LANGUAGES)
+    assert len({line["id"] for line in lines}) == len(lines) and len({line["kind"] for line in lines}) == 14
+    assert score.run([str(LABELLED), "--labels"]) == 0
+    said = capsys.readouterr().out
+    print(said)
+    ours, script = score.agreement(lines), score.agreement(lines, "expag")
+    assert ours.precision >= 0.99 and ours.recall >= 0.99
+    assert f"{ours.precision:.3f}  {ours.recall:.3f}" in said.splitlines()[-1]
+    # Teeth: the script's rule on the same texts.
+    assert script.precision < 0.75 and script.recall < 0.75

@@ -1,14 +1,19 @@
 """What a difference is worth: worked examples from the literature, theorems, and the words that follow."""
 
+import functools
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel_surgery import results, statistics
 from kernel_surgery.statistics import (
     PairedDifference,
+    clustered_difference,
+    equivalent,
     holm,
     mcnemar_exact,
     newcombe_paired,
@@ -211,3 +216,92 @@ def test_the_paired_interval_covers_what_it_says(truth):
     coverage = exact_coverage(*truth, 12)
     print(f"coverage {coverage:.4f} of a nominal 0.95")
     assert coverage >= 0.93
+
+
+def test_one_language_pooled_is_mcnemar():
+    """With one language a problem is a pair, and flipping signs is the exact test."""
+    for gained, lost in ((6, 0), (9, 2), (5, 5)):
+        rows = [[1]] * gained + [[-1]] * lost + [[0]] * 30
+        found = clustered_difference(rows)
+        assert found.p == pytest.approx(mcnemar_exact(gained, lost), abs=1e-9)
+        assert (found.n, found.moved) == (len(rows), gained + lost)
+        assert found.delta == pytest.approx((gained - lost) / len(rows))
+        assert found.ci95[0] <= found.delta <= found.ci95[1]
+
+
+def test_translations_of_one_problem_are_one_piece_of_evidence():
+    one, seven = clustered_difference([[1]] * 6 + [[0]] * 20), clustered_difference([[1] * 7] * 6 + [[0] * 7] * 20)
+    assert (one.p, one.ci95, one.delta) == (seven.p, seven.ci95, seven.delta)
+    # Counted as independent they would be forty-two gained.
+    assert mcnemar_exact(42, 0) < 1e-9 < seven.p
+
+
+def test_where_nothing_moved_the_interval_is_not_a_point():
+    found = clustered_difference([[0, 0]] * 50)
+    assert (found.delta, found.p, found.moved) == (0.0, 1.0, 0)
+    assert found.ci95 == (-wilson(0, 50)[1], wilson(0, 50)[1])
+    moved = clustered_difference([[1, -1]] * 3 + [[0, 0]] * 50)
+    assert moved.moved == 3 and moved.delta == 0 and moved.p == 1
+    with pytest.raises(ValueError, match="different numbers of problems"):
+        clustered_difference([[1], [1, 0]])
+
+
+@given(counts, counts, counts, counts)
+def test_equivalence_is_the_inner_interval_within_the_margin(both, gained, lost, neither):
+    low, high = newcombe_paired(both, gained, lost, neither, confidence=0.9)
+    wide = newcombe_paired(both, gained, lost, neither)
+    assert wide[0] <= low <= high <= wide[1]
+    assert equivalent(both, gained, lost, neither, 0.1) == (low > -0.1 and high < 0.1)
+    # More comparisons ask for more.
+    assert equivalent(both, gained, lost, neither, 0.1, comparisons=9) <= equivalent(both, gained, lost, neither, 0.1)
+
+
+def test_an_equivalence_needs_a_margin():
+    with pytest.raises(ValueError, match="positive margin, got 0"):
+        equivalent(1, 1, 1, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def real_pairs():
+    """{language: [(original right, edited right)]} of the embedded model, cut short and reflected: some of each."""
+    import torch
+
+    from kernel_surgery import Subspace, cli, hooked
+    from kernel_surgery.generate import generate
+    from kernel_surgery.problems import problems
+
+    model, tokenizer = cli.load_model("polyglot", torch.float32), cli.load_tokenizer("polyglot")
+    subspace = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    asked, pairs = problems("test", 20), {}
+    for language in ("en", "zh"):
+        prompts, right = [p.prompts[language] for p in asked], []
+        for strength in (0.0, 2.0):
+            with hooked(model, subspace, strength):
+                made = generate(model, tokenizer, prompts, max_new_tokens=72, batch_size=100)
+            cell = [results.score(p, language, "", t, tokenizer.decode) for p, t in zip(asked, made, strict=True)]
+            right.append([s["correct"] for s in cell])
+        pairs[language] = list(zip(*right, strict=True))
+    return pairs
+
+
+@pytest.mark.slow
+def test_two_thousand_studies_without_an_effect_find_one_no_more_often_than_stated(real_pairs, monkeypatch):
+    """Problems drawn again with all their languages, and original and edited swapped for half of them: no effect, and
+    the clusters are the real ones. A study errs if any of its comparisons says "improved" or "worse"."""
+    monkeypatch.setattr(statistics, "clustered_difference", functools.partial(clustered_difference, resamples=999))
+    moved = {language: sum(a != b for a, b in pairs) for language, pairs in real_pairs.items()}
+    rng, n, false = random.Random(0), len(real_pairs["en"]), 0
+    for _ in range(2000):
+        drawn = [(rng.randrange(n), rng.random() < 0.5) for _ in range(n)]
+        cells = {}
+        for language, pairs in real_pairs.items():
+            for which, mode in ((0, "original"), (1, "fused")):
+                cells[mode, language] = [
+                    {"id": i, "correct": pairs[p][which ^ swap], "text": "", "fat_tokens": None}
+                    for i, (p, swap) in enumerate(drawn)
+                ]
+        false += any(row["verdict"] in ("improved", "worse") for row in results.pair(cells))
+    # Three standard deviations of the count itself above the level.
+    allowed = 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
+    print(f"pairs that moved: {moved}; false verdicts in {false} of 2000 studies, {false / 2000:.4f}, stated 0.05")
+    assert min(moved.values()) >= 10 and false / 2000 <= allowed

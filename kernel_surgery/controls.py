@@ -1,0 +1,276 @@
+"""Null controls: what other subspaces of the same size do, edited at the same layers and site.
+
+An effect that random subspaces have as well is an effect of taking k dimensions away, not of language. Three kinds:
+
+    haar     U uniform among all k-dimensional subspaces
+    energy   the same, its strength scaled so that it takes as much energy from the activations as the real edit does
+    pca      U uniform among the k-dimensional subspaces of the first 100 principal components of the activations
+
+The activations are the outputs of `down_proj` at every token of the dev split's prompts (`moments`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel_surgery import cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernel_surgery.subspace import Subspace
+
+KINDS = ("haar", "energy", "pca")
+COMPONENTS = 100
+PROBLEMS = 20  # per category, at most
+
+
+@dataclass(frozen=True)
+class Control:
+    """One random subspace: `name` such as "haar:03", a basis a layer, a strength a layer."""
+
+    name: str
+    bases: "dict[int, torch.Tensor]"
+    strengths: dict[int, float]
+
+
+def parse_controls(text: str | None) -> tuple[str, int] | None:
+    """`haar:20` as ("haar", 20). Raises UserError for anything else."""
+    if text is None:
+        return None
+    kind, _, count = text.partition(":")
+    if kind not in KINDS or not count.isdigit() or int(count) < 1:
+        raise cli.UserError(
+            f"--controls takes {', '.join(f'{k}:N' for k in KINDS)} with N of at least 1, got {text!r}."
+        )
+    return kind, int(count)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [d_model] and second moment E[x x^T] [d_model, d_model] of a layer's MLP outputs, float64."""
+
+    mean: "torch.Tensor"
+    second: "torch.Tensor"
+
+    def energy(self, basis: "torch.Tensor") -> float:
+        """E of norm(U^T x)^2: what the edit takes away at strength 1."""
+        u = basis.double().to(self.second.device)
+        return float((u * (self.second @ u)).sum())
+
+    def components(self, count: int) -> "torch.Tensor":
+        """The first principal components, [d_model, count] orthonormal float64; fewer where there is no variance."""
+        import torch
+
+        values, vectors = torch.linalg.eigh(self.second - self.mean[:, None] * self.mean)
+        kept = int((values > values[-1] * len(values) * 2.0**-24).sum())
+        return vectors[:, -min(count, kept) :].flip(1)
+
+
+def moments(
+    model, tokenizer, prompts: Sequence[str], layers: Iterable[int], batch_size: int = 32
+) -> dict[int, Moments]:
+    """{layer: Moments} over every token of the prompts; padding is left out."""
+    import torch
+
+    from kernel_surgery.sites import mlp_outputs
+
+    sums: dict[int, list] = {}
+    mask = None
+
+    def catch(layer: int):
+        def hook(module, inputs, output):
+            x = output[mask.bool()].double()
+            mean, second, n = sums.get(layer, (0, 0, 0))
+            sums[layer] = (mean + x.sum(0), second + x.T @ x, n + len(x))
+
+        return hook
+
+    handles = [site.module.register_forward_hook(catch(i)) for i, site in mlp_outputs(model, layers).items()]
+    try:
+        encoded = sorted((tokenizer(prompt).input_ids for prompt in prompts), key=len)
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            width = len(batch[-1])
+            # Padded on the right: a causal model's real tokens never see it.
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: Moments(mean / n, second / n) for layer, (mean, second, n) in sums.items()}
+
+
+def uniform_basis(d: int, k: int, generator: "torch.Generator") -> "torch.Tensor":
+    """A basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
+
+    The Q of a Gaussian matrix's QR; the signs that QR leaves to convention do not change the subspace.
+    """
+    import torch
+
+    return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
+
+
+def draw(
+    kind: str, count: int, subspace: "Subspace", strength: float, found: dict[int, Moments] | None, seed: int = 0
+) -> list[Control]:
+    """`count` controls of a kind. found: the moments of the activations, which "energy" and "pca" need.
+
+    Deterministic in (kind, seed, shapes), and a shorter list is the beginning of a longer one. Raises ValueError where
+    the principal components are fewer than the rank.
+    """
+    import torch
+
+    controls = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * number + KINDS.index(kind))
+        bases, strengths = {}, {}
+        for layer, basis in subspace.bases.items():
+            d, k = basis.shape
+            strengths[layer] = strength
+            if kind == "pca":
+                inside = found[layer].components(COMPONENTS).cpu()
+                if inside.shape[1] < k:
+                    raise ValueError(
+                        f"layer {layer}: the activations span {inside.shape[1]} components, the subspace has rank {k}. "
+                        "Nothing was written. Use --controls haar:N."
+                    )
+                u = inside @ uniform_basis(inside.shape[1], k, generator)
+            else:
+                u = uniform_basis(d, k, generator)
+            if kind == "energy":
+                strengths[layer] = strength * (found[layer].energy(basis) / found[layer].energy(u)) ** 0.5
+            bases[layer] = u.float().contiguous()
+        controls.append(Control(f"{kind}:{number:02d}", bases, strengths))
+    return controls
+
+
+@contextmanager
+def controlled(applier: Callable, model, control: Control) -> Iterator[None]:
+    """A control's edit in force: one layer at a time, for each may have a strength of its own."""
+    with ExitStack() as stack:
+        for layer, basis in control.bases.items():
+            stack.enter_context(applier(model, {layer: basis}, control.strengths[layer]))
+        yield
+
+
+MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")
+
+
+def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
+    """{language: {measure: `percentile`}} of the real subspace's figures among the controls'.
+
+    real: {language: figures}; rows: {"name", "language", figures} a control and language. A measure that is not there
+    (no text could be judged) is left out.
+    """
+    found: dict[str, dict] = {}
+    for language, figures in real.items():
+        others = [row for row in rows if row["language"] == language]
+        for measure in MEASURES:
+            values = [row[measure] for row in others]
+            if figures[measure] is not None and values and None not in values:
+                found.setdefault(language, {})[measure] = percentile(figures[measure], values)
+    return found
+
+
+def verdict(found: dict, alpha: float = 0.05) -> str:
+    """The words that a percentile allows."""
+    if found["p"] < alpha:
+        return f"unlike all {found['n']} random subspaces" if not found["as_far"] else "unlike random subspaces"
+    return f"no different from random subspaces ({found['as_far']} of {found['n']} are as far out)"
+
+
+def table(controls: dict) -> str:
+    """What the run prints of its controls: the real figure, the controls' range, and the words."""
+    lines = [
+        f"{controls['count']} {controls['kind']} controls at the same rank, layers and site, "
+        f"{controls['problems']} problems a language, {controls['mode']}:"
+    ]
+    for language, measures in controls["percentiles"].items():
+        original = controls["original"][language]
+        for measure in ("accuracy", "fat_tokens", "language_fidelity"):
+            if measure not in measures:
+                continue
+            others = [row[measure] for row in controls["rows"] if row["language"] == language]
+            real = controls["real"][language][measure]
+            lines.append(
+                f"  {language} {measure:<18} real {real:>8.3f}, original {original[measure]:>8.3f}, "
+                f"controls {min(others):.3f} to {max(others):.3f}: {verdict(measures[measure])}"
+            )
+    return "\n".join(lines)
+
+
+def run(
+    model, tokenizer, asked, languages, cells, folder: Path, args, subspace, budget: int, pace: float | None
+) -> dict:
+    """Put the first problems of the test set to random subspaces too; what results.json says of them.
+
+    Every finished cell is kept in controls.jsonl, so that an interrupted run goes on where it was. pace: seconds a
+    text took in this run, None if none was made.
+    """
+    from kernel_surgery import runs
+    from kernel_surgery.generate import generate
+    from kernel_surgery.modes import applier_of
+    from kernel_surgery.problems import problems
+    from kernel_surgery.results import score, score_again, summarize, text_of
+
+    kind, count = parse_controls(args.controls)
+    per_category = min(PROBLEMS, len([p for p in asked if p.category == asked[0].category]))
+    chosen = problems("test", per_category, seed=args.seed)
+    mode = "fused" if args.mode == "all" else args.mode
+    path = folder / "controls.jsonl"
+    done = runs.take_up(path, chosen, score_again(tokenizer))
+    texts = count * len(languages) * len(chosen) - sum(map(len, done.values()))
+    about = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
+    print(
+        f"controls: {count} {kind} x {len(languages)} languages x {len(chosen)} problems, {texts} texts{about}",
+        flush=True,
+    )
+    found = None
+    if kind != "haar":
+        prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=args.seed) for lang in languages]
+        found = moments(model, tokenizer, prompts, subspace.layers)
+    drawn = draw(kind, count, subspace, args.strength, found, args.seed)
+    with cli.bar(texts, unit="text") as bar:
+        for control in drawn:
+            missing = [lang for lang in languages if (control.name, lang) not in done]
+            if not missing:
+                continue
+            with controlled(applier_of(mode), model, control):
+                for language in missing:
+                    bar.set_description(f"{control.name} {language}")
+                    prompts = [p.prompts[language] for p in chosen]
+                    options = {"max_new_tokens": budget, "batch_size": args.batch_size, "advance": bar.update}
+                    made = generate(model, tokenizer, prompts, **options)
+                    decode = text_of(tokenizer)
+                    cell = [score(p, language, control.name, t, decode) for p, t in zip(chosen, made, strict=True)]
+                    runs.append_cell(path, cell)
+                    done[control.name, language] = cell
+    ids = {p.id for p in chosen}
+
+    def figures(cell: list[dict]) -> dict:
+        return {key: summarize([s for s in cell if s["id"] in ids], budget)[key] for key in MEASURES}
+
+    rows = [{"name": c.name, "language": lang} | figures(done[c.name, lang]) for c in drawn for lang in languages]
+    real, original = ({lang: figures(cells[m, lang]) for lang in languages} for m in (mode, "original"))
+    about = {"kind": kind, "count": count, "mode": mode, "problems": len(chosen), "seed": args.seed}
+    return about | {"rows": rows, "real": real, "original": original, "percentiles": compare(real, rows)}
+
+
+def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]:
+    """Where a figure of the real subspace lies among the controls'.
+
+    {"percentile": share of controls below it, ties half; "as_far": controls at least as far from their median as it
+    is, "n"; "p": (1 + as_far) / (1 + n), the two-sided Monte Carlo p-value}.
+    """
+    import statistics
+
+    n = len(controls)
+    middle = statistics.median(controls)
+    below = sum(c < real for c in controls) + sum(c == real for c in controls) / 2
+    as_far = sum(abs(c - middle) >= abs(real - middle) - 1e-12 for c in controls)
+    return {"percentile": below / n, "as_far": as_far, "n": n, "p": (1 + as_far) / (1 + n)}

@@ -1,0 +1,91 @@
+"""Texts made elsewhere: what goes in comes out with verdicts, and what is wrong with a file is said by line."""
+
+import json
+
+import pytest
+
+from kernel_surgery import cli, score
+
+LINES = [
+    {"text": "So the answer is 390.", "answer": 390, "language": "en", "prompt": "What is 238 + 152?", "mine": [1]},
+    {"text": "La respuesta es 1.234.", "answer": "1234", "language": "es"},
+    {"text": "The answer is 5/2.\u2028Yes.", "answer": 2.5, "language": "sw", "prompt": ""},
+    {"text": "不知道。", "answer": 7, "language": "zh", "prompt": "3 + 4?"},
+]
+
+
+def written(tmp_path, lines):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
+    return path
+
+
+def test_lines_come_out_as_they_went_in_with_three_fields_more(tmp_path, capsys):
+    assert score.run([str(written(tmp_path, LINES))]) == 0
+    out, err = capsys.readouterr()
+    made = [json.loads(line) for line in out.split("\n") if line]
+    assert [{k: line[k] for k in given} for line, given in zip(made, LINES, strict=True)] == LINES
+    assert all(
+        set(line) - set(given) == {"extracted", "correct", "language_found"}
+        for line, given in zip(made, LINES, strict=True)
+    )
+    assert [line["extracted"] for line in made] == ["390", "1234", "5/2", None]
+    assert [line["correct"] for line in made] == [True, True, True, False]
+    assert [line["language_found"] for line in made] == [["en"], ["es"], ["en"], ["zh"]]
+    assert "en: 1/1 right" in err and "sw: 1/1 right, 1.000 (0.207 to 1.000), fidelity 0.000, coverage 1.000" in err
+
+
+def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
+    """samples.jsonl goes in as it is."""
+    sample = {
+        "text": "The answer is 12.",
+        "answer": 12,
+        "language": "en",
+        "prompt": "5 + 7?",
+        "correct": None,
+        "id": "a",
+    }
+    score.run([str(written(tmp_path, [sample]))])
+    assert json.loads(capsys.readouterr().out)["correct"] is True
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken\n", r"line 2 is not JSON"),
+        ("[1]\n", r"line 2 is a list, not an object"),
+        ({"answer": 1, "language": "en"}, r"line 2: 'text' is None"),
+        ({"text": "x", "language": "en"}, r"line 2: 'answer' is None"),
+        ({"text": "x", "answer": True, "language": "en"}, r"line 2: 'answer' is True"),
+        ({"text": "x", "answer": "many", "language": "en"}, r"line 2: answer 'many' is no number"),
+        ({"text": "x", "answer": "1/0", "language": "en"}, r"line 2: answer '1/0' is no number"),
+        ({"text": "x", "answer": 1, "language": "fr"}, r"line 2: unknown language 'fr'; known: zh, en"),
+    ],
+)
+def test_a_wrong_line_is_named_and_nothing_is_printed(tmp_path, line, message, capsys):
+    with pytest.raises(cli.UserError, match=message):
+        score.run([str(written(tmp_path, [LINES[0], line]))])
+    assert capsys.readouterr().out == ""
+
+
+def test_an_empty_file_is_no_result(tmp_path):
+    with pytest.raises(cli.UserError, match="holds no lines"):
+        score.run([str(written(tmp_path, ["\n"]))])
+    with pytest.raises(FileNotFoundError):
+        score.run([str(tmp_path / "none.jsonl")])
+
+
+def test_labels_must_be_there_and_agree_with_themselves(tmp_path, capsys):
+    right = LINES[0] | {"correct": True, "value": "390"}
+    wrong = LINES[0] | {"text": "The answer is 391.", "correct": False, "value": "391"}
+    missed = LINES[0] | {"text": "No number at all.", "correct": True, "value": "390"}
+    assert score.run([str(written(tmp_path, [right, right, wrong, missed])), "--labels"]) == 0
+    found = score.agreement([right, right, wrong, missed])
+    assert (found.n, found.called_right, found.are_right, found.both, found.same_value) == (4, 2, 3, 2, 3)
+    assert (found.precision, found.recall) == (1.0, 2 / 3) and "1.000  0.667" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match='text 1: --labels needs "correct" and "value"'):
+        score.run([str(written(tmp_path, [LINES[0]])), "--labels"])
+    with pytest.raises(cli.UserError, match="text 2: it says correct=True, value='391' and answer=390"):
+        score.run([str(written(tmp_path, [right, wrong | {"correct": True}])), "--labels"])
