@@ -153,9 +153,13 @@ def draw(
 def controlled(applier: Callable, model, control: Control) -> Iterator[None]:
     """A control's edit in force: one layer at a time, for each may have a strength of its own."""
     with ExitStack() as stack:
-        for layer, basis in control.bases.items():
+        edits = [
             stack.enter_context(applier(model, {layer: basis}, control.strengths[layer]))
+            for layer, basis in control.bases.items()
+        ]
         yield
+        if idle := [layer for edit in edits for layer, calls in edit.calls.items() if not calls]:
+            raise RuntimeError(f"{control.name} never ran at layers {idle}: these texts are not of the edited model")
 
 
 MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")

@@ -90,7 +90,8 @@ def probe_accuracy(x: "Tensor", labels: "Tensor", groups: "Tensor", folds: int =
         mean = x[~held].mean(0)
         train, test = x[~held] - mean, x[held] - mean
         gram = train.T @ train
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        # The floor is for features that are all zero: there is nothing to read in them, and no error either.
+        gram += (RIDGE * gram.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
         weights = torch.linalg.solve(gram, train.T @ (targets[~held] - targets[~held].mean(0)))
         correct += int(((test @ weights + targets[~held].mean(0)).argmax(-1) == labels[held]).sum())
     return correct / len(x)

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
     p.add_argument("--controls", help="haar:20, energy:20 or pca:20: so many random subspaces beside the real one")
     p.add_argument("--margin", type=float, default=0.05, help="accuracies within it are called equivalent (.05)")
+    p.add_argument("--certificate", type=Path, help="JSON file of kernel_surgery.verify, to be shown in the report")
     p.add_argument("--no-damage", action="store_true", help="leave out neutral text and language probes")
     p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="auto: float32 on CPU, else bfloat16")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -82,6 +83,31 @@ def check_edits(modes: list[str], model, subspace, args: argparse.Namespace) -> 
             if edit is not None:
                 edits[mode] = describe_edit(edit)
     return edits
+
+
+def spectrum_of(subspace) -> dict:
+    """What results.json says of the fit: the variance captured by layer, and the leading singular values."""
+    from kernel_surgery.fit import variance_captured
+
+    values = {str(i): s for i, s in subspace.spectrum.items() if i in subspace.bases}
+    shown = max(40, 2 * subspace.rank)
+    return {
+        "captured": {i: variance_captured(s, subspace.rank) for i, s in values.items()},
+        "spectrum": {i: s[:shown].tolist() for i, s in values.items()},
+    }
+
+
+def read_certificate(path: Path | None) -> dict | None:
+    """A certificate of `verify`, for the report. Raises UserError for a file that is none."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["kind"] != "certificate":
+            raise KeyError("kind")
+    except (ValueError, KeyError, TypeError) as error:
+        raise cli.UserError(f"{str(path)!r} is no certificate of python -m kernel_surgery.verify.") from error
+    return found
 
 
 def notes_of(subspace, edits: dict[str, dict], args: argparse.Namespace) -> list[str]:
@@ -169,6 +195,8 @@ def run(argv: list[str] | None = None) -> int:
     if args.controls and (args.mode == "original" or args.protocol != "strict"):
         raise cli.UserError("--controls goes with an edited mode and the strict protocol. Nothing was written.")
     parse_controls(args.controls)
+    certificate = read_certificate(args.certificate)
+    command = cli.command_line("kernel_surgery.eval", argv)
     source = cli.resolve_model(args.model)
     device = cli.parse_device(args.device)
     dtype = cli.parse_dtype(args.dtype, device)
@@ -193,7 +221,7 @@ def run(argv: list[str] | None = None) -> int:
     edits = check_edits(modes, model, subspace, args)
     notes = notes_of(subspace, edits, args)
     # What no text depends on may change when a run goes on: controls and damage are added to it.
-    later = ("out", "resume", "controls", "margin", "no_damage")
+    later = ("out", "resume", "controls", "margin", "no_damage", "certificate")
     config = {key: value for key, value in vars(args).items() if key not in later}
     config |= {
         "languages": list(languages),
@@ -244,7 +272,10 @@ def run(argv: list[str] | None = None) -> int:
             "site": subspace.site,
             "pool": subspace.pool,
             "fit": subspace.fit,
+            **spectrum_of(subspace),
         },
+        "certificate": certificate,
+        "command": command,
         # What ran the edit: the operator's provider where it was used, else PyTorch's own operations.
         "provider": edits["fused"]["provider"] if "fused" in edits else f"aten/{device.type}",
         "edits": edits,

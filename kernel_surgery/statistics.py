@@ -178,11 +178,11 @@ def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 
         return ClusteredDifference(n, 0.0 if n else None, (-bound, bound), 1.0, moved)
     options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0)}
     interval = bootstrap((means,), np.mean, method="percentile", **options).confidence_interval
-    # Problems that did not move contribute nothing under any sign.
-    test = permutation_test((means[means != 0],), np.sum, permutation_type="samples", **options)
-    return ClusteredDifference(
-        n, float(means.mean()), (float(interval.low), float(interval.high)), float(min(1.0, test.pvalue)), moved
-    )
+    # Problems that did not move contribute nothing under any sign. One that did is as likely to have gone either way.
+    signed, p = means[means != 0], 1.0
+    if len(signed) > 1:
+        p = float(min(1.0, permutation_test((signed,), np.sum, permutation_type="samples", **options).pvalue))
+    return ClusteredDifference(n, float(means.mean()), (float(interval.low), float(interval.high)), p, moved)
 
 
 def equivalent(

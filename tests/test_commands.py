@@ -108,6 +108,10 @@ def errors(tmp_path, foreign):
         "resume without a folder": ("eval", "--resume", "name that folder"),
         "rank beyond the operator's": ("eval", "--subspace", wide, "--out", out, "k=65 columns; project takes 1 to 64"),
         "fitted on the problems asked": ("eval", "--subspace", leaky, "--out", out, "fitted on the test split"),
+        "unknown controls": ("eval", "--controls", "gauss:3", "--out", out, "--controls takes haar:N"),
+        "controls of the original": ("eval", "--mode", "original", "--controls", "haar:3", "--out", out, "edited mode"),
+        "margin of nothing": ("eval", "--margin", 0, "--out", out, "--margin must be positive"),
+        "no certificate": ("eval", "--certificate", cli.POLYGLOT / "config.json", "--out", out, "is no certificate"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
             *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", cli.POLYGLOT / "subspace.safetensors"),
@@ -120,7 +124,7 @@ CASES = (
     "wrong model path", "folder without a model", "wrong rank", "rank zero", "foreign subspace",
     "foreign subspace baked", "pickled npz", "layers out of range", "layers not collected", "layers that are no layers",
     "unknown language", "one language", "no such subspace", "not a subspace", "too many problems",
-    "no subspace for a model",
+    "no subspace for a model", "unknown controls", "controls of the original", "margin of nothing", "no certificate",
     "expag in Spanish", "unknown mode", "budget of nothing", "resume without a folder",
     "rank beyond the operator's", "fitted on the problems asked", "strength nan", "bake at strength nan",
 )  # fmt: skip
@@ -196,7 +200,7 @@ def test_the_four_commands_in_a_row(qwen, tmp_path, capsys):
     status, out, err = call(
         "eval", capsys, "--mode", "all", "--model", qwen, "--subspace", space, "--out", tmp_path / "all", *common
     )
-    assert status == 0 and err == "" and out.count("no difference shown") == 8
+    assert status == 0 and err == "" and out.count("no difference shown") == 12
     results = json.loads((tmp_path / "all" / "results.json").read_text())
     assert list(results["modes"]) == ["original", "hook", "baked", "fused", "lora"]
     assert all(edit["layers"] == [2, 3, 4, 5] for edit in results["edits"].values())
@@ -222,7 +226,7 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
             cell = [s for s in samples if (s["mode"], s["language"]) == (mode, language)]
             assert results["modes"][mode][language]["correct"] == sum(s["correct"] for s in cell)
             assert [s["id"] for s in cell] == [p.id for p in problems("test", 2)]
-    assert {(r["mode"], r["language"]) for r in results["paired"]} == {("fused", "en"), ("fused", "sw")}
+    assert [(r["mode"], r["language"]) for r in results["paired"]] == [("fused", lang) for lang in ("en", "sw", "all")]
     kept = (run / "samples.jsonl").read_bytes()
     status, _, err = call("eval", capsys, *words)
     assert status == 2 and "holds a run already" in err and (run / "samples.jsonl").read_bytes() == kept
@@ -243,6 +247,39 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
     assert asked == [10] and (run / "samples.jsonl").read_bytes() == kept
     page = (run / "report.html").read_text()
     assert "<svg" in page and not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+
+
+@pytest.mark.slow
+def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_kill(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ("--problems", 2, "--max-new-tokens", 48, "--out", run, "--mode", "hook", "--strength", 2)
+    certificate = tmp_path / "c.json"
+    assert (
+        call("verify", capsys, "--model", "polyglot", "--out", certificate, "--prompts", 2, "--new-tokens", 1)[0] == 0
+    )
+    status, out, err = call("eval", capsys, *words, "--controls", "energy:3", "--certificate", certificate)
+    assert status == 0 and err == ""
+    assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts, about 1 min")
+    assert "3 energy controls at the same rank, layers and site, 10 problems a language, hook:" in out
+    assert "hook: KL(original || edited) on neutral text" in out and "a linear probe still reads the language" in out
+    results = json.loads((run / "results.json").read_text())
+    found = results["controls"]
+    assert len(found["rows"]) == 6 and set(found["percentiles"]) == {"en", "zh"} and found["mode"] == "hook"
+    assert found["real"]["en"]["accuracy"] == results["modes"]["hook"]["en"]["accuracy"]
+    assert set(results["damage"]["neutral"]["hook"]) == {"en", "zh"} and results["certificate"]["faults"] == []
+    assert results["power"][0]["comparisons"] == 3 and results["command"].startswith("python -m kernel_surgery.eval")
+    assert (run / "report.html").read_text().count("<svg") == 6
+    # A kill within the controls: the cells that are whole are kept, the one that is not is made again, and alone.
+    kept = (run / "controls.jsonl").read_bytes()
+    lines = kept.split(b"\n")
+    (run / "controls.jsonl").write_bytes(b"\n".join(lines[:47]) + b"\n" + lines[47][:30])
+    status, out, _ = call("eval", capsys, *words, "--controls", "energy:3", "--resume", "--no-damage")
+    assert status == 0 and out.startswith("controls: 3 energy x 2 languages x 10 problems, 20 texts\n")
+    assert (run / "controls.jsonl").read_bytes() == kept
+    assert json.loads((run / "results.json").read_text())["controls"]["rows"] == found["rows"]
+    # More of them may be asked for later.
+    status, out, _ = call("eval", capsys, *words, "--controls", "energy:4", "--resume", "--no-damage")
+    assert status == 0 and "80 texts" not in out and "20 texts" in out
 
 
 @pytest.mark.slow

@@ -1,11 +1,10 @@
 """From texts to figures, tables and the report page, on samples whose figures can be counted by hand."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
 
-from kernel_surgery import report, results
+from kernel_surgery import results
 from kernel_surgery.generate import Generation
 from kernel_surgery.problems import problems
 
@@ -163,51 +162,3 @@ def test_the_tables_show_what_was_summed_up():
     }
     script = results.expag_table(metrics, "fused")
     assert "baseline | EN 0/4 FAT= -1.0" in script and "surgery | EN 0/4" in script  # "4." is not "4" to the script
-
-
-class Page(HTMLParser):
-    """Open tags are closed in order; addresses are collected."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "hr"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.addresses, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.addresses += [v for k, v in attributes if k in ("src", "href", "action") and v and not v.startswith("#")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_report_is_one_well_formed_page_that_fetches_nothing_and_escapes_texts(tmp_path):
-    made = cells([True, False, True, True], [True, True, True, False], language="ar")
-    made["fused", "ar"][3]["text"] = "<script>alert(1)</script> الجواب"
-    modes = {"original": {}, "fused": {}}
-    for (mode, language), cell in made.items():
-        modes[mode][language] = results.summarize(cell, 100)
-    whole = {
-        "modes": modes,
-        "paired": results.pair(made),
-        "config": {"languages": ["ar"], "mode": "fused", "protocol": "strict", "max_new_tokens": 100},
-        "model": {"id": "pico & co"},
-        "edits": {},
-        "notes": ["fitted on <mlp_out>"],
-        "environment": {},
-        "subspace": {},
-        "provider": {},
-    }
-    report.write_report(tmp_path / "report.html", whole, made)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    page = Page()
-    page.feed(re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
-    assert page.open == [] and page.addresses == []
-    assert "<script" not in text and "@import" not in text and "url(http" not in text
-    assert "<svg" in text and "no difference shown" in page.text and "fitted on <mlp_out>" in page.text
-    assert "<script>alert(1)</script> الجواب" in page.text and "dir=auto" in text

@@ -220,7 +220,7 @@ def test_the_paired_interval_covers_what_it_says(truth):
 
 def test_one_language_pooled_is_mcnemar():
     """With one language a problem is a pair, and flipping signs is the exact test."""
-    for gained, lost in ((6, 0), (9, 2), (5, 5)):
+    for gained, lost in ((6, 0), (9, 2), (5, 5), (1, 0), (0, 1), (2, 0)):
         rows = [[1]] * gained + [[-1]] * lost + [[0]] * 30
         found = clustered_difference(rows)
         assert found.p == pytest.approx(mcnemar_exact(gained, lost), abs=1e-9)

@@ -1,0 +1,100 @@
+"""Damage on neutral text, held-out probes, and the text itself."""
+
+import math
+
+import pytest
+import torch
+
+from kernel_surgery import Subspace, cli, damage, fused, hooked
+from kernel_surgery.language import LANGUAGES, judge
+from kernel_surgery.neutral import SENTENCES
+from kernel_surgery.problems import problems
+
+
+@pytest.fixture(scope="module")
+def polyglot():
+    subspace = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    return cli.load_model("polyglot", torch.float32), cli.load_tokenizer("polyglot"), subspace
+
+
+def test_the_neutral_text_is_parallel_and_in_its_languages():
+    assert tuple(sorted(SENTENCES)) == tuple(sorted(LANGUAGES))
+    assert {len(sentences) for sentences in SENTENCES.values()} == {8}
+    for language, sentences in SENTENCES.items():
+        verdict = judge("\n".join(sentences), language)
+        assert verdict.passed and verdict.found == (language,)
+        assert not any(character.isdigit() for text in sentences for character in text)
+
+
+def test_damage_is_the_divergence_and_perplexity_counted_by_hand(polyglot):
+    model, tokenizer, subspace = polyglot
+    before = damage.neutral_logits(model, tokenizer, ("en", "ar"))
+    unchanged = damage.damage(model, tokenizer, before)
+    for r in unchanged.values():
+        assert r["kl_mean"] == r["kl_p99"] == 0 and r["perplexity"] == r["original_perplexity"]
+    with hooked(model, subspace, 2.0):
+        found = damage.damage(model, tokenizer, before)
+        loss, kl = [], []
+        for text in SENTENCES["ar"]:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            with torch.no_grad():
+                out = model(ids, labels=ids)
+            loss += [float(out.loss)] * (ids.shape[1] - 1)
+            kl.append(out.logits[0, :-1].double().log_softmax(-1))
+    assert found["ar"]["perplexity"] == pytest.approx(math.exp(sum(loss) / len(loss)), rel=1e-4)
+    original = torch.cat([logits for logits, _ in before["ar"]]).double().log_softmax(-1)
+    by_hand = torch.nn.functional.kl_div(torch.cat(kl), original, log_target=True, reduction="none").sum(-1)
+    assert found["ar"]["kl_mean"] == pytest.approx(float(by_hand.mean()), rel=1e-4) and found["ar"]["kl_mean"] > 0.01
+    assert found["ar"]["tokens"] == len(loss)
+    # A stronger edit does more.
+    with hooked(model, subspace, 0.5):
+        assert damage.damage(model, tokenizer, before)["ar"]["kl_mean"] < found["ar"]["kl_mean"]
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels, groups = torch.arange(4).repeat(100), torch.arange(100).repeat_interleave(4)
+    noise = torch.randn(400, 24, generator=generator)
+    chance = damage.probe_accuracy(noise, labels, groups)
+    bound = 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5
+    print(f"noise: {chance:.3f}, chance .25, bound {bound:.3f}")
+    assert chance < bound
+    means = torch.randn(4, 24, generator=generator)
+    there = noise * 0.3 + means[labels]
+    assert damage.probe_accuracy(there, labels, groups) > 0.95
+    # Taken out exactly, it is gone: the three directions between the four means.
+    u = torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False).Vh[:3].T
+    assert damage.probe_accuracy(there - (there.double() @ u @ u.T).float(), labels, groups) < bound
+    # A feature that gives the problem away is no help with the next problem.
+    problem = torch.nn.functional.one_hot(groups).float()
+    assert damage.probe_accuracy(problem, labels, groups) < bound
+
+
+def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
+    model, tokenizer, subspace = polyglot
+    asked = problems("dev", 4)
+    before = damage.probes(model, tokenizer, asked, LANGUAGES)
+    assert list(before) == ["mlp_out", "resid_post"] and list(before["mlp_out"]) == list(range(8))
+    assert min(before["resid_post"].values()) > 0.9
+    # All of a layer's MLP output taken out: nothing is left to read there, and the residual stream still has it.
+    everything = {i: torch.eye(128)[:, :64] for i in subspace.layers}
+    other = {i: torch.eye(128)[:, 64:] for i in subspace.layers}
+    with fused(model, everything), fused(model, other):
+        after = damage.probes(model, tokenizer, asked, LANGUAGES)
+    for i in subspace.layers:
+        assert after["mlp_out"][i] == pytest.approx(1 / 7, abs=0.02)
+    assert after["mlp_out"][0] == before["mlp_out"][0] and min(after["resid_post"].values()) > 0.5
+
+
+def test_the_table_names_the_worst_layer():
+    found = {
+        "neutral": {"fused": {"en": {"kl_mean": 0.0414, "kl_p99": 0.35}}},
+        "chance": 1 / 7,
+        "probes": {
+            "original": {"mlp_out": {0: 1.0, 1: 0.99}, "resid_post": {0: 1.0, 1: 1.0}},
+            "fused": {"mlp_out": {0: 1.0, 1: 0.5}, "resid_post": {0: 1.0, 1: 0.9}},
+        },
+    }
+    said = damage.table(found)
+    assert "fused: KL(original || edited) on neutral text, nats a token, mean (p99): en 0.041 (0.35)" in said
+    assert "chance 0.143, least in mlp_out 0.500 at layer 1 (original 0.990), resid_post 0.900 at layer 1" in said
