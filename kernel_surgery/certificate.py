@@ -63,8 +63,6 @@ def layer_table(model: dict) -> list[str]:
         pairs = [p for p in model["pairs"] if p["layer"] == layer]
         worst = max(pairs, key=lambda p: p["error_over_bound"], default=None)
         weights = [t for t in model["tensors"] if t["layer"] == layer]
-        # float32 is stored so finely that the arithmetic before shows too: its floor is not what is left.
-        coarse = [t for t in weights if t["dtype"] != "F32"]
 
         def largest(key: str, rows: list[dict]) -> float | None:
             return max((r[key] for r in rows if r.get(key) is not None), default=None)
@@ -76,7 +74,7 @@ def layer_table(model: dict) -> list[str]:
             + [number(rows[mode]["error_over_bound"]) for mode in modes]
             + [number(largest(key, every)) for key in ("rule_a", "span_rule_a", "span_leak", "add", "norm")]
             + ([number(worst["error_over_bound"]), "-".join(worst["pair"])] if worst else ["-", ""])
-            + [number(largest("error_over_bound", weights)), number(largest("leak_over_floor", coarse))]
+            + [number(largest("error_over_bound", weights)), number(largest("leak_over_floor", weights))]
             + [number(max(here[mode] for mode in modes) / here["original"])]
         )
     return aligned(lines)
@@ -84,16 +82,20 @@ def layer_table(model: dict) -> list[str]:
 
 def logit_table(model: dict) -> list[str]:
     """One line a mode: what its logits lose against the oracle's."""
-    head = ["mode", "provider", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "greedy text"]
+    head = ["mode", "provider", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
+    head.append("greedy text")
     lines = [head]
     for mode, r in model["logits"].items():
+        if mode == "ideal":  # a yardstick, no mode
+            continue
         text = "-"
         if mode != "original":
             parted = f"{r['diverged']} of {model['sampled']['prompts']} part"
             text = "the same" if not r["diverged"] else f"{parted}, first at token {r['first']}"
         errors = (number(r["relative"], ".2e"), number(r.get("of_original")), number(r["max"], ".2e"))
         spread = (number(r["kl_mean"], ".1e"), number(r["kl_p99"], ".1e"), number(r["top1"], ".4f"))
-        lines.append([mode, model["providers"].get(mode, "-"), *errors, *spread, text])
+        decoded = number((r["decoded"] or {}).get("of_original"))
+        lines.append([mode, model["providers"].get(mode, "-"), *errors, *spread, decoded, text])
     return aligned(lines, left=2)
 
 
@@ -103,7 +105,9 @@ def sampled(model: dict) -> str:
     return (
         f"{model['dtype']} against {model['oracle']} on {model['device']}; {s['prompts']} sequences: {s['text']}, each "
         f"with {s['new_tokens']} greedy tokens of the oracle; {s['rows_per_layer']} of {s['positions']} positions a "
-        "layer held to bounds."
+        "layer held to bounds; "
+        + ("decoded" if s["decoded_whole"] else "not decoded")
+        + " token by token with all layers edited at once."
     )
 
 
@@ -117,9 +121,12 @@ def shown(certificate: dict) -> str:
         lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
         lines += [certificate["note"]] if certificate.get("note") else []
         lines += ["", "error/bound by layer:", *layer_table(model), "", *logit_table(model), ""]
+    lines += [certificate["note"]] if certificate.get("note") and not model else []
     lines += [f"broken: {fault}" for fault in faults]
     edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
-    lines.append(f"{len(edited)} edited layers: " + (f"{len(faults)} faults" if faults else "everything holds"))
+    what = f"{len(edited)} edited layers" + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
+    what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
+    lines.append(f"{what}: " + (f"{len(faults)} faults" if faults else "everything holds"))
     return "\n".join(lines)
 
 
@@ -144,7 +151,7 @@ def plot(certificate: dict) -> str:
 
     model = certificate.get("model")
     tensors = [t for t in certificate["tensors"] or (model or {}).get("tensors", [])]
-    leaks = [t for t in tensors if t.get("leak_over_floor") is not None and t["dtype"] != "F32"]
+    leaks = [t for t in tensors if t.get("leak_over_floor") is not None]
     panels = [True, bool(leaks), model is not None]
     figure = Figure(figsize=(8, 1.2 + 2.6 * sum(panels)), layout="constrained")
     axes = list(figure.subplots(sum(panels), 1, squeeze=False)[:, 0])

@@ -7,6 +7,7 @@ along the way the hidden states, and at the end the logits, are compared with th
 model itself loses in that dtype.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,8 +32,12 @@ from kernel_surgery.subspace import Subspace
 APPLIERS = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 ROWS = 256  # activations a layer that are held to bounds; more are spread evenly
 # Original and edited model make the same roundings but for one or two more in an edited layer, of a dozen: a mode that
-# errs by more than twice as much does something else.
+# errs by more than twice as much does something else. Where an edit takes most of an activation away, the rounding of
+# what was there before remains and weighs more: so the yardstick is the larger of two errors, the original's and the
+# `IDEAL`'s, the model in the same dtype with the edit made in float64 and rounded once.
 BESIDE_ORIGINAL = 2.0
+IDEAL = "ideal"
+WHOLE = 2e9  # bytes: a model of no more is also loaded whole
 
 
 def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tensor, str]:
@@ -55,6 +60,10 @@ def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tenso
         for queue in queues:
             if queue and len(chosen) < count:
                 chosen.append(queue.pop(0))
+    if max(map(max, chosen)) >= vocabulary:
+        raise cli.UserError(
+            f"the tokenizer gives id {max(map(max, chosen))}, the model has {vocabulary}: they do not belong together."
+        )
     languages = ", ".join(language for language in LANGUAGES if language in enough[length])
     return torch.tensor(chosen), f"test problems of {length} tokens ({languages}), seed {seed}"
 
@@ -139,6 +148,7 @@ class _Certifier:
         self.modes, self.left_out = list(APPLIERS), {}
         self.layers, self.pairs, self.tensors, self.faults, self.hidden = [], [], [], [], []
         self.providers: dict[str, str] = {}
+        self.astray: set[str] = set()
         for layer in bases:
             name = f"model.layers.{layer}.mlp.down_proj"
             if "lora" in self.modes and f"{name}.bias" in self.low.places:
@@ -160,6 +170,8 @@ class _Certifier:
                 oracles["edited"] = block(oracles["edited"], **wide_where)
         with self.low.layer(index) as block:
             streams["original"] = (block(streams["original"][0], **where), None)
+            with exactly_edited(block, basis, self.strength):
+                streams[IDEAL] = (block(streams[IDEAL][0], **where), None)
             if basis is None:
                 for mode in self.modes:
                     streams[mode] = self.plain(block, index, mode, streams[mode], where)
@@ -177,7 +189,7 @@ class _Certifier:
 
     def edited_layer(self, block: nn.Module, index: int, basis: Tensor, streams: dict, where: dict) -> None:
         down, dtype, outputs, rows = block.mlp.down_proj, self.low.dtype, {}, {}
-        inside, h, rounded = span_rows(basis, dtype), None, None
+        inside, h, rounded = span_rows(basis, dtype)[None], None, None
         for mode in self.modes:
             hidden, normed = streams[mode]
             from_files = mode == "baked" and self.made is not None
@@ -195,14 +207,15 @@ class _Certifier:
                     out = run(hidden, **where)
                 if h is None:
                     h = _sampled(entered[0])
-                outputs[mode] = site(h)
+                # Three dimensions, as in the model.
+                outputs[mode] = site(h[None])[0]
                 after = [p.detach().clone() for p in (site.weight, site.bias) if p is not None]
                 normed = None
                 if mode == "fused":
                     normed = next_norm(self.low.model, index)(out)
                 if mode in ("hook", "fused"):
                     with _instead(down, inside):
-                        rows[mode] |= check_span(down(h[: len(inside)]), inside, basis, self.strength)
+                        rows[mode] |= check_span(down(h[None])[0], inside[0], basis, self.strength)
             streams[mode] = (out, normed)
             self.providers[mode] = "weights on disk" if from_files else edit.provider
             if edit is not None and edit.calls and not edit.calls[index]:
@@ -257,37 +270,73 @@ class _Certifier:
             exact = oracles[oracle].double()
             return float((streams[mode][0].double() - exact).norm() / exact.norm())
 
-        own = relative("original", "original")
-        row = {"layer": index, "original": own}
+        row = {"layer": index, "original": relative("original", "original"), IDEAL: relative(IDEAL, "edited")}
+        own = row["yardstick"] = max(row["original"], row[IDEAL])
         for mode in self.modes:
             row[mode] = relative(mode, "edited")
-            if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own:
-                before = self.hidden[-1] if self.hidden else None
-                if before is None or before[mode] <= BESIDE_ORIGINAL * before["original"]:
-                    self.fault(index, mode, f"hidden states err {row[mode] / own:.3g} times as much as the original's")
+            # Once a mode: what errs at one layer errs at all that follow.
+            if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
+                self.astray.add(mode)
+                self.fault(index, mode, f"hidden states err {row[mode] / own:.3g} times as much as the original's")
         self.hidden.append(row)
 
-    def compare_logits(self, streams: dict, oracles: dict, prompt: int) -> dict[str, dict]:
-        sequences = len(streams["original"][0])
+    def compare_logits(self, streams: dict, oracles: dict, prompt: int, decoded: dict) -> dict[str, dict]:
+        """decoded: {mode: logits [sequences, new tokens + 1, words]} of the whole model, from the last prompt token on;
+        empty where it was not loaded."""
+        sequences, length = streams["original"][0].shape[:2]
         with self.low.final_norm() as norm:
             ends = {m: (norm(h) if n is None else n).flatten(0, 1) for m, (h, n) in streams.items()}
         with self.wide.final_norm() as norm:
             exact = {name: norm(h).flatten(0, 1) for name, h in oracles.items()}
         found = {mode: LogitComparison(len(ends[mode]), self.low.device) for mode in ends}
-        for (_, rows), (_, wide) in zip(self.low.head_blocks(), self.wide.head_blocks(), strict=True):
+        later = {mode: LogitComparison(sequences * (length - prompt + 1), self.low.device) for mode in decoded}
+        for (start, rows), (_, wide) in zip(self.low.head_blocks(), self.wide.head_blocks(), strict=True):
             logits = {name: h @ wide.T for name, h in exact.items()}
             for mode, comparison in found.items():
-                comparison.add(logits["original" if mode == "original" else "edited"], ends[mode] @ rows.T)
-        figures = {mode: comparison.figures() for mode, comparison in found.items()}
-        own = figures["original"]["relative"]
-        for mode in self.modes:
-            figures[mode] |= found[mode].divergence(sequences, prompt - 1)
-            figures[mode]["of_original"] = figures[mode]["relative"] / own
-            if not figures[mode]["of_original"] <= BESIDE_ORIGINAL:
-                self.faults.append(
-                    f"{mode}: the logits err {figures[mode]['of_original']:.3g} times as much as the original's"
-                )
+                oracle = logits["original" if mode == "original" else "edited"]
+                comparison.add(oracle, ends[mode] @ rows.T)
+                if mode in later:
+                    oracle = oracle.unflatten(0, (sequences, length))[:, prompt - 1 :].flatten(0, 1)
+                    later[mode].add(oracle, decoded[mode][..., start : start + len(rows)].flatten(0, 1))
+        figures = self.beside_original(found, "the logits err")
+        words = "decoded with all layers edited at once, the logits err"
+        whole = self.beside_original(later | {IDEAL: found[IDEAL]}, words) if later else {}
+        for mode, figure in figures.items():
+            figure["decoded"] = whole.get(mode)
+            if mode not in ("original", IDEAL):
+                figure |= found[mode].divergence(sequences, prompt - 1)
         return figures
+
+    def beside_original(self, found: dict[str, LogitComparison], words: str) -> dict[str, dict]:
+        """The figures of every mode, "of_original" among them; a fault where it errs too much."""
+        figures = {mode: comparison.figures() for mode, comparison in found.items()}
+        own = max(figures["original"]["relative"], figures[IDEAL]["relative"])
+        for mode in self.modes:
+            figures[mode]["of_original"] = figures[mode]["relative"] / figures["original"]["relative"]
+            ratio = figures[mode]["relative"] / own
+            if not ratio <= BESIDE_ORIGINAL:
+                self.faults.append(f"{mode}: {words} {ratio:.3g} times as much as the original's")
+        return figures
+
+    def decode(self, ids: Tensor, prompt: int) -> dict[str, Tensor]:
+        """{mode: logits [sequences, new tokens + 1, words]}: the model loaded whole, every layer of the subspace edited
+        at once, and the text fed to it token by token with a cache, as when it generates."""
+        model, found = cli.load_model(str(self.low.folder), self.low.dtype, self.low.device), {}
+        ids = ids.to(self.low.device)
+        for mode in ("original", *self.modes):
+            here, edit = model, nullcontext()
+            if mode == "baked" and self.made is not None:
+                here = cli.load_model(str(self.made.folder), self.low.dtype, self.low.device)
+            elif mode != "original":
+                edit = APPLIERS[mode](model, self.bases, self.strength)
+            with edit:
+                out = here(ids[:, :prompt], use_cache=True)
+                logits = [out.logits[:, -1:]]
+                for at in range(prompt, ids.shape[1]):
+                    out = here(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+                    logits.append(out.logits)
+            found[mode] = torch.cat(logits, 1)
+        return found
 
 
 # What a mode's row holds to 1, in words.
@@ -313,11 +362,13 @@ def certify(
     prompts: int = 8,
     new_tokens: int = 16,
     seed: int = 0,
+    whole: bool | None = None,
 ) -> dict:
     """The certificate of a model, as a dict.
 
     source: folder of the original. made: a baked checkpoint of it, whose weights are then the baked mode's. dtype: in
-    which the modes run (float32, bfloat16, float16). prompts, new_tokens, seed: what is sampled.
+    which the modes run (float32, bfloat16, float16). prompts, new_tokens, seed: what is sampled. whole: load the model
+    whole as well, edit all layers at once and decode token by token (None: where that takes 2 GB or less).
 
     "layers": a row a layer and mode; "pairs": a row a layer and pair; "tensors": the baked weights; "hidden": relative
     errors by layer; "logits": by mode; "faults": sentences, empty if everything holds; "sampled": on what. Raises
@@ -331,7 +382,7 @@ def certify(
     with cli.bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
         ids = greedy(run.wide, ids, run.bases, strength, new_tokens, bar.update)
         hidden, wide = run.low.embed(ids), run.wide.embed(ids)
-        streams = {mode: (hidden, None) for mode in ("original", *run.modes)}
+        streams = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
         oracles = {"original": wide, "edited": wide}
         where, wide_where = (m.positions(0, ids.shape[1]) for m in (run.low, run.wide))
         for index in range(run.low.layers):
@@ -343,7 +394,11 @@ def certify(
                 )
             run.compare_hidden(index, streams, oracles)
             bar.update()
-        logits = run.compare_logits(streams, oracles, length)
+        if whole is None:
+            width = torch.finfo(dtype).bits // 8
+            whole = sum(math.prod(entry.shape) * width for _, entry in run.low.places.values()) <= WHOLE
+        decoded = run.decode(ids, length) if whole else {}
+        logits = run.compare_logits(streams, oracles, length, decoded)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "oracle": str(run.wide.dtype).removeprefix("torch."),
@@ -351,7 +406,7 @@ def certify(
         "providers": run.providers,
         "sampled": {
             **{"prompts": len(ids), "prompt_tokens": length, "new_tokens": new_tokens, "text": about, "seed": seed},
-            **{"positions": ids.numel(), "rows_per_layer": min(ROWS, ids.numel())},
+            **{"positions": ids.numel(), "rows_per_layer": min(ROWS, ids.numel()), "decoded_whole": whole},
         },
         **{"modes": run.modes, "left_out": run.left_out, "layers": run.layers, "pairs": run.pairs},
         **{"tensors": run.tensors, "hidden": run.hidden, "logits": logits, "faults": run.faults},

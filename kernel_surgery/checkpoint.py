@@ -68,6 +68,19 @@ def local_folder(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
 
 
+def read_config(folder: Path) -> dict:
+    """config.json. Raises ValueError for one that is missing, cannot be read, or lacks what an edit asks of it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name, kind in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):
+            if not isinstance(config[name], kind):
+                raise TypeError(f"{name} is {config[name]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"config.json in {str(folder)!r} cannot be used ({what}). Nothing was written.") from error
+    return config
+
+
 def revision_of(folder: Path, subspace: "Subspace") -> str | None:
     """The commit of a checkpoint that lies in the hub's cache; else the one that the subspace was measured on."""
     return folder.name if folder.parent.name == "snapshots" else subspace.revision
@@ -78,7 +91,7 @@ def check_source(folder: Path, layouts: list[stream.Layout], subspace: "Subspace
     from kernel_surgery.sites import ARCHITECTURES
     from kernel_surgery.subspace import EMBEDDING, sample_weights
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(
             f"cannot edit a {config.get('model_type')!r} checkpoint: known architectures are "
@@ -132,7 +145,7 @@ def _write_file(layout: stream.Layout, target: Path, edits: dict[str, Edit], adv
     return follower
 
 
-def _others(source: Path) -> tuple[list[Path], list[str]]:
+def others(source: Path) -> tuple[list[Path], list[str]]:
     """(files that go along as they are, names of files that are left out)."""
     along, left_out = [], []
     for file in sorted(source.iterdir()):
@@ -166,7 +179,7 @@ def _rewrite(
         for layout in layouts:
             name = layout.path.name
             followers[name] = _write_file(layout, temporary / name, edits, bar.update)
-        along, left_out = _others(source)
+        along, left_out = others(source)
         for file in along:
             if name := rename(file.name):
                 shutil.copy(file, temporary / name)
@@ -329,7 +342,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     def finish(folder: Path) -> dict:
         write_bases(folder, {int(name[6:]): basis for name, basis in kept.items() if name.startswith("basis.")})
         about = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
-        return about | {"layers": record["layers"], "command": command}
+        return about | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names = {"README.md": None, BASE_CARD: "README.md"}
     edits = {name.removeprefix("inside."): edit for name in kept if name.startswith("inside.")}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery import stream
-from kernel_surgery.checkpoint import located
+from kernel_surgery.checkpoint import located, read_config
 from kernel_surgery.cli import UserError, quiet_transformers
 from kernel_surgery.decoder import next_norm
 from kernel_surgery.reference import rmsnorm_oracle
@@ -35,12 +35,18 @@ class Layerwise:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False).eval()
+        read_config(self.folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            # sdpa whatever the configuration says: with no mask given, it alone knows by itself that it is causal.
+            options = {"dtype": dtype, "trust_remote_code": False, "attn_implementation": "sdpa"}
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(self.config, **options).eval()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            raise UserError(f"cannot make a model of {str(folder)!r}: {str(error).splitlines()[0]}") from error
         decoder_layers(self.model)
         self.places = located(self.folder)
-        self.tied = HEAD not in self.places
+        self.tied = HEAD not in self.places and bool(getattr(self.config, "tie_word_embeddings", False))
         wanted = {name: p.shape for name, p in self.model.named_parameters() if not (self.tied and name == HEAD)}
         for name, shape in wanted.items():
             if name not in self.places:

@@ -149,20 +149,28 @@ def write_adapter(
     record |= {"layers": list(subspace.layers), "rank": subspace.rank, "padded_rank": rank, "site": subspace.site}
     record |= {"revision": revision_of(source, subspace), "note": subspace.note, "fit": subspace.fit}
     record["command"] = command
-    config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": record["model_id"]},
-        **{"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False},
-        **{"target_modules": ["down_proj"], "layers_to_transform": list(subspace.layers), "layers_pattern": "layers"},
-        **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None},
-    }
+    # PEFT looks the base model up under this name: a folder by its path, whatever it was called on the command line.
+    is_id = model_id is not None and not Path(model_id).exists() and model_id != "polyglot"
+    record["base"] = model_id if is_id else str(source.resolve())
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_bases(folder, dict(subspace.bases))
-        cli.write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        cli.write_atomic(folder / CONFIG, json.dumps(configuration(record), indent=2) + "\n")
         cli.write_atomic(folder / "README.md", _card(record))
         write_provenance(folder, record, {})
     return rank
+
+
+def configuration(record: dict) -> dict:
+    """The adapter's configuration, as PEFT reads it: every field that changes what it computes is spelled out."""
+    rank = record["padded_rank"]
+    return {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": record["base"]},
+        **{"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False},
+        **{"target_modules": ["down_proj"], "layers_to_transform": record["layers"], "layers_pattern": "layers"},
+        **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None},
+    }
 
 
 def _card(record: dict) -> str:

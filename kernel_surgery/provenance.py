@@ -4,8 +4,11 @@
 that the folder can be checked later from itself alone.
 """
 
+import errno
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ def opened(file: Path):
     """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
     from safetensors import SafetensorError, safe_open
 
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
@@ -81,10 +86,27 @@ def write_bases(folder: Path, bases: "dict[int, torch.Tensor]") -> None:
     save_file({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES)
 
 
-def read_bases(folder: Path) -> "dict[int, torch.Tensor]":
-    """What `write_bases` has kept."""
-    with opened(folder / BASES) as file:
-        return {int(name.removeprefix("basis.")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def read_bases(folder: Path, record: dict, file: Path = BASES) -> "dict[int, torch.Tensor]":
+    """The bases that lie beside what was made with them.
+
+    Raises ValueError where they are not the orthonormal bases of the layers, and of the rank, that the record names.
+    """
+    from kernel_surgery.subspace import check_bases
+
+    with opened(folder / file) as tensors:
+        named = {name: re.fullmatch(r"basis\.(\d+)", name) for name in tensors.keys()}  # noqa: SIM118
+        bases = {int(match[1]): tensors.get_tensor(name) for name, match in named.items() if match}
+    try:
+        bases = check_bases(bases)
+    except ValueError as error:
+        raise ValueError(f"{str(folder / file)!r}: {error}") from error
+    ranks = {basis.shape[1] for basis in bases.values()}
+    if sorted(bases) != sorted(record["layers"]) or ranks != {record["rank"]}:
+        raise ValueError(
+            f"{str(folder / file)!r} holds bases of layers {sorted(bases)}, rank {min(ranks)}; {PROVENANCE} says "
+            f"layers {record['layers']}, rank {record['rank']}."
+        )
+    return bases
 
 
 def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
@@ -110,6 +132,10 @@ def read_provenance(folder: Path, kind: str = "baked") -> dict:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         if record["kind"] != kind or not isinstance(record["sha256"], dict):
             raise ValueError(f"it is of a {record['kind']!r} checkpoint")
+        if not math.isfinite(float(record["strength"])) or not record["layers"] or int(record["rank"]) < 1:
+            raise ValueError("it names no strength, layers or rank")
+        if not isinstance(record["model_id"], str) or not all(isinstance(i, int) for i in record["layers"]):
+            raise ValueError("it names no model or layers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         what, writer = _WRITER[kind]
         raise ValueError(

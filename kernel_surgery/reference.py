@@ -27,6 +27,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return _ROUNDOFF[dtype]
 
 
+def underflow(dtype: torch.dtype) -> float:
+    """Half the spacing of a dtype's smallest numbers: what a rounding may be off by where it is not relative."""
+    return torch.finfo(dtype).smallest_normal * unit_roundoff(dtype)
+
+
 def _column(strength: Strength, x: Tensor) -> Tensor:
     """The strength as float64, shaped to multiply rows."""
     a = torch.as_tensor(strength, dtype=torch.float64, device=x.device)
@@ -67,15 +72,15 @@ def rule_a_bound(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
 
     1.01 [ u |y_i| + |a| norm(U_i) (2^-15 norm(z) + sqrt(d) 2^-22 norm(x)) ],  z = U^T x
 
-    It admits z carried as two bfloat16 pieces and rejects z rounded to bfloat16. For float32 x the 2^-15 term is
-    dropped (it would admit TF32).
+    and the dtype's `underflow`. It admits z carried as two bfloat16 pieces and rejects z rounded to bfloat16. For
+    float32 x the 2^-15 term is dropped (it would admit TF32).
     """
     u = unit_roundoff(x.dtype)
     y = project_oracle(x, basis, strength)
     z = (x.double() @ basis.double()).norm(dim=-1, keepdim=True)
     pieces = 0.0 if x.dtype == torch.float32 else _TWO_PIECES
     spread = pieces * z + math.sqrt(x.shape[-1]) * _ACCUMULATION * x.double().norm(dim=-1, keepdim=True)
-    return 1.01 * (u * y.abs() + _column(strength, y).abs() * _row_norms(basis) * spread)
+    return 1.01 * (u * y.abs() + _column(strength, y).abs() * _row_norms(basis) * spread) + underflow(x.dtype)
 
 
 def add_bound(x: Tensor, residual: Tensor, basis: Tensor, strength: Strength = 1.0, separate: bool = True) -> Tensor:
@@ -113,13 +118,14 @@ def rmsnorm_bound(h: Tensor, weight: Tensor, eps: float, separate: bool = True) 
 def leak_bound(y: Tensor, x: Tensor, basis: Tensor) -> Tensor:
     """Leak rule (a = 1, x inside span(U)): norm(U^T y) <= 2 u norm(y) sqrt(k/d) + 2^-15 norm(z). [...] float64.
 
-    For float32 x, whose z is never split, the second term is the accumulation of Rule A instead.
+    And sqrt(d) times the dtype's `underflow`. For float32 x, whose z is never split, the second term is the
+    accumulation of Rule A instead.
     """
     d, k = basis.shape
     u = unit_roundoff(x.dtype)
     z = (x.double() @ basis.double()).norm(dim=-1)
     second = math.sqrt(d) * _ACCUMULATION if x.dtype == torch.float32 else _TWO_PIECES
-    return 2 * u * y.double().norm(dim=-1) * math.sqrt(k / d) + second * z
+    return 2 * u * y.double().norm(dim=-1) * math.sqrt(k / d) + second * z + math.sqrt(d) * underflow(x.dtype)
 
 
 def leak(y: Tensor, basis: Tensor) -> Tensor:
@@ -127,12 +133,22 @@ def leak(y: Tensor, basis: Tensor) -> Tensor:
     return (y.double() @ basis.double()).norm(dim=-1)
 
 
+def accumulated(scale: Tensor, value: Tensor, terms: int) -> Tensor:
+    """What a float32 sum of `terms` products may be off by: 3 sqrt(terms) 2^-24 (scale + |value|).
+
+    scale: root of the sum of the squared products. Added one by one, in random order the partial sums wander to
+    `scale`, and the error has a standard deviation of .41 sqrt(terms) 2^-24 scale; all of one sign they grow to
+    `value`, and it is .33. Seven of either. Blocked sums, as libraries make them, stay far below.
+    """
+    return 3 * math.sqrt(terms) * 2.0**-24 * (scale + value.abs())
+
+
 @dataclass(frozen=True)
 class Exact:
     """What an edited `down_proj` gives in exact arithmetic, with what its roundings scale with; [rows, d] float64.
 
     x = W h + b, y = P_a x, P_a = I - a U U^T; sigma_i = sqrt(sum_j (P_a W)_ij^2 h_j^2) and tau_i the same of W.
-    edited_bias = P_a b [d].
+    edited_bias = P_a b [d]; length = norm(h) [rows, 1].
     """
 
     x: Tensor
@@ -140,6 +156,7 @@ class Exact:
     sigma: Tensor
     tau: Tensor
     edited_bias: Tensor
+    length: Tensor
 
 
 def exact_output(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0, bias: Tensor | None = None) -> Exact:
@@ -154,7 +171,8 @@ def exact_output(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0
         sigma += h64.square() @ edited.square().T
     b = h.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
     edited_bias = project_oracle(b, basis, strength)
-    return Exact(x + b, y + edited_bias, sigma.sqrt(), tau.sqrt(), edited_bias)
+    length = h.double().norm(dim=-1, keepdim=True)
+    return Exact(x + b, y + edited_bias, sigma.sqrt(), tau.sqrt(), edited_bias, length)
 
 
 def rule_b_bounds(
@@ -169,55 +187,65 @@ def rule_b_bounds(
         norm(hook - baked)  <= u ( norm(P_a) norm(x) + 2 norm(y) + norm(sigma) )
 
     The first term is the rounding of W h before the projection, the second its spread by U, the third both final
-    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7). In float32 the sums
-    over d_ff and d weigh as much: with g = sqrt(d_ff) 2^-24 and f = sqrt(d) 2^-22 each element gains
+    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7; for a row, the largest
+    of its elements seven times and the norm of all once). In float32 the sums over d_ff and d weigh as much:
+    each element gains, with `accumulated` and f = sqrt(d) 2^-22,
 
-        g (sigma_i + tau_i + |a| norm(U_i) norm(tau)) + |a| norm(U_i) f (norm(tau) + norm(x))
+        accumulated(sigma_i, y_i) + accumulated(tau_i, x_i) + |a| norm(U_i) accumulated(norm(tau), norm(x))
+        + |a| norm(U_i) f (norm(tau) + norm(x))
 
-    and a row the norm of that. tau, not sigma: a hook sums the unedited products, which can be far larger.
+    and a row the norm of that. tau, not sigma: a hook sums the unedited products, which can be far larger. Where
+    numbers underflow, the dtype's `underflow` is added for both roundings, their spread, and the weights.
     """
     u, (d, k) = unit_roundoff(weight.dtype), basis.shape
     exact = exact_output(weight, h, basis, strength) if exact is None else exact
     x, y, sigma, tau = (t.norm(dim=-1, keepdim=True) for t in (exact.x, exact.y, exact.sigma, exact.tau))
     spread, norm_p = abs(strength) * _row_norms(basis), max(1.0, abs(1 - strength))
     each = u * (exact.x.abs() + spread * x + 2 * exact.y.abs() + 7 * exact.sigma + exact.edited_bias.abs())
-    row = u * (norm_p * x + 2 * y + exact.edited_bias.norm() + sigma)
+    row = u * (norm_p * x + 2 * y + exact.edited_bias.norm() + sigma + 7 * exact.sigma.amax(-1, keepdim=True))
+    tiny = underflow(weight.dtype)
+    each = each + tiny * (2 + spread * math.sqrt(d) + 7 * exact.length)
+    row = row + tiny * math.sqrt(d) * (2 + norm_p + 7 * exact.length)
     if weight.dtype == torch.float32:
-        g, f = math.sqrt(weight.shape[1]) * 2.0**-24, math.sqrt(d) * _ACCUMULATION
-        each = each + g * (exact.sigma + exact.tau + spread * tau) + spread * f * (tau + x)
-        row = row + g * (sigma + norm_p * tau) + abs(strength) * math.sqrt(k) * f * (tau + x)
+        f, d_ff = math.sqrt(d) * _ACCUMULATION, weight.shape[1]
+        both = accumulated(exact.sigma, exact.y, d_ff) + accumulated(exact.tau, exact.x, d_ff)
+        each = each + both + spread * (accumulated(tau, x, d_ff) + f * (tau + x))
+        row = row + accumulated(sigma, y, d_ff) + norm_p * accumulated(tau, x, d_ff)
+        row = row + abs(strength) * math.sqrt(k) * f * (tau + x)
     return each, row.squeeze(-1)
 
 
 def applied_bound(mode: str, exact: Exact, basis: Tensor, d_ff: int, dtype: torch.dtype, strength: float) -> Tensor:
     """|output - y|_i of one mode ("hook", "fused", "baked" or "lora") against the exact y of the same h, [rows, d].
 
-    Every mode rounds y, and sums d_ff products in float32 (g = sqrt(d_ff) 2^-24, in units of tau, or sigma where the
+    Every mode rounds y, and sums d_ff products in float32 (`accumulated`: of tau and x, or sigma and y where the
     weights are edited):
 
         all    1.01 u |y_i|
-        hook, fused  + 1.01 u |x_i| + g tau_i, and both spread by U: |a| norm(U_i) (u norm(x) + g norm(tau)),
-                     and Rule A's own spread
-        baked  + u (7 sigma_i + |(P_a b)_i|) + g sigma_i, and float32's part in the weights, |a| norm(U_i) f norm(tau)
-        lora   + 1.01 u |x_i| + g tau_i, and |a| norm(U_i) (f + g) norm(tau) for float32's part in A and in A h
+        hook, fused  + 1.01 u |x_i| + acc_i, and both spread by U: |a| norm(U_i) (u norm(x) + acc), and Rule A's own
+                     spread
+        baked  + u (7 sigma_i + |(P_a b)_i|) + acc_i, and float32's part in the weights, |a| norm(U_i) f norm(tau)
+        lora   + 1.01 u |x_i| + acc_i, and |a| norm(U_i) (f norm(tau) + acc) for float32's part in A and in A h
 
-    f = sqrt(d) 2^-22. The sum of two modes' bounds bounds their difference; of hook and baked it is Rule B with the
-    terms below u written out.
+    f = sqrt(d) 2^-22; and the dtype's `underflow` once a rounding. The sum of two modes' bounds bounds their
+    difference; of hook and baked it is Rule B with the terms below u written out.
     """
     u, d = unit_roundoff(dtype), basis.shape[0]
-    g, f = math.sqrt(d_ff) * 2.0**-24, math.sqrt(d) * _ACCUMULATION
+    f, tiny = math.sqrt(d) * _ACCUMULATION, underflow(dtype)
     spread = abs(strength) * _row_norms(basis)
     norm_x, norm_tau = exact.x.norm(dim=-1, keepdim=True), exact.tau.norm(dim=-1, keepdim=True)
-    bound = 1.01 * u * exact.y.abs()
+    bound = 1.01 * u * exact.y.abs() + tiny
     if mode == "baked":
-        bound = bound + u * (7 * exact.sigma + exact.edited_bias.abs()) + g * exact.sigma
-        return bound + spread * f * norm_tau
-    bound = bound + 1.01 * u * exact.x.abs() + g * exact.tau
+        bound = bound + u * (7 * exact.sigma + exact.edited_bias.abs()) + accumulated(exact.sigma, exact.y, d_ff)
+        return bound + 7 * tiny * exact.length + spread * f * norm_tau
+    bound = bound + 1.01 * u * exact.x.abs() + accumulated(exact.tau, exact.x, d_ff) + tiny
+    inside = accumulated(norm_tau, norm_x, d_ff)
     if mode == "lora":
-        return bound + spread * (f + g) * norm_tau
+        return bound + spread * (f * norm_tau + inside)
     pieces = 0.0 if dtype == torch.float32 else _TWO_PIECES
     norm_z = (exact.x @ basis.double()).norm(dim=-1, keepdim=True)
-    return bound + spread * (u * norm_x + g * norm_tau + 1.01 * (pieces * norm_z + f * norm_x))
+    spread_out = u * norm_x + inside + math.sqrt(d) * tiny + 1.01 * (pieces * norm_z + f * norm_x)
+    return bound + spread * spread_out
 
 
 def expected_rule_b(weight: Tensor, h: Tensor) -> Tensor:
@@ -232,15 +260,21 @@ def leak_of_weight(after: Tensor, before: Tensor, basis: Tensor, strength: float
     return float((u64.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())
 
 
+def ulp(stored: Tensor) -> Tensor:
+    """The spacing of the stored dtype's numbers at each element, float64."""
+    _, exponent = torch.frexp(stored.double())
+    # A number in [2^(e-1), 2^e) with unit roundoff u.
+    spacing = 2 * unit_roundoff(stored.dtype) * torch.exp2(exponent.double() - 1)
+    return spacing.clamp_min(2 * underflow(stored.dtype))
+
+
 def storage_noise(stored: Tensor, basis: Tensor) -> float:
     """norm(U^T E) for E the rounding of a stored [d, columns]: sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2)."""
     total = 0.0
     for start in range(0, stored.shape[0], 256):
-        part = stored[start : start + 256].double()
-        _, exponent = torch.frexp(part)
-        # ulp of a number in [2^(e-1), 2^e) with unit roundoff u is 2u 2^(e-1).
-        ulp = torch.where(part == 0, 0.0, 2 * unit_roundoff(stored.dtype) * torch.exp2(exponent.double() - 1))
-        total += float(((ulp**2).sum(1) * _row_norms(basis[start : start + 256]) ** 2).sum())
+        part = stored[start : start + 256]
+        spacing = torch.where(part == 0, 0.0, ulp(part))
+        total += float(((spacing**2).sum(1) * _row_norms(basis[start : start + 256]) ** 2).sum())
     return math.sqrt(total / 12)
 
 
@@ -250,12 +284,13 @@ def leak_floor(after: Tensor, before: Tensor, basis: Tensor) -> float:
 
 
 def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """|W' - exact|_ij of a baked file: Rule A on W's columns without 2^-15 norm(z), plus 2^-23 |W_ij|."""
+    """|W' - exact|_ij of a baked file: Rule A on W's columns without 2^-15 norm(z), plus 2^-23 |W_ij|; and the dtype's
+    `underflow`."""
     exact = bake_oracle(weight, basis, strength)
     columns = weight.double().norm(dim=0)
     spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
     bound = unit_roundoff(weight.dtype) * exact.abs() + abs(strength) * _row_norms(basis)[:, None] * spread
-    return 1.01 * bound + 2.0**-23 * weight.double().abs()
+    return 1.01 * bound + 2.0**-23 * weight.double().abs() + underflow(weight.dtype)
 
 
 def adapter_bound(weight: Tensor, strength: float = 1.0) -> Tensor:
@@ -268,7 +303,8 @@ def undo_bound(weight: Tensor, baked: Tensor, basis: Tensor, strength: float = 1
     columns = weight.double().norm(dim=0)
     spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
     rounding = unit_roundoff(weight.dtype) * (weight.double().abs() + baked.double().abs())
-    return 1.01 * (rounding + abs(strength) * _row_norms(basis)[:, None] * spread) + 2.0**-23 * weight.double().abs()
+    float32 = abs(strength) * _row_norms(basis)[:, None] * spread
+    return 1.01 * (rounding + float32) + 2.0**-23 * weight.double().abs() + 2 * underflow(weight.dtype)
 
 
 def worst_ratio(error: Tensor, bound: Tensor) -> float:

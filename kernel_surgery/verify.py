@@ -62,6 +62,32 @@ def check_files(folder: Path, record: dict) -> list[str]:
     return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]
 
 
+def check_others(folder: Path, source: Path | None) -> list[str]:
+    """What lies in a baked or restored folder beside its weights: each file the original's, to the byte, or our own."""
+    from kernel_surgery.checkpoint import BASE_CARD, UNDO, others, weight_files
+    from kernel_surgery.provenance import BASES, PROVENANCE
+
+    weights = {file.name for file in weight_files(folder)}
+    there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    faults = [
+        f"{name} holds weights that are not the checkpoint's"
+        for name in sorted(there)
+        if name.endswith(".safetensors") and name not in weights | {UNDO.as_posix(), BASES.as_posix()}
+    ]
+    if source is None:
+        return faults
+    own = weights | {PROVENANCE, "README.md", BASE_CARD, UNDO.as_posix(), BASES.as_posix()}
+    along = {file.name: file for file in others(source)[0] if file.name not in weights}
+    for name in sorted(there.keys() - own | (along.keys() - {"README.md"})):
+        if name not in along:
+            faults.append(f"{name} is not in the original")
+        elif name not in there:
+            faults.append(f"{name} of the original is missing")
+        elif stream.sha256(there[name]) != stream.sha256(along[name]):
+            faults.append(f"{name} is not the original's")
+    return faults
+
+
 def read(place: tuple[Path, stream.Entry]) -> "torch.Tensor":
     """One tensor, as [rows, columns]."""
     path, entry = place
@@ -95,13 +121,13 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     """
     from kernel_surgery.checkpoint import UNDO, edited_name, located
     from kernel_surgery.checks import broken, check_tensor
-    from kernel_surgery.provenance import opened, read_provenance
+    from kernel_surgery.provenance import opened, read_bases, read_provenance
 
     record = read_provenance(folder)
+    bases = read_bases(folder, record, UNDO)
     with opened(folder / UNDO) as file:
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    bases = {int(n.removeprefix("basis.")): t for n, t in kept.items() if n.startswith("basis.")}
-    faults, rows = check_files(folder, record), []
+    faults, rows = check_files(folder, record) + check_others(folder, source), []
     if subspace is not None:
         bases, wrong = basis_faults(bases, subspace, folder)
         faults += wrong
@@ -148,21 +174,25 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     import torch
 
     from kernel_surgery.checkpoint import located
-    from kernel_surgery.lora import CONFIG, PREFIX, WEIGHTS
+    from kernel_surgery.lora import CONFIG, PREFIX, WEIGHTS, configuration
     from kernel_surgery.provenance import opened, read_bases, read_provenance
     from kernel_surgery.reference import adapter_bound, worst_ratio
 
     record = read_provenance(folder, "adapter")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    bases = read_bases(folder)
+    try:
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        expected_rank = int(record["padded_rank"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} is no configuration of an adapter ({error}).") from error
+    bases = read_bases(folder, record)
     faults, rows = check_files(folder, record), []
     if subspace is not None:
         bases, wrong = basis_faults(bases, subspace, folder)
         faults += wrong
-    if config.get("lora_alpha") != config.get("r") or config.get("use_rslora") or config.get("use_dora"):
-        faults.append(f"{CONFIG} scales the adapter: r {config.get('r')}, alpha {config.get('lora_alpha')}")
-    if sorted(config.get("layers_to_transform") or []) != sorted(bases):
-        faults.append(f"{CONFIG} names layers {config.get('layers_to_transform')}, the bases are of {sorted(bases)}")
+    expected = configuration(record)
+    for key in sorted(config.keys() | expected.keys()):
+        if config.get(key) != expected.get(key) or (key in config) != (key in expected):
+            faults.append(f"{CONFIG}: {key} is {config.get(key)!r}, not {expected.get(key)!r}")
     old = {} if source is None else located(source)
     with opened(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -170,7 +200,7 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         module = f"model.layers.{layer}.mlp.down_proj"
         a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
         k, d = basis.shape[1], basis.shape[0]
-        if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != config.get("r"):
+        if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != expected_rank:
             faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
             continue
         if not torch.equal(b[:, :k], -basis):
@@ -193,11 +223,14 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
                 faults.append(f"layer {layer}: {module}: A is {row['error_over_bound']:.3g} times its bound off")
         if not row["finite"]:
             faults.append(f"layer {layer}: {module}: A holds NaN or Inf")
+        if a.dtype != torch.float32 or b.dtype != torch.float32:
+            faults.append(f"layer {layer}: {module}: A is {a.dtype}, B {b.dtype}; both should be float32")
         rows.append(row)
     faults += [f"{name} is of no layer of the subspace" for name in sorted(tensors)]
     return {
         "kind": "certificate",
         "of": {"adapter": str(folder), "model": None if source is None else str(source)},
+        **({"note": "A was not compared with a U^T W: give --model for that"} if source is None else {}),
         **{"model_id": record["model_id"], "strength": record["strength"], "rank": record["rank"]},
         **{"tensors": rows, "faults": faults, "environment": cli.environment()},
     }
@@ -215,8 +248,8 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
     from kernel_surgery.reference import undo_bound, worst_ratio
 
     record = read_provenance(folder, "restored")
-    bases = read_bases(folder)
-    faults, rows = check_files(folder, record), []
+    bases = read_bases(folder, record)
+    faults, rows = check_files(folder, record) + check_others(folder, source), []
     if subspace is not None:
         bases, wrong = basis_faults(bases, subspace, folder)
         faults += wrong
@@ -245,7 +278,7 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
     return {
         "kind": "certificate",
         "of": {"restored": str(folder), "model": None if source is None else str(source)},
-        **{"model_id": record["model_id"], "strength": record["strength"]},
+        **{"model_id": record["model_id"], "strength": record["strength"], "rank": record["rank"]},
         **{"tensors": rows, "faults": faults, "environment": cli.environment()},
     }
 
@@ -277,17 +310,15 @@ def verify_model(args: argparse.Namespace, source: Path, subspace_path: Path) ->
     strength = 1.0 if args.strength is None else args.strength
     certificate = {"kind": "certificate", "of": {"baked": None, "model": str(source)}, "tensors": [], "faults": []}
     if args.baked is not None:
-        baked_with = float(read_provenance(args.baked)["strength"])
-        if args.strength not in (None, baked_with):
-            raise cli.UserError(f"{str(args.baked)!r} was baked at strength {baked_with:g}, not {args.strength:g}.")
+        strength = float(read_provenance(args.baked)["strength"])
         if dtype != stored:
             raise cli.UserError(f"a baked checkpoint is certified in the dtype it is stored in, {stored}, not {dtype}.")
-        strength = baked_with
         certificate = verify_checkpoint(args.baked, source, subspace_path)
     import torch
 
     options = {"dtype": getattr(torch, dtype), "device": cli.parse_device(args.device), "strength": strength}
     options |= {"prompts": args.prompts, "new_tokens": args.new_tokens, "seed": args.seed, "made": args.baked}
+    options["whole"] = args.whole
     model = certify(source, subspace, **options)
     certificate |= {"model_id": args.model, "strength": strength, "rank": subspace.rank, "note": subspace.note}
     certificate["faults"] = certificate["faults"] + model.pop("faults")
@@ -307,7 +338,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="auto: as the files have it")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--prompts", type=int, default=8, help="sequences that are sampled (default 8)")
-    p.add_argument("--new-tokens", type=int, default=16, help="greedy tokens after each (default 16)")
+    more = "greedy tokens after each (default 16); the model is read once for each"
+    p.add_argument("--new-tokens", type=int, default=16, help=more)
+    more = "load the whole model too, edit all layers at once and decode (default: where it takes 2 GB or less)"
+    p.add_argument("--whole", action="store_true", default=None, help=more)
     p.add_argument("--seed", type=int, default=0, help="which prompts")
     p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
     return p
@@ -324,9 +358,10 @@ def run(argv: list[str] | None = None) -> int:
     for folder in written.values():
         if not folder.is_dir():
             raise cli.UserError(f"no folder at {str(folder)!r}. Nothing was verified.")
-    for name, least in (("prompts", 1), ("new_tokens", 0)):
-        if getattr(args, name) < least:
-            raise cli.UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
+    for name, least, most in (("prompts", 1, 256), ("new_tokens", 0, 1024)):
+        if not least <= getattr(args, name) <= most:
+            given = getattr(args, name)
+            raise cli.UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {given}.")
     if args.strength is not None and not math.isfinite(args.strength):
         raise cli.UserError(f"--strength must be a finite number, got {args.strength}.")
     subspace = args.subspace
@@ -334,12 +369,19 @@ def run(argv: list[str] | None = None) -> int:
         subspace = cli.POLYGLOT / "subspace.safetensors"
     if subspace is None and not written:
         raise cli.UserError(f"--model {args.model} needs --subspace, or --baked. Nothing was verified.")
+    if args.out is not None and args.out.suffix == ".svg":
+        raise cli.UserError(f"--out {str(args.out)!r} is where the plot would go: name the JSON file.")
     command = cli.command_line("kernel_surgery.verify", argv)
 
     from kernel_surgery.certificate import shown, write
     from kernel_surgery.checkpoint import local_folder
+    from kernel_surgery.provenance import read_provenance
 
     source = None if args.model is None else local_folder(cli.resolve_model(args.model))
+    for kind, folder in written.items():
+        made_with = float(read_provenance(folder, kind)["strength"])
+        if args.strength not in (None, made_with):
+            raise cli.UserError(f"{str(folder)!r} was made at strength {made_with:g}, not {args.strength:g}.")
     if args.adapter is not None:
         certificate = verify_adapter(args.adapter, source, subspace)
     elif args.restored is not None:

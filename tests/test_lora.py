@@ -39,7 +39,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("strength", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("strength", [1.0, *(pytest.param(a, marks=pytest.mark.slow) for a in (0.5, 2.0))])
 def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, strength):
     torch.manual_seed(0)
     weight = (torch.randn(D, D_FF) * D_FF**-0.5).to(dtype)
@@ -164,11 +164,42 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     assert "A or B is missing" in faults(lambda t: t.pop(a))
     assert "is of no layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
     assert faults(lambda t: None) == ""
+    # Every field that changes what PEFT computes, also those that are not there.
     config = json.loads((adapter / lora.CONFIG).read_text())
-    for change, message in (({"lora_alpha": 16}, "scales the adapter"), ({"layers_to_transform": [1]}, "names layers")):
-        (adapter / lora.CONFIG).write_text(json.dumps(config | change))
+    wrong = {
+        **{"lora_alpha": 16, "layers_to_transform": [1], "target_modules": ["up_proj"], "layers_pattern": "blocks"},
+        **{"alpha_pattern": {"down_proj": 32}, "init_lora_weights": "pissa", "use_rslora": True, "peft_type": "LOHA"},
+        **{"exclude_modules": ["down_proj"], "rank_pattern": {"down_proj": 4}, "base_model_name_or_path": "a/b"},
+    }
+    for key, value in wrong.items():
+        (adapter / lora.CONFIG).write_text(json.dumps(config | {key: value}))
         found = verify.verify_adapter(adapter)["faults"]
-        assert any(message in f for f in found) and any("SHA-256 differs" in f for f in found)
+        assert f"adapter_config.json: {key} is {value!r}, not {config.get(key)!r}" in found
+        assert any("SHA-256 differs" in f for f in found)
+    for broken in ("{", "3"):
+        (adapter / lora.CONFIG).write_text(broken)
+        with pytest.raises(ValueError, match="is no configuration of an adapter"):
+            verify.verify_adapter(adapter)
+
+
+def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
+    """Without the original A is not compared, and that is said; bases that are none are refused."""
+    _, subspace = saved(tmp_path)
+    lora.write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
+    assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
+    assert "A was not compared with a U^T W: give --model for that" in capsys.readouterr().out
+    kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
+    save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
+    with pytest.raises(ValueError, match="layer 1 is not orthonormal"):
+        verify.verify_adapter(tmp_path / "adapter")
+    save_file({"basis.1": subspace.bases[1]}, kept)
+    with pytest.raises(ValueError, match=r"holds bases of layers \[1\], rank 5; provenance.json says layers \[1, 2\]"):
+        verify.verify_adapter(tmp_path / "adapter")
+    kept.unlink()
+    with pytest.raises(FileNotFoundError, match=r"subspace\.safetensors"):
+        verify.verify_adapter(tmp_path / "adapter")
+    with pytest.raises(cli.UserError, match=r"was made at strength 1, not 0\.5"):
+        verify.run(["--adapter", str(tmp_path / "adapter"), "--strength", "0.5"])
 
 
 def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernel_surgery import cli, verify
-from kernel_surgery.bake import bake_weight
+from kernel_surgery.bake import bake_weight, remove
 from kernel_surgery.certificate import shown
 from kernel_surgery.checkpoint import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.checks import broken, check_tensor
+from kernel_surgery.reference import leak_floor
 from kernel_surgery.subspace import Subspace, fingerprint
 from tests.models import basis, pico
 
@@ -217,3 +219,64 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
         assert len(broken) == 1 and broken[0].startswith(f"broken: {message}")
     with pytest.raises(ValueError, match=r"is not a checkpoint that python -m kernel_surgery\.bake --undo has written"):
         verify.run(["--restored", str(folder / "baked")])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank, strength", [(1, 1.0), (2, 0.1), (6, 0.1), (6, -3.0)])
+def test_a_correct_bake_is_never_called_broken(tmp_path, dtype, rank, strength):
+    """Low ranks and small strengths: rounding then returns many elements as they were, and what it leaves of the
+    subspace lies along it. Ulp / sqrt(12) of noise would be far less."""
+    torch.manual_seed(0)
+    weight, u = (torch.randn(512, 1024) / 32).to(dtype), basis(512, rank)
+    after, inside = remove(weight, u, strength)
+    for before in (weight, None):
+        row = check_tensor(after, before, inside, u, strength)
+        noise = row["leak"] / leak_floor(after, weight, u)
+        print(f"{dtype} k={rank} a={strength}: leak/floor {row['leak_over_floor']:.3f}, of ulp noise {noise:.2f}")
+        assert broken(row | {"dtype": "BF16"}) == []
+    # Teeth: the same gate sees an edit of the same strength made with a coarse projector, or a tenth too weak.
+    for wrong in (bake_weight(weight, u, 0.8 * strength), weight):
+        assert broken(check_tensor(wrong, None, inside, u, strength) | {"dtype": "BF16"})
+
+
+def test_a_folder_does_not_vouch_for_its_own_bases_layers_and_files(tmp_path):
+    folder = prepared(tmp_path)
+    record, undo = folder / "baked" / "provenance.json", folder / "baked" / "kernel_surgery" / "undo.safetensors"
+    right, kept, whole = json.loads(record.read_text()), load_file(undo), undo.read_bytes()
+    cases = [
+        ({n: t * 0 if n.startswith("basis") else t for n, t in kept.items()}, {}, "layer 1 is not orthonormal"),
+        ({n: t for n, t in kept.items() if n != "basis.2"}, {}, r"holds bases of layers \[1\], rank 6; .* \[1, 2\]"),
+        ({n: t for n, t in kept.items() if not n.startswith("basis")}, {}, "at least one layer"),
+        (kept, {"rank": 5}, r"rank 6; provenance.json says layers \[1, 2\], rank 5"),
+        (kept, {"strength": None}, "is not a checkpoint that"),
+        (kept, {"strength": "x"}, "is not a checkpoint that"),
+        (kept, {"layers": []}, "is not a checkpoint that"),
+        (kept, {"model_id": 3}, "is not a checkpoint that"),
+    ]
+    for tensors, change, message in cases:
+        save_file(tensors, undo)
+        record.write_text(json.dumps(right | change))
+        with pytest.raises(ValueError, match=message):
+            certified(folder)
+    undo.write_bytes(whole)
+    # Files beside the weights are the original's, or our own.
+    config = folder / "baked" / "config.json"
+    for path, text, fault in (
+        (config, config.read_text().replace("10000", "100"), "config.json is not the original's"),
+        (folder / "baked" / "tokenizer.json", "{}", "tokenizer.json is not in the original"),
+        (
+            folder / "baked" / "model-2.safetensors",
+            "x",
+            "model-2.safetensors holds weights that are not the checkpoint's",
+        ),
+    ):
+        before = path.read_text() if path.exists() else None
+        path.write_text(text)
+        rewritten = dict(right["sha256"]) | {path.name: sha256(path)}
+        record.write_text(json.dumps(right | {"sha256": rewritten}))
+        assert fault in certified(folder)["faults"]
+        path.write_text(before) if before is not None else path.unlink()
+    record.write_text(json.dumps(right))
+    assert certified(folder)["faults"] == []
+    with pytest.raises(cli.UserError, match="where the plot would go"):
+        verify.run(["--baked", str(folder / "baked"), "--out", str(tmp_path / "c.svg")])
