@@ -210,9 +210,10 @@ def expag_metrics(cells: Cells) -> dict:
 
 def strict_table(modes: dict, paired: list[dict]) -> str:
     """The table that a run prints: one line a mode and language."""
+    width = max(9, *map(len, modes))
     lines = [
-        f"{'mode':<9} {'lang':<4} {'correct':>9}  {'accuracy (95% CI)':<22} {'FAT':>6} {'fidelity':>8} {'coverage':>8}"
-        + _COMPARED
+        f"{'mode':<{width}} {'lang':<4} {'correct':>9}  {'accuracy (95% CI)':<22} "
+        f"{'FAT':>6} {'fidelity':>8} {'coverage':>8}" + _COMPARED
     ]
     beside = {(row["mode"], row["language"]): row for row in paired}
     for mode, by_language in modes.items():
@@ -220,7 +221,7 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
             low, high = r["ci95"]
             fidelity = "-" if r["language_fidelity"] is None else f"{r['language_fidelity']:.3f}"
             line = (
-                f"{mode:<9} {language:<4} {r['correct']:>4}/{r['n']:<4}  "
+                f"{mode:<{width}} {language:<4} {r['correct']:>4}/{r['n']:<4}  "
                 f"{r['accuracy']:.3f} ({low:.3f} to {high:.3f})  "
                 f"{r['fat_tokens']:>6.1f} {fidelity:>8} {r['coverage']:>8.3f}"
             )
@@ -228,7 +229,7 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
                 line += compared(row)
             lines.append(line.rstrip())
         if row := beside.get((mode, POOLED)):
-            lines.append(f"{mode:<9} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
+            lines.append(f"{mode:<{width}} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
     shown = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
     for (n, comparisons), least in shown.items():
         could = "no difference at all" if least is None else f"a difference of {least:.3f} or more"

@@ -17,7 +17,10 @@ import torch
 from kernel_surgery import Subspace, cli
 from kernel_surgery.problems import problems
 
-STAGES = ("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "polyglot.train", "polyglot.card")
+STAGES = (
+    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study"),
+    *("polyglot.train", "polyglot.card"),
+)
 
 
 def call(stage, capsys, *words):

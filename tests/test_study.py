@@ -1,0 +1,194 @@
+"""A declared grid: chosen on dev, frozen before test, and nothing finished is lost when it is killed."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from kernel_surgery import Subspace, cli, study
+from kernel_surgery.problems import problems
+
+GRID = """
+mode = "hook"
+problems = 1
+max_new_tokens = 40
+[grid]
+rank = [2, 10]
+strength = [1.0, 2.0]
+"""
+
+
+def declared(tmp_path, text=GRID):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_grid_is_the_product_in_the_order_declared(tmp_path):
+    made = study.read_grid(declared(tmp_path))
+    assert made["model"] == "polyglot" and made["budget"] == 40 and made["languages"] == ["en", "zh"]
+    cells = study.cells_of(made["grid"])
+    assert [(c["rank"], c["strength"]) for c in cells.values()] == [(2, 1.0), (2, 2.0), (10, 1.0), (10, 2.0)]
+    assert next(iter(cells)) == "rank=2 site=mlp_out pool=last strength=1.0 layers=middle"
+    one, other = list(cells.values())[:2]
+    assert study.digest(one, made) == study.digest(dict(one), dict(made)) != study.digest(other, made)
+    assert study.digest(one, made) != study.digest(one, made | {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rank = [1]", "unknown setting 'rank'"),
+        ("[grid]\nsize = [1]", "unknown setting 'grid.size'"),
+        ("[grid", "is not TOML"),
+        ("[grid]\nrank = 10", r"grid\.rank is 10, not a list"),
+        ("[grid]\nrank = []", r"grid\.rank is \[\], not a list"),
+        ("[grid]\nrank = ['x']", r"grid\.rank is \['x'\], not a list"),
+        ("[grid]\nsite = ['attn']", "grid.site has 'attn'; known: mlp_out, resid_post"),
+        ("mode = 'original'", "mode is 'original'; known: hook"),
+        ("test = 'some'", "test is 'some'; known: chosen, all"),
+        ("problems = 0", "problems is 0, not a number of at least 1"),
+        ("max_new_tokens = 8\nbudget = 9", "budget 9 is beyond max_new_tokens 8"),
+        ("languages = ['fr']", "unknown language 'fr'"),
+    ],
+)
+def test_a_declaration_that_cannot_be_used_is_refused(tmp_path, text, message):
+    with pytest.raises(cli.UserError, match=message):
+        study.run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_on_dev_is_chosen_and_of_equals_the_first():
+    dev = {
+        name: {"en": {"accuracy": a}, "zh": {"accuracy": b}}
+        for name, a, b in (("x", 1, 0), ("y", 0.5, 0.5), ("z", 0, 0.9))
+    }
+    assert study.choose(dev, ["x", "y", "z"]) == "x" and study.choose(dev, ["y", "x"]) == "y"
+    assert study.choose(dev | {"w": {"en": {"accuracy": 0.6}, "zh": {"accuracy": 0.5}}}, ["x", "w"]) == "w"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    out = folder / "out"
+    assert study.run([str(declared(folder)), "--out", str(out), "--controls", "haar:2"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_is_one_file_and_what_it_froze(done, capsys):
+    out = done / "out"
+    made = json.loads((out / "study.json").read_text())
+    assert (
+        len(made["dev"]) == 5
+        and made["frozen"]["of"] == 4
+        and list(made["test"]) == ["original", made["frozen"]["cell"]]
+    )
+    assert made["frozen"]["cell"] == study.choose(made["dev"], list(made["dev"])[1:])
+    assert made["frozen"] == json.loads((out / "frozen.json").read_text())
+    subspace = Subspace.load(out / "chosen.safetensors")
+    assert subspace.rank == made["frozen"]["setting"]["rank"] and subspace.fit["split"] == "fit"
+    assert made["controls"]["count"] == 2 and made["declared"]["grid"]["rank"] == [2, 10]
+    assert [r["language"] for r in made["paired"]] == ["en", "zh", "all"]
+    # Dev was asked of every cell, test of the original and the chosen one alone.
+    dev, test = (
+        [json.loads(line) for line in (out / f"{s}.jsonl").read_text().split("\n") if line] for s in ("dev", "test")
+    )
+    assert {s["id"] for s in dev} == {p.id for p in problems("dev", 1)} and len(dev) == 5 * 2 * 5
+    assert {s["id"] for s in test} == {p.id for p in problems("test", 1)} and len(test) == 2 * 2 * 5
+    # Again: nothing is asked anew, and the same stands there.
+    kept = {name: (out / name).read_bytes() for name in ("dev.jsonl", "test.jsonl", "frozen.json")}
+    words = [str(done / "grid.toml"), "--out", str(out), "--controls", "haar:2"]
+    assert study.run(words) == 0 and kept == {name: (out / name).read_bytes() for name in kept}
+    said = capsys.readouterr().out
+    assert "<- chosen" in said and "one of 4; test, 5 problems a language:" in said and "2 haar controls" in said
+    # Another declaration, or another choice than the frozen one, does not go on in it.
+    with pytest.raises(cli.UserError, match="holds a run with other settings: problems was 1, now 2"):
+        study.run([str(declared(done, GRID.replace("problems = 1", "problems = 2"))), "--out", str(out)])
+    declared(done)
+    (out / "frozen.json").write_text("{}")
+    with pytest.raises(cli.UserError, match="holds another choice than dev gives now"):
+        study.run(words)
+    (out / "frozen.json").write_bytes(kept["frozen.json"])
+
+
+@pytest.mark.slow
+def test_all_cells_may_be_reported_and_a_budget_cuts_the_texts(tmp_path):
+    text = GRID.replace("[2, 10]", "[10]").replace('mode = "hook"', 'mode = "hook"\ntest = "all"\nbudget = 12')
+    assert study.run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")]) == 0
+    made = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert len(made["test"]) == 3 and len(made["paired"]) == 6
+    for by in (*made["dev"].values(), *made["test"].values()):
+        for r in by.values():
+            assert r["mean_tokens"] <= 12 and r["fat_budget"] == 12 and r["stopped"] == 0
+    # The texts are kept whole.
+    lines = (tmp_path / "out" / "dev.jsonl").read_text().split("\n")
+    assert max(len(json.loads(line)["tokens"]) for line in lines if line) > 12
+
+
+# Imports once; every study is a fork of that, killed after a while that is given on a line of stdin.
+SERVER = """
+import os, signal, sys, time
+import torch, transformers, scipy.stats
+from kernel_surgery import collect, fit, generate, language, results, study
+grid, out = sys.argv[1:]
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        sys.stdout = open(os.devnull, "w")
+        os._exit(study.run([grid, "--out", out]) or 0)
+    end, done = time.monotonic() + float(line), 0
+    while not done and time.monotonic() < end:
+        time.sleep(0.01)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    print(status, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_no_finished_cell(tmp_path):
+    out, rng = tmp_path / "out", random.Random(0)
+    words = [sys.executable, "-c", SERVER, str(declared(tmp_path)), str(out)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "ready\n"
+
+        def go(seconds):
+            server.stdin.write(f"{seconds}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        def finished():
+            """Whole cells on disk, in order: what must never be made again."""
+            found = []
+            for name in ("dev", "test"):
+                file = out / f"{name}.jsonl"
+                lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+                found += [lines[i : i + 5] for i in range(0, len(lines) - len(lines) % 5, 5)]
+            return found
+
+        killed, seen = 0, []
+        for _ in range(60):
+            if killed == 10:
+                break
+            status = go(rng.uniform(0.3, 2.5))
+            now = finished()
+            assert now[: len(seen)] == seen[: len(now)] and len(now) >= len(seen), (
+                "a finished cell is gone, or made again"
+            )
+            seen, killed = now, killed + (status == 9)
+            if status == 0:  # done before it could be killed: from the beginning
+                for file in out.iterdir():
+                    file.unlink()
+                seen = []
+        print(f"{killed} kills")
+        assert killed == 10
+        assert go(120) == 0 and finished()[: len(seen)] == seen
+        server.stdin.close()
+    assert len(json.loads((out / "study.json").read_text())["dev"]) == 5
