@@ -1,10 +1,11 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python
 
-.PHONY: help run test check fix gpu bench
+.PHONY: help run test check fix gpu bench reproduce
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
+	@echo "make reproduce MODEL=Qwen/Qwen2.5-3B   collect, fit, bake, verify, evaluate; one bundle"
 	@echo "make test   every test (those that need a GPU say so when there is none)"
 	@echo "make check  ruff, the import order and the packaging: half a minute"
 	@echo "make fix    what ruff can mend by itself"
@@ -13,6 +14,9 @@ help:
 
 run:
 	$(PYTHON) -m kernel_surgery.eval --mode fused
+
+reproduce:
+	$(PYTHON) -m kernel_surgery.reproduce --model $(or $(MODEL),polyglot) --out $(or $(OUT),results/reproduce) --controls haar:20
 
 test:
 	$(PYTHON) -m pytest

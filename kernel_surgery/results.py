@@ -60,6 +60,16 @@ def score_again(tokenizer):
     return again
 
 
+def score_kept(problem: Problem, sample: Sample) -> Sample:
+    """A kept sample judged again from its text alone: what needs the tokenizer stays as it was."""
+    found = scoring.extract_answer(sample["text"], sample["prompt"], language=sample["language"])
+    verdict = language_module.judge(sample["text"], sample["language"])
+    return sample | {
+        **{"extracted": None if found.value is None else str(found.value), "correct": found.value == problem.answer},
+        **{"language_judged": verdict.judged, "language_passed": verdict.passed, "language_found": list(verdict.found)},
+    }
+
+
 BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 

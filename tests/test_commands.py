@@ -18,7 +18,7 @@ from kernel_surgery import Subspace, cli
 from kernel_surgery.problems import problems
 
 STAGES = (
-    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study"),
+    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce"),
     *("polyglot.train", "polyglot.card"),
 )
 

@@ -22,7 +22,7 @@ ORDER = (
     "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "decoder", "collect", "fit",
     "hook", "bake", "fuse", "aot", "stream", "provenance", "checkpoint", "lora", "modes", "layerwise", "checks",
     "certify", "certificate", "verify", "plain", "scoring", "language", "statistics", "generate", "results", "runs",
-    "neutral", "damage", "controls", "plots", "report", "eval", "score", "study", "polyglot",
+    "neutral", "damage", "controls", "plots", "report", "eval", "score", "study", "reproduce", "polyglot",
 )
 # fmt: on
 # Against the order, and only inside a function, when it is called: `parse_languages` asks problems which languages

@@ -136,7 +136,7 @@ def test_a_certificate_is_shown_where_there_is_one(tmp_path, made):
         | {"error_over_bound": 0.98, "leak": 1e-3, "leak_floor": 1e-3, "leak_over_floor": 1.002}
     ]
     text = written(tmp_path, made, certificate={"tensors": tensors, "faults": [], "kind": "certificate"})
-    assert "<h2>Certificate</h2>" in text and "1 edited layers: everything holds" in parsed(text).text
+    assert "<h2>Certificate</h2>" in text and "1 edited layers (2): everything holds" in parsed(text).text
     assert text.count("<svg") == 6
 
 

@@ -1,0 +1,143 @@
+"""From a model to a bundle in one command; it is checked without the model, and every planted change is named."""
+
+import json
+import shutil
+
+import pytest
+
+from kernel_surgery import cli, reproduce
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small bundle of the embedded model."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    words = ["--model", "polyglot", "--out", str(out), "--problems", "2", "--controls", "haar:2"]
+    assert reproduce.run(words) == 0
+    return out, words
+
+
+@pytest.mark.slow
+def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, capsys, monkeypatch):
+    out, words = made
+    bundle = out / "bundle"
+    names = {*reproduce.BUNDLE, *reproduce.RUN, reproduce.MANIFEST, "controls.jsonl"}
+    assert {p.name for p in bundle.iterdir()} == names
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert set(manifest["sha256"]) == names - {"manifest.json"} and manifest["environment"]["torch"]
+    assert [c.split()[2] for c in manifest["commands"]] == [
+        f"kernel_surgery.{name}" for name in ("collect", "fit", "bake", "verify", "eval")
+    ]
+    certificate = json.loads((bundle / "certificate.json").read_text())
+    assert certificate["faults"] == [] and certificate["model"]["providers"]["baked"] == "weights on disk"
+    assert "<h2>Certificate</h2>" in (bundle / "report.html").read_text()
+    # Without the model: nothing is loaded.
+    monkeypatch.setattr(cli, "load_model", None)
+    capsys.readouterr()
+    assert reproduce.run(["--check", str(bundle)]) == 0
+    assert "everything is what it says" in capsys.readouterr().out
+    # What is finished is not made again.
+    before = {p: p.stat().st_mtime_ns for p in (out / "acts.safetensors", out / "eval" / "results.json")}
+    assert reproduce.run(words) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def planted(bundle, name, change):
+    """Change one file of a bundle, its hash with it."""
+    file = bundle / name
+    file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    from kernel_surgery.stream import sha256
+
+    manifest["sha256"][name] = sha256(file)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def first_sample(change):
+    def at(text):
+        lines = text.split("\n")
+        lines[0] = json.dumps(json.loads(lines[0]) | change, ensure_ascii=False)
+        return "\n".join(lines)
+
+    return at
+
+
+def figure(change):
+    def at(text):
+        results = json.loads(text)
+        change(results)
+        return json.dumps(results)
+
+    return at
+
+
+CHANGES = {
+    "a verdict": ("samples.jsonl", first_sample({"correct": False}), "correct was False, is True"),
+    "a text": ("samples.jsonl", first_sample({"text": "The answer is -1."}), "extracted was "),
+    "an answer": ("samples.jsonl", first_sample({"answer": -1}), "says the answer is -1, it is "),
+    "a prompt": ("samples.jsonl", first_sample({"prompt": "1 + 1?"}), "is not a problem of this test set"),
+    "a text left out": ("samples.jsonl", lambda text: text.split("\n", 1)[1], "9 texts, not those of the 10 problems"),
+    "an accuracy": (
+        "results.json",
+        figure(lambda r: r["modes"]["fused"]["en"].update(accuracy=0.123)),
+        "results.json: modes.fused.en.accuracy is 0.123; the texts give ",
+    ),
+    "a p-value": (
+        "results.json",
+        figure(lambda r: r["paired"][0].update(holm_p=0.001)),
+        "results.json: paired[0].holm_p is 0.001; the texts give ",
+    ),
+    "a word": (
+        "results.json",
+        figure(lambda r: r["paired"][0].update(verdict="improved")),
+        "results.json: paired[0].verdict is improved; the texts give no difference shown",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_strangers_bundle_is_made_again_from_its_texts_whatever_its_hashes_say(made, what, tmp_path, capsys):
+    name, change, message = CHANGES[what]
+    bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
+    planted(bundle, name, change)
+    assert reproduce.run(["--check", str(bundle)]) == 1
+    said = capsys.readouterr().out
+    assert any(line.startswith("broken: ") and message in line for line in said.splitlines()), said
+    assert "SHA-256" not in said
+
+
+@pytest.mark.slow
+def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
+    bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
+    (bundle / "report.html").write_text("better")
+    (bundle / "certificate.svg").unlink()
+    faults = reproduce.check(bundle)
+    assert faults == [
+        "certificate.svg is missing",
+        "report.html is not the file that was bundled (its SHA-256 differs)",
+    ]
+    (bundle / "samples.jsonl").unlink()
+    assert reproduce.check(bundle)[-1] == "without samples.jsonl nothing more can be checked"
+
+
+def test_what_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(cli.UserError, match=r"is no bundle of kernel_surgery\.reproduce"):
+        reproduce.run(["--check", str(tmp_path)])
+    for words in ([], ["--out", "x"], ["--model", "polyglot"], ["--model", "polyglot", "--out", "x", "--check", "y"]):
+        with pytest.raises(cli.UserError, match="give --model and --out to make a bundle, or --check"):
+            reproduce.run(words)
+
+
+def test_differences_are_named_where_they_are():
+    made = {"a": [1, 2.0, {"b": None}], "c": "x"}
+    assert reproduce.differences("r", made, json.loads(json.dumps(made))) == []
+    said = {"a": [1, 2.1, {"b": 0}], "d": 1}
+    assert reproduce.differences("r", made, said) == [
+        "results.json: r.a[1] is 2.1; the texts give 2.0",
+        "results.json: r.a[2].b is 0; the texts give None",
+        "results.json: r.c is None; the texts give x",
+        "results.json: r.d is 1; the texts give None",
+    ]
+    assert reproduce.differences("r", [1], [1, 2]) == ["results.json: r is [1, 2]; the texts give [1]"]
+    assert reproduce.differences("r", 0.1 + 0.2, 0.3) == [] and reproduce.differences("r", True, 1) == []
