@@ -270,7 +270,8 @@ def test_the_source_distribution_holds_kernels_once_and_builds_the_same_wheel(pl
         names = [name.partition("/")[2] for name in archive.getnames()]
         assert names.count("kernels/project.py") == 1
         assert not [name for name in names if name.startswith("kernel_surgery/kernels")]
-        assert {"LICENSE", "constraints.txt", "tests/test_packaging.py", "tests/labelled.jsonl", ".ci/run"} <= set(names)
+        assert {"LICENSE", "constraints.txt", "tests/test_packaging.py", ".ci/run"} <= set(names)
+        assert {"tests/labelled.jsonl", "docs/retest.toml"} <= set(names)
         # Python 3.11 knows filters from 3.11.4 on.
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = tmp_path.iterdir()
