@@ -43,6 +43,21 @@ def test_polyglots_certificate_passes(dtype, strength):
     assert found["sampled"]["positions"] == 4 * 17
 
 
+@pytest.mark.parametrize(
+    "dtype, rank, strength",
+    [
+        *((torch.float32, 1, 1.0), (torch.float32, 2, 1.0), (torch.float32, 10, 0.0), (torch.float16, 1, 1.0)),
+        *((torch.float16, 10, 0.01), (torch.bfloat16, 1, 0.1), (torch.bfloat16, 10, -3.0)),
+    ],
+)
+def test_a_correct_edit_is_never_called_broken(dtype, rank, strength):
+    """Where the edit is small, what is left in a bound is the accumulation of the sums, and underflow."""
+    found = certified(dtype, subspace=Subspace.load(SHIPPED).truncate(rank), strength=strength, prompts=8)
+    worst = max(row["error_over_bound"] for row in found["layers"])
+    print(f"{dtype} k={rank} a={strength}: largest error/bound {worst:.3f}")
+    assert found["faults"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -68,6 +68,9 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     # A feature that gives the problem away is no help with the next problem.
     problem = torch.nn.functional.one_hot(groups).float()
     assert damage.probe_accuracy(problem, labels, groups) < bound
+    # Nor where all rows of a problem share the label: they are held out together.
+    shared = (groups * 7 // 3) % 4
+    assert damage.probe_accuracy(problem, shared, groups) < 0.5
 
 
 def test_probes_read_both_sites_with_the_edit_in_force(polyglot):

@@ -256,6 +256,10 @@ def test_equivalence_is_the_inner_interval_within_the_margin(both, gained, lost,
     assert equivalent(both, gained, lost, neither, 0.1, comparisons=9) <= equivalent(both, gained, lost, neither, 0.1)
 
 
+def test_an_equivalence_is_corrected_for_the_comparisons():
+    assert equivalent(196, 2, 2, 0, 0.03) and not equivalent(196, 2, 2, 0, 0.03, comparisons=20)
+
+
 def test_an_equivalence_needs_a_margin():
     with pytest.raises(ValueError, match="positive margin, got 0"):
         equivalent(1, 1, 1, 1, 0)
