@@ -154,7 +154,7 @@ PRIVATE = [b"/" + folder + b"/" for folder in (b"work", b"tmp", b"root", b"home"
 
 def private_paths(root: Path) -> list[str]:
     """Files of the project that mention a folder of the machine they were written on."""
-    folders = ("kernels", "kernel_surgery", "bench", "tests", ".ci")
+    folders = ("kernels", "kernel_surgery", "bench", "tests", "docs", ".ci")
     files = [
         *(path for path in root.iterdir() if path.is_file()),
         *(path for folder in folders for path in (root / folder).rglob("*")),
