@@ -66,7 +66,7 @@ print(json.dumps(report))
 
 def copy_of_the_tree(target: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial")
-    for name in ("kernels", "kernel_surgery", "tests", "bench", ".ci"):
+    for name in ("kernels", "kernel_surgery", "tests", "docs", "bench", ".ci"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
     for name in TOP_FILES.split():
