@@ -27,7 +27,7 @@ def certified(dtype, source=cli.POLYGLOT, subspace=None, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strength", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("strength", [1.0, *(pytest.param(a, marks=pytest.mark.slow) for a in (0.5, 2.0))])
 def test_polyglots_certificate_passes(dtype, strength):
     found = certified(dtype, strength=strength)
     assert found["faults"] == [] and found["modes"] == ["hook", "fused", "baked", "lora"]
@@ -43,6 +43,7 @@ def test_polyglots_certificate_passes(dtype, strength):
     assert found["sampled"]["positions"] == 4 * 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, rank, strength",
     [
@@ -198,8 +199,9 @@ FAULTS |= {
 RIGHT = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, name", FAULTS, ids=["-".join(key) for key in FAULTS])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_in_an_applier_is_found_and_its_layer_and_mode_named(mode, name, dtype, monkeypatch):
     monkeypatch.setitem(certify.APPLIERS, mode, at_one_layer(RIGHT[mode], FAULTS[mode, name]))
     faults = certified(dtype)["faults"]
@@ -223,6 +225,7 @@ def first_basis_everywhere(model, bases, strength):
     return fused(model, dict.fromkeys(bases, next(iter(bases.values()))), strength)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, wrong", [("hook", only_prompts), ("fused", first_basis_everywhere)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_that_only_shows_with_all_layers_or_in_decoding_is_found_there(mode, wrong, dtype, monkeypatch):

@@ -109,6 +109,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_planted_fault_is_found_and_its_layer_named_though_the_hashes_match(tmp_path, name, dtype, capsys):
