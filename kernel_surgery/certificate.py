@@ -1,14 +1,12 @@
 """A certificate as people read it: the table in the terminal, the JSON file, the plot beside it."""
 
-import io
 import json
 import math
 from pathlib import Path
 
 from kernel_surgery import cli
+from kernel_surgery.plots import COLOURS, svg
 
-LEAK_GATE = 1.1  # as in checks.py, which imports torch
-COLOURS = {"original": "#6b7280", "hook": "#7a4fa3", "fused": "#0b6e99", "baked": "#c2571a", "lora": "#4b7a2b"}
 # What the plot of error/bound shows of a mode's row, in words.
 CHECKS = {
     "error_over_bound": "against the exact edit",
@@ -170,7 +168,7 @@ def plot(certificate: dict) -> str:
     if leaks:
         panel = axes.pop(0)
         panel.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
-        _limit(panel, LEAK_GATE, "leak / floor of the weights")
+        _limit(panel, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
     if model:
         panel = axes.pop(0)
         for mode in ("original", *model["modes"]):
@@ -184,9 +182,7 @@ def plot(certificate: dict) -> str:
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].set_xlabel("layer")
     figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=7)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg(figure)
 
 
 def write(path: Path, certificate: dict) -> None:

@@ -228,7 +228,9 @@ def run(
     mode = "fused" if args.mode == "all" else args.mode
     path = folder / "controls.jsonl"
     done = runs.take_up(path, chosen, score_again(tokenizer))
-    texts = count * len(languages) * len(chosen) - sum(map(len, done.values()))
+    # The file may hold controls of another kind too.
+    names = [f"{kind}:{number:02d}" for number in range(count)]
+    texts = sum((name, lang) not in done for name in names for lang in languages) * len(chosen)
     about = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
     print(
         f"controls: {count} {kind} x {len(languages)} languages x {len(chosen)} problems, {texts} texts{about}",
@@ -257,7 +259,8 @@ def run(
     ids = {p.id for p in chosen}
 
     def figures(cell: list[dict]) -> dict:
-        return {key: summarize([s for s in cell if s["id"] in ids], budget)[key] for key in MEASURES}
+        made = summarize([s for s in cell if s["id"] in ids], budget)
+        return {key: made[key] for key in MEASURES}
 
     rows = [{"name": c.name, "language": lang} | figures(done[c.name, lang]) for c in drawn for lang in languages]
     real, original = ({lang: figures(cells[m, lang]) for lang in languages} for m in (mode, "original"))

@@ -28,7 +28,7 @@ def figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list
 
 
 def svg(made: "Figure") -> str:
-    """The figure as an SVG element."""
+    """The figure as an SVG element, which stands in a page and as a file of its own."""
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

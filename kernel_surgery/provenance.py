@@ -119,6 +119,17 @@ def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None
     cli.write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+def changed_files(folder: Path, hashes: dict[str, str], record: str = PROVENANCE) -> list[str]:
+    """Files that are missing or whose SHA-256 is not the recorded one, in sentences."""
+    faults = []
+    for name, digest in cli.progress(hashes.items(), total=len(hashes), desc="hash"):
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            faults.append(f"{name} is not the file that was written (its SHA-256 differs from {record})")
+    return faults
+
+
 _WRITER = {
     "baked": ("a checkpoint", "kernel_surgery.bake"),
     "restored": ("a checkpoint", "kernel_surgery.bake --undo"),

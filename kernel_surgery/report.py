@@ -176,9 +176,8 @@ def certificate_section(results: dict) -> str:
         return ""
     from kernel_surgery.certificate import plot, shown
 
-    picture = plot(found)
     return (
-        f"<h2>Certificate</h2>{picture[picture.index('<svg') :]}<details><summary>Figures</summary>"
+        f"<h2>Certificate</h2>{plot(found)}<details><summary>Figures</summary>"
         f"<pre class=wide>{html.escape(shown(found))}</pre></details>"
     )
 

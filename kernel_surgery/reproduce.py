@@ -88,8 +88,8 @@ def check(folder: Path) -> list[str]:
     Raises UserError for a folder that is no bundle.
     """
     from kernel_surgery.problems import expag_problems, problems
+    from kernel_surgery.provenance import changed_files
     from kernel_surgery.results import expag_metrics, pair, score_kept, summarize
-    from kernel_surgery.stream import sha256
 
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -98,12 +98,7 @@ def check(folder: Path) -> list[str]:
         names = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise cli.UserError(f"{str(folder)!r} is no bundle of kernel_surgery.reproduce ({MANIFEST}).") from error
-    faults = []
-    for name, digest in names.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif sha256(folder / name) != digest:
-            faults.append(f"{name} is not the file that was bundled (its SHA-256 differs)")
+    faults = changed_files(folder, names, MANIFEST)
     if missing := [name for name in ("results.json", "samples.jsonl") if not (folder / name).is_file()]:
         return [*faults, f"without {missing[0]} nothing more can be checked"]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

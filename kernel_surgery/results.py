@@ -16,14 +16,21 @@ Sample = dict
 Cells = dict[tuple[str, str], list[Sample]]
 
 
+def judged(text: str, prompt: str, language: str, answer: scoring.Answer) -> dict:
+    """What the text alone tells: its answer, whether that is right, and what language it is in."""
+    found, verdict = scoring.extract_answer(text, prompt, language=language), language_module.judge(text, language)
+    return {
+        **{"extracted": None if found.value is None else str(found.value), "correct": found.value == answer},
+        **{"language_judged": verdict.judged, "language_passed": verdict.passed, "language_found": list(verdict.found)},
+    }
+
+
 def score(problem: Problem, language: str, mode: str, generation: Generation, decode) -> Sample:
     """One text, scored by the strict protocol. `decode` turns token ids into text (for FAT)."""
     prompt = problem.prompts[language]
-    found = scoring.extract_answer(generation.text, prompt, language=language)
-    correct = found.value == problem.answer
-    verdict = language_module.judge(generation.text, language)
+    verdicts = judged(generation.text, prompt, language, problem.answer)
     first = None
-    if correct:
+    if verdicts["correct"]:
         first = scoring.first_answer_token(generation.ids, decode, problem.answer, prompt, language=language)
     return {
         "id": problem.id,
@@ -33,14 +40,14 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
         "prompt": prompt,
         "answer": problem.answer,
         "text": generation.text,
-        "extracted": None if found.value is None else str(found.value),
-        "correct": correct,
+        "extracted": verdicts["extracted"],
+        "correct": verdicts["correct"],
         "fat_tokens": first,
         "finish": generation.finish,
         "tokens": list(generation.ids),
-        "language_judged": verdict.judged,
-        "language_passed": verdict.passed,
-        "language_found": list(verdict.found),
+        "language_judged": verdicts["language_judged"],
+        "language_passed": verdicts["language_passed"],
+        "language_found": verdicts["language_found"],
         "correct_at": correct_at(problem.answer, prompt, language, generation, decode),
     }
 
@@ -62,12 +69,7 @@ def score_again(tokenizer):
 
 def score_kept(problem: Problem, sample: Sample) -> Sample:
     """A kept sample judged again from its text alone: what needs the tokenizer stays as it was."""
-    found = scoring.extract_answer(sample["text"], sample["prompt"], language=sample["language"])
-    verdict = language_module.judge(sample["text"], sample["language"])
-    return sample | {
-        **{"extracted": None if found.value is None else str(found.value), "correct": found.value == problem.answer},
-        **{"language_judged": verdict.judged, "language_passed": verdict.passed, "language_found": list(verdict.found)},
-    }
+    return sample | judged(sample["text"], sample["prompt"], sample["language"], problem.answer)
 
 
 BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

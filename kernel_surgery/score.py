@@ -61,14 +61,10 @@ def exact(answer: str | int | float) -> Fraction:
 
 def scored(line: dict) -> dict:
     """The line, with the verdict of the strict protocol."""
-    from kernel_surgery import language, scoring
+    from kernel_surgery.results import judged
 
-    found = scoring.extract_answer(line["text"], line.get("prompt") or "", language=line["language"])
-    return line | {
-        "extracted": None if found.value is None else str(found.value),
-        "correct": found.value == exact(line["answer"]),
-        "language_found": list(language.judge(line["text"], line["language"]).found),
-    }
+    made = judged(line["text"], line.get("prompt") or "", line["language"], exact(line["answer"]))
+    return line | {key: made[key] for key in ("extracted", "correct", "language_found")}
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ def summary_table(lines: Sequence[dict]) -> str:
     rows = []
     for name in dict.fromkeys(line["language"] for line in lines):
         chosen = [line for line in lines if line["language"] == name]
-        right, (low, high) = sum(line["correct"] for line in chosen), (0.0, 1.0)
+        right = sum(line["correct"] for line in chosen)
         low, high = wilson(right, len(chosen))
         kept = language_module.fidelity([language_module.judge(line["text"], name) for line in chosen])
         fidelity = "-" if kept["language_fidelity"] is None else f"{kept['language_fidelity']:.3f}"

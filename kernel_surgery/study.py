@@ -156,12 +156,14 @@ def at_budget(cells: dict, budget: int, tokenizer) -> dict:
     for (name, language), cell in cells.items():
         cut[name, language] = []
         for sample in cell:
+            if len(sample["tokens"]) <= budget:
+                cut[name, language].append(sample)
+                continue
             ids = tuple(sample["tokens"][:budget])
-            finish = sample["finish"] if len(sample["tokens"]) <= budget else "length"
             problem = Problem(
                 sample["id"], sample["category"], "", "", {}, sample["answer"], {language: sample["prompt"]}
             )
-            made = score(problem, language, name, Generation(ids, decode(ids), finish), decode)
+            made = score(problem, language, name, Generation(ids, decode(ids), "length"), decode)
             cut[name, language].append(made)
     return cut
 

@@ -49,14 +49,9 @@ def same_bytes(one: tuple[Path, stream.Entry], other: tuple[Path, stream.Entry])
 
 def check_files(folder: Path, record: dict) -> list[str]:
     """Files whose hash is not the recorded one, that are missing, or that nobody recorded."""
-    from kernel_surgery.provenance import PROVENANCE
+    from kernel_surgery.provenance import PROVENANCE, changed_files
 
-    faults = []
-    for name, digest in cli.progress(record["sha256"].items(), total=len(record["sha256"]), desc="hash"):
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif stream.sha256(folder / name) != digest:
-            faults.append(f"{name} is not the file that was written (its SHA-256 differs from {PROVENANCE})")
+    faults = changed_files(folder, record["sha256"])
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     unknown = sorted(there - record["sha256"].keys() - {PROVENANCE})
     return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]

@@ -70,7 +70,7 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     assert damage.probe_accuracy(problem, labels, groups) < bound
     # Nor where all rows of a problem share the label: they are held out together.
     shared = (groups * 7 // 3) % 4
-    assert damage.probe_accuracy(problem, shared, groups) < 0.5
+    assert damage.probe_accuracy(problem, shared, groups) < 0.25 + 4 * (0.25 * 0.75 / 100) ** 0.5
 
 
 def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
@@ -85,7 +85,7 @@ def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
     with fused(model, everything), fused(model, other):
         after = damage.probes(model, tokenizer, asked, LANGUAGES)
     for i in subspace.layers:
-        assert after["mlp_out"][i] == pytest.approx(1 / 7, abs=0.02)
+        assert after["mlp_out"][i] == pytest.approx(1 / 7)
     assert after["mlp_out"][0] == before["mlp_out"][0] and min(after["resid_post"].values()) > 0.5
 
 

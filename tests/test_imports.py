@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "cli", "wordings", "problems", "sites", "subspace", "reference", "ops", "edit", "decoder", "collect", "fit",
     "hook", "bake", "fuse", "aot", "stream", "provenance", "checkpoint", "lora", "modes", "layerwise", "checks",
-    "certify", "certificate", "verify", "plain", "scoring", "language", "statistics", "generate", "results", "runs",
-    "neutral", "damage", "controls", "plots", "report", "eval", "score", "study", "reproduce", "polyglot",
+    "certify", "plots", "certificate", "verify", "plain", "scoring", "language", "statistics", "generate", "results",
+    "runs", "neutral", "damage", "controls", "report", "eval", "score", "study", "reproduce", "polyglot",
 )
 # fmt: on
 # Against the order, and only inside a function, when it is called: `parse_languages` asks problems which languages

@@ -115,7 +115,7 @@ def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
     faults = reproduce.check(bundle)
     assert faults == [
         "certificate.svg is missing",
-        "report.html is not the file that was bundled (its SHA-256 differs)",
+        "report.html is not the file that was written (its SHA-256 differs from manifest.json)",
     ]
     (bundle / "samples.jsonl").unlink()
     assert reproduce.check(bundle)[-1] == "without samples.jsonl nothing more can be checked"
