@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.timing import Timer, copy_bandwidth, launches, percentiles
 from kernel_surgery import cli
 
 # d_model of Qwen2.5-3B at every number of rows; wider ones, and a wider subspace, at both ends.
@@ -156,80 +157,6 @@ def error_over_bound(case: str, name: str, result, t: dict) -> float:
     return max(first, ref.worst_ratio(off, ref.rmsnorm_bound(h, weight, EPS)))
 
 
-def launches(call: Callable) -> int | None:
-    """How many kernels, copies and fills one call starts on the GPU; None where the profiler sees nothing."""
-    import torch
-
-    kinds = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        call()
-        torch.cuda.synchronize()
-    seen = profile.key_averages()
-    return sum(event.count for event in seen if event.device_type == torch.autograd.DeviceType.CUDA) or None
-
-
-def graphed(call: Callable, times: int) -> Callable:
-    """`times` calls as one CUDA graph, to be replayed."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    return graph.replay
-
-
-class Timer:
-    """Microseconds a call. how: "launched" or "graph", both with a warm cache, or "cold"."""
-
-    def __init__(self, device, inner: int):
-        import torch
-
-        self.cuda, self.inner, self.replays = device.type == "cuda", inner, {}
-        # Three times the cache, written before each cold call.
-        size = 3 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 0
-        self.scratch = torch.empty(size, dtype=torch.int8, device=device)
-
-    def ways(self) -> tuple[str, ...]:
-        return ("launched", "graph", "cold") if self.cuda else ("launched",)
-
-    def once(self, call: Callable, how: str, key) -> float:
-        if not self.cuda:
-            began = time.perf_counter()
-            for _ in range(self.inner):
-                call()
-            return (time.perf_counter() - began) * 1e6 / self.inner
-        import torch
-
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if how == "cold":
-            self.scratch.zero_()
-            torch.cuda._sleep(2_000_000)  # a millisecond in which the host launches what is timed
-            start.record()
-            call()
-            times = 1
-        elif how == "graph":
-            if key not in self.replays:
-                self.replays[key] = graphed(call, self.inner)
-            start.record()
-            self.replays[key]()
-            times = self.inner
-        else:
-            start.record()
-            for _ in range(self.inner):
-                call()
-            times = self.inner
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / times
-
-
 def measure(case: str, m: int, d: int, k: int, dtype, device, rounds: int, compiled: bool) -> list[dict]:
     """Rows for one shape. `fraction_of_copy` is against the yardstick in the same run, way by way."""
     t = inputs(m, d, k, dtype, device)
@@ -249,12 +176,12 @@ def measure(case: str, m: int, d: int, k: int, dtype, device, rounds: int, compi
     moved = (2 if case == "project" else 4) * m * d * t["x"].element_size()
     rows = []
     for (name, how), sample in times.items():
-        sample, middle = sorted(sample), medians[name, how]
+        middle = medians[name, how]
         floor = min(medians[other, how] for other in floors)
         rows.append(
             {"case": case, "provider": name, "M": m, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch.")}
-            | {f"us_p{p}": sample[round(p / 100 * (len(sample) - 1))] for p in (20, 80)}
-            | {"us_p50": middle, "gbps": moved / middle / 1e3, "fraction_of_copy": floor / middle}
+            | percentiles(sample)
+            | {"gbps": moved / middle / 1e3, "fraction_of_copy": floor / middle}
             | {"error_over_bound": ratios[name], "launches": counts[name]}
             | {"cache": "cold" if how == "cold" else "warm", "graph": how == "graph"}
         )
@@ -272,17 +199,6 @@ def shown(row: dict) -> str:
         f"{head} {how:<5} {row['us_p50']:>10.1f} us {row['gbps']:>7.1f} GB/s {row['fraction_of_copy']:>6.3f} of {floor}"
         f"  error/bound {row['error_over_bound']:.2f}{count}{verdict}"
     )
-
-
-def copy_bandwidth(device) -> float:
-    """GB/s of copying a tensor well beyond the cache, bytes read plus bytes written."""
-    import torch
-
-    size = 2**30 if device.type == "cuda" else 2**27
-    source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
-    timer = Timer(device, 3)
-    taken = [timer.once(lambda: target.copy_(source), "launched", "copy") for _ in range(6)]
-    return 2 * size / statistics.median(taken[1:]) / 1e3
 
 
 def parser() -> argparse.ArgumentParser:

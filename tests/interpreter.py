@@ -1,7 +1,8 @@
 """The Triton kernels in Triton's interpreter, in a process of its own: @triton.jit reads TRITON_INTERPRET when it runs.
 
     python -m tests.interpreter GROUP[,GROUP] [PATH...]      one JSON line a case: ratios to bounds, or same_bits
-    python -m tests.interpreter --first FILE...              per kernel source: the first case that breaks a rule
+    python -m tests.interpreter --first FILE...              per kernel source: the first case that breaks a rule, the
+                                                             cases of form F first for a file named F.*.py
 
 The interpreter cannot do bfloat16 (it works on raw bits), so the two-piece paths run in float16 pieces here; their
 bfloat16 arithmetic is emulated in tests/test_project_kernel.py, and the compiled kernels are checked on hardware.
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -205,7 +207,7 @@ def results(module, groups, paths):
     torch.manual_seed(0)
     project = module.project
     module.torch, guards = guarded()
-    for group, path in itertools.product(groups, paths):
+    for path, group in itertools.product(paths, groups):
         yield from {"shapes": shapes, "few": lambda p: shapes(p, FEW), "memory": memory, "rows": rows}[group](path)
     same = all(bool(g.isnan().all()) for g in guards)
     yield {"case": "rows behind the output", "same_bits": same}
@@ -217,7 +219,9 @@ if __name__ == "__main__":
             spec = importlib.util.spec_from_file_location(f"kernels_{number}", file)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            cases = results(module, ("few", "memory", "rows"), PATHS)
+            form = Path(file).name.split(".")[0]
+            paths = sorted(PATHS, key=lambda path: PATHS[path][1]["form"] != form)
+            cases = results(module, ("few", "memory", "rows"), paths)
             print(json.dumps(next(filter(None, map(broken, cases)), "")), flush=True)
     else:
         for result in results(kernels, sys.argv[1].split(","), sys.argv[2:] or PATHS):

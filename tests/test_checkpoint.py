@@ -7,7 +7,9 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,22 +253,44 @@ def test_a_file_is_copied_whole_whatever_the_filesystem_offers(source, tmp_path,
     } - {"provenance.json"}
 
 
-BAKE = """
-import sys, time
+# A process with everything imported, which forks one that bakes for each line "PAUSE SECONDS" it reads: with pauses, so
+# that a kill can fall between all steps, and killed after so many seconds. It answers with the exit status (9: killed)
+# and how long it took.
+BAKER = """
+import os, signal, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import torch, safetensors.torch
 from kernel_surgery import bake, reference, stream
 from kernel_surgery.checkpoint import bake_checkpoint
 from kernel_surgery.subspace import Subspace
 
-source, subspace, destination, pause = sys.argv[1:]
+source, subspace, destination = sys.argv[1:]
 subspace = Subspace.load(subspace)
-def slowed(real):
-    return lambda *a, **k: (time.sleep(float(pause)), real(*a, **k))[1]
-for name in ("copy_range", "write_tensor", "read_tensor"):
-    setattr(stream, name, slowed(getattr(stream, name)))
+def slowed(real, pause):
+    return lambda *a, **k: (time.sleep(pause), real(*a, **k))[1]
 print("ready", flush=True)
-bake_checkpoint(Path(source), subspace, Path(destination))
+for line in sys.stdin:
+    pause, limit = map(float, line.split())
+    began, pid = time.monotonic(), os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        for name in ("copy_range", "write_tensor", "read_tensor"):
+            setattr(stream, name, slowed(getattr(stream, name), pause))
+        try:
+            bake_checkpoint(Path(source), subspace, Path(destination))
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    done = 0
+    while not done and time.monotonic() < began + limit:
+        time.sleep(0.001)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    print(status, time.monotonic() - began, flush=True)
 """
 
 
@@ -280,50 +304,60 @@ def large(tmp_path):
     return tmp_path
 
 
-def started(folder, pause=0.0):
-    """A process that bakes, with pauses so that a kill can fall between all steps; everything is imported by now."""
-    words = [
-        sys.executable,
-        "-c",
-        BAKE,
-        folder / "source",
-        folder / "subspace.safetensors",
-        folder / "baked",
-        str(pause),
-    ]
+@contextmanager
+def baker(folder):
+    """`bake(pause, limit)` in a process of its own: (status, seconds, what it said). `bake.start` and `bake.wait` are
+    its two halves."""
+    words = [sys.executable, "-c", BAKER, folder / "source", folder / "subspace.safetensors", folder / "baked"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
-    return process
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(words, **pipes, stderr=said, text=True, env=environment) as server,
+    ):
+        assert server.stdout.readline() == "ready\n"
+
+        def start(pause=0.0, limit=60.0):
+            said.truncate(0)
+            server.stdin.write(f"{pause} {limit}\n")
+            server.stdin.flush()
+
+        def wait():
+            status, seconds = server.stdout.readline().split()
+            said.seek(0)
+            return int(status), float(seconds), said.read()
+
+        def bake(pause=0.0, limit=60.0):
+            start(pause, limit)
+            return wait()
+
+        bake.start, bake.wait = start, wait
+        yield bake
+        server.stdin.close()
 
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_half_checkpoint_and_one_sibling_at_most(large):
     before = {f.name: sha256(f) for f in (large / "source").iterdir()}
-    process = started(large, 0.02)
-    began = time.monotonic()
-    while not (large / "baked").exists() and process.poll() is None:
-        time.sleep(0.005)
-    whole_run = time.monotonic() - began
-    assert process.wait() == 0, process.stderr.read()
-    right = {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")}
-    shutil.rmtree(large / "baked")
-    states = {"nothing": 0, "sibling": 0, "whole": 0}
-    for _ in range(20):
-        process = started(large, 0.02)
-        time.sleep(whole_run * random.random())
-        process.kill()
-        process.wait()
-        names = {p.name for p in large.iterdir()} - {"source", "subspace.safetensors"}
-        assert names in (set(), {".baked.baking"}, {"baked"}), names
-        states["whole" if "baked" in names else "sibling" if names else "nothing"] += 1
-        if "baked" in names:
-            assert {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")} == right
-            shutil.rmtree(large / "baked")
-    print(f"a run takes {whole_run:.2f} s; after twenty kills: {states}")
-    assert states["sibling"] >= 3  # else the kills fell beside it
-    process = started(large)
-    assert process.wait() == 0, process.stderr.read()
+    with baker(large) as bake:
+        status, whole_run, said = bake(0.02)
+        assert status == 0, said
+        right = {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")}
+        shutil.rmtree(large / "baked")
+        states = {"nothing": 0, "sibling": 0, "whole": 0}
+        for _ in range(20):
+            status, _, said = bake(0.02, whole_run * random.random())
+            assert status in (0, 9), said
+            names = {p.name for p in large.iterdir()} - {"source", "subspace.safetensors"}
+            assert names in (set(), {".baked.baking"}, {"baked"}), names
+            states["whole" if "baked" in names else "sibling" if names else "nothing"] += 1
+            if "baked" in names:
+                assert {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")} == right
+                shutil.rmtree(large / "baked")
+        print(f"a run takes {whole_run:.2f} s; after twenty kills: {states}")
+        assert states["sibling"] >= 3  # else the kills fell beside it
+        status, _, said = bake()
+        assert status == 0, said
     assert {p.name for p in large.iterdir()} == {"source", "subspace.safetensors", "baked"}
     assert {f.name: sha256(f) for f in (large / "baked").glob("*.safetensors")} == right
     assert {f.name: sha256(f) for f in (large / "source").iterdir()} == before
@@ -331,12 +365,14 @@ def test_twenty_kills_leave_no_half_checkpoint_and_one_sibling_at_most(large):
 
 @pytest.mark.slow
 def test_two_at_once_do_not_write_the_same_checkpoint(large):
-    first = started(large, 0.5)
-    for _ in range(500):
-        if (large / ".baked.baking").exists():
-            break
-        time.sleep(0.01)
-    second = started(large)
-    assert second.wait() == 1 and "another process is writing" in second.stderr.read()
-    assert first.wait() == 0, first.stderr.read()
+    with baker(large) as first, baker(large) as second:
+        first.start(0.2)
+        for _ in range(500):
+            if (large / ".baked.baking").exists():
+                break
+            time.sleep(0.01)
+        status, _, said = second()
+        assert status != 0 and "another process is writing" in said
+        status, _, said = first.wait()
+        assert status == 0, said
     assert {p.name for p in large.iterdir()} == {"source", "subspace.safetensors", "baked"}

@@ -66,6 +66,7 @@ def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, case
 
 # name: (what stands in kernels/project.py, what a plausible mistake would make of it). A name that begins with a form
 # is a fault of that form alone.
+FORMS = ("row", "tile", "two-pass")
 MUTATIONS = {
     "sign": ("wide - a * removed", "wide + a * removed"),
     "strength ignored": ("wide - a * removed", "wide - removed"),
@@ -183,31 +184,36 @@ def narrow_in(kernel):
     return next((line for line in done.stdout.splitlines() if ": " in line), "")
 
 
+def mutated_form(mutation):
+    """The form that a mutation is of, from its name; "any" where it is of none alone."""
+    return next((form for form in FORMS if mutation.startswith(f"{form}: ")), "any")
+
+
 @pytest.mark.slow
 def test_every_mutation_of_the_kernels_is_caught(tmp_path):
     right = (ROOT / "kernels" / "project.py").read_text(encoding="utf-8")
     files = {}
     for name, (old, new) in ({"nothing": (right, right)} | MUTATIONS | NARROW).items():
         assert old in right, f"{name}: the source has changed, mend the mutation"
-        files[name] = tmp_path / f"{len(files)}.py"
+        files[name] = tmp_path / f"{mutated_form(name)}.{len(files)}.py"
         files[name].write_text(right.replace(old, new), encoding="utf-8")
     seen = [name for name in files if name not in NARROW]
-    halves = seen[::2], seen[1::2]
-    caught = {name: narrow_in(files[name]) for name in ("nothing", *NARROW)}
-    assert caught.pop("nothing") == ""
     with ThreadPoolExecutor(2) as pool:
-        for names, lines in zip(
-            halves, pool.map(lambda half: interpret("--first", *(str(files[n]) for n in half)), halves), strict=True
-        ):
-            caught |= dict(zip(names, lines, strict=True))
+        narrow = {name: pool.submit(narrow_in, files[name]) for name in ("nothing", *NARROW)}
+        parts = [seen[i::4] for i in range(4)]
+        runs = [pool.submit(interpret, "--first", *(str(files[name]) for name in part)) for part in parts]
+        caught = {name: run.result() for name, run in narrow.items()}
+        assert caught.pop("nothing") == ""
+        for part, run in zip(parts, runs, strict=True):
+            caught |= dict(zip(part, run.result(), strict=True))
     for name, case in caught.items():
         print(f"{name}: {case or 'not caught'}")
     assert caught.pop("nothing") == ""
     assert [name for name, case in caught.items() if not case] == []
     # A fault of one form shows in a case of that form.
     for name, case in caught.items():
-        form = next((f for f in ("row", "tile", "two-pass") if name.startswith(f"{f}: ")), None)
-        if form and not case.startswith("rows behind"):
+        form = mutated_form(name)
+        if form in FORMS and not case.startswith("rows behind"):
             found_in = next((f for f in ("row", "tile") if case.split()[1] == f), "two-pass")
             assert found_in == form, f"{name}: {case}"
 

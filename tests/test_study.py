@@ -177,7 +177,7 @@ def test_ten_kills_lose_no_finished_cell(tmp_path):
         for _ in range(60):
             if killed == 10:
                 break
-            status = go(rng.uniform(0.3, 2.5))
+            status = go(rng.uniform(0.2, 1.4))
             now = finished()
             assert now[: len(seen)] == seen[: len(now)] and len(now) >= len(seen), (
                 "a finished cell is gone, or made again"

@@ -1,0 +1,268 @@
+"""What the edit costs in a model: python -m bench.model [--case stack|polyglot|qwen] [--out FILE]
+
+Prefill (one forward pass over whole prompts) and decode (one token into a static cache, the same work at every step)
+of the original and of every way of editing it (`bench.providers`), in one run, interleaved.
+
+    stack      four decoder layers of Qwen2.5-3B's shapes, two of them edited, a small vocabulary (default on a CPU)
+    polyglot   the embedded model with its own subspace's layers
+    qwen       Qwen2.5-3B's shapes whole, 36 layers, 18 edited, random weights (default on CUDA)
+
+Correctness first: each provider's logits of the timed inputs are compared with those of the exactly edited model in
+the next wider dtype. error/bound is their root-mean-square error over twice the original's own (against its own
+oracle); a provider beyond 1 is not timed. A ratio is called slower or faster only beyond the noise, which is what the
+original shows against itself.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.timing import NOISE, Timer, against, interleaved, launches, percentiles
+from kernel_surgery import cli
+
+GATE = 2.0
+# (phase, sequences, tokens): prefill of so many tokens, or a decoding step after so many.
+CASES = {
+    "stack": [("prefill", 1, 128), ("decode", 1, 128), ("decode", 8, 128)],
+    "polyglot": [("prefill", 1, 64), ("prefill", 64, 64), ("decode", 1, 64), ("decode", 64, 64)],
+    "qwen": [
+        ("decode", 1, 1024),
+        ("decode", 8, 1024),
+        ("decode", 64, 1024),
+        ("prefill", 1, 2048),
+        ("prefill", 8, 2048),
+    ],
+}
+SHAPES = {"stack": {"num_hidden_layers": 4, "vocab_size": 2048}, "qwen": {}}
+
+
+def load(case: str, dtype, device, layers: int | None = None):
+    """(model, bases) of a case."""
+    from bench.shapes import random_bases, random_model
+
+    if case == "polyglot":
+        from kernel_surgery.subspace import Subspace
+
+        model = cli.load_model("polyglot", dtype, device).requires_grad_(False)
+        bases = Subspace.load(cli.POLYGLOT / "subspace.safetensors").bases
+        return model, {layer: basis.to(device) for layer, basis in bases.items()}
+    model = random_model(dtype, device, **SHAPES[case] | ({"num_hidden_layers": layers} if layers else {}))
+    return model, random_bases(model)
+
+
+def prompts(model, sequences: int, tokens: int):
+    """Random ids [sequences, tokens + 1]; the last is the one that a decoding step reads."""
+    import torch
+
+    generator = torch.Generator().manual_seed(sequences + tokens)
+    return torch.randint(1, model.config.vocab_size, (sequences, tokens + 1), generator=generator).to(model.device)
+
+
+class Step:
+    """One timed call of one provider: a prefill, or a decoding step into a static cache of its own."""
+
+    def __init__(self, call: Callable, phase: str, ids, room: int):
+        import torch
+        from transformers import StaticCache
+
+        self.call, self.cache = call, None
+        tokens = ids.shape[1] - 1
+        if phase == "prefill":
+            self.inputs = {"input_ids": ids[:, :tokens], "use_cache": False, "logits_to_keep": 1}
+            return
+        self.cache = StaticCache(config=call.model.config, max_cache_len=tokens + room)
+        with torch.no_grad():
+            call(input_ids=ids[:, :tokens], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.inputs = {"input_ids": ids[:, tokens:], "past_key_values": self.cache, "use_cache": True}
+        # Where the cache stands. Rewound between the rounds, outside what is timed.
+        self.marks = [(layer.cumulative_length, layer.cumulative_length.clone()) for layer in self.cache.layers]
+
+    def rewind(self) -> None:
+        for place, value in self.marks if self.cache is not None else ():
+            place.copy_(value)
+
+    def __call__(self):
+        import torch
+
+        with torch.no_grad():
+            return self.call(**self.inputs)[:, -1]
+
+
+def wider(dtype):
+    """The dtype that an oracle computes in."""
+    import torch
+
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def oracle_logits(model, bases: dict, ids) -> dict[str, "object"]:
+    """{"original", "edited"}: last logits of the whole sequence, from copies in the next wider dtype."""
+    import copy
+
+    import torch
+
+    from kernel_surgery import hooked
+
+    # Widened tensor by tensor: every value stays what it is.
+    exact, found = copy.deepcopy(model).to(wider(model.dtype)), {}
+    with torch.no_grad():
+        found["original"] = exact(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].clone()
+        with hooked(exact, bases):
+            found["edited"] = exact(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].clone()
+    return found
+
+
+def rms(x) -> float:
+    """Root of the mean square of a tensor, in float64."""
+    return float(x.double().square().mean().sqrt())
+
+
+def gate(steps: dict[str, Step], exact: dict) -> dict[str, float]:
+    """{provider: error/bound}: its logits' error against the exactly edited model, over GATE times the original's."""
+    own = rms(steps["original"]().double() - exact["original"])
+    steps["original"].rewind()
+    found = {}
+    for name, step in steps.items():
+        which = "original" if name in ("original", NOISE) else "edited"
+        found[name] = rms(step().double() - exact[which]) / (GATE * own)
+        step.rewind()
+    return found
+
+
+def measure(calls: dict, model, bases, phase: str, sequences: int, tokens: int, how: str, rounds: int, advance) -> list:
+    """Rows of one phase and size. how: "eager", "compile", "graph" (a replayed CUDA graph)."""
+    import torch
+
+    from kernel_surgery.edit import forget_compiled_graphs
+
+    cuda, inner = model.device.type == "cuda", 4 if phase == "decode" else 1
+    ids = prompts(model, sequences, tokens)
+    steps = {name: Step(call, phase, ids, room=64) for name, call in calls.items()}
+    ratios = gate(steps, oracle_logits(model, bases, ids if phase == "decode" else ids[:, :tokens]))
+    timed = {name: step for name, step in steps.items() if ratios[name] <= 1}
+    counts, left_out = dict.fromkeys(timed), {name: "its logits break their bound" for name in steps.keys() - timed}
+    timer, runs = Timer(model.device, inner), {}
+    for name, step in timed.items():
+        if cuda and how == "eager":
+            counts[name] = launches(step)
+            step.rewind()
+        if how == "compile":
+            forget_compiled_graphs()
+            runs[name] = torch.compile(step, dynamic=False)
+            runs[name]()
+            step.rewind()
+        else:
+            runs[name] = step
+    kind = "graph" if how == "graph" else "launched"
+
+    def one(name: str) -> float:
+        try:
+            return timer.once(runs[name], kind, (name, phase, sequences))
+        finally:
+            timed[name].rewind()
+
+    if how == "graph":
+        for name in list(timed):
+            try:
+                one(name)
+            except RuntimeError as error:  # what cannot be captured says so, and leaves the others alone
+                torch.cuda.synchronize()
+                left_out[name] = f"cannot be captured: {str(error).splitlines()[0][:120]}"
+                del timed[name]
+    times = interleaved({name: lambda name=name: one(name) for name in timed}, rounds, advance)
+    compared, rows = against(times), []
+    for name in calls:
+        row = {"case": phase, "provider": name, "sequences": sequences, "tokens": tokens, "how": how}
+        row |= {"layers": len(model.model.layers), "edited": len(bases), "d": model.config.hidden_size}
+        row |= {"k": next(iter(bases.values())).shape[1], "dtype": str(model.dtype).removeprefix("torch.")}
+        row |= {"error_over_bound": ratios[name], "launches": counts.get(name), "graph": how == "graph"}
+        if name in times:
+            row |= percentiles(times[name]) | compared[name] | {"left_out": None}
+        else:
+            row |= {"left_out": left_out[name]}
+        rows.append(row)
+    return rows
+
+
+def shown(row: dict) -> str:
+    """One line of the table."""
+    if row["left_out"]:
+        return f"  {row['provider']:<16} {row['left_out']} (error/bound {row['error_over_bound']:.2f})"
+    low, high = row["ratio_ci95"]
+    count = "" if row["launches"] is None else f"  launches {row['launches']}"
+    return (
+        f"  {row['provider']:<16} {row['us_p50'] / 1e3:>9.3f} ms  {row['ratio']:.3f} of original ({low:.3f} to {high:.3f})"
+        f"  {row['verdict']:<16}  error/bound {row['error_over_bound']:.2f}{count}"
+    )
+
+
+def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: float) -> str:
+    """What the memory allows at best: every weight read once; and what the edit adds to it."""
+    size = model.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * size
+    rows = sequences * (tokens if phase == "prefill" else 1)
+    edit = sum((2 * rows + 2 * b.shape[1]) * b.shape[0] * size for b in bases.values())
+    return (
+        f"{phase} {sequences} x {tokens}: reading the weights takes {weights / bandwidth / 1e6:.2f} ms at the copy's "
+        f"{bandwidth:.0f} GB/s; an edit that reads and writes its rows once adds {edit / bandwidth / 1e6:.3f} ms"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
+    p.add_argument("--case", choices=tuple(CASES), help="default: qwen on CUDA, else stack")
+    p.add_argument("--how", default="eager", help="comma-separated: eager, compile, graph (CUDA)")
+    p.add_argument("--providers", help="comma-separated (default: all that are installed)")
+    p.add_argument("--layers", type=int, help="fewer than the case has")
+    p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES))
+    p.add_argument("--device", default="auto")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--out", type=Path, help="JSON file for the rows")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Print the ceiling, then a table for each phase and size; 1 if one of our own modes breaks its bound."""
+    args = parser().parse_args(argv)
+    device = cli.parse_device(args.device)
+    dtype = cli.parse_dtype(args.dtype, device)
+    case = args.case or ("qwen" if device.type == "cuda" else "stack")
+    from bench import providers
+    from bench.timing import copy_bandwidth
+
+    absent = providers.missing()
+    names = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
+    if unknown := [n for n in names if n not in providers.NAMES]:
+        raise cli.UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
+    names = list(dict.fromkeys(["original", NOISE, *(n for n in names if n not in absent)]))
+    for name, why in absent.items():
+        print(f"{name}: {why}")
+    environment = cli.environment(device)
+    stamp = {key: environment[key] for key in ("torch", "triton", "transformers", "commit", "dirty", "device")}
+    stamp |= {name: cli.version(name) for name in providers.PEERS} | {"date": time.strftime("%Y-%m-%d")}
+    bandwidth = copy_bandwidth(device)
+    model, bases = load(case, dtype, device, args.layers)
+    print(f"{stamp['device']}: {case}, {len(model.model.layers)} layers, {len(bases)} edited, {str(dtype)[6:]}")
+    hows, rows = args.how.split(","), []
+    with cli.bar(len(hows) * len(CASES[case]) * (args.rounds + 1) * len(names), case, unit="call") as bar:
+        for how in hows:
+            for phase, sequences, tokens in CASES[case]:
+                with providers.opened(model, bases, names) as calls:
+                    bar.write(f"{how}, {ceiling(model, bases, phase, sequences, tokens, bandwidth)}")
+                    found = measure(calls, model, bases, phase, sequences, tokens, how, args.rounds, bar.update)
+                for row in found:
+                    rows.append(row | {"model": case} | stamp)
+                    bar.write(shown(row))
+                if args.out:
+                    cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+    print(json.dumps({"case": f"model {case}", "rows": len(rows), **stamp}))
+    ours = ("hook", "fused", "fused output", "lora", "baked")
+    broken = [r for r in rows if r["provider"] in ours and r["error_over_bound"] > 1]
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    cli.main(run)

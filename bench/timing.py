@@ -1,0 +1,151 @@
+"""One way of timing for every benchmark: interleaved, in rounds, with the original beside itself as the noise.
+
+Every round takes each provider once, in an order that changes from round to round, so that a drift of the machine meets
+all of them. Reported are the median with the 20th and 80th percentile, and, of a round's time over the original's in
+the same round, the median with a 95% interval (bootstrap over the rounds). The original is among the providers twice:
+how far its second copy's interval reaches from 1 is what a ratio must leave before it means anything.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+NOISE = "original again"
+
+
+def graphed(call: Callable, times: int = 1) -> Callable:
+    """`times` calls as one CUDA graph, to be replayed."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph.replay
+
+
+class Timer:
+    """Microseconds a call. how: "launched" or "graph", both with a warm cache, or "cold"."""
+
+    def __init__(self, device, inner: int):
+        import torch
+
+        self.cuda, self.inner, self.replays = device.type == "cuda", inner, {}
+        # Three times the cache, written before each cold call.
+        size = 3 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 0
+        self.scratch = torch.empty(size, dtype=torch.int8, device=device)
+
+    def ways(self) -> tuple[str, ...]:
+        return ("launched", "graph", "cold") if self.cuda else ("launched",)
+
+    def once(self, call: Callable, how: str, key) -> float:
+        if not self.cuda:
+            began = time.perf_counter()
+            for _ in range(self.inner):
+                call()
+            return (time.perf_counter() - began) * 1e6 / self.inner
+        import torch
+
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if how == "cold":
+            self.scratch.zero_()
+            torch.cuda._sleep(2_000_000)  # a millisecond in which the host launches what is timed
+            start.record()
+            call()
+            times = 1
+        elif how == "graph":
+            if key not in self.replays:
+                self.replays[key] = graphed(call, self.inner)
+            start.record()
+            self.replays[key]()
+            times = self.inner
+        else:
+            start.record()
+            for _ in range(self.inner):
+                call()
+            times = self.inner
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / times
+
+
+def copy_bandwidth(device) -> float:
+    """GB/s of copying a tensor well beyond the cache, bytes read plus bytes written."""
+    import torch
+
+    size = 2**30 if device.type == "cuda" else 2**27
+    source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
+    timer = Timer(device, 3)
+    taken = [timer.once(lambda: target.copy_(source), "launched", "copy") for _ in range(6)]
+    return 2 * size / statistics.median(taken[1:]) / 1e3
+
+
+def launches(call: Callable) -> int | None:
+    """How many kernels, copies and fills one call starts on the GPU; None where the profiler sees nothing."""
+    import torch
+
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize()
+    seen = profile.key_averages()
+    return sum(event.count for event in seen if event.device_type == torch.autograd.DeviceType.CUDA) or None
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], float]], rounds: int, advance: Callable[[int], None] = lambda done: None
+) -> dict[str, list[float]]:
+    """{name: one time a round}. Each call takes its own time and returns it; a first round of all is thrown away."""
+    order, shuffle = list(calls), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name in order:
+            taken = calls[name]()
+            if number:
+                times[name].append(taken)
+            advance(1)
+        shuffle.shuffle(order)
+    return times
+
+
+def percentiles(sample: Sequence[float], unit: str = "us") -> dict[str, float]:
+    """{"us_p20", "us_p50", "us_p80"} of a sample of times."""
+    ordered = sorted(sample)
+    found = {f"{unit}_p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 80)}
+    return found | {f"{unit}_p50": statistics.median(ordered)}
+
+
+def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
+    """{"ratio", "ratio_ci95"} of times taken in the same rounds: the median of the rounds' ratios, bootstrapped."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    each = np.asarray(sample) / np.asarray(base)
+    if len(each) < 3 or np.ptp(each) == 0:
+        return {"ratio": float(np.median(each)), "ratio_ci95": [float(each.min()), float(each.max())]}
+    interval = bootstrap(
+        (each,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return {"ratio": float(np.median(each)), "ratio_ci95": [float(interval.low), float(interval.high)]}
+
+
+def against(times: Mapping[str, Sequence[float]], base: str = "original") -> dict[str, dict]:
+    """{name: {"ratio", "ratio_ci95", "noise", "verdict"}} of every provider over `base`, which `NOISE` repeats.
+
+    noise: how far the interval of the repetition reaches from 1. "slower" and "faster" only where a provider's whole
+    interval lies beyond that; else "within the noise".
+    """
+    found = {name: ratio(sample, times[base]) for name, sample in times.items()}
+    noise = max(abs(end - 1) for end in found[NOISE]["ratio_ci95"])
+    for name, row in found.items():
+        low, high = row["ratio_ci95"]
+        apart = "slower" if low > 1 + noise else "faster" if high < 1 / (1 + noise) else "within the noise"
+        row |= {"noise": noise, "verdict": "-" if name in (base, NOISE) else apart}
+    return found
