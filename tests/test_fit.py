@@ -1,5 +1,6 @@
 """The basis is the space in which only the language varies; what it must not depend on drops out exactly."""
 
+import math
 import pickle
 
 import numpy as np
@@ -181,11 +182,36 @@ def test_an_option_that_contradicts_the_file_is_refused(tmp_path):
 
 
 def test_rows_are_what_the_methods_say():
+    """Fewer rows than deviations, one a problem less, with the same scatter: nothing else is asked of them."""
     x = torch.randn(5, 3, 8, dtype=torch.float64)
-    deviations = language_rows(x, "deviations")
-    assert deviations.shape == (15, 8)
-    assert deviations.reshape(5, 3, 8).sum(1).abs().max() < 1e-12
-    centroids = language_rows(x, "centroids")
-    assert centroids.shape == (3, 8) and centroids.sum(0).abs().max() < 1e-12
+    for method, given in (("deviations", x), ("centroids", x.mean(0, keepdim=True))):
+        rows, deviations = language_rows(x, method), (given - given.mean(1, keepdim=True)).reshape(-1, 8)
+        assert rows.shape == (2 * len(given), 8)
+        scale = deviations.norm() ** 2
+        assert (rows.T @ rows - deviations.T @ deviations).norm() <= 100 * 2.0**-52 * scale
+        assert (rows.T @ rows - (x - x.mean()).reshape(-1, 8).T @ (x - x.mean()).reshape(-1, 8)).norm() > 0.1 * scale
+
+
+@pytest.mark.parametrize("n, d", [(40, 90), (90, 40)])
+@pytest.mark.parametrize("weakest", [1.0, 1e-2, 1e-3])
+def test_the_basis_is_the_svds_however_weak_its_last_direction(n, d, weakest):
+    """Both shapes, down to just above where the rank ends: the largest principal angle to a float64 SVD."""
+    generator = torch.Generator().manual_seed(n)
+    left, right = (torch.linalg.qr(torch.randn(m, 6, generator=generator, dtype=torch.float64))[0] for m in (n, d))
+    s = torch.logspace(0, math.log10(weakest), 5, dtype=torch.float64).tolist()
+    s = torch.tensor([*s, s[-1] / 4], dtype=torch.float64)
+    rows = left * s @ right.T
+    basis, values = principal_basis(rows, 5)
+    exact = torch.linalg.svd(rows, full_matrices=False)[2][:5].T
+    sine = float(torch.linalg.matrix_norm(basis.double() - exact @ (exact.T @ basis.double()), 2))
+    # Davis and Kahan with float64's rounding of the Gram matrix over the gap of the squares; and of the float32 basis.
+    bound = max(n, d) * 2.0**-52 * s[0] ** 2 / (s[4] ** 2 - s[5] ** 2) + 5**0.5 * 2.0**-24
+    print(f"{n}x{d} weakest {weakest}: sine {sine:.1e}, error/bound {sine / bound:.2f}")
+    assert sine <= bound <= 1e-5
+    assert (basis.T @ basis - torch.eye(5)).abs().max() <= 8 * 2.0**-24
+    assert torch.allclose(values[:6].double(), s, rtol=2.0**-22, atol=0)
+
+
+def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="unknown method 'pca'; known: deviations, centroids"):
-        language_rows(x, "pca")
+        language_rows(torch.randn(5, 3, 8), "pca")
