@@ -193,8 +193,8 @@ def shown(row: dict) -> str:
     low, high = row["ratio_ci95"]
     count = "" if row["launches"] is None else f"  launches {row['launches']}"
     return (
-        f"  {row['provider']:<16} {row['us_p50'] / 1e3:>9.3f} ms  {row['ratio']:.3f} of original ({low:.3f} to {high:.3f})"
-        f"  {row['verdict']:<16}  error/bound {row['error_over_bound']:.2f}{count}"
+        f"  {row['provider']:<16} {row['us_p50'] / 1e3:>9.3f} ms  {row['ratio']:.3f} of original ({low:.3f} to "
+        f"{high:.3f})  {row['verdict']:<16}  error/bound {row['error_over_bound']:.2f}{count}"
     )
 
 

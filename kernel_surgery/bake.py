@@ -27,11 +27,14 @@ def remove(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "tuple[T
     """
     import torch
 
+    from kernel_surgery.reference import in_full
+
     wide = torch.promote_types(weight.dtype, torch.float32)
     w, u = weight.detach().to(wide), basis.to(weight.device, wide)
     columns = w.reshape(w.shape[0], -1)
-    inside = u.T @ columns
-    return torch.addmm(columns, u, inside, alpha=-strength).reshape(w.shape).to(weight.dtype), inside
+    with in_full(weight):
+        inside = u.T @ columns
+        return torch.addmm(columns, u, inside, alpha=-strength).reshape(w.shape).to(weight.dtype), inside
 
 
 def bake_weight(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "Tensor":

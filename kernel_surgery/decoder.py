@@ -48,19 +48,21 @@ def _output_watched(block: nn.Module) -> bool:
     return not own or bool(block.mlp._forward_hooks) or bool(hooks_of_all._global_forward_hooks)
 
 
-def _watched(model: nn.Module, layer: int) -> bool:
-    """Whether a hook sees the tensor between a layer and the next norm: it may change it in place.
+def _readers(model: nn.Module, layer: int) -> list[nn.Module]:
+    """The modules that are given what a layer returns."""
+    blocks = decoder_layers(model)
+    return [next_norm(model, layer), *blocks[layer + 1 : layer + 2]]
+
+
+def _watched(block: nn.Module, readers: list[nn.Module]) -> bool:
+    """Whether a hook sees the tensor between a layer and its `_readers`: it may change it in place.
 
     Those with which transformers records hidden states stay in place after the first time they were asked for; they
     change nothing.
     """
-    blocks = decoder_layers(model)
-    after = [blocks[layer + 1]] if layer + 1 < len(blocks) else []
-    before_reading = [h for m in (next_norm(model, layer), *after) for h in m._forward_pre_hooks.values()]
     recorder = "transformers.utils.output_capturing"
-    return any(
-        getattr(h, "__module__", "") != recorder for h in (*blocks[layer]._forward_hooks.values(), *before_reading)
-    )
+    hooks = [*block._forward_hooks.values(), *(hook for m in readers for hook in m._forward_pre_hooks.values())]
+    return any(getattr(hook, "__module__", "") != recorder for hook in hooks)
 
 
 def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]:
@@ -92,7 +94,7 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
         return "add", (
             f"the next norm is {norm.weight.dtype} on {norm.weight.device}, the layer {weight.dtype} on {weight.device}"
         )
-    if _watched(model, layer):
+    if _watched(block, _readers(model, layer)):
         return "add", "a hook looks between the layer and the next norm"
     return "norm", None
 
@@ -121,7 +123,7 @@ def _layer_forward(
     handover: _Handover | None,
 ) -> Callable[..., Tensor]:
     """The forward of one edited layer."""
-    block, norm = decoder_layers(model)[layer], next_norm(model, layer)
+    block, norm, readers = decoder_layers(model)[layer], next_norm(model, layer), _readers(model, layer)
     parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
     names = [p.name for p in parameters]
     # The layer hands every parameter of its own on to attention, those that were left out too.
@@ -147,7 +149,7 @@ def _layer_forward(
         basis = getattr(down, buffer)
         if output.dtype != residual.dtype:  # under autocast
             return residual + ops.project(output, basis, plan.strength)
-        if handover is None or _watched(model, layer):
+        if handover is None or _watched(block, readers):
             return ops.project_add(output, residual, basis, plan.strength)
         eps = norm.variance_epsilon
         h, n = ops.project_add_rmsnorm(output, residual, norm.weight, eps, basis, plan.strength)

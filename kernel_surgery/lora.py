@@ -43,8 +43,11 @@ def adapter(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "tuple[
     """
     import torch
 
+    from kernel_surgery.reference import in_full
+
     u = basis.to(weight.device, torch.float32)
-    return strength * (u.T @ weight.detach().float()), -u
+    with in_full(weight):
+        return strength * (u.T @ weight.detach().float()), -u
 
 
 def refuse_bias(name: str, bias: "Tensor | None") -> None:
@@ -60,10 +63,13 @@ def _adapted(output: "Tensor", stacked: "Tensor", strength: float, h: "Tensor") 
     """What PEFT computes with a float32 adapter: output + B (A h), in float32, one rounding."""
     import torch
 
+    from kernel_surgery.reference import in_full
+
     wide = torch.promote_types(output.dtype, torch.float32)
     d = output.shape[-1]
     b, a = stacked[:d].to(wide), stacked[d:].to(wide)
-    return (output.to(wide) + (h.to(wide) @ a) @ b.T).to(output.dtype)
+    with in_full(output):
+        return (output.to(wide) + (h.to(wide) @ a) @ b.T).to(output.dtype)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ here is fast; everything else is held against it.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,18 @@ def project_oracle(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor
     return x64 - _column(strength, x64) * ((x64 @ u64) @ u64.T)
 
 
+def in_full(x: Tensor) -> AbstractContextManager:
+    """A block in which products on x's device keep their operands' dtype: autocast would make float32's 16 bits."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     """y as anyone would write it: float32 (float64 for float64 x) arithmetic, one rounding to x's dtype at the end."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, u = x.to(wide), basis.to(wide)
-    return (x_wide - strength * ((x_wide @ u) @ u.T)).to(x.dtype)
+    with in_full(x):
+        return (x_wide - strength * ((x_wide @ u) @ u.T)).to(x.dtype)
 
 
 def rmsnorm_oracle(h: Tensor, weight: Tensor, eps: float) -> Tensor:

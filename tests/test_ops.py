@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery.ops import project, provider
+from kernel_surgery import ops
+from kernel_surgery.ops import project, project_add, project_add_rmsnorm, provider
 from kernel_surgery.reference import project_oracle, rule_a_bound, worst_ratio
 from tests.models import basis
 
@@ -104,6 +105,94 @@ def test_it_compiles_into_one_graph_whatever_the_batch_and_length():
     assert graphs and set(graphs) == {1}
     assert len(graphs) <= 4  # sizes 1 are compiled apart, once for each place; not one graph a shape
     torch._dynamo.reset()
+
+
+def calls(monkeypatch):
+    """What runs of the operators themselves: the list of their names, filled as they are called."""
+    seen = []
+    for name in ("_project", "_project_add", "_project_add_rmsnorm"):
+        op = getattr(ops, name)
+
+        def counted(*args, op=op, name=name):
+            seen.append(name)
+            return op(*args)
+
+        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setitem(ops._DIRECT, counted, ops._DIRECT[op])
+    return seen
+
+
+def all_three(x, u, strength=0.7):
+    h = project_add(x, x, u, strength)
+    return (project(x, u, strength), h, *project_add_rmsnorm(x, x, torch.ones(x.shape[-1]), 1e-6, u, strength))
+
+
+def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_someone_looks(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Own(torch.Tensor):
+        pass
+
+    x, u, names, seen = torch.randn(5, 24), basis(24, 3), [], calls(monkeypatch)
+    every = ["_project_add", "_project", "_project_add_rmsnorm"]
+    direct = all_three(x, u)
+    assert seen == []
+    with Watching():
+        through = all_three(x, u)
+    assert seen == every and [n for n in names if n.startswith("kernel_surgery")] == [
+        f"kernel_surgery.{name[1:]}.default" for name in every
+    ]
+    for one, other in zip(direct, through, strict=True):
+        assert torch.equal(one, other)
+    watched = x.clone().requires_grad_()
+    for call in (lambda: all_three(watched, u), lambda: all_three(x.as_subclass(Own), u)):
+        seen.clear()
+        assert torch.equal(call()[0], direct[0]) and seen == every
+    seen.clear()
+    with torch.no_grad():
+        all_three(watched, u)
+    assert seen == []
+    # torch.func has no rule for custom operators, and says so: on every device alike.
+    for transformed in (torch.func.grad(lambda x: project(x, u, 0.7).sum()), torch.func.vmap(lambda x: project(x, u))):
+        seen.clear()
+        with pytest.raises(RuntimeError):
+            transformed(x)
+        assert seen == ["_project"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_edits_own_products(dtype):
+    """Float32 products made of 16 bits would break Rule A by a factor of thousands: nobody's autocast may do that."""
+    from kernel_surgery import lora
+    from kernel_surgery.bake import bake_weight
+    from kernel_surgery.reference import bake_oracle, baked_element_bound, project_eager
+
+    x, u, weight = torch.randn(5, 48), basis(48, 3), torch.randn(48, 96)
+    h = torch.randn(5, 96)
+    a, b = lora.adapter(weight, u)
+    stacked, output = torch.cat([b, a.T]), h @ weight.T
+    forms = {
+        "project": lambda: project(x, u),
+        "per row": lambda: project(x, u, torch.ones(5)),
+        "eager": lambda: project_eager(x, u),
+        "bake": lambda: bake_weight(weight, u),
+        "adapter": lambda: lora.adapter(weight, u)[0],
+        "lora": lambda: lora._adapted(output, stacked, 1.0, h),
+    }
+    for name, form in forms.items():
+        right = form()
+        with torch.autocast("cpu", dtype):
+            found = form()
+            assert torch.equal(found, right), name
+            assert not torch.equal(h @ weight.T, output)  # it is on for everything else
+    assert worst_ratio((project(x, u).double() - project_oracle(x, u)).abs(), rule_a_bound(x, u)) <= 1
+    off = (bake_weight(weight, u).double() - bake_oracle(weight, u)).abs()
+    assert worst_ratio(off, baked_element_bound(weight, u)) <= 1
 
 
 WRONG = {
