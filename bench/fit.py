@@ -136,7 +136,8 @@ def run(argv: list[str] | None = None) -> int:
         low, high = row["ratio_ci95"]
         print(
             f"{name:<36} {row['us_p50'] / 1e6:>7.3f} s a layer {row['seconds']:>7.1f} s in all  "
-            f"{row['ratio']:>6.2f} times the script's speed ({low:.2f} to {high:.2f})  sine {row['sine']:.1e}  residual {row['residual']:.1e}"
+            f"{row['ratio']:>6.2f} times the script's speed ({low:.2f} to {high:.2f})  "
+            f"sine {row['sine']:.1e}  residual {row['residual']:.1e}"
         )
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")

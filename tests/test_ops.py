@@ -157,12 +157,11 @@ def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_som
     with torch.no_grad():
         all_three(watched, u)
     assert seen == []
-    # torch.func has no rule for custom operators, and says so: on every device alike.
-    for transformed in (torch.func.grad(lambda x: project(x, u, 0.7).sum()), torch.func.vmap(lambda x: project(x, u))):
-        seen.clear()
-        with pytest.raises(RuntimeError):
-            transformed(x)
-        assert seen == ["_project"]
+    # Of torch.func's transforms vmap goes row by row, and grad says that there is no rule; on every device alike.
+    seen.clear()
+    assert torch.equal(torch.func.vmap(lambda x: project(x, u, 0.7))(x), direct[0]) and seen == ["_project"]
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: project(x, u, 0.7).sum())(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
