@@ -152,14 +152,16 @@ def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_som
     watched = x.clone().requires_grad_()
     for call in (lambda: all_three(watched, u), lambda: all_three(x.as_subclass(Own), u)):
         seen.clear()
-        assert torch.equal(call()[0], direct[0]) and seen == every
+        assert torch.equal(call()[1], direct[1]) and seen == every
     seen.clear()
     with torch.no_grad():
         all_three(watched, u)
     assert seen == []
     # Of torch.func's transforms vmap goes row by row, and grad says that there is no rule; on every device alike.
     seen.clear()
-    assert torch.equal(torch.func.vmap(lambda x: project(x, u, 0.7))(x), direct[0]) and seen == ["_project"]
+    y = torch.func.vmap(lambda x: project(x, u, 0.7))(x)
+    assert worst_ratio((y.double() - project_oracle(x, u, 0.7)).abs(), rule_a_bound(x, u, 0.7)) <= 1
+    assert seen == ["_project"]
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda x: project(x, u, 0.7).sum())(x)
 
