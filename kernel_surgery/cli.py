@@ -374,7 +374,8 @@ def _git_state() -> tuple[str | None, bool | None]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        # What was measured lies in bench/results and changes nothing that is measured.
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
     except (OSError, subprocess.SubprocessError):
         return None, None
 

@@ -1,0 +1,192 @@
+"""What the edit costs, counted instead of timed: python -m bench.counted [--case stack|polyglot|small] [--out FILE]
+
+On a CPU no way of making the edit differs measurably in time from the original; what each does can be counted exactly:
+operations, matrix products, tensors allocated and their bytes, bytes read and written (every operand and every result
+of every operation that is not a view, once). Counted below autograd, operation by operation, in one forward pass of
+each provider (`bench.providers`), our own operators opened up into the ATen calls they make; the original's count is
+taken away, and what is left divided by the edited layers.
+
+`small` is what the tests hold against bench/results/counted-small.json: a change of these numbers is a decision.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+from kernel_surgery import cli
+
+SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
+TOKENS = {"stack": (1, 64), "polyglot": (1, 64), "small": (2, 16)}
+KINDS = ("operations", "matrix_products", "allocations", "bytes_allocated", "bytes_moved")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+
+
+def counter():
+    """A dispatch mode that counts into its `.counts`."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten
+
+    from kernel_surgery import ops
+
+    own = {op._opoverload: direct["cpu"] for op, direct in ops._DIRECT.items()}
+
+    def tensors(tree) -> list[torch.Tensor]:
+        return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
+
+    def size(t: torch.Tensor) -> int:
+        # A broadcast dimension is read once.
+        return t.element_size() * int(torch.Size(n for n, s in zip(t.shape, t.stride(), strict=True) if s).numel())
+
+    class Counting(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.counts = Counter(dict.fromkeys(KINDS, 0))
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            # Our operators opened up, and inside them what ATen itself makes of several operations.
+            with self:
+                if function in own:
+                    return own[function](*args, **kwargs)
+                composed = function.decompose(*args, **kwargs)
+            if composed is not NotImplemented:
+                return composed
+            given = tensors((args, kwargs))
+            made = function(*args, **kwargs)
+            out = tensors(made)
+            held = {t.untyped_storage().data_ptr() for t in given}
+            fresh = [t for t in out if t.untyped_storage().data_ptr() not in held]
+            in_place = function._schema.is_mutable
+            if fresh or in_place:
+                self.counts["operations"] += 1
+                self.counts["matrix_products"] += function.overloadpacket.__name__ in PRODUCTS
+                self.counts["allocations"] += len(fresh)
+                self.counts["bytes_allocated"] += sum(map(size, fresh))
+                self.counts["bytes_moved"] += sum(map(size, (*given, *fresh)))
+            return made
+
+    return Counting()
+
+
+def counted(calls: dict, ids) -> dict[str, Counter]:
+    """{provider: counts} of one forward pass each; a first pass, uncounted, has done what is done once."""
+    import torch
+
+    found = {}
+    for name, call in calls.items():
+        with torch.no_grad():
+            call(input_ids=ids, use_cache=False)
+            with counter() as mode:
+                call(input_ids=ids, use_cache=False)
+        found[name] = mode.counts
+    return found
+
+
+def per_layer(counts: dict[str, Counter], layers: int) -> dict[str, dict[str, float]]:
+    """{provider: {kind: what it does beyond the original, an edited layer}}."""
+    base = counts["original"]
+    return {name: {kind: (c[kind] - base[kind]) / layers for kind in KINDS} for name, c in counts.items()}
+
+
+def load(case: str, dtype):
+    """(model, bases): as `bench.model`, or a small one of the same make."""
+    from bench import model, shapes
+
+    if case != "small":
+        return model.load(case, dtype, "cpu")
+    small = shapes.random_model(dtype, "cpu", **SMALL, num_hidden_layers=4, vocab_size=64)
+    return small, shapes.random_bases(small)
+
+
+def rows_of(case: str, dtype_name: str, names) -> list[dict]:
+    """One row a provider."""
+    from bench import providers
+    from bench.model import prompts
+
+    model, bases = load(case, cli.parse_dtype(dtype_name, "cpu"))
+    sequences, tokens = TOKENS[case]
+    with providers.opened(model, bases, names) as calls:
+        found = per_layer(counted(calls, prompts(model, sequences, tokens)[:, :tokens]), len(bases))
+    about = {"case": "counted", "model": case, "rows": sequences * tokens, "d": model.config.hidden_size}
+    about |= {"k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
+    return [about | {"provider": name} | row for name, row in found.items() if name != "original"]
+
+
+def shown(row: dict) -> str:
+    """One line of the table."""
+    unit = row["rows"] * row["d"] * (4 if row["dtype"] == "float32" else 2)
+    return (
+        f"{row['model']:<9}{row['dtype']:<9} {row['provider']:<15} {row['operations']:>6.1f} "
+        f"{row['matrix_products']:>8.1f} {row['allocations']:>11.1f} "
+        f"{row['bytes_allocated'] / unit:>15.2f} {row['bytes_moved'] / unit:>11.2f}"
+    )
+
+
+HEAD = "beyond the original, an edited layer; bytes in units of the MLP's output, [rows, d_model]\n" + (
+    f"{'model':<9}{'dtype':<9} {'provider':<15} {'ops':>6} {'products':>8} {'allocations':>11} {'bytes allocated':>15} "
+    f"{'bytes moved':>11}"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.counted", description="Count what every way of making the edit does.")
+    p.add_argument("--case", choices=tuple(TOKENS), help="default: stack and polyglot")
+    p.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
+    p.add_argument("--out", type=Path, help="JSON file for the rows")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Print the table; 1 if the fused mode does more than a peer, or not less than the eager hook."""
+    args = parser().parse_args(argv)
+    from bench import providers
+
+    absent = providers.missing()
+    for name, why in absent.items():
+        print(f"{name}: {why}")
+    names = [name for name in providers.NAMES if name not in absent]
+    environment = cli.environment()
+    stamp = {key: environment[key] for key in ("torch", "transformers", "commit", "dirty")}
+    stamp |= {name: cli.version(name) for name in providers.PEERS} | {"date": time.strftime("%Y-%m-%d")}
+    rows = []
+    print(HEAD)
+    for case in [args.case] if args.case else ["stack", "polyglot"]:
+        for dtype in args.dtype.split(","):
+            for row in rows_of(case, dtype, names):
+                rows.append(row | stamp)
+                print(shown(row), flush=True)
+    if args.out:
+        cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+    broken = faults(rows)
+    for fault in broken:
+        print(fault)
+    print(json.dumps({"case": "counted", "rows": len(rows), **stamp}))
+    return 1 if broken else 0
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """Where the fused mode does more of anything than a peer that computes the same, or not less than the eager hook.
+
+    The addmm hook is no such peer in 16 bits: it multiplies in the storage dtype (`bench.op`: it breaks its bound).
+    """
+    found = []
+    for row in rows:
+        same = [r for r in rows if (r["model"], r["dtype"]) == (row["model"], row["dtype"])]
+        if row["provider"] != "fused":
+            continue
+        for other in same:
+            for kind in KINDS:
+                what = f"{row['model']} {row['dtype']}: fused {kind} {row[kind]:g}, {other['provider']} {other[kind]:g}"
+                if other["provider"] in ("peft", "nnsight") and row[kind] > other[kind]:
+                    found.append(what)
+                if other["provider"] == "hook" and kind != "matrix_products" and row[kind] >= other[kind]:
+                    found.append(what)
+    return found
+
+
+if __name__ == "__main__":
+    cli.main(run)
