@@ -29,8 +29,8 @@ FLOOR = "cp -r + sha256sum"
 DENSE, PEFT = "from_pretrained, dense P @ W, save_pretrained", "from_pretrained, peft merge_and_unload, save_pretrained"
 
 
-def make_source(folder: Path, layers: int) -> None:
-    """A checkpoint of random weights with Qwen2.5-3B's shapes, and a subspace that fits it."""
+def make_source(folder: Path, layers: int, **changes) -> None:
+    """A checkpoint of random weights with Qwen2.5-3B's shapes, changed as told; beside it a subspace that fits."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen2Config
@@ -39,7 +39,8 @@ def make_source(folder: Path, layers: int) -> None:
     from kernel_surgery.subspace import EMBEDDING, Subspace, sample_weights
 
     folder.mkdir()
-    config = Qwen2Config(**QWEN | {"num_hidden_layers": layers}, architectures=["Qwen2ForCausalLM"], dtype="bfloat16")
+    shapes = QWEN | changes | {"num_hidden_layers": layers}
+    config = Qwen2Config(**shapes, architectures=["Qwen2ForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
     d, ff, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 128
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +68,7 @@ def make_source(folder: Path, layers: int) -> None:
         i: torch.linalg.qr(torch.randn(d, 10, generator=generator, dtype=torch.float64))[0].float()
         for i in default_layers(layers)
     }
-    Subspace(bases, site="mlp_out", n_layers=layers, fingerprint=marks).save(folder.parent / "subspace.safetensors")
+    Subspace(bases, site="mlp_out", n_layers=layers, fingerprint=marks).save(folder.with_name("subspace.safetensors"))
 
 
 def watched(words: list[str]) -> tuple[float, dict[str, float]]:

@@ -26,7 +26,7 @@ TOP = ("torch.svd_lowrank, 4 iterations", "scipy svds, PROPACK")
 ANGLE = 1e-5
 
 
-def activations(layer: int, d: int, directions: int = 24):
+def activations(layer: int, d: int, problems: int = PROBLEMS, languages: int = LANGUAGES, directions: int = 24):
     """[problems, languages, d] float32 of one layer, with so many language directions of strengths 20 down to 1."""
     import torch
 
@@ -36,8 +36,8 @@ def activations(layer: int, d: int, directions: int = 24):
         return torch.randn(shape, generator=generator)
 
     space = torch.linalg.qr(normal(d, directions))[0].T * torch.logspace(1.3, 0, directions)[:, None]
-    language = normal(1, LANGUAGES, directions) + 0.3 * normal(PROBLEMS, LANGUAGES, directions)
-    return normal(PROBLEMS, 1, d) + language @ space + 0.5 * normal(PROBLEMS, LANGUAGES, d)
+    language = normal(1, languages, directions) + 0.3 * normal(problems, languages, directions)
+    return normal(problems, 1, d) + language @ space + 0.5 * normal(problems, languages, d)
 
 
 def deviations(x):

@@ -1,0 +1,51 @@
+"""Every benchmark by name: python -m bench [NAME [options]]
+
+Without a name the list; with one the same as `python -m bench.NAME`.
+"""
+
+import importlib
+import sys
+
+from kernel_surgery import cli
+
+# name: (what it shows, about how long on two CPU cores, where its figures are kept)
+BENCHES = {
+    "counted": ("operations, products, allocations and bytes of every way to make the edit", "10 s", "counted.json"),
+    "op": ("the operators against eager, addmm, torch.compile and a copy", "1 min", "op.json"),
+    "model": (
+        "a layer, a stack of layers or a whole model, prefill and decode, every provider",
+        "4 min",
+        "model-*.json",
+    ),
+    "fit": ("fitting 36 layers against numpy's full SVD and top-k solvers", "2 min", "fit.json"),
+    "evaluation": ("the batched evaluation against one prompt at a time", "4 min", "evaluation.json"),
+    "checkpoint": (
+        "baking 6 GB against cp and sha256sum, a dense P @ W and PEFT's merge",
+        "4 min",
+        "checkpoint-*.json",
+    ),
+    "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
+    "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
+    "pages": ("the tables of README.md and docs/ and the plots, from the kept figures alone", "20 s", "-"),
+}
+
+
+def listing() -> str:
+    """The list."""
+    lines = ["python -m bench NAME [options], --help for them. Figures are kept under bench/results/.", ""]
+    return "\n".join(lines + [f"  {name:<11} {what} ({took}; {file})" for name, (what, took, file) in BENCHES.items()])
+
+
+def run(argv: list[str] | None = None) -> int | None:
+    """Run the benchmark that the first word names, with the other words; or list them."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    if words[0] not in BENCHES:
+        raise cli.UserError(f"no benchmark {words[0]!r}; there are {', '.join(BENCHES)}. Nothing was run.")
+    return importlib.import_module(f"bench.{words[0]}").run(words[1:])
+
+
+if __name__ == "__main__":
+    cli.main(run)
