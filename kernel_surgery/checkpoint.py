@@ -273,7 +273,14 @@ def bake_checkpoint(
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     norms: dict[str, tuple[float, float]] = {}
+    found = editable(layouts, subspace.bases)
+    # Made before the first weight is read: small tensors that stay, between large ones that come and go, would keep the
+    # heap from shrinking (500 MB after 32 layers of 8 MB).
     removed: dict[str, torch.Tensor] = {}
+    for entry in found:
+        rank = subspace.bases[edited_name(entry.name, subspace.bases)].shape[1]
+        wide = torch.float64 if entry.dtype == "F64" else torch.float32
+        removed[entry.name] = torch.empty(rank, *(entry.shape[1:] or (1,)), dtype=wide)
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
         basis = subspace.bases[edited_name(name, subspace.bases)]
@@ -288,7 +295,7 @@ def bake_checkpoint(
                 "Bake the original checkpoint."
             )
         norms[name] = float(weight.norm(dtype=torch.float32)), float(edited.norm(dtype=torch.float32))
-        removed[name] = inside
+        removed[name].copy_(inside)
         return edited
 
     def finish(folder: Path) -> dict:
@@ -303,7 +310,7 @@ def bake_checkpoint(
         cli.write_atomic(folder / "README.md", _card(record))
         return record
 
-    edits = {entry.name: edit for entry in editable(layouts, subspace.bases)}
+    edits = {entry.name: edit for entry in found}
     _rewrite(source, destination, layouts, edits, lambda n: BASE_CARD if n == "README.md" else n, finish)
     return norms
 

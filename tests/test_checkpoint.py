@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,23 @@ def refused(source, destination, subspace, error, message, **options):
         bake_checkpoint(source, subspace, destination, **options)
     assert sorted(p.name for p in destination.parent.iterdir()) == there
     assert {f.name: sha256(f) for f in source.iterdir() if f.is_file()} == before
+
+
+def test_nothing_that_a_layer_needed_outlives_it(source, tmp_path, monkeypatch):
+    """A small tensor kept from every layer, between the large ones, would hold the heap up: 500 MB after 32 layers."""
+    from kernel_surgery import bake
+
+    real, kept = bake.remove, []
+
+    def watched(*args):
+        assert [reference() for reference in kept] == [None] * len(kept)
+        made = real(*args)
+        kept.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(bake, "remove", watched)
+    bake_checkpoint(source, space(source), tmp_path / "baked")
+    assert len(kept) == 4
 
 
 def test_refusals_leave_nothing_behind(source, tmp_path):
