@@ -138,6 +138,7 @@ def _write_file(layout: stream.Layout, target: Path, edits: dict[str, Edit], adv
                 if entry is not None:
                     tensor = edits[entry.name](entry.name, stream.read_tensor(source.fileno(), entry))
                     stream.write_tensor(out.fileno(), entry, tensor)
+                    del tensor  # before the next one is read
                     reached(entry.end)
         except BaseException:
             follower.give_up()
