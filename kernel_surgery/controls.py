@@ -9,6 +9,7 @@ An effect that random subspaces have as well is an effect of taking k dimensions
 The activations are the outputs of `down_proj` at every token of the dev split's prompts (`moments`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel_surgery import cli
+from kernel_surgery.statistics import holm
 
 if TYPE_CHECKING:
     import torch
 
+    from kernel_surgery.results import Cells
     from kernel_surgery.subspace import Subspace
 
 KINDS = ("haar", "energy", "pca")
@@ -162,6 +165,8 @@ def controlled(applier: Callable, model, control: Control) -> Iterator[None]:
             raise RuntimeError(f"{control.name} never ran at layers {idle}: these texts are not of the edited model")
 
 
+# What is compared and corrected for, and what is kept beside it.
+TESTED = ("accuracy", "fat_tokens", "language_fidelity")
 MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")
 
 
@@ -178,14 +183,27 @@ def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
             values = [row[measure] for row in others]
             if figures[measure] is not None and values and None not in values:
                 found.setdefault(language, {})[measure] = percentile(figures[measure], values)
+    tested = [found[lang][measure] for lang in found for measure in TESTED if measure in found[lang]]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row |= {"holm_p": p, "comparisons": len(tested)}
     return found
 
 
 def verdict(found: dict, alpha: float = 0.05) -> str:
-    """The words that a percentile allows."""
-    if found["p"] < alpha:
-        return f"unlike all {found['n']} random subspaces" if not found["as_far"] else "unlike random subspaces"
-    return f"no different from random subspaces ({found['as_far']} of {found['n']} are as far out)"
+    """The words that a percentile allows, corrected for everything that is compared (Holm).
+
+    "Unlike" needs the corrected p. A value beyond all the controls that they are too few to call so is said to be just
+    that, with the number that could.
+    """
+    n, compared = found["n"], found["comparisons"]
+    if found["holm_p"] < alpha:
+        return f"unlike random subspaces (corrected p {found['holm_p']:.3f})"
+    if found["as_far"] == n:
+        return f"no further out than any of {n}" if found["spread"] else f"the same as all {n}"
+    if found["as_far"]:
+        return f"not told from random subspaces ({found['as_far']} of {n} are as far out)"
+    needed = math.floor(compared / alpha)
+    return f"beyond all {n}, which are too few to call it unlike them: {compared} comparisons need {needed}"
 
 
 def table(controls: dict) -> str:
@@ -196,7 +214,7 @@ def table(controls: dict) -> str:
     ]
     for language, measures in controls["percentiles"].items():
         original = controls["original"][language]
-        for measure in ("accuracy", "fat_tokens", "language_fidelity"):
+        for measure in TESTED:
             if measure not in measures:
                 continue
             others = [row[measure] for row in controls["rows"] if row["language"] == language]
@@ -220,7 +238,7 @@ def run(
     from kernel_surgery.generate import generate
     from kernel_surgery.modes import applier_of
     from kernel_surgery.problems import problems
-    from kernel_surgery.results import score, score_again, summarize, text_of
+    from kernel_surgery.results import score, score_again, text_of
 
     kind, count = parse_controls(args.controls)
     per_category = min(PROBLEMS, len([p for p in asked if p.category == asked[0].category]))
@@ -256,16 +274,32 @@ def run(
                     cell = [score(p, language, control.name, t, decode) for p, t in zip(chosen, made, strict=True)]
                     runs.append_cell(path, cell)
                     done[control.name, language] = cell
-    ids = {p.id for p in chosen}
+    about = {"kind": kind, "count": count, "mode": mode, "problems": len(chosen), "seed": args.seed}
+    return about | compared(done, cells, kind, count, mode, languages, {p.id for p in chosen}, budget)
+
+
+def compared(
+    done: "Cells",
+    cells: "Cells",
+    kind: str,
+    count: int,
+    mode: str,
+    languages: Sequence[str],
+    ids: set[str],
+    budget: int,
+) -> dict:
+    """{"rows", "real", "original", "percentiles"} from the controls' texts (`done`) and the run's own (`cells`), on the
+    problems `ids`. Raises KeyError for a control whose texts are not there."""
+    from kernel_surgery.results import summarize
 
     def figures(cell: list[dict]) -> dict:
         made = summarize([s for s in cell if s["id"] in ids], budget)
         return {key: made[key] for key in MEASURES}
 
-    rows = [{"name": c.name, "language": lang} | figures(done[c.name, lang]) for c in drawn for lang in languages]
+    names = [f"{kind}:{number:02d}" for number in range(count)]
+    rows = [{"name": name, "language": lang} | figures(done[name, lang]) for name in names for lang in languages]
     real, original = ({lang: figures(cells[m, lang]) for lang in languages} for m in (mode, "original"))
-    about = {"kind": kind, "count": count, "mode": mode, "problems": len(chosen), "seed": args.seed}
-    return about | {"rows": rows, "real": real, "original": original, "percentiles": compare(real, rows)}
+    return {"rows": rows, "real": real, "original": original, "percentiles": compare(real, rows)}
 
 
 def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]:
@@ -280,4 +314,5 @@ def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]
     middle = statistics.median(controls)
     below = sum(c < real for c in controls) + sum(c == real for c in controls) / 2
     as_far = sum(abs(c - middle) >= abs(real - middle) - 1e-12 for c in controls)
-    return {"percentile": below / n, "as_far": as_far, "n": n, "p": (1 + as_far) / (1 + n)}
+    spread = max(abs(c - middle) for c in controls)
+    return {"percentile": below / n, "as_far": as_far, "n": n, "p": (1 + as_far) / (1 + n), "spread": spread}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernel_surgery.neutral import SENTENCES
+from kernel_surgery.statistics import wilson
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,17 +62,28 @@ def table(found: dict) -> str:
     for mode, by_language in found["neutral"].items():
         rows = ", ".join(f"{lang} {r['kl_mean']:.3f} ({r['kl_p99']:.2f})" for lang, r in by_language.items())
         lines.append(f"{mode}: KL(original || edited) on neutral text, nats a token, mean (p99): {rows}")
-    before = found["probes"]["original"]
+    before, chance, n = found["probes"]["original"], found["chance"], found["probed"]
     for mode, after in found["probes"].items():
-        if mode != "original":
-            worst = {site: min(after[site].items(), key=lambda item: item[1]) for site in after}
-            read = ", ".join(
-                f"{site} {v:.3f} at layer {i} (original {before[site][i]:.3f})" for site, (i, v) in worst.items()
-            )
+        if mode == "original":
+            continue
+        for site in after:
+            layer, least = min(after[site].items(), key=lambda item: item[1])
+            words = read_by_probe(least, chance, n)
             lines.append(
-                f"{mode}: a linear probe still reads the language, chance {found['chance']:.3f}, least in {read}"
+                f"{mode}: a linear probe at {site} {words}: least {least:.3f} at layer {layer} (original "
+                f"{before[site][layer]:.3f}, chance {chance:.3f}, n={n})"
             )
+    for mode, sites in found["leak"].items():
+        said = ", ".join(f"{site} {max(by.values()):.2g}" for site, by in sites.items() if by)
+        lines.append(f"{mode}: leak, the part inside the subspace that is left, at most over the edited layers: {said}")
     return "\n".join(lines)
+
+
+def read_by_probe(accuracy: float, chance: float, n: int) -> str:
+    """The words that a probe's accuracy over n texts allows: "still reads" needs the whole Wilson interval above
+    chance."""
+    low, _ = wilson(round(accuracy * n), n)
+    return "still reads the language" if low > chance else "is not shown to read the language"
 
 
 def probe_accuracy(x: "Tensor", labels: "Tensor", groups: "Tensor", folds: int = 5) -> float:
@@ -97,24 +109,45 @@ def probe_accuracy(x: "Tensor", labels: "Tensor", groups: "Tensor", folds: int =
     return correct / len(x)
 
 
-def probes(model, tokenizer, problems, languages: Sequence[str], batch_size: int = 32) -> dict[str, dict[int, float]]:
-    """{"mlp_out": {layer: accuracy}, "resid_post": {...}} at the last prompt token, of the model as it is now.
-
-    Chance is 1 / len(languages). With an edit in force, "mlp_out" is read after it.
-    """
-    import torch
-
+def last_states(model, tokenizer, problems, languages: Sequence[str], batch_size: int = 32) -> "dict[str, dict]":
+    """{"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}} at the last prompt token, of the model
+    as it is now: with an edit in force, "mlp_out" is read after it."""
     from kernel_surgery.collect import SITES, collect
     from kernel_surgery.sites import decoder_layers
 
-    layers = range(len(decoder_layers(model)))
-    prompts = [p.prompts[lang] for p in problems for lang in languages]
-    labels = torch.arange(len(languages)).repeat(len(problems))
-    groups = torch.arange(len(problems)).repeat_interleave(len(languages))
+    layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
+    return {
+        site: collect(model, tokenizer, prompts, layers, site=site, batch_size=batch_size, desc=f"probe {site}")
+        for site in SITES
+    }
+
+
+def probes(states: dict, languages: int) -> dict[str, dict[int, float]]:
+    """{site: {layer: held-out accuracy}} of `last_states` in so many languages. Chance is 1 / languages."""
+    import torch
+
     found = {}
-    for site in SITES:
-        states = collect(model, tokenizer, prompts, layers, site=site, batch_size=batch_size, desc=f"probe {site}")
-        found[site] = {layer: probe_accuracy(x, labels, groups) for layer, x in states.items()}
+    for site, by_layer in states.items():
+        problems = len(next(iter(by_layer.values()))) // languages
+        labels = torch.arange(languages).repeat(problems)
+        groups = torch.arange(problems).repeat_interleave(languages)
+        found[site] = {layer: probe_accuracy(x, labels, groups) for layer, x in by_layer.items()}
+    return found
+
+
+def leaks(before: dict, after: dict, bases: dict) -> dict[str, dict[int, float]]:
+    """{site: {edited layer: norm(U^T y) / norm(U^T x)}} over the rows of two `last_states`: 0 is nothing left.
+
+    At mlp_out it is what the edit left of what that layer wrote there before; in the residual stream, what the
+    subspace still holds, most of which attention and other layers wrote.
+    """
+    found = {}
+    for site in before:
+        found[site] = {}
+        for layer, basis in bases.items():
+            u, x, y = basis.double().cpu(), before[site][layer].double().cpu(), after[site][layer].double().cpu()
+            if (inside := float((x @ u).norm())) > 0:
+                found[site][layer] = float((y @ u).norm()) / inside
     return found
 
 
@@ -124,14 +157,16 @@ def measure(modes, model, tokenizer, languages, args, subspace) -> dict:
     from kernel_surgery.problems import LANGUAGES, problems
 
     before, asked = neutral_logits(model, tokenizer, languages), problems("dev", 20, seed=args.seed)
+    states = last_states(model, tokenizer, asked, LANGUAGES)
     found = {
-        "neutral": {},
-        "probes": {"original": probes(model, tokenizer, asked, LANGUAGES)},
-        "chance": 1 / len(LANGUAGES),
+        **{"neutral": {}, "leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(asked) * len(LANGUAGES)},
+        "probes": {"original": probes(states, len(LANGUAGES))},
     }
     for number, mode in enumerate(modes[1:]):
         with applied(mode, model, subspace, args.strength, args.force):
             found["neutral"][mode] = damage(model, tokenizer, before)
             if number == 0:
-                found["probes"][mode] = probes(model, tokenizer, asked, LANGUAGES)
+                edited = last_states(model, tokenizer, asked, LANGUAGES)
+                found["probes"][mode] = probes(edited, len(LANGUAGES))
+                found["leak"][mode] = leaks(states, edited, subspace.bases)
     return found

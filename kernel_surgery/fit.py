@@ -139,7 +139,7 @@ def principal_basis(rows: "torch.Tensor", rank: int, what: str = "the data") -> 
     tall = rows.shape[0] > rows.shape[1]
     values, vectors = torch.linalg.eigh(rows.T @ rows if tall else rows @ rows.T)
     s, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    available = int((s > s[0] * max(rows.shape) * 2.0**-24).sum())
+    available = int((s > s[0] * max(rows.shape) * 2.0**-24).sum()) if len(s) else 0
     if not 1 <= rank <= available:
         raise ValueError(
             f"cannot take rank {rank} at {what}: its {rows.shape[0]} rows span {available} dimensions.\n"

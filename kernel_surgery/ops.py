@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.nn import Parameter
 
 from kernel_surgery.reference import in_full
@@ -91,12 +92,14 @@ _project_add_rmsnorm = torch.library.custom_op(
 def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
     from kernel_surgery.kernels.project import project as launch
 
-    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not.
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    row_strength = None if row_strength is None else row_strength.float().contiguous()
+    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not. A view may carry its
+    # minus sign as a bit beside memory that a kernel reads raw.
+    x = (x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()
+    more = {name: v.resolve_neg() if isinstance(v, Tensor) else v for name, v in more.items()}
+    row_strength = None if row_strength is None else row_strength.float().contiguous().resolve_neg()
     # Triton launches on the current device, which need not be x's.
     with torch.cuda.device(x.device):
-        return launch(x, basis.float(), strength, row_strength, **more)
+        return launch(x, basis.float().resolve_neg(), strength, row_strength, **more)
 
 
 @_project.register_kernel("cuda")
@@ -206,6 +209,7 @@ def _called(op: Callable, *tensors: Tensor | None) -> Callable:
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or any(t is not None and (type(t) not in (Tensor, Parameter) or (needed and t.requires_grad)) for t in tensors)

@@ -48,7 +48,8 @@ def project_oracle(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor
 def in_full(x: Tensor) -> AbstractContextManager:
     """A block in which products on x's device keep their operands' dtype: autocast would make float32's 16 bits."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:

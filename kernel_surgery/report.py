@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from kernel_surgery import cli, plots
+from kernel_surgery.results import answered_sooner
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
@@ -95,13 +96,25 @@ def answers(results: dict) -> str:
             f"{r['delta']:+.3f} ({r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f})",
             f"{r.get('mcnemar_p', r.get('p')):.3f}",
             f"{r['holm_p']:.3f}",
+            answered_sooner(r).partition(f"{r['mode']} {r['language']} ")[2],
             r["same_text"],
             r["verdict"] + (f", within {r['margin']:g}" if r.get("equivalent") else ""),
         ]
         for r in results["paired"]
     ]
     if paired:
-        head = ["mode", "language", "n", "gained / lost", "difference (95% interval)", "p", "Holm p", "same texts", ""]
+        head = [
+            "mode",
+            "language",
+            "n",
+            "gained / lost",
+            "difference (95% interval)",
+            "p",
+            "Holm p",
+            "tokens later, both solved",
+            "same texts",
+            "",
+        ]
         out += table(head, paired, 2)
     categories = list(next(iter(next(iter(results["modes"].values())).values()))["by_category"])
     by_category = [
@@ -157,15 +170,18 @@ def controls_section(results: dict) -> str:
             f"{found['real'][language][measure]:.3f}",
             f"{p['percentile']:.2f}",
             f"{p['p']:.3f}",
+            f"{p['holm_p']:.3f}",
             verdict(p),
         ]
         for language, measures in found["percentiles"].items()
         for measure, p in measures.items()
+        if "holm_p" in p
     ]
     return (
         f"<h2>Controls</h2><p>{found['count']} random subspaces ({html.escape(found['kind'])}) of the same rank, at "
         f"the same layers and site, on {found['problems']} problems a language. Diamond: the real subspace; bar: the "
-        f"original.</p>{plots.controls(found)}" + table(["language", "measure", "real", "percentile", "p", ""], rows, 2)
+        f"original.</p>{plots.controls(found)}"
+        + table(["language", "measure", "real", "percentile", "p", "Holm p", ""], rows, 2)
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kernel_surgery import cli
+from kernel_surgery.modes import MODES
 
 BUNDLE = ("subspace.safetensors", "certificate.json", "certificate.svg", "provenance.json")
 RUN = ("config.json", "results.json", "samples.jsonl", "report.html")
@@ -85,11 +86,12 @@ def check(folder: Path) -> list[str]:
     """What is wrong with a bundle, in sentences; empty if every hash, verdict and figure is what it says.
 
     Texts are scored by the code that runs now, so a bundle of another version may differ in verdicts: those are named.
-    Raises UserError for a folder that is no bundle.
+    Of the embedded model, whose tokenizer is at hand, tokens are decoded and FAT is found again too. What no text can
+    show is `UNCHECKED`. Raises UserError for a folder that is no bundle.
     """
     from kernel_surgery.problems import expag_problems, problems
     from kernel_surgery.provenance import changed_files
-    from kernel_surgery.results import expag_metrics, pair, score_kept, summarize
+    from kernel_surgery.results import expag_metrics, pair, power, summarize
 
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -102,12 +104,55 @@ def check(folder: Path) -> list[str]:
     if missing := [name for name in ("results.json", "samples.jsonl") if not (folder / name).is_file()]:
         return [*faults, f"without {missing[0]} nothing more can be checked"]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    lines = (folder / "samples.jsonl").read_bytes().split(b"\n")
-    samples = [json.loads(line) for line in lines if line]
-    config, cells = results["config"], {}
+    config, languages = results["config"], results["config"]["languages"]
     strict = config["protocol"] == "strict"
     asked = problems("test", config["problems"] // 5, seed=config["seed"]) if strict else expag_problems()
-    known = {p.id: p for p in asked}
+    tokenizer = cli.load_tokenizer("polyglot") if results["model"]["id"] == "polyglot" else None
+    cells, wrong = scored_again(folder / "samples.jsonl", {p.id: p for p in asked}, tokenizer)
+    faults += wrong
+    modes = {"all": list(MODES), "original": ["original"]}.get(config["mode"]) or ["original", config["mode"]]
+    wanted = {(mode, language) for mode in modes for language in languages}
+    told = {(mode, language) for mode, by in results["modes"].items() for language in by}
+    for mode, language in sorted(wanted - cells.keys()):
+        faults.append(f"{mode} {language}: there is no text of it, and the configuration asks for it")
+    for mode, language in sorted((cells.keys() ^ told) - (wanted - cells.keys())):
+        faults.append(f"{mode} {language}: stands in only one of samples.jsonl and results.json")
+    for (mode, language), cell in cells.items():
+        if [s["id"] for s in cell] != [p.id for p in asked]:
+            faults.append(f"{mode} {language}: {len(cell)} texts, not those of the {len(asked)} problems in order")
+    if faults:
+        return faults
+    budget = config["max_new_tokens"]
+    paired = pair(cells, (results["paired"] or [{"margin": 0.05}])[0]["margin"])
+    made = {
+        "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in by} for m, by in results["modes"].items()},
+        "paired": paired,
+        "power": power(paired),
+        "expag_metrics": expag_metrics(cells),
+    }
+    for name, value in made.items():
+        faults += differences(name, json.loads(json.dumps(value)), results[name])
+    if results.get("controls"):
+        faults += check_controls(folder, results["controls"], cells, config, tokenizer)
+    return faults
+
+
+UNCHECKED = "the hashes alone hold what no text shows: damage and probes, the certificate, the subspace, report.html"
+
+
+def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
+    """({(mode, language): samples}, faults) of a file of samples, each judged from its text by the code that runs now.
+
+    known: the problems by id. tokenizer: the model's, or None; without it tokens and what is counted in them are only
+    held against each other.
+    """
+    from kernel_surgery.results import score_again, score_kept
+
+    cells, faults = {}, []
+    samples = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    fields = ("extracted", "correct", "language_passed")
+    if tokenizer is not None:
+        fields += ("text", "fat_tokens", "correct_at")
     for sample in cli.progress(samples, total=len(samples), desc="score"):
         key = sample["mode"], sample["language"]
         problem = known.get(sample["id"])
@@ -118,24 +163,40 @@ def check(folder: Path) -> list[str]:
             said = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
             faults.append(f"{' '.join(key)}: {said}")
         again = score_kept(problem, sample)
-        for field in ("extracted", "correct", "language_passed"):
-            if again[field] != sample[field]:
-                faults.append(f"{' '.join(key)}: {sample['id']}: {field} was {sample[field]}, is {again[field]}")
+        if tokenizer is not None:
+            text = tokenizer.decode(sample["tokens"], skip_special_tokens=True)
+            again = score_again(tokenizer)(problem, sample) | {"text": text}
+        for field in fields:
+            if again.get(field) != sample.get(field):
+                faults.append(
+                    f"{' '.join(key)}: {sample['id']}: {field} was {sample.get(field)}, is {again.get(field)}"
+                )
+        first = sample["fat_tokens"]
+        if (first is not None and not sample["correct"]) or not 0 < (first or 1) <= max(1, len(sample["tokens"])):
+            said = f"an answer after {first} tokens of {len(sample['tokens'])}, correct={sample['correct']}"
+            faults.append(f"{' '.join(key)}: {sample['id']}: {said}")
         cells.setdefault(key, []).append(again)
-    for (mode, language), cell in cells.items():
-        if [s["id"] for s in cell] != [p.id for p in asked]:
-            faults.append(f"{mode} {language}: {len(cell)} texts, not those of the {len(asked)} problems in order")
-    if faults:
-        return faults
-    budget = config["max_new_tokens"]
-    made = {
-        "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in by} for m, by in results["modes"].items()},
-        "paired": pair(cells, (results["paired"] or [{"margin": 0.05}])[0]["margin"]),
-        "expag_metrics": expag_metrics(cells),
-    }
-    for name, value in made.items():
-        faults += differences(name, json.loads(json.dumps(value)), results[name])
-    return faults
+    return cells, faults
+
+
+def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenizer) -> list[str]:
+    """What is wrong with the controls' figures: they are made again from controls.jsonl."""
+    from kernel_surgery.controls import compared
+    from kernel_surgery.problems import problems
+
+    path = folder / "controls.jsonl"
+    if not path.is_file():
+        return ["there are figures of controls and no controls.jsonl"]
+    chosen = problems("test", said["problems"] // 5, seed=said["seed"])
+    try:
+        done, faults = scored_again(path, {p.id: p for p in chosen}, tokenizer)
+        ids, mode = {p.id for p in chosen}, said["mode"]
+        more = (config["languages"], ids, config["max_new_tokens"])
+        made = compared(done, cells, said["kind"], said["count"], mode, *more)
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"controls.jsonl does not hold the texts of the controls ({type(error).__name__}: {error})"]
+    told = {key: said[key] for key in made}
+    return faults + differences("controls", json.loads(json.dumps(made)), told)
 
 
 def differences(where: str, made, said) -> list[str]:
@@ -177,7 +238,10 @@ def run(argv: list[str] | None = None) -> int:
     faults = check(args.check)
     for fault in faults:
         print(f"broken: {fault}")
-    print(f"{args.check}: " + (f"{len(faults)} differences" if faults else "everything is what it says"))
+    print(
+        f"{args.check}: "
+        + (f"{len(faults)} differences" if faults else f"every figure is what the texts give; {UNCHECKED}")
+    )
     sys.stdout.flush()
     return 1 if faults else 0
 

@@ -29,9 +29,10 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
     """One text, scored by the strict protocol. `decode` turns token ids into text (for FAT)."""
     prompt = problem.prompts[language]
     verdicts = judged(generation.text, prompt, language, problem.answer)
-    first = None
+    first = characters = None
     if verdicts["correct"]:
         first = scoring.first_answer_token(generation.ids, decode, problem.answer, prompt, language=language)
+        characters = scoring.first_answer_character(generation.text, problem.answer, prompt, language=language)
     return {
         "id": problem.id,
         "mode": mode,
@@ -43,6 +44,7 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
         "extracted": verdicts["extracted"],
         "correct": verdicts["correct"],
         "fat_tokens": first,
+        "fat_characters": characters,
         "finish": generation.finish,
         "tokens": list(generation.ids),
         "language_judged": verdicts["language_judged"],
@@ -157,7 +159,7 @@ def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
         ]
         rows.append(
             {"mode": mode, "language": language, "n": len(cell), **asdict(difference), "same_text": same}
-            | {"fat_both_solved": {"n": len(both), "mean_difference": sum(both) / len(both) if both else None}}
+            | {"fat_both_solved": statistics.mean_difference(both)}
             | {"both": sum(a["correct"] and b["correct"] for a, b in zip(original, cell, strict=True))}
         )
         moves = [b["correct"] - a["correct"] for a, b in zip(original, cell, strict=True)]
@@ -242,11 +244,22 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
             lines.append(line.rstrip())
         if row := beside.get((mode, POOLED)):
             lines.append(f"{mode:<{width}} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
+    if sooner := [words for row in paired if (words := answered_sooner(row))]:
+        lines.append("tokens until the answer, problems that both solved: " + "; ".join(sooner))
     shown = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
     for (n, comparisons), least in shown.items():
         could = "no difference at all" if least is None else f"a difference of {least:.3f} or more"
         lines.append(f"{n} problems a language and {comparisons} comparisons could have shown {could}.")
     return "\n".join(lines)
+
+
+def answered_sooner(row: dict) -> str:
+    """How many tokens later (+) or sooner the answer came, on the problems that both solved; empty for a pooled row."""
+    found = row.get("fat_both_solved")
+    if not found or found["mean_difference"] is None:
+        return ""
+    interval = "all alike" if found["ci95"] is None else "{:+.2f} to {:+.2f}".format(*found["ci95"])
+    return f"{row['mode']} {row['language']} {found['mean_difference']:+.2f} ({interval}, n={found['n']})"
 
 
 _COMPARED = "   difference (95% CI)          Holm p  verdict"

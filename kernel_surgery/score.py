@@ -9,6 +9,7 @@ same lines plus {"extracted", "correct", "language_found"} out, on stdout. A sum
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from kernel_surgery import cli
 
 # A field that must be there, and what it may be.
+LARGEST_EXPONENT = 400
 _FIELDS = {"text": str, "answer": (str, int, float), "language": str}
 
 
@@ -37,6 +39,8 @@ def read_lines(path: Path) -> list[dict]:
             raise cli.UserError(f"{where} is not JSON ({error}). Nothing was scored.") from error
         if not isinstance(line, dict):
             raise cli.UserError(f"{where} is a {type(line).__name__}, not an object. Nothing was scored.")
+        if not isinstance(line.get("prompt", ""), (str, type(None))):
+            raise cli.UserError(f"{where}: 'prompt' is {line['prompt']!r}. Nothing was scored.")
         for name, kind in _FIELDS.items():
             if not isinstance(line.get(name), kind) or isinstance(line.get(name), bool):
                 raise cli.UserError(f"{where}: {name!r} is {line.get(name)!r}. Nothing was scored.")
@@ -44,10 +48,15 @@ def read_lines(path: Path) -> list[dict]:
             raise cli.UserError(
                 f"{where}: unknown language {line['language']!r}; known: {', '.join(LANGUAGES)}. Nothing was scored."
             )
-        try:
-            exact(line["answer"])
-        except (ValueError, ZeroDivisionError) as error:
-            raise cli.UserError(f"{where}: answer {line['answer']!r} is no number. Nothing was scored.") from error
+        for name in ("answer", "value"):
+            try:
+                exact(line[name] if line.get(name) is not None else 0)
+            except (ValueError, TypeError, ZeroDivisionError) as error:
+                raise cli.UserError(f"{where}: {name} {line[name]!r} is no number. Nothing was scored.") from error
+        for name in ("text", "prompt"):
+            # Half a character, which JSON can spell and no output can hold.
+            if line.get(name):
+                line[name] = line[name].encode("utf-8", "replace").decode("utf-8")
         lines.append(line)
     if not lines:
         raise cli.UserError(f"{str(path)!r} holds no lines. Nothing was scored.")
@@ -55,8 +64,20 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def exact(answer: str | int | float) -> Fraction:
-    """An answer as an exact number: 390, "390", "3/4", 2.5 (as it is written, not as binary has it)."""
-    return Fraction(str(answer).strip())
+    """An answer as an exact number: 390, "390", "1,234", "3/4", 2.5 (as it is written, not as binary has it).
+
+    Raises ValueError for what is no number, or has more digits than a text could state.
+    """
+    from kernel_surgery.scoring import exact_answer
+
+    written = str(answer).strip()
+    _, _, exponent = written.lower().partition("e")
+    if exponent.lstrip("+-").isdigit() and abs(int(exponent)) > LARGEST_EXPONENT:
+        raise ValueError(f"{written!r} has more than {LARGEST_EXPONENT} digits")
+    try:
+        return Fraction(written)
+    except ValueError:
+        return exact_answer(written)
 
 
 def scored(line: dict) -> dict:
@@ -79,11 +100,11 @@ class Agreement:
 
     @property
     def precision(self) -> float:
-        return self.both / self.called_right if self.called_right else 1.0
+        return self.both / self.called_right if self.called_right else math.nan
 
     @property
     def recall(self) -> float:
-        return self.both / self.are_right if self.are_right else 1.0
+        return self.both / self.are_right if self.are_right else math.nan
 
 
 def agreement(lines: Sequence[dict], rule: str = "strict") -> Agreement:

@@ -305,7 +305,8 @@ def extract_answer(text: str, prompt: str = "", *, language: str | None = None) 
     return reading.boxed() or reading.marked() or reading.last() or Extracted(None)
 
 
-def _exact(answer: Answer) -> Fraction:
+def exact_answer(answer: Answer) -> Fraction:
+    """An answer as an exact number. Raises ValueError for a string that is no single number."""
     if not isinstance(answer, str):
         return Fraction(answer)
     plain = Plain(answer.strip()).text.strip()
@@ -317,7 +318,7 @@ def _exact(answer: Answer) -> Fraction:
 
 def is_correct(text: str, answer: Answer, prompt: str = "", *, language: str | None = None) -> bool:
     """Whether the final answer in `text` equals `answer` exactly. Raises ValueError for an answer that is no number."""
-    return extract_answer(text, prompt, language=language).value == _exact(answer)
+    return extract_answer(text, prompt, language=language).value == exact_answer(answer)
 
 
 def first_answer_character(text: str, answer: Answer, prompt: str = "", *, language: str | None = None) -> int | None:
@@ -327,7 +328,7 @@ def first_answer_character(text: str, answer: Answer, prompt: str = "", *, langu
     the prompt; it is judged in the whole text, so that 12 in 123 or in 12 + 7 does not count. Where the answer is
     given by an option's letter alone, the letter's end.
     """
-    value = _exact(answer)
+    value = exact_answer(answer)
     reading = _Reading(text, prompt, language)
     for number in reading.candidates:
         if number.value == value and not reading.echo(number):

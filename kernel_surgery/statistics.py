@@ -9,7 +9,8 @@ which the two disagree (the discordant pairs) say anything about a change. With 
                  set without discordant pairs returns [0, 0], a certainty that n problems cannot give
     correction   Holm over all comparisons of a run
     pooled       over languages, a problem and its translations are one cluster: bootstrap of the problems for the
-                 interval, sign flips of whole problems for the test (`clustered_difference`)
+                 interval, widened where few problems moved; sign flips of whole problems for the test
+                 (`clustered_difference`)
     equivalence  two one-sided tests: the interval of 1 - 2 alpha (alpha divided by the comparisons) lies within the
                  margin on both sides (`equivalent`)
 
@@ -148,7 +149,8 @@ def paired_difference(original: Sequence[bool], edited: Sequence[bool]) -> Paire
 class ClusteredDifference:
     """Edited minus original over problems asked in several languages, a problem being one cluster.
 
-    delta: mean over problems of the mean over languages. ci95: bootstrap of the problems, 10,000 times, percentiles.
+    delta: mean over problems of the mean over languages. ci95: bootstrap of the problems, 10,000 times, percentiles,
+    and no narrower than `gains_and_losses`.
     p: exact or Monte Carlo two-sided test that flips the sign of whole problems. moved: problems that differ at all.
     """
 
@@ -159,11 +161,50 @@ class ClusteredDifference:
     moved: int
 
 
+def gains_and_losses(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of n values in [-1, 1], 95% by default, that stays honest where few of them are not 0.
+
+    What was gained and what was lost, each a rate with a Wilson interval (with n over sum x^2 / sum x trials, a rate of
+    values below 1 varying so much less), put together by Newcombe's square-and-add; a value is never both, which is
+    their correlation. Where all or none moved a bootstrap gives a single point, this does not.
+    """
+    n = len(means)
+    if not n:
+        return -1.0, 1.0
+    rates, ends = [], []
+    for part in ([max(m, 0.0) for m in means], [max(-m, 0.0) for m in means]):
+        total = sum(part)
+        trials = n * total / sum(x * x for x in part) if total else n
+        rates.append(total / n)
+        ends.append(_wilson_of(total / n, trials, confidence))
+    (gain, loss), ((gain_low, gain_high), (loss_low, loss_high)) = rates, ends
+    spread = (1 - gain) * (1 - loss)
+    phi = -math.sqrt(gain * loss / spread) if spread > 0 else 0.0
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(x * x - 2 * phi * x * y + y * y)
+
+    low = gain - loss - distance(gain - gain_low, loss_high - loss)
+    high = gain - loss + distance(gain_high - gain, loss - loss_low)
+    return max(-1.0, low), min(1.0, high)
+
+
+def _wilson_of(rate: float, trials: float, confidence: float) -> tuple[float, float]:
+    """Wilson's interval of a rate in a number of trials that need not be whole."""
+    from scipy.stats import norm
+
+    z = float(norm.ppf(0.5 + confidence / 2))
+    middle = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 10_000) -> ClusteredDifference:
     """differences [problems][languages]: 1 gained, -1 lost, 0 the same. Seeded: the same figures every time.
 
-    Where no problem moved, resampling would give [0, 0], a certainty that n problems cannot give: the interval is then
-    plus and minus the Wilson bound of 0 moved problems in n. Raises ValueError for rows of different lengths.
+    Where few problems moved, resampling gives an interval that is too narrow (of none [0, 0], of one an end at 0), a
+    certainty that n problems cannot give: it is never narrower than `gains_and_losses`. Raises ValueError for rows of
+    different lengths.
     """
     import numpy as np
     from scipy.stats import bootstrap, permutation_test
@@ -173,16 +214,34 @@ def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 
     n = len(differences)
     means = np.array([sum(row) / len(row) for row in differences])
     moved = sum(any(row) for row in differences)
+    floor = gains_and_losses(means.tolist())
     if not np.any(means):
-        bound = wilson(0, n)[1]
-        return ClusteredDifference(n, 0.0 if n else None, (-bound, bound), 1.0, moved)
+        return ClusteredDifference(n, 0.0 if n else None, floor, 1.0, moved)
     options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0)}
     interval = bootstrap((means,), np.mean, method="percentile", **options).confidence_interval
     # Problems that did not move contribute nothing under any sign. One that did is as likely to have gone either way.
     signed, p = means[means != 0], 1.0
     if len(signed) > 1:
         p = float(min(1.0, permutation_test((signed,), np.sum, permutation_type="samples", **options).pvalue))
-    return ClusteredDifference(n, float(means.mean()), (float(interval.low), float(interval.high)), p, moved)
+    ends = min(float(interval.low), floor[0]), max(float(interval.high), floor[1])
+    return ClusteredDifference(n, float(means.mean()), ends, p, moved)
+
+
+def mean_difference(differences: Sequence[float], resamples: int = 10_000) -> dict:
+    """{"n", "mean_difference", "ci95"} of paired differences: bootstrap of the pairs, percentiles, seeded.
+
+    ci95 is None for fewer than two pairs, or where all are equal: resampling says nothing about those.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    n, values = len(differences), np.asarray(differences, dtype=float)
+    found = {"n": n, "mean_difference": float(values.mean()) if n else None, "ci95": None}
+    if n < 2 or np.ptp(values) == 0:
+        return found
+    options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0), "method": "percentile"}
+    interval = bootstrap((values,), np.mean, **options).confidence_interval
+    return found | {"ci95": [float(interval.low), float(interval.high)]}
 
 
 def equivalent(

@@ -1,5 +1,7 @@
 """Random subspaces: of the right law, at the right strength, compared in words that follow the numbers."""
 
+import random
+
 import pytest
 import torch
 
@@ -134,14 +136,46 @@ def test_a_control_edits_each_layer_at_its_own_strength_and_lets_go():
 
 def test_words_follow_the_percentile():
     found = controls.percentile(0.9, [0.5] * 19 + [0.6])
-    assert found == {"percentile": 1.0, "as_far": 0, "n": 20, "p": pytest.approx(1 / 21)}
-    assert controls.verdict(found) == "unlike all 20 random subspaces"
-    found = controls.percentile(0.5, [0.4, 0.5, 0.6, 0.5])
-    assert found["percentile"] == 0.5 and found["p"] == 1.0
-    assert controls.verdict(found) == "no different from random subspaces (4 of 4 are as far out)"
-    # Ten controls cannot show anything at the level of 5%.
-    assert controls.verdict(controls.percentile(9.0, [0.0] * 10)).startswith("no different")
-    assert controls.verdict(controls.percentile(9.0, [0.0] * 98 + [99.0])) == "unlike random subspaces"
+    assert found == {"percentile": 1.0, "as_far": 0, "n": 20, "p": pytest.approx(1 / 21), "spread": pytest.approx(0.1)}
+    middle = controls.percentile(0.5, [0.4, 0.5, 0.6, 0.5])
+    assert middle["percentile"] == 0.5 and middle["p"] == 1.0
+
+    def words(real, others, comparisons=1):
+        row = controls.percentile(real, others)
+        return controls.verdict(row | {"holm_p": min(1, comparisons * row["p"]), "comparisons": comparisons})
+
+    assert words(0.9, [0.5] * 19 + [0.6]) == "unlike random subspaces (corrected p 0.048)"
+    assert words(0.5, [0.4, 0.5, 0.6, 0.5]) == "no further out than any of 4"
+    assert words(0.5, [0.5] * 4) == "the same as all 4"
+    assert words(0.6, [0.5, 0.5, 0.5, 0.9]) == "not told from random subspaces (1 of 4 are as far out)"
+    assert words(9.0, [0.0] * 98 + [99.0]) == "unlike random subspaces (corrected p 0.020)"
+    # Beyond all of them, and still no evidence: too few, or too many comparisons. The number named is the least.
+    assert words(0.0, [0.8] * 5) == "beyond all 5, which are too few to call it unlike them: 1 comparisons need 20"
+    assert (
+        words(0.0, [0.8] * 20, 6) == "beyond all 20, which are too few to call it unlike them: 6 comparisons need 120"
+    )
+    assert words(0.0, [0.8] * 120, 6).startswith("unlike") and words(0.0, [0.8] * 119, 6).startswith("beyond all")
+
+
+def test_every_measure_that_words_are_said_of_is_corrected_for():
+    """Under no effect, one "unlike" in 20 runs at most, however many measures and languages there are."""
+    rng, false = random.Random(0), 0
+    for _ in range(400):
+        rows = [
+            {"name": str(i), "language": lang} | {m: rng.random() for m in controls.MEASURES}
+            for i in range(121)
+            for lang in ("en", "zh")
+        ]
+        real = {row.pop("language"): row for row in rows[:2]}
+        made = controls.compare(real, rows[2:])
+        tested = [made[lang][m] for lang in made for m in controls.TESTED]
+        assert {row["comparisons"] for row in tested} == {6} and "holm_p" not in made["en"]["repetition"]
+        false += any(controls.verdict(row).startswith("unlike") for row in tested)
+    print(f"{false} of 400 null runs call something unlike; stated .05")
+    assert false <= 400 * 0.05 + 3 * (400 * 0.05 * 0.95) ** 0.5
+
+
+def test_a_language_with_nothing_to_compare_is_left_out():
     real = {
         "en": {"accuracy": 1.0, "fat_tokens": 5.0, "language_fidelity": None, "mean_tokens": 9.0, "repetition": 0.0}
     }

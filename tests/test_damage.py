@@ -76,23 +76,32 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
 def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
     model, tokenizer, subspace = polyglot
     asked = problems("dev", 4)
-    before = damage.probes(model, tokenizer, asked, LANGUAGES)
+    states = damage.last_states(model, tokenizer, asked, LANGUAGES)
+    before = damage.probes(states, 7)
     assert list(before) == ["mlp_out", "resid_post"] and list(before["mlp_out"]) == list(range(8))
     assert min(before["resid_post"].values()) > 0.9
     # All of a layer's MLP output taken out: nothing is left to read there, and the residual stream still has it.
     everything = {i: torch.eye(128)[:, :64] for i in subspace.layers}
     other = {i: torch.eye(128)[:, 64:] for i in subspace.layers}
     with fused(model, everything), fused(model, other):
-        after = damage.probes(model, tokenizer, asked, LANGUAGES)
+        edited = damage.last_states(model, tokenizer, asked, LANGUAGES)
+    after = damage.probes(edited, 7)
     for i in subspace.layers:
         assert after["mlp_out"][i] == pytest.approx(1 / 7)
     assert after["mlp_out"][0] == before["mlp_out"][0] and min(after["resid_post"].values()) > 0.5
+    # And the leak says the same: nothing at the site but rounding, and the stream still holds what others wrote.
+    leak = damage.leaks(states, edited, everything)
+    assert list(leak["mlp_out"]) == list(subspace.layers) and max(leak["mlp_out"].values()) < 1e-6
+    assert min(leak["resid_post"].values()) > 0.1
+    assert damage.leaks(states, states, everything)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
 
 
 def test_the_table_names_the_worst_layer():
     found = {
         "neutral": {"fused": {"en": {"kl_mean": 0.0414, "kl_p99": 0.35}}},
         "chance": 1 / 7,
+        "probed": 140,
+        "leak": {"fused": {"mlp_out": {2: 1e-7, 3: 2e-7}, "resid_post": {2: 0.5, 3: 0.25}}},
         "probes": {
             "original": {"mlp_out": {0: 1.0, 1: 0.99}, "resid_post": {0: 1.0, 1: 1.0}},
             "fused": {"mlp_out": {0: 1.0, 1: 0.5}, "resid_post": {0: 1.0, 1: 0.9}},
@@ -100,4 +109,17 @@ def test_the_table_names_the_worst_layer():
     }
     said = damage.table(found)
     assert "fused: KL(original || edited) on neutral text, nats a token, mean (p99): en 0.041 (0.35)" in said
-    assert "chance 0.143, least in mlp_out 0.500 at layer 1 (original 0.990), resid_post 0.900 at layer 1" in said
+    assert (
+        "fused: a linear probe at mlp_out still reads the language: least 0.500 at layer 1 (original 0.990, chance "
+        "0.143, n=140)" in said
+    )
+    assert "at resid_post still reads the language: least 0.900 at layer 1" in said
+    assert (
+        "fused: leak, the part inside the subspace that is left, at most over the edited layers: mlp_out 2e-07" in said
+    )
+    # Words follow numbers: at chance, or above it by no more than 140 texts may show, nothing is read.
+    found["probes"]["fused"]["mlp_out"][1] = 1 / 7
+    assert "at mlp_out is not shown to read the language: least 0.143 at layer 1" in damage.table(found)
+    assert damage.read_by_probe(0.2, 1 / 7, 140).startswith("is not") and damage.read_by_probe(0.22, 1 / 7, 140) == (
+        "still reads the language"
+    )

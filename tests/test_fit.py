@@ -86,6 +86,8 @@ def test_rank_beyond_the_data_is_refused_with_the_number():
     assert fit(noisy, 6, method="centroids").rank == 6
     with pytest.raises(ValueError, match="span 6 dimensions"):
         fit(noisy, 7, method="centroids")
+    with pytest.raises(ValueError, match="its 0 rows span 0 dimensions"):
+        principal_basis(language_rows(torch.randn(5, 1, 8), "deviations"), 1)
     with pytest.raises(ValueError, match="rank 0"):
         principal_basis(torch.randn(10, 5), 0)
 

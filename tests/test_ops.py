@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,6 +158,10 @@ def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_som
     with torch.no_grad():
         all_three(watched, u)
     assert seen == []
+    # A tracer above autograd sees the operator too, not what it is made of.
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: project(x, u, 0.7), pre_dispatch=True)(x)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert "kernel_surgery.project.default" in targets and "aten.addmm.default" not in targets
     # Of torch.func's transforms vmap goes row by row, and grad says that there is no rule; on every device alike.
     seen.clear()
     y = torch.func.vmap(lambda x: project(x, u, 0.7))(x)
@@ -215,6 +220,14 @@ def test_what_does_not_fit_is_refused_with_both_values(name):
     call, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call(torch.randn(4, 8), basis(8, 2))
+
+
+def test_a_minus_sign_that_is_a_bit_and_a_device_without_autocast():
+    from kernel_surgery.reference import project_eager
+
+    x, u = torch.randn(4, 16), basis(16, 3)
+    assert torch.equal(project(torch._neg_view(x), u), project(-x, u))
+    assert project_eager(x.to("meta"), u.to("meta")).shape == project(x.to("meta"), u.to("meta")).shape == (4, 16)
 
 
 def test_the_provider_is_named_for_what_runs():

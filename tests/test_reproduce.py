@@ -35,7 +35,8 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     monkeypatch.setattr(cli, "load_model", None)
     capsys.readouterr()
     assert reproduce.run(["--check", str(bundle)]) == 0
-    assert "everything is what it says" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "every figure is what the texts give; the hashes alone hold what no text shows: damage" in said
     # What is finished is not made again.
     before = {p: p.stat().st_mtime_ns for p in (out / "acts.safetensors", out / "eval" / "results.json")}
     assert reproduce.run(words) == 0
@@ -71,7 +72,39 @@ def figure(change):
     return at
 
 
+def no_texts(results):
+    results["modes"], results["paired"], results["expag_metrics"], results["power"] = {}, [], {}, []
+
+
 CHANGES = {
+    "no texts at all": (
+        "samples.jsonl",
+        lambda text: "",
+        "fused en: there is no text of it, and the configuration asks",
+    ),
+    "no figures": ("results.json", figure(no_texts), "stands in only one of samples.jsonl and results.json"),
+    "a mode that nobody ran": (
+        "results.json",
+        figure(lambda r: r["modes"].update(baked=r["modes"]["fused"])),
+        "baked en: stands in only one of samples.jsonl and results.json",
+    ),
+    "a FAT": ("samples.jsonl", first_sample({"fat_tokens": 1}), "fat_tokens was 1, is "),
+    "tokens": ("samples.jsonl", first_sample({"tokens": [0]}), "text was "),
+    "a power": (
+        "results.json",
+        figure(lambda r: r["power"][0].update(smallest_shown=0.001)),
+        "results.json: power[0].smallest_shown is 0.001; the texts give ",
+    ),
+    "a control": (
+        "results.json",
+        figure(lambda r: r["controls"]["percentiles"]["en"]["accuracy"].update(p=0.001)),
+        "results.json: controls.percentiles.en.accuracy.p is 0.001; the texts give ",
+    ),
+    "controls that are none": (
+        "controls.jsonl",
+        lambda text: "this is not even JSON",
+        "does not hold the texts of the ",
+    ),
     "a verdict": ("samples.jsonl", first_sample({"correct": False}), "correct was False, is True"),
     "a text": ("samples.jsonl", first_sample({"text": "The answer is -1."}), "extracted was "),
     "an answer": ("samples.jsonl", first_sample({"answer": -1}), "says the answer is -1, it is "),

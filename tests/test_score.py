@@ -1,6 +1,7 @@
 """Texts made elsewhere: what goes in comes out with verdicts, and what is wrong with a file is said by line."""
 
 import json
+import math
 
 import pytest
 
@@ -61,6 +62,11 @@ def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
         ({"text": "x", "answer": True, "language": "en"}, r"line 2: 'answer' is True"),
         ({"text": "x", "answer": "many", "language": "en"}, r"line 2: answer 'many' is no number"),
         ({"text": "x", "answer": "1/0", "language": "en"}, r"line 2: answer '1/0' is no number"),
+        ({"text": "x", "answer": "1e99999999", "language": "en"}, r"line 2: answer '1e99999999' is no number"),
+        ({"text": "x", "answer": "1e-99999999", "language": "en"}, r"line 2: answer '1e-99999999' is no number"),
+        ({"text": "x", "answer": 1, "value": "abc", "language": "en"}, r"line 2: value 'abc' is no number"),
+        ({"text": "x", "answer": 1, "value": float("inf"), "language": "en"}, r"line 2: value inf is no number"),
+        ({"text": "x", "answer": 1, "prompt": 5, "language": "en"}, r"line 2: 'prompt' is 5"),
         ({"text": "x", "answer": 1, "language": "fr"}, r"line 2: unknown language 'fr'; known: zh, en"),
     ],
 )
@@ -68,6 +74,17 @@ def test_a_wrong_line_is_named_and_nothing_is_printed(tmp_path, line, message, c
     with pytest.raises(cli.UserError, match=message):
         score.run([str(written(tmp_path, [LINES[0], line]))])
     assert capsys.readouterr().out == ""
+
+
+def test_half_a_character_is_replaced_and_separators_are_read(tmp_path, capsys):
+    odd = {"text": "The answer is \ud800 1234.", "answer": "1,234", "language": "en"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")  # as \\ud800, which is JSON
+    assert score.run([str(tmp_path / "odd.jsonl")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["correct"] is True and found["text"] == "The answer is ? 1234." and "prompt" not in found
+    nothing = LINES[0] | {"text": "No number.", "correct": False, "value": None}
+    agreed = score.agreement([nothing])
+    assert math.isnan(agreed.precision) and math.isnan(agreed.recall)
 
 
 def test_an_empty_file_is_no_result(tmp_path):

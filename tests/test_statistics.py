@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -309,3 +310,53 @@ def test_two_thousand_studies_without_an_effect_find_one_no_more_often_than_stat
     allowed = 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
     print(f"pairs that moved: {moved}; false verdicts in {false} of 2000 studies, {false / 2000:.4f}, stated 0.05")
     assert min(moved.values()) >= 10 and false / 2000 <= allowed
+
+
+def test_an_interval_over_few_moved_problems_is_no_certainty():
+    """What a bootstrap alone gives there: a point, or an end at exactly 0."""
+
+    def interval(rows):
+        return statistics.clustered_difference(rows).ci95
+
+    still = interval([(0, 0)] * 200)
+    one = interval([(1, 0)] + [(0, 0)] * 199)
+    assert still == pytest.approx((-wilson(0, 200)[1], wilson(0, 200)[1]))
+    assert one[0] < 0 < one[1] and one[1] - one[0] >= (still[1] - still[0]) / 2
+    lost = interval([(-1, -1)] * 5)
+    assert lost == pytest.approx(newcombe_paired(0, 0, 5, 0)) and lost[1] < -0.3
+    few = [(-1, -1)] + [(-1, 0)] * 3 + [(0, 0)] * 196
+    found = statistics.clustered_difference(few)
+    assert found.p == 0.125 and found.ci95[0] < 0 < found.ci95[1]
+    # One cluster, one language: Newcombe's own interval for pairs that are never both right.
+    assert statistics.gains_and_losses([1.0] * 7 + [-1.0] * 3 + [0.0] * 40) == pytest.approx(
+        newcombe_paired(0, 7, 3, 40), abs=0.02
+    )
+    assert statistics.gains_and_losses([]) == (-1.0, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.002, 0.01, 0.03, 0.2])
+def test_the_pooled_interval_covers_what_is_true(rate):
+    """200 problems in two languages that move together half the time; half as often up as down."""
+    rng, inside, runs = np.random.default_rng(3), 0, 300
+    true = rate / 3 - 2 * rate / 3
+    for _ in range(runs):
+        moved = rng.random(200) < rate
+        sign = np.where(rng.random(200) < 1 / 3, 1, -1)
+        together = rng.random(200) < 0.5
+        first = rng.random(200) < 0.5
+        rows = [
+            ((s if t or f else 0), (s if t or not f else 0)) if m else (0, 0)
+            for m, s, t, f in zip(moved, sign, together, first, strict=True)
+        ]
+        low, high = statistics.clustered_difference(rows, resamples=500).ci95
+        inside += low <= true * 0.75 <= high
+    print(f"rate {rate}: the interval holds the truth in {inside / runs:.3f} of {runs} runs, stated .95")
+    assert inside / runs >= 0.95 - 3 * (0.05 * 0.95 / runs) ** 0.5
+
+
+def test_a_mean_of_pairs_has_an_interval_where_resampling_says_something():
+    found = statistics.mean_difference([1.0, 2.0, 3.0, 2.0] * 10)
+    assert found["n"] == 40 and found["mean_difference"] == 2.0 and 1.7 < found["ci95"][0] < 2 < found["ci95"][1] < 2.3
+    for values, mean in (([], None), ([3.0], 3.0), ([2.0, 2.0], 2.0)):
+        assert statistics.mean_difference(values) == {"n": len(values), "mean_difference": mean, "ci95": None}
