@@ -123,17 +123,30 @@ def percentiles(sample: Sequence[float], unit: str = "us") -> dict[str, float]:
 
 
 def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
-    """{"ratio", "ratio_ci95"} of times taken in the same rounds: the median of the rounds' ratios, bootstrapped."""
+    """{"ratio", "ratio_ci95", "ratio_range"} of times taken in the same rounds: the median of the rounds' ratios, its
+    bootstrap interval (None for fewer than six rounds), and the least and the largest ratio."""
     import numpy as np
     from scipy.stats import bootstrap
 
     each = np.asarray(sample) / np.asarray(base)
-    if len(each) < 3 or np.ptp(each) == 0:
-        return {"ratio": float(np.median(each)), "ratio_ci95": [float(each.min()), float(each.max())]}
+    if len(each) < 6 or np.ptp(each) == 0:
+        # Of fewer than six rounds no interval holds the median 95 times in 100: everything from the least to the most
+        # is what can be said (of three rounds, 75 times in 100).
+        return {
+            "ratio": float(np.median(each)),
+            "ratio_ci95": None,
+            "ratio_range": [float(each.min()), float(each.max())],
+        }
     interval = bootstrap(
         (each,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return {"ratio": float(np.median(each)), "ratio_ci95": [float(interval.low), float(interval.high)]}
+    found = {"ratio": float(np.median(each)), "ratio_ci95": [float(interval.low), float(interval.high)]}
+    return found | {"ratio_range": [float(each.min()), float(each.max())]}
+
+
+def ends(row: Mapping) -> tuple[float, float]:
+    """What is known of a ratio: its interval, or its range where there is none."""
+    return tuple(row["ratio_ci95"] or row["ratio_range"])
 
 
 def against(times: Mapping[str, Sequence[float]], base: str = "original") -> dict[str, dict]:
@@ -143,9 +156,9 @@ def against(times: Mapping[str, Sequence[float]], base: str = "original") -> dic
     interval lies beyond that; else "within the noise".
     """
     found = {name: ratio(sample, times[base]) for name, sample in times.items()}
-    noise = max(abs(end - 1) for end in found[NOISE]["ratio_ci95"])
+    noise = max(abs(end - 1) for end in ends(found[NOISE]))
     for name, row in found.items():
-        low, high = row["ratio_ci95"]
+        low, high = ends(row)
         apart = "slower" if low > 1 + noise else "faster" if high < 1 / (1 + noise) else "within the noise"
         row |= {"noise": noise, "verdict": "-" if name in (base, NOISE) else apart}
     return found
