@@ -188,7 +188,8 @@ def run(argv: list[str] | None = None) -> int:
             bar.write(f"{what:<11} {taken}")
             said = "under 1 MB" if memory is None else f"slope {memory:.2f}, at most {max(held) / 1e6:.0f} MB"
             bar.write(f"{'':<11} slope {rate:.2f} (s.e. {error:.2f}); expected {EXPECTED[what]}; memory {said}")
-            rows += [row | {"slope": rate, "slope_se": error, "memory_slope": memory} | stamp for row in found]
+            more = {"expected": EXPECTED[what]}
+            rows += [row | more | {"slope": rate, "slope_se": error, "memory_slope": memory} | stamp for row in found]
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
     print(json.dumps({"case": "growth", "slopes": {row["case"]: round(row["slope"], 3) for row in rows}, **stamp}))

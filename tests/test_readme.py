@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from bench.readme import KEPT, MARKS, ROOT, section, with_section
+from bench import pages
+from bench.pages import KEPT, ROOT, SECTIONS, renewed
 
 WHOLE = (ROOT / "README.md").read_text(encoding="utf-8")
 README = re.sub("<!--.*?-->", "", WHOLE)
@@ -62,12 +63,35 @@ def test_every_link_leads_to_a_file_or_a_heading():
             assert (ROOT / target).exists(), target
 
 
-def test_the_table_is_what_was_measured():
+@pytest.mark.parametrize("page", SECTIONS)
+def test_the_measured_tables_are_what_was_kept(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert renewed(text, SECTIONS[page]) == text, "run python -m bench.pages"
+    # A figure that somebody typed is found; a mark that is not there too.
+    for name in SECTIONS[page]:
+        begin = f"<!-- measured: {name} -->"
+        typed = text.replace(begin, f"{begin}\n0.123", 1)
+        assert renewed(typed, SECTIONS[page]) == text
+        with pytest.raises(ValueError, match="once, with <!-- end --> after it; nothing was written"):
+            renewed(text.replace(begin, ""), SECTIONS[page])
+
+
+def test_the_readmes_table_follows_its_file(monkeypatch, tmp_path):
     results = json.loads(KEPT.read_text(encoding="utf-8"))
-    assert with_section(WHOLE, results) == WHOLE, "run python -m bench.readme --results DIR"
     assert results["environment"]["dirty"] is False
-    altered = json.loads(KEPT.read_text(encoding="utf-8"))
-    altered["modes"]["original"]["en"]["correct"] -= 1
-    assert section(altered) != section(results)
-    with pytest.raises(ValueError, match="once each; nothing was written"):
-        with_section(WHOLE.replace(MARKS[0], ""), results)
+    before = pages.answers()
+    results["modes"]["original"]["en"]["correct"] -= 1
+    (tmp_path / "kept.json").write_text(json.dumps(results))
+    monkeypatch.setattr(pages, "KEPT", tmp_path / "kept.json")
+    assert pages.answers() != before
+
+
+def test_the_pictures_are_drawn_from_the_kept_rows():
+    from bench.plots import draw
+
+    found = draw()
+    assert found.keys() == {"counted.svg", "models.svg", "growth.svg"}
+    for name, picture in found.items():
+        kept = (ROOT / "bench" / "plots" / name).read_text(encoding="utf-8")
+        strip = lambda text: re.sub(r'(id|href|clip-path)="[^"]*"|url\(#[^)]*\)', "", text)  # noqa: E731
+        assert strip(picture) == strip(kept), f"{name}: run python -m bench.pages"

@@ -1,0 +1,316 @@
+"""Every measured table of README.md and docs/, written from kept results and never typed: python -m bench.pages
+
+    --results DIR      first keep the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
+    --controls DIR...  first keep the controls of finished evaluations (docs/retest.md)
+
+A page shows what lies under bench/results/ and docs/ between two marks, <!-- measured: NAME --> and <!-- end -->.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from kernel_surgery import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+KEPT, CONTROLS = RESULTS / "eval-polyglot.json", ROOT / "docs" / "retest-controls.json"
+END = "<!-- end -->"
+
+
+def rows(name: str) -> list[dict]:
+    """The kept rows of a benchmark; none where it has not been run."""
+    file = RESULTS / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def where(row: dict) -> str:
+    """Where and when a row was measured."""
+    commit = row["commit"][:10] + (", tree changed since" if row["dirty"] else "")
+    device = f"{row['device']}, " if row.get("device") else ""
+    versions = ", ".join(
+        f"{name} {row[name]}" for name in ("torch", "transformers", "peft", "nnsight") if row.get(name)
+    )
+    return f"{device}{versions}, commit {commit}, {row['date']}.\n"
+
+
+def interval(row: dict) -> str:
+    """A ratio with its interval, or its range where there is none."""
+    low, high = row["ratio_ci95"] or row["ratio_range"]
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def answers() -> str:
+    """README.md: the evaluation's own table, the command, where and when it was made."""
+    from kernel_surgery.results import strict_table
+
+    results = json.loads(KEPT.read_text(encoding="utf-8"))
+    environment, config = results["environment"], results["config"]
+    command = f"python -m kernel_surgery.eval --mode {config['mode']}"
+    if config["languages"] != ["en", "zh"]:
+        command += f" --languages {','.join(config['languages'])}"
+    return (
+        f"```text\n{strict_table(results['modes'], results['paired'])}\n```\n\n"
+        f"`{command}` took {results['seconds']:.0f} s on {environment['device']}, torch {environment['torch']}, "
+        f"commit {environment['commit'][:10]}, {environment['date'][:10]}. FAT: tokens until the right answer is "
+        "complete; fidelity and coverage: see [below](#how-an-answer-is-judged).\n"
+    )
+
+
+KINDS = {
+    "operations": "operations",
+    "matrix_products": "matrix products",
+    "allocations": "tensors allocated",
+    "bytes_allocated": "bytes allocated",
+    "bytes_moved": "bytes read and written",
+}
+
+
+def counted(model: str = "stack", dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
+    """What every provider does beyond the original, an edited layer."""
+    found = [r for r in rows("counted.json") if r["model"] == model and r["provider"] != "original again"]
+    out = ""
+    for dtype in dtypes:
+        chosen = [r for r in found if r["dtype"] == dtype]
+        if not chosen:
+            continue
+        unit = chosen[0]["rows"] * chosen[0]["d"] * (4 if dtype == "float32" else 2)
+        body = [
+            [r["provider"], *(f"{r[k] / (unit if k.startswith('bytes') else 1):.4g}" for k in KINDS)] for r in chosen
+        ]
+        out += f"{dtype}, d_model {chosen[0]['d']}, k = {chosen[0]['k']}; bytes in units of the MLP's output\n\n"
+        out += table(["", *KINDS.values()], body) + "\n"
+    return out + where(found[0]) if found else "Not counted yet.\n"
+
+
+def speed() -> str:
+    """README.md: the counted work in short, and the other ratios in one line each."""
+    found = [r for r in rows("counted.json") if r["model"] == "stack" and r["provider"] != "original again"]
+    body = []
+    for name in dict.fromkeys(r["provider"] for r in found):
+        two = [r for r in found if r["provider"] == name]
+        line = [name]
+        for r in two:
+            unit = r["rows"] * r["d"] * (4 if r["dtype"] == "float32" else 2)
+            line += [f"{r['matrix_products']:g}", f"{r['allocations']:g}", f"{r['bytes_moved'] / unit:.1f}"]
+        body.append(line)
+    head = [""] + [f"{what}, {kind}" for kind in ("float32", "bfloat16") for what in ("products", "tensors", "bytes")]
+    out = table(head, body) + "\n"
+    lines = []
+    for name, which, words in (
+        ("fit.json", "kernel_surgery.fit", "`fit`: {} times the speed of numpy's full SVD of the same layers, exact"),
+        ("evaluation.json", "kernel_surgery.eval", "`eval`: {} times the speed of a loop over single prompts"),
+    ):
+        for row in rows(name):
+            if row["provider"] == which:
+                lines.append(words.format(interval(row)))
+    for row in rows("checkpoint-bake.json"):
+        if row["provider"] == "bake":
+            lines.append(
+                f"`bake`: {row['ratio_to_floor']:.2f} of the time of `cp -r` and `sha256sum`, {row['gigabytes']:.1f} GB"
+            )
+    out += f"{'; '.join(lines)}. In full: [docs/benchmarks.md](docs/benchmarks.md). "
+    return out + (where(found[0]) if found else "\n")
+
+
+def fit() -> str:
+    """Providers of the fit."""
+    found = rows("fit.json")
+    body = [
+        [
+            r["provider"],
+            "yes" if r["exact"] else "no",
+            f"{r['us_p50'] / 1e6:.3f}",
+            interval(r),
+            f"{r['sine']:.1e}",
+            f"{r['residual']:.1e}",
+        ]
+        for r in found
+    ]
+    if not found:
+        return "Not measured yet.\n"
+    head = ["", "exact", "s a layer", "times the script's speed", "sine to a float64 SVD", "residual"]
+    first = found[0]
+    about = f"{first['layers']} layers of {first['rows']} x {first['d']} deviations, k = {first['k']}.\n\n"
+    return about + table(head, body) + "\n" + where(first)
+
+
+def evaluation() -> str:
+    """The evaluation against the loop."""
+    found = rows("evaluation.json")
+    if not found:
+        return "Not measured yet.\n"
+    body = [
+        [
+            r["provider"],
+            str(r["batch"]),
+            f"{r['us_p50'] / 1e6:.1f}",
+            f"{r['tokens'] / r['us_p50'] * 1e6:.0f}",
+            interval(r),
+        ]
+        for r in found
+    ]
+    about = f"{found[0]['texts']} texts, the same from both ({found[0]['parted_by_rounding']} parted by rounding).\n\n"
+    return about + table(["", "batch", "s", "tokens/s", "times the loop's speed"], body) + "\n" + where(found[0])
+
+
+def checkpoint() -> str:
+    """Baking against its floor and its peers."""
+    out = ""
+    for name in ("checkpoint-bake.json", "checkpoint-peers.json"):
+        found = rows(name)
+        if not found:
+            continue
+        body = [
+            [
+                r["provider"],
+                f"{r['seconds_p50']:.1f}",
+                f"{r['ratio_to_floor']:.2f}",
+                *(
+                    f"{r[key]:{form}}" if key in r else ""
+                    for key, form in (
+                        ("peak_resident_gb", ".2f"),
+                        ("peak_anonymous_gb", ".2f"),
+                        ("leak_over_floor", ".3f"),
+                        ("error_over_bound", ".3f"),
+                        ("not_correctly_rounded", ".5f"),
+                    )
+                ),
+            ]
+            for r in found
+        ]
+        head = ["", "s", "of the floor", "resident GB", "anonymous GB", "leak/floor", "error/bound", "wrongly rounded"]
+        about = f"{found[0]['gigabytes']:.2f} GB, {found[0]['layers']} layers of Qwen2.5-3B's shapes.\n\n"
+        out += about + table(head, body) + "\n" + where(found[0]) + "\n"
+    return out
+
+
+def models() -> str:
+    """Every provider in a model, phase by phase."""
+    out = ""
+    for name in ("model-stack.json", "model-polyglot.json"):
+        found = rows(name)
+        for key in dict.fromkeys((r["how"], r["case"], r["sequences"], r["tokens"]) for r in found):
+            chosen = [r for r in found if (r["how"], r["case"], r["sequences"], r["tokens"]) == key]
+            first, body = chosen[0], []
+            for r in chosen:
+                if r["left_out"]:
+                    body.append([r["provider"], "", "", "", r["left_out"]])
+                    continue
+                low, high = r["ratio_ci95"] or r["ratio_range"]
+                times = [f"{r['us_p50'] / 1e3:.2f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
+                body.append([r["provider"], *times, f"{r['error_over_bound']:.2f}", r["verdict"]])
+            noise = next(r["noise"] for r in chosen if not r["left_out"])
+            out += (
+                f"{first['model']}, {first['layers']} layers, {first['edited']} edited, {first['dtype']}, {key[0]}: "
+                f"{key[1]} {key[2]} x {key[3]}; noise {noise:.3f}\n\n"
+                + table(["", "ms", "of the original (95% interval)", "error/bound", ""], body)
+                + "\n"
+            )
+        out += where(found[0]) + "\n" if found else ""
+    return out or "Not measured yet.\n"
+
+
+def growth() -> str:
+    """Fitted slopes."""
+    found = rows("growth.json")
+    if not found:
+        return "Not measured yet.\n"
+    body = []
+    for what in dict.fromkeys(r["case"] for r in found):
+        chosen = [r for r in found if r["case"] == what]
+        sizes = ", ".join(f"{r['size']}: {r['seconds'] * 1e3:.3g}" for r in chosen)
+        first = chosen[0]
+        memory = "under 1 MB" if first["memory_slope"] is None else f"{first['memory_slope']:.2f}"
+        body.append([what, sizes, f"{first['slope']:.2f} ± {first['slope_se']:.2f}", first["expected"], memory])
+    head = ["", "ms", "slope of time", "expected", "slope of peak memory"]
+    return table(head, body) + "\n" + where(found[0])
+
+
+def labels() -> str:
+    """The scorer's precision and recall."""
+    from kernel_surgery.score import label_table, read_lines
+
+    found = label_table(read_lines(ROOT / "tests" / "labelled.jsonl"))
+    return f"```text\n{found}\n```\n"
+
+
+def controls() -> str:
+    """The controls of the re-test's harshest setting."""
+    from kernel_surgery.controls import table as control_table
+
+    kept = json.loads(CONTROLS.read_text(encoding="utf-8"))
+    parts = [f"    {r['command']}\n\n```text\n{control_table(r['controls'])}\n```\n" for r in kept]
+    return "\n".join(parts) + f"\nCommit {kept[0]['commit'][:10]}, {kept[0]['date'][:10]}.\n"
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"answers": answers, "speed": speed},
+    "docs/benchmarks.md": {
+        **{"counted": counted, "counted-polyglot": lambda: counted("polyglot"), "models": models, "fit": fit},
+        **{"evaluation": evaluation, "checkpoint": checkpoint, "growth": growth},
+    },
+    "docs/scoring.md": {"labels": labels},
+    "docs/retest.md": {"controls": controls},
+}
+
+
+def renewed(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    """A page with every part between its marks replaced. Raises ValueError where a mark is not there once."""
+    for name, made in sections.items():
+        begin = f"<!-- measured: {name} -->"
+        if text.count(begin) != 1 or END not in text.partition(begin)[2]:
+            raise ValueError(f"a page must hold {begin} once, with {END} after it; nothing was written.")
+        body = f"{begin}\n{made()}{END}"
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(END)}", lambda _, body=body: body, text, flags=re.DOTALL)
+    return text
+
+
+def finished(folder: Path) -> dict:
+    """results.json of a finished evaluation. Raises UserError where there is none."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise cli.UserError(f"{str(file)!r} does not exist: give the folder of a finished evaluation.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.pages", description="Write the measured tables from kept results.")
+    p.add_argument("--results", type=Path, help="keep the figures of this finished evaluation for README.md first")
+    p.add_argument("--controls", type=Path, nargs="+", help="keep the controls of these evaluations first")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Keep what is given, rewrite the pages and the plots; nothing where a page lacks its marks."""
+    args = parser().parse_args(argv)
+    if args.results:
+        found = finished(args.results)
+        cli.write_atomic(KEPT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if args.controls:
+        kept = []
+        for folder in args.controls:
+            r = finished(folder)
+            about = {"commit": r["environment"]["commit"], "date": r["environment"]["date"], "command": r["command"]}
+            kept.append(about | {"controls": r["controls"]})
+        cli.write_atomic(CONTROLS, json.dumps(kept) + "\n")
+    pages = {name: renewed((ROOT / name).read_text(encoding="utf-8"), parts) for name, parts in SECTIONS.items()}
+    for name, text in pages.items():
+        cli.write_atomic(ROOT / name, text)
+    from bench.plots import draw
+
+    for name, picture in draw().items():
+        cli.write_atomic(ROOT / "bench" / "plots" / name, picture)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(run)
