@@ -36,15 +36,23 @@ def listing() -> str:
     return "\n".join(lines + [f"  {name:<11} {what} ({took}; {file})" for name, (what, took, file) in BENCHES.items()])
 
 
+def parser() -> cli.Parser:
+    """The command line; what follows the name is the benchmark's own."""
+    p = cli.Parser(prog="python -m bench", description="Run a benchmark by its name, or list them.", add_help=False)
+    p.add_argument("name", nargs="?")
+    return p
+
+
 def run(argv: list[str] | None = None) -> int | None:
     """Run the benchmark that the first word names, with the other words; or list them."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(listing())
         return 0
-    if words[0] not in BENCHES:
-        raise cli.UserError(f"no benchmark {words[0]!r}; there are {', '.join(BENCHES)}. Nothing was run.")
-    return importlib.import_module(f"bench.{words[0]}").run(words[1:])
+    name = parser().parse_args(words[:1]).name
+    if name not in BENCHES:
+        raise cli.UserError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}. Nothing was run.")
+    return importlib.import_module(f"bench.{name}").run(words[1:])
 
 
 if __name__ == "__main__":

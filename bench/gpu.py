@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command and under nine minutes: make gpu, or python -m bench.gpu
 
-In this order, each part with its own time limit: the GPU tests; the operators' benchmark; eval on the embedded model
-in every mode. Writes into $OUT (default bench/results/) and returns 1 if any part failed or ran out of time; what the
-others found is kept. No time is taken on a device on which the tests fail.
+In this order, each part with its own time limit: the GPU tests; the operators' benchmark; a whole model of
+Qwen2.5-3B's shapes, prefill and decode, every provider captured; eval on the embedded model in every mode. Writes into
+$OUT (default bench/results/) and returns 1 if any part failed or ran out of time; what the others found is kept. No
+time is taken on a device on which the tests fail.
 """
 
 import importlib.util
@@ -20,11 +21,19 @@ def parts(out: Path) -> list[tuple[str, int, list[str]]]:
     """(name, limit in seconds, command) of each part."""
     python = sys.executable
     return [
-        ("tests", 260, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
-        ("op", 200, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
+        ("tests", 230, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
+        ("op", 120, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
+        (
+            "model",
+            140,
+            [
+                *(python, "-m", "bench.model", "--case", "qwen", "--device", "cuda", "--how", "graph", "--rounds", "8"),
+                *("--out", str(out / "model.json")),
+            ],
+        ),
         (
             "eval",
-            80,
+            45,
             [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")],
         ),
     ]
@@ -64,7 +73,7 @@ def run(argv: list[str] | None = None) -> int:
         summary["parts"][part] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
         cli.write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(f"{part}: status {status}, {summary['parts'][part]['seconds']} s, {out / part}.txt", flush=True)
-        if part in ("tests", "op") and (out / f"{part}.txt").exists():
+        if part in ("tests", "op", "model") and (out / f"{part}.txt").exists():
             # The end of the table, for whoever sees this command's output alone.
             print("\n".join((out / f"{part}.txt").read_text(encoding="utf-8").splitlines()[-60:]), flush=True)
     return 0 if all(p["status"] == 0 for p in summary["parts"].values()) else 1

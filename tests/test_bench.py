@@ -1,15 +1,18 @@
 """The benchmarks' own honesty: what is timed is checked first, the row is complete, and a wrong provider is shown."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench import checkpoint, op
+from bench import checkpoint, op, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {
@@ -115,7 +118,9 @@ def test_every_part_of_the_gpu_command_has_a_limit_and_together_they_stay_under_
     from bench import gpu
 
     parts = gpu.parts(tmp_path)
-    assert [name for name, _, _ in parts] == ["tests", "op", "eval"]
+    assert [name for name, _, _ in parts] == ["tests", "op", "model", "eval"]
+    for _, _, words in parts[1:]:
+        importlib.import_module(words[2]).parser().parse_args(words[3:])
     assert sum(limit for _, limit, _ in parts) <= 9 * 60
 
 
@@ -138,3 +143,167 @@ def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monke
     assert rows[checkpoint.DENSE]["error_over_bound"] > 1 and rows[checkpoint.DENSE]["not_correctly_rounded"] > 0.1
     assert rows["bake"]["generated_tokens"] == 8
     assert rows["bake"]["peak_anonymous_gb"] > 0 and rows["bake"]["peft"]
+
+
+def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
+    from bench import __main__ as every
+    from kernel_surgery import cli
+
+    files = {p.stem for p in (ROOT / "bench").glob("*.py")}
+    helpers = {"__init__", "__main__", "plots", "providers", "shapes", "stand_ins", "timing"}
+    assert set(every.BENCHES) == files - helpers
+    assert every.run([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in every.BENCHES)
+    for name in every.BENCHES:
+        with pytest.raises(SystemExit) as left:
+            every.run([name, "--help"])
+        assert left.value.code == 0 and f"python -m bench.{name}" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="no benchmark 'speed'; there are counted, op"):
+        every.run(["speed"])
+
+
+def test_a_ratio_is_called_slower_only_beyond_the_noise():
+    rng = np.random.default_rng(0)
+    base = 100 + rng.normal(0, 1, 40)
+    times = {"original": base, timing.NOISE: base * rng.normal(1, 0.03, 40)}
+    times |= {"a little": base * rng.normal(1.005, 0.03, 40), "twice": base * 2, "half": base / 2}
+    found = timing.against(times)
+    words = {name: row["verdict"] for name, row in found.items()}
+    assert words == {
+        **{"original": "-", timing.NOISE: "-", "a little": "within the noise", "twice": "slower", "half": "faster"}
+    }
+    assert 0 < found["twice"]["noise"] < 0.1 and found["twice"]["ratio"] == pytest.approx(2)
+    few = timing.ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
+    assert few["ratio_ci95"] is None and few["ratio_range"] == [2.0, 4.0] and timing.ends(few) == (2.0, 4.0)
+
+
+def test_rounds_take_every_provider_once_and_the_first_is_thrown_away():
+    seen, clock = [], iter(range(1000))
+
+    def call(name):
+        seen.append(name)
+        return float(next(clock))
+
+    times = timing.interleaved({name: lambda name=name: call(name) for name in "abc"}, 5)
+    rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
+    assert len(rounds) == 6 and all(sorted(r) == list("abc") for r in rounds) and len(set(map(tuple, rounds))) > 1
+    assert {len(t) for t in times.values()} == {5} and min(map(min, times.values())) == 3
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, bases, oracle) with four layers, two of them edited."""
+    from bench import counted, model, shapes
+
+    made = shapes.random_model(torch.float32, "cpu", **counted.SMALL, num_hidden_layers=4, vocab_size=64)
+    bases = shapes.random_bases(made)
+    return made, bases, model.Oracle(made, bases, tokens=16)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_every_provider_computes_the_edit_and_an_unedited_one_is_not_timed(small, phase):
+    from bench import model, providers
+
+    made, bases, oracle = small
+    with providers.opened(made, bases) as calls:
+        calls["nothing"] = calls["original"]
+        rows = model.measure(calls, made, oracle, phase, 2, 16, "eager", 2, lambda done: None)
+    found = {row["provider"]: row for row in rows}
+    assert list(found) == [*providers.NAMES, "nothing"] and providers.missing() == {}
+    for name, row in found.items():
+        print(f"{phase} {name}: error/bound {row['error_over_bound']:.2f}")
+        assert (row["error_over_bound"] <= 1) == (row["left_out"] is None) == (name != "nothing")
+        assert row["left_out"] is None or row["left_out"] == "its logits break their bound" in model.shown(row)
+    # Sharing weights is not sharing edits: the model itself is as it was.
+    ids = model.prompts(made, 2, 16)
+    exact = oracle.logits(ids)["original"]
+    assert oracle.error_over_bound("original", model.last_logits(made, ids)[:, -1], {"original": exact}) <= 1
+
+
+@pytest.mark.slow
+def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
+    """Dynamo keeps graphs by code object and does not look at hooks: steps that share one run the last one's graph."""
+    from bench import model, providers
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
+    made, bases, oracle = small
+    names = [name for name in providers.NAMES if name not in providers.PEERS]
+    with providers.opened(made, bases, names) as calls:
+        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "compile", 1, lambda done: None)
+        assert {row["provider"]: row["left_out"] for row in rows} == dict.fromkeys(names)
+        # The check can fail: one function for all.
+        monkeypatch.setattr(model, "prepared", lambda name, step, how: torch.compile(step, dynamic=False))
+        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "compile", 1, lambda done: None)
+        assert "its logits break their bound" in [row["left_out"] for row in rows]
+    torch._dynamo.reset()
+
+
+def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(small, monkeypatch):
+    from bench import model, providers
+    from kernel_surgery import cli
+
+    for words in (["--how", "graph", "--device", "cpu"], ["--how", "nonsense", "--device", "cpu"]):
+        with pytest.raises(cli.UserError, match="it takes eager, compile and, on CUDA, graph"):
+            model.run(words)
+    made, bases, oracle = small
+
+    def failing(name, step, how):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(model, "prepared", failing)
+    with providers.opened(made, bases, ["original", timing.NOISE, "hook"]) as calls:
+        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "graph", 1, lambda done: None)
+    assert {row["left_out"] for row in rows} == {"graph: operation not permitted when stream is capturing"}
+    assert "not permitted" in model.shown(rows[0])
+
+
+@pytest.mark.slow
+def test_the_fit_benchmark_runs_and_tells_a_rough_subspace(tmp_path, capsys):
+    from bench import fit
+
+    out = tmp_path / "rows.json"
+    assert fit.run(["--layers", "2", "--d", "256", "--out", str(out)]) == 0
+    rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
+    assert rows[fit.OURS]["exact"] and rows[fit.OURS]["sine"] <= fit.ANGLE < rows[fit.TOP[0]]["sine"]
+    assert rows[fit.SCRIPT]["ratio"] == 1 and "times the script's speed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_evaluation_benchmark_compares_texts_before_times(tmp_path, capsys, monkeypatch):
+    from bench import evaluation
+
+    words = ["--problems", "1", "--languages", "en", "--rounds", "1", "--out", str(tmp_path / "rows.json")]
+    assert evaluation.run(words) == 0
+    said = capsys.readouterr().out
+    assert "5 texts, 5 the same, 0 parted by rounding" in said and "times the loop's speed" in said
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [row["batch"] for row in rows] == [1, 64] and rows[1]["tokens"] > 0
+    real = evaluation.batched
+
+    def other(*args):
+        return [(ids[0] + 1, *ids[1:]) for ids in real(*args)]
+
+    monkeypatch.setattr(evaluation, "batched", other)
+    assert evaluation.run(words) == 1 and "other text than alone" in capsys.readouterr().out
+
+
+def test_slopes_are_those_of_the_work():
+    from bench import growth
+
+    assert growth.slope((1, 2, 4, 8), (3, 6, 12, 24))[0] == pytest.approx(1)
+    assert growth.slope((1, 2, 4, 8), (3, 12, 48, 192))[0] == pytest.approx(2)
+    held = growth.peak_of(lambda: [torch.ones(2**24), time.sleep(0.05)])
+    assert 0.9 * 2**26 < held < 1.5 * 2**26
+
+
+@pytest.mark.slow
+def test_the_growth_benchmark_prints_a_slope_for_every_quantity(capsys, monkeypatch, tmp_path):
+    from bench import growth
+
+    monkeypatch.setattr(growth, "SIZES", {name: sizes[:2] for name, sizes in growth.SIZES.items()})
+    assert growth.run(["--rounds", "1", "--out", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["case"] for row in rows} == set(growth.EXPECTED) and capsys.readouterr().out.count("slope") >= 7

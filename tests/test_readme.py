@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 def commands():
     """[module, arguments] of every `python -m` command in the README, in a block or in a line."""
     found = re.findall(r"python -m (kernel_surgery[.\w]*|bench[.\w]*)([^\n`&|]*)", README)
-    return [(module, shlex.split(arguments)) for module, arguments in found]
+    return [("bench.__main__" if m == "bench" else m, shlex.split(arguments)) for m, arguments in found]
 
 
 def test_the_python_examples_run_one_after_another(capsys):

@@ -1,0 +1,103 @@
+"""The regression guard: what every way of making the edit does, counted, not timed. A change of it is a decision."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import counted, providers
+from kernel_surgery import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = json.loads((ROOT / "bench" / "results" / "counted-small.json").read_text(encoding="utf-8"))
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def rows(request):
+    return counted.rows_of("small", request.param, providers.NAMES)
+
+
+def kept(rows):
+    dtype = rows[0]["dtype"]
+    return {r["provider"]: {k: r[k] for k in counted.KINDS} for r in KEPT if r["dtype"] == dtype}
+
+
+def test_every_count_is_the_one_that_was_decided_on(rows):
+    found = {row["provider"]: {kind: row[kind] for kind in counted.KINDS} for row in rows}
+    assert found == kept(rows), "python -m bench.counted --case small --out bench/results/counted-small.json"
+
+
+def test_fused_does_no_more_than_a_peer_and_less_than_the_eager_hook(rows):
+    assert counted.faults(rows) == []
+    own = {row["provider"]: row for row in rows}
+    assert own["fused"]["matrix_products"] == 2 and own["baked"]["operations"] == 0
+    # The check can fail, in every kind that it looks at.
+    for kind in counted.KINDS:
+        worse = [row | ({kind: own["peft"][kind] + 1} if row["provider"] == "fused" else {}) for row in rows]
+        assert any(f"fused {kind}" in fault for fault in counted.faults(worse)), kind
+
+
+def test_a_pass_over_the_rows_too_many_is_seen(monkeypatch):
+    real = ops._project_add_rmsnorm_aten
+
+    def careless(x, *more):
+        return real(x.clone(), *more)
+
+    direct = ops._DIRECT[ops._project_add_rmsnorm] | {"cpu": careless}
+    monkeypatch.setitem(ops._DIRECT, ops._project_add_rmsnorm, direct)
+    names = ["original", "hook", "fused"]
+    found = {row["provider"]: row for row in counted.rows_of("small", "float32", names)}
+    before = {r["provider"]: r for r in KEPT if r["dtype"] == "float32"}
+    for kind, more in (
+        ("operations", 1),
+        ("allocations", 1),
+        ("bytes_moved", 2 * 32 * 256 * 4),
+        ("matrix_products", 0),
+    ):
+        assert found["fused"][kind] == before["fused"][kind] + more, kind
+    assert found["hook"]["operations"] == before["hook"]["operations"]
+
+
+def test_the_counter_counts_what_an_operation_reads_and_writes():
+    x, w = torch.randn(4, 8), torch.randn(8, 16)
+    with torch.no_grad(), counted.counter() as mode:
+        _ = x.T.view(8, 4)[:2].T  # views
+        y = x @ w
+        y += 1
+        y.expand(2, 4, 16).sum()
+    products = 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert mode.counts["matrix_products"] == 1 and mode.counts["operations"] == 3
+    assert mode.counts["allocations"] == 2 and mode.counts["bytes_allocated"] == 4 * (4 * 16 + 1)
+    # In place: read once; the broadcast dimension of the sum is read once; its result is one number.
+    assert mode.counts["bytes_moved"] == products + 4 * 64 + 4 * (64 + 1)
+
+
+def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path):
+    """Counted by the kernel, in a process of its own: reads of the source, reads for the hash, writes."""
+    from bench.checkpoint import make_source
+    from kernel_surgery.checkpoint import bake_checkpoint
+    from kernel_surgery.subspace import Subspace
+
+    small = {"hidden_size": 128, "intermediate_size": 4096, "num_attention_heads": 1, "num_key_value_heads": 1}
+    make_source(tmp_path / "source", 8, **small, vocab_size=64)
+    space = Subspace.load(tmp_path / "subspace.safetensors")
+    size = (tmp_path / "source" / "model.safetensors").stat().st_size
+    bake_checkpoint(tmp_path / "source", space, tmp_path / "first")  # what is imported is read by now
+
+    def account():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return {name: int(value) for name, value in (line.split(": ") for line in lines)}
+
+    before = account()
+    bake_checkpoint(tmp_path / "source", space, tmp_path / "baked")
+    after = account()
+    read, written = ((after[key] - before[key]) / size for key in ("rchar", "wchar"))
+    beside = sum(f.stat().st_size for f in (tmp_path / "baked").rglob("*") if f.is_file()) / size - 1
+    print(f"of {size / 1e6:.1f} MB: read {read:.3f} times, written {written:.3f} times; beside it {beside:.3f}")
+    assert os.path.getsize(tmp_path / "baked" / "model.safetensors") == size
+    # The source once, what was written once for its hash; the small files beside it and headers.
+    assert 2 <= read <= 2 + 3 * beside + 0.05 and 1 <= written <= 1 + 2 * beside + 0.05
