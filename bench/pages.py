@@ -120,6 +120,27 @@ def speed() -> str:
     return out + (where(found[0]) if found else "\n")
 
 
+def op() -> str:
+    """The operators beside their alternatives."""
+    found = [r for r in rows("op.json") if r["cache"] == "warm" and not r["graph"]]
+    body = [
+        [
+            r["case"],
+            f"{r['M']} x {r['d']}",
+            r["dtype"],
+            r["provider"],
+            f"{r['us_p50']:.0f}",
+            f"{r['fraction_of_copy']:.2f}",
+        ]
+        + [f"{r['error_over_bound']:.2f}" + ("" if r["error_over_bound"] <= 1 else " (breaks its bound)")]
+        for r in found
+    ]
+    if not found:
+        return "Not measured yet.\n"
+    head = ["", "rows x d", "", "provider", "us", "speed over the floor's", "error/bound"]
+    return table(head, body) + "\n" + where(found[0])
+
+
 def fit() -> str:
     """Providers of the fit."""
     found = rows("fit.json")
@@ -254,7 +275,7 @@ def controls() -> str:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"answers": answers, "speed": speed},
     "docs/benchmarks.md": {
-        **{"counted": counted, "counted-polyglot": lambda: counted("polyglot"), "models": models, "fit": fit},
+        **{"counted": counted, "counted-polyglot": lambda: counted("polyglot"), "models": models, "op": op, "fit": fit},
         **{"evaluation": evaluation, "checkpoint": checkpoint, "growth": growth},
     },
     "docs/scoring.md": {"labels": labels},
