@@ -131,8 +131,8 @@ def op() -> str:
             r["provider"],
             f"{r['us_p50']:.0f}",
             f"{r['fraction_of_copy']:.2f}",
+            f"{r['error_over_bound']:.2f}" + ("" if r["error_over_bound"] <= 1 else " (breaks its bound)"),
         ]
-        + [f"{r['error_over_bound']:.2f}" + ("" if r["error_over_bound"] <= 1 else " (breaks its bound)")]
         for r in found
     ]
     if not found:
