@@ -18,6 +18,8 @@ def figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list
     matplotlib.use("svg")
     # Text stays text: smaller, searchable, and in the reader's own font.
     matplotlib.rcParams["svg.fonttype"] = "none"
+    # The same figure is the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "kernel-surgery"
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")

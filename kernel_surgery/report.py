@@ -17,7 +17,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding
 table{border-collapse:collapse;width:100%;font-size:.9rem;margin:1rem 0}
 th,td{text-align:start;padding:.35rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} th.n{text-align:right}
-.wide{overflow-x:auto} pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85rem}
+.wide{overflow-x:auto} .wide svg{max-width:none;width:100%;min-width:38rem} td:last-child:not(.n){min-width:13rem}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85rem}
 details{margin:1rem 0} summary{cursor:pointer;font-weight:600} .bad{color:#a3261b} .good{color:#19692c}
 svg{max-width:100%;height:auto} .note{background:#fff6d8;padding:.6rem .8rem;border-left:4px solid #d9a400}
 mark{background:#ffe08a;color:inherit} .small{font-size:.85rem;color:#555}
@@ -36,6 +37,28 @@ def table(head: list[str], rows: list[list], numeric_from: int = 1) -> str:
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<div class=wide><table><tr>{cells('th', head)}</tr>{body}</table></div>"
+
+
+def wide(picture: str) -> str:
+    """A picture that a narrow screen scrolls rather than shrinks."""
+    return f"<div class=wide>{picture}</div>"
+
+
+def leak_table(found: dict) -> str:
+    """What is left inside the subspace, by edited layer, at the site and in the residual stream."""
+    rows = [
+        [mode, site, *(f"{value:.2g}" for _, value in sorted(by.items(), key=lambda item: int(item[0])))]
+        for mode, sites in (found.get("leak") or {}).items()
+        for site, by in sites.items()
+    ]
+    if not rows:
+        return ""
+    layers = sorted(next(iter(next(iter(found["leak"].values())).values())), key=int)
+    return (
+        "<p>Leak, norm(U<sup>T</sup> y) / norm(U<sup>T</sup> x): 0 where nothing is left inside the subspace. At "
+        "mlp_out what the edit left, in the residual stream what attention and other layers "
+        "wrote there all the same.</p>" + table(["mode", "site", *(f"layer {layer}" for layer in layers)], rows, 2)
+    )
 
 
 def summary(results: dict) -> str:
@@ -131,7 +154,9 @@ def subspace_section(results: dict) -> str:
     if not found.get("captured"):
         return ""
     picture = plots.spectrum(found["captured"], found["spectrum"], found["rank"])
-    return f"<h2>The subspace</h2><p>Rank {found['rank']}, fitted at {html.escape(str(found['site']))}.</p>{picture}"
+    return (
+        f"<h2>The subspace</h2><p>Rank {found['rank']}, fitted at {html.escape(str(found['site']))}.</p>{wide(picture)}"
+    )
 
 
 def damage_section(results: dict) -> str:
@@ -152,7 +177,8 @@ def damage_section(results: dict) -> str:
         "<h2>Damage and erasure</h2><p>On eight neutral sentences a language: KL(original || edited), nats a token.</p>"
         + table(head, rows, 2)
         + "<p>What a linear probe reads of the language at the last prompt token, held out by problem:</p>"
-        + plots.probes(found)
+        + wide(plots.probes(found))
+        + leak_table(found)
     )
 
 
@@ -180,7 +206,7 @@ def controls_section(results: dict) -> str:
     return (
         f"<h2>Controls</h2><p>{found['count']} random subspaces ({html.escape(found['kind'])}) of the same rank, at "
         f"the same layers and site, on {found['problems']} problems a language. Diamond: the real subspace; bar: the "
-        f"original.</p>{plots.controls(found)}"
+        f"original.</p>{wide(plots.controls(found))}"
         + table(["language", "measure", "real", "percentile", "p", "Holm p", ""], rows, 2)
     )
 
@@ -255,7 +281,7 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
 {answers(results)}
 <h2>Accuracy by budget</h2>
 <p class=small>What shorter budgets would have given, from the one text that there is of each problem.</p>
-{plots.budget_curves(results)}
+{wide(plots.budget_curves(results)) if len(results["config"]["languages"]) > 2 else plots.budget_curves(results)}
 {controls_section(results)}
 {damage_section(results)}
 {subspace_section(results)}

@@ -125,6 +125,11 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     assert "fused, all languages together: no difference shown (n=4)" in page.text
     assert "3 random subspaces (haar) of the same rank" in page.text and "0.1000" in page.text and "12.5" in page.text
     assert "The smallest difference that so many problems and comparisons could have shown: ar: nothing" in page.text
+    # What a narrow screen would shrink to nothing scrolls instead.
+    assert text.count("<div class=wide><svg") == 3 and ".wide svg{max-width:none;width:100%;min-width:38rem}" in text
+    damage = whole(made)["damage"] | {"leak": {"fused": {"mlp_out": {"10": 1e-7, "9": 0.25}, "resid_post": {"9": 0.5}}}}
+    page = parsed(written(tmp_path, made, damage=damage))
+    assert "layer 9" in page.text and page.text.index("0.25") < page.text.index("1e-07") and "0.5" in page.text
     # A run without them has none of them.
     bare = written(tmp_path, made, damage=None, controls=None, subspace={}, command=None)
     assert bare.count("<svg") == 2 and "Controls" not in bare and "Damage" not in bare and "The subspace" not in bare
