@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,49 @@ def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path
     assert os.path.getsize(tmp_path / "baked" / "model.safetensors") == size
     # The source once, what was written once for its hash; the small files beside it and headers.
     assert 2 <= read <= 2 + 3 * beside + 0.05 and 1 <= written <= 1 + 2 * beside + 0.05
+
+
+LAUNCHES = """
+import os
+import subprocess
+import sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from kernel_surgery.kernels import project as kernels
+from tests.models import basis
+
+class Counted:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launched(*args, **kwargs):
+            seen.append(grid)
+            return self.kernel[grid](*args, **kwargs)
+        return launched
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
+
+seen = []
+for form, kernel in kernels.KERNELS.items():
+    kernels.KERNELS[form] = Counted(kernel)
+x, u, weight = torch.randn(5, 128), basis(128, 16), torch.ones(128)
+for form in ("row", "tile", "two-pass"):
+    for more in ({}, {"residual": x}, {"residual": x, "weight": weight, "eps": 1e-6}):
+        seen.clear()
+        kernels.project(x, u, 1.0, form=form, **more)
+        print(form, len(more), len(seen))
+"""
+
+
+def test_every_operator_is_one_launch_in_every_form():
+    """Counted in the interpreter, through the launcher that CUDA takes: with the addition and the norm too."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LAUNCHES],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert len(found) == 9 and {launches for *_, launches in found} == {"1"}, found
