@@ -10,7 +10,7 @@ help:
 	@echo "make check  ruff, the import order and the packaging: half a minute"
 	@echo "make fix    what ruff can mend by itself"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU"
-	@echo "make bench  the op's benchmark on this machine"
+	@echo "make bench  the list of benchmarks; make bench NAME=counted runs one"
 
 run:
 	$(PYTHON) -m kernel_surgery.eval --mode fused
@@ -32,4 +32,4 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 bench:
-	$(PYTHON) -m bench.op
+	$(PYTHON) -m bench $(NAME)

@@ -264,7 +264,8 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     assert status == 0 and err == ""
     assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts, about 1 min")
     assert "3 energy controls at the same rank, layers and site, 10 problems a language, hook:" in out
-    assert "hook: KL(original || edited) on neutral text" in out and "a linear probe still reads the language" in out
+    assert "hook: KL(original || edited) on neutral text" in out
+    assert "a linear probe at resid_post still reads the language: least" in out and "leak, the part inside" in out
     results = json.loads((run / "results.json").read_text())
     found = results["controls"]
     assert len(found["rows"]) == 6 and set(found["percentiles"]) == {"en", "zh"} and found["mode"] == "hook"
