@@ -37,9 +37,13 @@ def test_a_text_is_scored_for_answer_time_and_language():
 
     made = results.score(problem, "en", "hook", Generation(tuple(range(9)), decode(range(9)), "stop"), decode)
     assert made["correct"] and made["extracted"] == str(problem.answer) and made["fat_tokens"] == 9
+    # In characters too: up to the end of the answer, without the full stop.
+    assert decode(range(9))[: made["fat_characters"]].endswith(f"The answer is {problem.answer}")
     assert made["language_judged"] and made["language_passed"] and made["mode"] == "hook"
     wrong = results.score(problem, "zh", "hook", Generation((0, 1), decode([0, 1]), "length"), decode)
-    assert not wrong["correct"] and wrong["fat_tokens"] is None and wrong["extracted"] is None
+    assert (
+        not wrong["correct"] and wrong["fat_tokens"] is wrong["fat_characters"] is None and wrong["extracted"] is None
+    )
 
 
 def test_a_cell_is_summed_up_as_counted_by_hand():
@@ -77,6 +81,23 @@ def test_differences_are_paired_and_words_follow_the_corrected_interval():
     assert [row["language"] for row in corrected] == ["en", "zh", "es", "sw", "all"]
     assert corrected[0]["holm_p"] == pytest.approx(5 * corrected[0]["mcnemar_p"])
     assert corrected[0]["verdict"].startswith("no difference shown")
+
+
+def test_the_time_until_the_answer_is_compared_where_both_solved():
+    made = cells([True] * 4, [True, True, True, False])
+    for i, one in enumerate(made["fused", "en"]):
+        one["fat_tokens"] = None if i == 3 else 10 + i
+    row = results.pair(made)[0]
+    assert row["fat_both_solved"]["n"] == 3 and row["fat_both_solved"]["mean_difference"] == 1.0
+    low, high = row["fat_both_solved"]["ci95"]
+    assert 0 <= low < 1 < high <= 2
+    said = f"fused en +1.00 ({low:+.2f} to {high:+.2f}, n=3)"
+    assert results.answered_sooner(row) == said
+    table = results.strict_table({"fused": {"en": results.summarize(made["fused", "en"], 100)}}, [row])
+    assert f"tokens until the answer, problems that both solved: {said}" in table
+    # Where nothing was solved by both there is nothing to say, and of equal ones no interval.
+    assert results.answered_sooner(results.pair(cells([True], [False]))[0]) == ""
+    assert results.answered_sooner(results.pair(cells([True] * 2, [True] * 2))[0]) == "fused en +0.00 (all alike, n=2)"
 
 
 def test_languages_are_pooled_by_problem_and_equivalence_needs_numbers():
