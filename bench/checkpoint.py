@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from bench.shapes import QWEN
+from bench.timing import stamp
 from kernel_surgery import cli
 
 FLOOR = "cp -r + sha256sum"
@@ -176,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if a file on disk breaks its bound or leaks more than 1.1 times its floor."""
-    args = parser().parse_args(argv)
+    args, about = parser().parse_args(argv), stamp(None, "peft")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         source, subspace = folder / "source", folder / "subspace.safetensors"
@@ -210,9 +211,6 @@ def run(argv: list[str] | None = None) -> int:
                 shutil.rmtree(folder / "baked")
             print({name: f"{taken[-1]:.2f} s" for name, taken in times.items()}, flush=True)
     floor = statistics.median(times[FLOOR])
-    environment = cli.environment()
-    stamp = {key: environment[key] for key in ("torch", "transformers", "commit", "dirty", "device")}
-    stamp |= {"peft": cli.version("peft"), "date": time.strftime("%Y-%m-%d")}
     rows = []
     print(f"{'':<57} seconds of floor resident GB anonymous leak/floor error/bound not correctly rounded")
     for name, taken in times.items():
@@ -227,7 +225,7 @@ def run(argv: list[str] | None = None) -> int:
             line += f" {row['leak_over_floor']:>10.3f} {row['error_over_bound']:>11.3f}"
             line += f" {row['not_correctly_rounded']:>21.5f}"
         print(line)
-        rows.append(row | stamp)
+        rows.append(row | about)
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
     own = found["bake"]

@@ -11,10 +11,10 @@ taken away, and what is left divided by the edited layers.
 
 import argparse
 import json
-import time
 from collections import Counter
 from pathlib import Path
 
+from bench.timing import stamp
 from kernel_surgery import cli
 
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -115,13 +115,18 @@ def rows_of(case: str, dtype_name: str, names) -> list[dict]:
     return [about | {"provider": name} | row for name, row in found.items() if name != "original"]
 
 
+def figure(row: dict, kind: str) -> float:
+    """A count of a row; bytes in units of the MLP's output, [rows, d_model] in the row's dtype."""
+    unit = row["rows"] * row["d"] * (4 if row["dtype"] == "float32" else 2)
+    return row[kind] / (unit if kind.startswith("bytes") else 1)
+
+
 def shown(row: dict) -> str:
     """One line of the table."""
-    unit = row["rows"] * row["d"] * (4 if row["dtype"] == "float32" else 2)
     return (
         f"{row['model']:<9}{row['dtype']:<9} {row['provider']:<15} {row['operations']:>6.1f} "
         f"{row['matrix_products']:>8.1f} {row['allocations']:>11.1f} "
-        f"{row['bytes_allocated'] / unit:>15.2f} {row['bytes_moved'] / unit:>11.2f}"
+        f"{figure(row, 'bytes_allocated'):>15.2f} {figure(row, 'bytes_moved'):>11.2f}"
     )
 
 
@@ -149,22 +154,20 @@ def run(argv: list[str] | None = None) -> int:
     for name, why in absent.items():
         print(f"{name}: {why}")
     names = [name for name in providers.NAMES if name not in absent]
-    environment = cli.environment()
-    stamp = {key: environment[key] for key in ("torch", "transformers", "commit", "dirty")}
-    stamp |= {name: cli.version(name) for name in providers.PEERS} | {"date": time.strftime("%Y-%m-%d")}
+    about = stamp(None, *providers.PEERS)
     rows = []
     print(HEAD)
     for case in [args.case] if args.case else ["stack", "polyglot"]:
         for dtype in args.dtype.split(","):
             for row in rows_of(case, dtype, names):
-                rows.append(row | stamp)
+                rows.append(row | about)
                 print(shown(row), flush=True)
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
     broken = faults(rows)
     for fault in broken:
         print(fault)
-    print(json.dumps({"case": "counted", "rows": len(rows), **stamp}))
+    print(json.dumps({"case": "counted", "rows": len(rows), **about}))
     return 1 if broken else 0
 
 

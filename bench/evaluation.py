@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.timing import ends, interleaved, percentiles, ratio
+from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery import cli
 
 LOOP, OURS = "one prompt at a time", "kernel_surgery.eval"
@@ -105,7 +105,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.problems import problems
 
     model, tokenizer = cli.load_model("polyglot", torch.float32, device), cli.load_tokenizer("polyglot")
-    asked = problems("test", args.problems)
+    asked, about = problems("test", args.problems), stamp(device)
     judge("The language identifier is loaded before anything is timed.", "en")
     calls = {
         LOOP: lambda advance: one_at_a_time(model, tokenizer, asked, languages, budget, advance),
@@ -128,13 +128,11 @@ def run(argv: list[str] | None = None) -> int:
         print(f"  other text than alone: {prompts[i]!r}")
     if wrong:
         return 1
-    environment = cli.environment(device)
-    stamp = {key: environment[key] for key in ("torch", "transformers", "commit", "dirty", "device")}
     rows, tokens = [], sum(map(len, texts[OURS]))
     for name, taken in times.items():
         row = {"case": "evaluation", "provider": name, "texts": len(prompts), "tokens": tokens, "batch": 1}
         row |= {"batch": args.batch_size if name == OURS else 1, "parted_by_rounding": len(parted)}
-        row |= percentiles(taken) | ratio(times[LOOP], taken) | stamp | {"date": time.strftime("%Y-%m-%d")}
+        row |= percentiles(taken) | ratio(times[LOOP], taken) | about
         rows.append(row)
         low, high = ends(row)
         print(
@@ -143,7 +141,7 @@ def run(argv: list[str] | None = None) -> int:
         )
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
-    print(json.dumps({"case": "evaluation", "ratio": rows[1]["ratio"], **stamp}))
+    print(json.dumps({"case": "evaluation", "ratio": rows[1]["ratio"], **about}))
     return 0
 
 

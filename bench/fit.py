@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.timing import ends, interleaved, percentiles, ratio
+from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery import cli
 
 PROBLEMS, LANGUAGES = 200, 7
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if our subspace is more than 1e-5 away from the float64 SVD's."""
     args = parser().parse_args(argv)
-    calls = providers(args.rank)
+    calls, about = providers(args.rank), stamp(None, "numpy", "scipy")
     where, worst = {name: 0 for name in calls}, {name: {"sine": 0.0, "residual": 0.0} for name in calls}
     data = {}
 
@@ -129,15 +129,12 @@ def run(argv: list[str] | None = None) -> int:
 
     with cli.bar((args.layers + 1) * len(calls), "fit", unit="layer") as bar:
         times = interleaved({name: lambda name=name: one(name) for name in calls}, args.layers, bar.update)
-    environment = cli.environment()
-    stamp = {key: environment[key] for key in ("torch", "commit", "dirty", "device")}
-    stamp |= {name: cli.version(name) for name in ("numpy", "scipy")} | {"date": time.strftime("%Y-%m-%d")}
     rows = []
     print(f"{args.layers} layers of {PROBLEMS} problems x {LANGUAGES} languages x {args.d}, k = {args.rank}")
     for name, taken in times.items():
         row = {"case": "fit", "provider": name, "layers": args.layers, "rows": PROBLEMS * LANGUAGES, "d": args.d}
         row |= {"k": args.rank, "exact": name not in TOP} | worst[name] | percentiles(taken)
-        row |= {"seconds": sum(taken) / 1e6} | ratio(times[SCRIPT], taken) | stamp
+        row |= {"seconds": sum(taken) / 1e6} | ratio(times[SCRIPT], taken) | about
         rows.append(row)
         low, high = ends(row)
         print(
@@ -148,7 +145,7 @@ def run(argv: list[str] | None = None) -> int:
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
     ours = next(row for row in rows if row["provider"] == OURS)
-    print(json.dumps({"case": "fit", "ratio": ours["ratio"], "sine": ours["sine"], **stamp}))
+    print(json.dumps({"case": "fit", "ratio": ours["ratio"], "sine": ours["sine"], **about}))
     return 0 if ours["sine"] <= ANGLE else 1
 
 

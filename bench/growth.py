@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.timing import stamp
 from kernel_surgery import cli
 
 SIZES = {
@@ -169,9 +170,7 @@ def run(argv: list[str] | None = None) -> int:
     chosen = args.what.split(",") if args.what else list(SIZES)
     if unknown := [name for name in chosen if name not in SIZES]:
         raise cli.UserError(f"unknown quantity {unknown[0]!r}; known: {', '.join(SIZES)}. Nothing was run.")
-    environment = cli.environment()
-    stamp = {key: environment[key] for key in ("torch", "commit", "dirty", "device")}
-    stamp |= {"date": time.strftime("%Y-%m-%d")}
+    about = stamp()
     rows = []
     with (
         tempfile.TemporaryDirectory() as name,
@@ -189,10 +188,10 @@ def run(argv: list[str] | None = None) -> int:
             said = "under 1 MB" if memory is None else f"slope {memory:.2f}, at most {max(held) / 1e6:.0f} MB"
             bar.write(f"{'':<11} slope {rate:.2f} (s.e. {error:.2f}); expected {EXPECTED[what]}; memory {said}")
             more = {"expected": EXPECTED[what]}
-            rows += [row | more | {"slope": rate, "slope_se": error, "memory_slope": memory} | stamp for row in found]
+            rows += [row | more | {"slope": rate, "slope_se": error, "memory_slope": memory} | about for row in found]
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
-    print(json.dumps({"case": "growth", "slopes": {row["case"]: round(row["slope"], 3) for row in rows}, **stamp}))
+    print(json.dumps({"case": "growth", "slopes": {row["case"]: round(row["slope"], 3) for row in rows}, **about}))
     return 0
 
 

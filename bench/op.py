@@ -16,11 +16,10 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.timing import Timer, copy_bandwidth, launches, percentiles
+from bench.timing import Timer, copy_bandwidth, launches, percentiles, stamp
 from kernel_surgery import cli
 
 # d_model of Qwen2.5-3B at every number of rows; wider ones, and a wider subspace, at both ends.
@@ -221,11 +220,9 @@ def run(argv: list[str] | None = None) -> int:
     cuda = device.type == "cuda"
     cases = CUDA_CASES if cuda else CPU_CASES
     cases = [cases[0], cases[4 if cuda else -1]] if args.quick else cases
-    environment = cli.environment(device)
-    stamp = {key: environment[key] for key in ("torch", "triton", "commit", "dirty", "device")}
-    stamp["date"] = time.strftime("%Y-%m-%d")
+    about = stamp(device)
     bandwidth = copy_bandwidth(device)
-    print(f"{stamp['device']}: a large copy moves {bandwidth:.0f} GB/s. At that rate")
+    print(f"{about['device']}: a large copy moves {bandwidth:.0f} GB/s. At that rate")
     for m, d, k in cases:
         unit = m * d * (2 if cuda else 4) / bandwidth / 1e3
         print(
@@ -239,11 +236,11 @@ def run(argv: list[str] | None = None) -> int:
             for m, d, k in cases:
                 torch._dynamo.reset()  # its limit of recompilations would end in eager code without a word
                 for row in measure(case, m, d, k, dtype, device, args.rounds, cuda or args.compile):
-                    rows.append(row | {"copy_gbps": bandwidth} | stamp)
+                    rows.append(row | {"copy_gbps": bandwidth} | about)
                     print(shown(row), flush=True)
                 if args.out:
                     cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
-    print(json.dumps({"case": "op", "rows": len(rows), "copy_gbps": bandwidth, **stamp}))
+    print(json.dumps({"case": "op", "rows": len(rows), "copy_gbps": bandwidth, **about}))
     broken = [r for r in rows if r["provider"].startswith(("project", "form")) and r["error_over_bound"] > 1]
     if broken:
         print(f"{len(broken)} of our own rows break their bound: their times mean nothing", file=sys.stderr)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.counted import KINDS, figure
+from bench.timing import NOISE, ends
 from kernel_surgery import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +45,7 @@ def where(row: dict) -> str:
 
 def interval(row: dict) -> str:
     """A ratio with its interval, or its range where there is none."""
-    low, high = row["ratio_ci95"] or row["ratio_range"]
+    low, high = ends(row)
     return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -64,46 +66,35 @@ def answers() -> str:
     )
 
 
-KINDS = {
-    "operations": "operations",
-    "matrix_products": "matrix products",
-    "allocations": "tensors allocated",
-    "bytes_allocated": "bytes allocated",
-    "bytes_moved": "bytes read and written",
-}
+def providers_counted(model: str) -> list[dict]:
+    """The rows of bench.counted for a model, but for the original's repetition, which is 0 throughout."""
+    return [r for r in rows("counted.json") if r["model"] == model and r["provider"] != NOISE]
 
 
-def counted(model: str = "stack", dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
+def counted(model: str) -> str:
     """What every provider does beyond the original, an edited layer."""
-    found = [r for r in rows("counted.json") if r["model"] == model and r["provider"] != "original again"]
-    out = ""
-    for dtype in dtypes:
+    found, out = providers_counted(model), ""
+    for dtype in dict.fromkeys(r["dtype"] for r in found):
         chosen = [r for r in found if r["dtype"] == dtype]
-        if not chosen:
-            continue
-        unit = chosen[0]["rows"] * chosen[0]["d"] * (4 if dtype == "float32" else 2)
-        body = [
-            [r["provider"], *(f"{r[k] / (unit if k.startswith('bytes') else 1):.4g}" for k in KINDS)] for r in chosen
-        ]
+        body = [[r["provider"], *(f"{figure(r, kind):.4g}" for kind in KINDS)] for r in chosen]
         out += f"{dtype}, d_model {chosen[0]['d']}, k = {chosen[0]['k']}; bytes in units of the MLP's output\n\n"
-        out += table(["", *KINDS.values()], body) + "\n"
-    return out + where(found[0]) if found else "Not counted yet.\n"
+        out += table(["", *(kind.replace("_", " ") for kind in KINDS)], body) + "\n"
+    return out + where(found[0]) if found else ""
 
 
 def speed() -> str:
     """README.md: the counted work in short, and the other ratios in one line each."""
-    found = [r for r in rows("counted.json") if r["model"] == "stack" and r["provider"] != "original again"]
-    body = []
-    for name in dict.fromkeys(r["provider"] for r in found):
-        two = [r for r in found if r["provider"] == name]
-        line = [name]
-        for r in two:
-            unit = r["rows"] * r["d"] * (4 if r["dtype"] == "float32" else 2)
-            line += [f"{r['matrix_products']:g}", f"{r['allocations']:g}", f"{r['bytes_moved'] / unit:.1f}"]
-        body.append(line)
-    head = [""] + [f"{what}, {kind}" for kind in ("float32", "bfloat16") for what in ("products", "tensors", "bytes")]
-    out = table(head, body) + "\n"
-    lines = []
+    found, lines = providers_counted("stack"), []
+    short = {"matrix_products": ("products", "g"), "allocations": ("tensors", "g"), "bytes_moved": ("bytes", ".1f")}
+    body = [
+        [
+            name,
+            *(f"{figure(r, kind):{form}}" for r in found if r["provider"] == name for kind, (_, form) in short.items()),
+        ]
+        for name in dict.fromkeys(r["provider"] for r in found)
+    ]
+    dtypes = dict.fromkeys(r["dtype"] for r in found)
+    out = table(["", *(f"{word}, {dtype}" for dtype in dtypes for word, _ in short.values())], body) + "\n"
     for name, which, words in (
         ("fit.json", "kernel_surgery.fit", "`fit`: {} times the speed of numpy's full SVD of the same layers, exact"),
         ("evaluation.json", "kernel_surgery.eval", "`eval`: {} times the speed of a loop over single prompts"),
@@ -136,7 +127,7 @@ def op() -> str:
         for r in found
     ]
     if not found:
-        return "Not measured yet.\n"
+        return ""
     head = ["", "rows x d", "", "provider", "us", "speed over the floor's", "error/bound"]
     return table(head, body) + "\n" + where(found[0])
 
@@ -156,7 +147,7 @@ def fit() -> str:
         for r in found
     ]
     if not found:
-        return "Not measured yet.\n"
+        return ""
     head = ["", "exact", "s a layer", "times the script's speed", "sine to a float64 SVD", "residual"]
     first = found[0]
     about = f"{first['layers']} layers of {first['rows']} x {first['d']} deviations, k = {first['k']}.\n\n"
@@ -167,7 +158,7 @@ def evaluation() -> str:
     """The evaluation against the loop."""
     found = rows("evaluation.json")
     if not found:
-        return "Not measured yet.\n"
+        return ""
     body = [
         [
             r["provider"],
@@ -225,7 +216,7 @@ def models() -> str:
                 if r["left_out"]:
                     body.append([r["provider"], "", "", "", r["left_out"]])
                     continue
-                low, high = r["ratio_ci95"] or r["ratio_range"]
+                low, high = ends(r)
                 times = [f"{r['us_p50'] / 1e3:.2f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
                 body.append([r["provider"], *times, f"{r['error_over_bound']:.2f}", r["verdict"]])
             noise = next(r["noise"] for r in chosen if not r["left_out"])
@@ -236,14 +227,12 @@ def models() -> str:
                 + "\n"
             )
         out += where(found[0]) + "\n" if found else ""
-    return out or "Not measured yet.\n"
+    return out
 
 
 def growth() -> str:
     """Fitted slopes."""
     found = rows("growth.json")
-    if not found:
-        return "Not measured yet.\n"
     body = []
     for what in dict.fromkeys(r["case"] for r in found):
         chosen = [r for r in found if r["case"] == what]
@@ -252,7 +241,7 @@ def growth() -> str:
         memory = "under 1 MB" if first["memory_slope"] is None else f"{first['memory_slope']:.2f}"
         body.append([what, sizes, f"{first['slope']:.2f} ± {first['slope_se']:.2f}", first["expected"], memory])
     head = ["", "ms", "slope of time", "expected", "slope of peak memory"]
-    return table(head, body) + "\n" + where(found[0])
+    return table(head, body) + "\n" + where(found[0]) if found else ""
 
 
 def labels() -> str:
@@ -275,7 +264,13 @@ def controls() -> str:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"answers": answers, "speed": speed},
     "docs/benchmarks.md": {
-        **{"counted": counted, "counted-polyglot": lambda: counted("polyglot"), "models": models, "op": op, "fit": fit},
+        **{
+            "counted": lambda: counted("stack"),
+            "counted-polyglot": lambda: counted("polyglot"),
+            "models": models,
+            "op": op,
+            "fit": fit,
+        },
         **{"evaluation": evaluation, "checkpoint": checkpoint, "growth": growth},
     },
     "docs/scoring.md": {"labels": labels},
@@ -289,7 +284,7 @@ def renewed(text: str, sections: dict[str, Callable[[], str]]) -> str:
         begin = f"<!-- measured: {name} -->"
         if text.count(begin) != 1 or END not in text.partition(begin)[2]:
             raise ValueError(f"a page must hold {begin} once, with {END} after it; nothing was written.")
-        body = f"{begin}\n{made()}{END}"
+        body = begin + "\n" + (made() or "Not measured yet.\n") + END
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(END)}", lambda _, body=body: body, text, flags=re.DOTALL)
     return text
 

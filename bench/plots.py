@@ -1,6 +1,8 @@
 """The benchmarks' pictures, from the kept rows alone; `python -m bench.pages` writes them to bench/plots/."""
 
-from bench.pages import rows
+from bench.counted import figure as figure_of
+from bench.pages import providers_counted, rows
+from bench.timing import ends
 from kernel_surgery.plots import COLOURS, figure, svg
 
 OTHER = "#9ca3af"
@@ -14,12 +16,11 @@ def colour(provider: str) -> str:
 
 def counted() -> str:
     """Bytes that every provider reads and writes beyond the original, an edited layer."""
-    found = [r for r in rows("counted.json") if r["model"] == "stack" and r["provider"] != "original again"]
+    found = providers_counted("stack")
     made, axes = figure(9, 3.2, 2)
     for panel, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         chosen = [r for r in found if r["dtype"] == dtype][::-1]
-        unit = chosen[0]["rows"] * chosen[0]["d"] * (4 if dtype == "float32" else 2)
-        values = [r["bytes_moved"] / unit for r in chosen]
+        values = [figure_of(r, "bytes_moved") for r in chosen]
         names = [r["provider"] for r in chosen]
         panel.barh(names, values, color=[colour(n) for n in names])
         for y, value in enumerate(values):
@@ -39,7 +40,7 @@ def models() -> str:
         panel.axvspan(1 / (1 + chosen[0]["noise"]), 1 + chosen[0]["noise"], color="#f3f4f6")
         panel.axvline(1, color="#9ca3af", lw=1)
         for y, r in enumerate(chosen):
-            low, high = r["ratio_ci95"] or r["ratio_range"]
+            low, high = ends(r)
             panel.plot([low, high], [y, y], lw=2, color=colour(r["provider"]))
             panel.plot([r["ratio"]], [y], "o", ms=4, color=colour(r["provider"]))
         panel.set_yticks(range(len(chosen)), [r["provider"] for r in chosen] if panel is axes[0] else [])

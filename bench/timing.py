@@ -11,24 +11,44 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from kernel_surgery import cli
+
 NOISE = "original again"
 
 
-def graphed(call: Callable, times: int = 1) -> Callable:
-    """`times` calls as one CUDA graph, to be replayed."""
+def stamp(device=None, *beside: str) -> dict:
+    """Where and when rows are measured: versions (those of `beside` too), commit, device, date. Asked for before the
+    measuring begins: what is edited meanwhile is not what was measured."""
+    environment = cli.environment(device)
+    found = {key: environment[key] for key in ("torch", "triton", "transformers", "commit", "dirty", "device")}
+    return found | {name: cli.version(name) for name in beside} | {"date": time.strftime("%Y-%m-%d")}
+
+
+def graphed(call: Callable, times: int = 1, before: Callable[[], None] = lambda: None) -> Callable:
+    """`times` calls as one CUDA graph; its replay gives what the last of them gave.
+
+    before: run before each of the calls that warm up, and before the capture.
+    """
     import torch
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
+            before()
             call()
+        before()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(times):
-            call()
-    return graph.replay
+            out = call()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 
 class Timer:
@@ -115,11 +135,11 @@ def interleaved(
     return times
 
 
-def percentiles(sample: Sequence[float], unit: str = "us") -> dict[str, float]:
+def percentiles(sample: Sequence[float]) -> dict[str, float]:
     """{"us_p20", "us_p50", "us_p80"} of a sample of times."""
     ordered = sorted(sample)
-    found = {f"{unit}_p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 80)}
-    return found | {f"{unit}_p50": statistics.median(ordered)}
+    found = {f"us_p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 80)}
+    return found | {"us_p50": statistics.median(ordered)}
 
 
 def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
@@ -129,19 +149,15 @@ def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
     from scipy.stats import bootstrap
 
     each = np.asarray(sample) / np.asarray(base)
+    found = {"ratio": float(np.median(each)), "ratio_range": [float(each.min()), float(each.max())]}
     if len(each) < 6 or np.ptp(each) == 0:
         # Of fewer than six rounds no interval holds the median 95 times in 100: everything from the least to the most
         # is what can be said (of three rounds, 75 times in 100).
-        return {
-            "ratio": float(np.median(each)),
-            "ratio_ci95": None,
-            "ratio_range": [float(each.min()), float(each.max())],
-        }
+        return found | {"ratio_ci95": None}
     interval = bootstrap(
         (each,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    found = {"ratio": float(np.median(each)), "ratio_ci95": [float(interval.low), float(interval.high)]}
-    return found | {"ratio_range": [float(each.min()), float(each.max())]}
+    return found | {"ratio_ci95": [float(interval.low), float(interval.high)]}
 
 
 def ends(row: Mapping) -> tuple[float, float]:

@@ -118,6 +118,11 @@ def uniform_basis(d: int, k: int, generator: "torch.Generator") -> "torch.Tensor
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
 
 
+def names_of(kind: str, count: int) -> list[str]:
+    """The names of so many controls of a kind, in order."""
+    return [f"{kind}:{number:02d}" for number in range(count)]
+
+
 def draw(
     kind: str, count: int, subspace: "Subspace", strength: float, found: dict[int, Moments] | None, seed: int = 0
 ) -> list[Control]:
@@ -129,7 +134,7 @@ def draw(
     import torch
 
     controls = []
-    for number in range(count):
+    for number, name in enumerate(names_of(kind, count)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * number + KINDS.index(kind))
         bases, strengths = {}, {}
         for layer, basis in subspace.bases.items():
@@ -148,7 +153,7 @@ def draw(
             if kind == "energy":
                 strengths[layer] = strength * (found[layer].energy(basis) / found[layer].energy(u)) ** 0.5
             bases[layer] = u.float().contiguous()
-        controls.append(Control(f"{kind}:{number:02d}", bases, strengths))
+        controls.append(Control(name, bases, strengths))
     return controls
 
 
@@ -247,7 +252,7 @@ def run(
     path = folder / "controls.jsonl"
     done = runs.take_up(path, chosen, score_again(tokenizer))
     # The file may hold controls of another kind too.
-    names = [f"{kind}:{number:02d}" for number in range(count)]
+    names = names_of(kind, count)
     texts = sum((name, lang) not in done for name in names for lang in languages) * len(chosen)
     about = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
     print(
@@ -296,7 +301,7 @@ def compared(
         made = summarize([s for s in cell if s["id"] in ids], budget)
         return {key: made[key] for key in MEASURES}
 
-    names = [f"{kind}:{number:02d}" for number in range(count)]
+    names = names_of(kind, count)
     rows = [{"name": name, "language": lang} | figures(done[name, lang]) for name in names for lang in languages]
     real, original = ({lang: figures(cells[m, lang]) for lang in languages} for m in (mode, "original"))
     return {"rows": rows, "real": real, "original": original, "percentiles": compare(real, rows)}

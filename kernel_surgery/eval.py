@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kernel_surgery import cli, runs
 from kernel_surgery.controls import parse_controls
-from kernel_surgery.modes import MODES, applied, describe_edit
+from kernel_surgery.modes import MODES, applied, describe_edit, modes_of
 from kernel_surgery.problems import EXPAG_LANGUAGES, Problem, expag_problems, problems
 
 
@@ -201,7 +201,7 @@ def run(argv: list[str] | None = None) -> int:
     device = cli.parse_device(args.device)
     dtype = cli.parse_dtype(args.dtype, device)
     subspace, subspace_path = load_subspace(args)
-    modes = {"all": list(MODES), "original": ["original"]}.get(args.mode) or ["original", args.mode]
+    modes = modes_of(args.mode)
 
     if args.resume and args.out is None:
         raise cli.UserError("--resume goes on with the run in --out: name that folder.")

@@ -5,6 +5,11 @@ import contextlib
 MODES = ("original", "hook", "baked", "fused", "lora")
 
 
+def modes_of(name: str) -> list[str]:
+    """The modes that a run of `--mode name` compares: the original, and the one named or all."""
+    return list(MODES) if name == "all" else list(dict.fromkeys(["original", name]))
+
+
 def applied(mode: str, model, subspace, strength: float, force: bool):
     """The context manager that holds the edit (or none, for the original); yields its record."""
     if mode == "original":

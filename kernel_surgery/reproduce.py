@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kernel_surgery import cli
-from kernel_surgery.modes import MODES
+from kernel_surgery.modes import modes_of
 
 BUNDLE = ("subspace.safetensors", "certificate.json", "certificate.svg", "provenance.json")
 RUN = ("config.json", "results.json", "samples.jsonl", "report.html")
@@ -110,8 +110,7 @@ def check(folder: Path) -> list[str]:
     tokenizer = cli.load_tokenizer("polyglot") if results["model"]["id"] == "polyglot" else None
     cells, wrong = scored_again(folder / "samples.jsonl", {p.id: p for p in asked}, tokenizer)
     faults += wrong
-    modes = {"all": list(MODES), "original": ["original"]}.get(config["mode"]) or ["original", config["mode"]]
-    wanted = {(mode, language) for mode in modes for language in languages}
+    wanted = {(mode, language) for mode in modes_of(config["mode"]) for language in languages}
     told = {(mode, language) for mode, by in results["modes"].items() for language in by}
     for mode, language in sorted(wanted - cells.keys()):
         faults.append(f"{mode} {language}: there is no text of it, and the configuration asks for it")
@@ -162,8 +161,9 @@ def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
         if sample["answer"] != problem.answer:
             said = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
             faults.append(f"{' '.join(key)}: {said}")
-        again = score_kept(problem, sample)
-        if tokenizer is not None:
+        if tokenizer is None:
+            again = score_kept(problem, sample)
+        else:
             text = tokenizer.decode(sample["tokens"], skip_special_tokens=True)
             again = score_again(tokenizer)(problem, sample) | {"text": text}
         for field in fields:

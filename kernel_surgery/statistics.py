@@ -104,7 +104,6 @@ def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence:
     if n == 0:
         return -1.0, 1.0
     edited, original = both + gained, both + lost
-    delta = (gained - lost) / n
     edited_low, edited_high = wilson(edited, n, confidence)
     original_low, original_high = wilson(original, n, confidence)
     agreement = both * neither - gained * lost
@@ -112,12 +111,19 @@ def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence:
         agreement = max(agreement - n / 2, 0)
     margins = edited * (n - edited) * original * (n - original)
     phi = agreement / math.sqrt(margins) if margins else 0.0
+    return _square_and_add(edited / n, (edited_low, edited_high), original / n, (original_low, original_high), phi)
+
+
+def _square_and_add(
+    one: float, one_ends: tuple[float, float], other: float, other_ends: tuple[float, float], phi: float
+) -> tuple[float, float]:
+    """Newcombe's interval of one - other from the interval of each and their correlation phi; within (-1, 1)."""
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
 
-    low = delta - distance(edited / n - edited_low, original_high - original / n)
-    high = delta + distance(edited_high - edited / n, original / n - original_low)
+    low = one - other - distance(one - one_ends[0], other_ends[1] - other)
+    high = one - other + distance(one_ends[1] - one, other - other_ends[0])
     return max(-1.0, low), min(1.0, high)
 
 
@@ -177,16 +183,10 @@ def gains_and_losses(means: Sequence[float], confidence: float = 0.95) -> tuple[
         trials = n * total / sum(x * x for x in part) if total else n
         rates.append(total / n)
         ends.append(_wilson_of(total / n, trials, confidence))
-    (gain, loss), ((gain_low, gain_high), (loss_low, loss_high)) = rates, ends
+    gain, loss = rates
     spread = (1 - gain) * (1 - loss)
     phi = -math.sqrt(gain * loss / spread) if spread > 0 else 0.0
-
-    def distance(x: float, y: float) -> float:
-        return math.sqrt(x * x - 2 * phi * x * y + y * y)
-
-    low = gain - loss - distance(gain - gain_low, loss_high - loss)
-    high = gain - loss + distance(gain_high - gain, loss - loss_low)
-    return max(-1.0, low), min(1.0, high)
+    return _square_and_add(gain, ends[0], loss, ends[1], phi)
 
 
 def _wilson_of(rate: float, trials: float, confidence: float) -> tuple[float, float]:

@@ -241,6 +241,19 @@ def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_the_status_is_1_where_a_mode_of_ours_was_not_timed_and_0_where_it_is_exact(small, monkeypatch):
+    from bench import model
+
+    made, bases, oracle = small
+    monkeypatch.setattr(model, "load", lambda *args: (made, bases))
+    monkeypatch.setattr(model, "Oracle", lambda *args: oracle)
+    for left_out, provider, status in ((None, "fused", 0), ("breaks", "fused", 1), ("breaks", "addmm hook", 0)):
+        row = {"provider": provider, "left_out": left_out, "error_over_bound": 0.0, "launches": None, "us_p50": 1.0}
+        row |= {"ratio": 1.0, "ratio_ci95": None, "ratio_range": [1.0, 1.0], "verdict": "-"}
+        monkeypatch.setattr(model, "measure", lambda *args, row=row: [row])
+        assert model.run(["--case", "layer", "--device", "cpu", "--providers", "hook"]) == status
+
+
 def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(small, monkeypatch):
     from bench import model, providers
     from kernel_surgery import cli

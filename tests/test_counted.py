@@ -78,12 +78,15 @@ def test_the_counter_counts_what_an_operation_reads_and_writes():
     assert mode.counts["bytes_moved"] == products + 4 * 64 + 4 * (64 + 1)
 
 
-def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path):
-    """Counted by the kernel, in a process of its own: reads of the source, reads for the hash, writes."""
+def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path, monkeypatch):
+    """Counted by the kernel's account of this process: reads of the source, reads for the hash, writes."""
     from bench.checkpoint import make_source
+    from kernel_surgery import stream
     from kernel_surgery.checkpoint import bake_checkpoint
     from kernel_surgery.subspace import Subspace
 
+    # Where a filesystem can share blocks fewer bytes move, and that is not what is counted here.
+    monkeypatch.setattr(stream, "share_blocks", lambda source, target: False)
     small = {"hidden_size": 128, "intermediate_size": 4096, "num_attention_heads": 1, "num_key_value_heads": 1}
     make_source(tmp_path / "source", 8, **small, vocab_size=64)
     space = Subspace.load(tmp_path / "subspace.safetensors")
@@ -97,12 +100,15 @@ def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path
     before = account()
     bake_checkpoint(tmp_path / "source", space, tmp_path / "baked")
     after = account()
-    read, written = ((after[key] - before[key]) / size for key in ("rchar", "wchar"))
-    beside = sum(f.stat().st_size for f in (tmp_path / "baked").rglob("*") if f.is_file()) / size - 1
-    print(f"of {size / 1e6:.1f} MB: read {read:.3f} times, written {written:.3f} times; beside it {beside:.3f}")
-    assert os.path.getsize(tmp_path / "baked" / "model.safetensors") == size
-    # The source once, what was written once for its hash; the small files beside it and headers.
-    assert 2 <= read <= 2 + 3 * beside + 0.05 and 1 <= written <= 1 + 2 * beside + 0.05
+    read, written = (after[key] - before[key] for key in ("rchar", "wchar"))
+    folder = sum(f.stat().st_size for f in (tmp_path / "baked").rglob("*") if f.is_file())
+    assert (tmp_path / "baked" / "model.safetensors").stat().st_size == size
+    # Written: every file of the folder, once. Read: the source, and what was written, for its hash.
+    more_written, more_read = written - folder, read - size - folder
+    print(f"{size / 1e6:.1f} MB: {more_written} bytes more are written than there are, {more_read} more read than that")
+    assert more_written == 0
+    # Headers, configuration, the samples that tell whether the weights are the fitted ones, and /proc itself.
+    assert 0 <= more_read <= 2**18 < size / 50
 
 
 LAUNCHES = """
