@@ -1,11 +1,12 @@
 """The evaluation against the loop it replaces: python -m bench.evaluation [--out FILE]
 
 The script this project began with puts one prompt at a time to `model.generate`, decodes it and looks for the answer.
-`kernel_surgery.eval` batches by length, pads on the left, scores by the strict protocol and judges the language. Both
-answer the same problems with the embedded model in one run, in turns; both times include tokenizing, decoding and each
-one's own scoring. The gain is batching's: a loop that batched as well would have it too.
+`kernel_surgery.eval` batches by length, pads on the left, scores by the strict protocol and judges the language. Beside
+both, the loop as one would batch it by hand: problems in their order, padded by the tokenizer, scored as the script
+does. All answer the same problems with the embedded model in one run, in turns; the times include tokenizing, decoding
+and each one's own scoring.
 
-Texts first: both must say the same, token for token, but where rounding may swap the two best logits (they are no
+Texts first: all must say the same, token for token, but where rounding may swap the two best logits (they are no
 further apart than twice what padding on the left changes in them); else the status is 1 and no time is printed.
 """
 
@@ -18,12 +19,13 @@ from pathlib import Path
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery import cli
 
-LOOP, OURS = "one prompt at a time", "kernel_surgery.eval"
+LOOP, BATCHED_LOOP, OURS = "one prompt at a time", "the loop, batched", "kernel_surgery.eval"
 Texts = list[tuple[int, ...]]
 
 
-def one_at_a_time(model, tokenizer, asked, languages, budget: int, advance: Callable) -> Texts:
-    """New token ids of each prompt, without the end token: a prompt, a call, as the first script does it and scores."""
+def by_hand(model, tokenizer, asked, languages, budget: int, batch_size: int, advance: Callable) -> Texts:
+    """New token ids of each prompt, without the end token, by `model.generate` alone, scored as the first script does
+    it. With a batch size of 1 that script's loop."""
     import torch
 
     from kernel_surgery.generate import end_tokens
@@ -31,15 +33,20 @@ def one_at_a_time(model, tokenizer, asked, languages, budget: int, advance: Call
 
     ends, made = end_tokens(model, tokenizer), []
     for language in languages:
-        for problem in asked:
-            inputs = tokenizer(problem.prompts[language], return_tensors="pt").to(model.device)
+        for start in range(0, len(asked), batch_size):
+            chosen = asked[start : start + batch_size]
+            prompts = [problem.prompts[language] for problem in chosen]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
             with torch.no_grad():
                 out = model.generate(**inputs, max_new_tokens=budget, do_sample=False)
-            ids = out[0, inputs.input_ids.shape[1] :].tolist()
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            expag_check(text, problem.answer), expag_fat(text, problem.answer), expag_language(text)
-            made.append(tuple(ids[:-1] if ids and ids[-1] in ends else ids))
-            advance(1)
+            new = out[:, inputs.input_ids.shape[1] :].tolist()
+            for problem, ids, text in zip(
+                chosen, new, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            ):
+                expag_check(text, problem.answer), expag_fat(text, problem.answer), expag_language(text)
+                stop = next((t for t, token in enumerate(ids) if token in ends), len(ids))
+                made.append(tuple(ids[:stop]))
+            advance(len(chosen))
     return made
 
 
@@ -108,7 +115,8 @@ def run(argv: list[str] | None = None) -> int:
     asked, about = problems("test", args.problems), stamp(device)
     judge("The language identifier is loaded before anything is timed.", "en")
     calls = {
-        LOOP: lambda advance: one_at_a_time(model, tokenizer, asked, languages, budget, advance),
+        LOOP: lambda advance: by_hand(model, tokenizer, asked, languages, budget, 1, advance),
+        BATCHED_LOOP: lambda advance: by_hand(model, tokenizer, asked, languages, budget, args.batch_size, advance),
         OURS: lambda advance: batched(model, tokenizer, asked, languages, budget, args.batch_size, advance),
     }
     texts: dict[str, Texts] = {}
@@ -121,17 +129,23 @@ def run(argv: list[str] | None = None) -> int:
             return (time.perf_counter() - began) * 1e6
 
         times = interleaved({name: lambda name=name: one(name) for name in calls}, args.rounds)
-    parted = [i for i, (one, other) in enumerate(zip(texts[LOOP], texts[OURS], strict=True)) if one != other]
-    wrong = [i for i in parted if not may_swap(model, tokenizer, prompts[i], texts[LOOP][i], texts[OURS][i])]
-    print(f"{len(prompts)} texts, {len(prompts) - len(parted)} the same, {len(parted) - len(wrong)} parted by rounding")
-    for i in wrong:
-        print(f"  other text than alone: {prompts[i]!r}")
+    parted, wrong = {}, 0
+    for name, made in texts.items():
+        parted[name] = [i for i, (one, other) in enumerate(zip(texts[LOOP], made, strict=True)) if one != other]
+        other = [i for i in parted[name] if not may_swap(model, tokenizer, prompts[i], texts[LOOP][i], made[i])]
+        wrong += len(other)
+        if name != LOOP:
+            same, swapped = len(prompts) - len(parted[name]), len(parted[name]) - len(other)
+            print(f"{name}: {len(prompts)} texts, {same} the same as alone, {swapped} parted by rounding")
+        for i in other:
+            print(f"  other text than alone: {prompts[i]!r}")
     if wrong:
         return 1
-    rows, tokens = [], sum(map(len, texts[OURS]))
+    rows = []
     for name, taken in times.items():
-        row = {"case": "evaluation", "provider": name, "texts": len(prompts), "tokens": tokens, "batch": 1}
-        row |= {"batch": args.batch_size if name == OURS else 1, "parted_by_rounding": len(parted)}
+        tokens = sum(map(len, texts[name]))
+        row = {"case": "evaluation", "provider": name, "texts": len(prompts), "tokens": tokens}
+        row |= {"batch": 1 if name == LOOP else args.batch_size, "parted_by_rounding": len(parted[name])}
         row |= percentiles(taken) | ratio(times[LOOP], taken) | about
         rows.append(row)
         low, high = ends(row)
@@ -141,7 +155,7 @@ def run(argv: list[str] | None = None) -> int:
         )
     if args.out:
         cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
-    print(json.dumps({"case": "evaluation", "ratio": rows[1]["ratio"], **about}))
+    print(json.dumps({"case": "evaluation", "ratios": {r["provider"]: r["ratio"] for r in rows}, **about}))
     return 0
 
 

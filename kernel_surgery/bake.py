@@ -27,14 +27,15 @@ def remove(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "tuple[T
     """
     import torch
 
-    from kernel_surgery.reference import in_full
+    from kernel_surgery.reference import computed_in, in_full
 
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = computed_in(weight)
     w, u = weight.detach().to(wide), basis.to(weight.device, wide)
     columns = w.reshape(w.shape[0], -1)
     with in_full(weight):
         inside = u.T @ columns
-        return torch.addmm(columns, u, inside, alpha=-strength).reshape(w.shape).to(weight.dtype), inside
+        made = torch.addmm(columns, u, inside, alpha=-strength).reshape(w.shape).to(weight.dtype)
+    return made, inside.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def bake_weight(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "Tensor":

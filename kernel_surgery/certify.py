@@ -25,6 +25,7 @@ from kernel_surgery.reference import (
     project_oracle,
     rmsnorm_bound,
     rmsnorm_oracle,
+    whole_products,
     worst_ratio,
 )
 from kernel_surgery.subspace import Subspace
@@ -351,6 +352,7 @@ LIMITS = {
 
 
 @torch.no_grad()
+@whole_products()
 def certify(
     source: Path,
     subspace: Subspace,
@@ -371,8 +373,9 @@ def certify(
     whole as well, edit all layers at once and decode token by token (None: where that takes 2 GB or less).
 
     "layers": a row a layer and mode; "pairs": a row a layer and pair; "tensors": the baked weights; "hidden": relative
-    errors by layer; "logits": by mode; "faults": sentences, empty if everything holds; "sampled": on what. Raises
-    ValueError where the subspace does not fit, and UserError where the model overflows in the dtype.
+    errors by layer; "logits": by mode; "faults": sentences, empty if everything holds; "sampled": on what. Runs
+    under `reference.whole_products`. Raises ValueError where the subspace does not fit, and UserError where the model
+    overflows in the dtype.
     """
     tokenizer = cli.load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     run = _Certifier(source, subspace.bases, strength, dtype, device, made)

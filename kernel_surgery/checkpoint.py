@@ -326,6 +326,8 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     """
     import torch
 
+    from kernel_surgery.reference import computed_in, in_full
+
     source, destination = Path(source), Path(destination)
     check_absent(destination)
     record = read_provenance(source)
@@ -342,8 +344,11 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
         basis, inside = kept[f"basis.{_DOWN_PROJ.fullmatch(name)[1]}"], kept[f"inside.{name}"]
-        columns = weight.float().reshape(weight.shape[0], -1)
-        back = torch.addmm(columns, basis, inside, alpha=record["strength"]).reshape(weight.shape).to(weight.dtype)
+        wide = computed_in(weight)
+        columns = weight.to(wide).reshape(weight.shape[0], -1)
+        with in_full(weight):
+            back = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=record["strength"])
+        back = back.reshape(weight.shape).to(weight.dtype)
         norms[name] = float(weight.norm(dtype=torch.float32)), float(back.norm(dtype=torch.float32))
         return back
 

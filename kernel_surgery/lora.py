@@ -43,11 +43,12 @@ def adapter(weight: "Tensor", basis: "Tensor", strength: float = 1.0) -> "tuple[
     """
     import torch
 
-    from kernel_surgery.reference import in_full
+    from kernel_surgery.reference import computed_in, in_full
 
+    wide = computed_in(weight)
     u = basis.to(weight.device, torch.float32)
     with in_full(weight):
-        return strength * (u.T @ weight.detach().float()), -u
+        return (strength * (u.T.to(wide) @ weight.detach().to(wide))).float(), -u
 
 
 def refuse_bias(name: str, bias: "Tensor | None") -> None:
@@ -61,11 +62,9 @@ def refuse_bias(name: str, bias: "Tensor | None") -> None:
 
 def _adapted(output: "Tensor", stacked: "Tensor", strength: float, h: "Tensor") -> "Tensor":
     """What PEFT computes with a float32 adapter: output + B (A h), in float32, one rounding."""
-    import torch
+    from kernel_surgery.reference import computed_in, in_full
 
-    from kernel_surgery.reference import in_full
-
-    wide = torch.promote_types(output.dtype, torch.float32)
+    wide = computed_in(output)
     d = output.shape[-1]
     b, a = stacked[:d].to(wide), stacked[d:].to(wide)
     with in_full(output):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.nn import Parameter
 
-from kernel_surgery.reference import in_full
+from kernel_surgery.reference import computed_in, in_full
 
 MAX_RANK = 64
 
@@ -33,7 +33,7 @@ def _projected(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor |
 
     Two matrix products, the second with the subtraction in it: half the passes over [rows, d] of the written formula.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = computed_in(x)
     x_wide, u = x.to(wide), basis.to(wide)
     with in_full(x):
         if row_strength is None:

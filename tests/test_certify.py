@@ -597,6 +597,20 @@ def test_rows_inside_the_subspace_tell_a_coarse_edit(dtype):
     assert set(check_span(project_eager(x, u, 0.5), x, u, 0.5)) == {"span_rule_a"}
 
 
+def test_it_is_taken_with_whole_products_whatever_the_process_allows(monkeypatch):
+    """cuBLAS may add a 16-bit product's parts in 16 bits, fifteen times what the bounds of a layer admit."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    settings = lambda: (matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction)  # noqa: E731
+    real = certify.greedy
+    monkeypatch.setattr(certify, "greedy", lambda *given: seen.append(settings()) or real(*given))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert certified(torch.float32, prompts=1, new_tokens=1)["faults"] == []
+        assert seen == [("ieee", False)] and settings() == ("tf32", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)

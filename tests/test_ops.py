@@ -1,5 +1,7 @@
 """kernel_surgery::project as a PyTorch operator: schema, fake, autograd, compile, errors; Rule A on awkward inputs."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
@@ -171,34 +173,86 @@ def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_som
         torch.func.grad(lambda x: project(x, u, 0.7).sum())(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_does_not_reach_the_edits_own_products(dtype):
-    """Float32 products made of 16 bits would break Rule A by a factor of thousands: nobody's autocast may do that."""
+def products_of_the_edit():
+    """({name: call} of everything that multiplies for the edit, a product of somebody else's, x, basis, weight)."""
     from kernel_surgery import lora
-    from kernel_surgery.bake import bake_weight
-    from kernel_surgery.reference import bake_oracle, baked_element_bound, project_eager
+    from kernel_surgery.bake import bake_weight, remove
+    from kernel_surgery.reference import project_eager
 
-    x, u, weight = torch.randn(5, 48), basis(48, 3), torch.randn(48, 96)
-    h = torch.randn(5, 96)
+    x, u, weight, h = torch.randn(64, 256), basis(256, 3), torch.randn(256, 512), torch.randn(64, 512)
     a, b = lora.adapter(weight, u)
     stacked, output = torch.cat([b, a.T]), h @ weight.T
     forms = {
         "project": lambda: project(x, u),
-        "per row": lambda: project(x, u, torch.ones(5)),
+        "per row": lambda: project(x, u, torch.ones(64)),
         "eager": lambda: project_eager(x, u),
         "bake": lambda: bake_weight(weight, u),
+        "undo": lambda: remove(weight, u)[1],
         "adapter": lambda: lora.adapter(weight, u)[0],
         "lora": lambda: lora._adapted(output, stacked, 1.0, h),
     }
-    for name, form in forms.items():
-        right = form()
-        with torch.autocast("cpu", dtype):
-            found = form()
-            assert torch.equal(found, right), name
-            assert not torch.equal(h @ weight.T, output)  # it is on for everything else
-    assert worst_ratio((project(x, u).double() - project_oracle(x, u)).abs(), rule_a_bound(x, u)) <= 1
-    off = (bake_weight(weight, u).double() - bake_oracle(weight, u)).abs()
+    return forms, lambda: h @ weight.T, x, u, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_edits_own_products(dtype):
+    """Float32 products made of 16 bits would break Rule A by a factor of thousands: nobody's autocast may do that."""
+    forms, other, *_ = products_of_the_edit()
+    right, before = {name: form() for name, form in forms.items()}, other()
+    with torch.autocast("cpu", dtype):
+        assert {name for name, form in forms.items() if not torch.equal(form(), right[name])} == set()
+        assert not torch.equal(other(), before)  # it is on for everything else
+
+
+@contextmanager
+def fewer_bits():
+    """A process that lets float32 products be made of bfloat16, as torch.set_float32_matmul_precision does."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_process_with_fewer_bits_in_float32_still_edits_in_full():
+    """The setting exists for speed and is recommended by torch.compile's own warning; on CUDA "high" is TF32."""
+    from kernel_surgery.reference import bake_oracle, baked_element_bound, whole_products
+
+    forms, other, x, u, weight = products_of_the_edit()
+    right, before = {name: form() for name, form in forms.items()}, other()
+    with fewer_bits():
+        found = {name: form() for name, form in forms.items()}
+        coarse = float((other() - before).abs().max())
+        with whole_products():
+            assert torch.equal(other(), before)
+        assert float((other() - before).abs().max()) == coarse  # and put back
+        eager = torch.compile(forms["eager"], backend="eager", fullgraph=True)
+        found["compiled"] = eager()
+    # What this CPU does with the setting on: nothing, if it has no bfloat16 instructions.
+    print(f"somebody else's product is off by {coarse:.3g}")
+    off = (found["bake"].double() - bake_oracle(weight, u)).abs()
     assert worst_ratio(off, baked_element_bound(weight, u)) <= 1
+    for name in ("project", "per row", "eager", "compiled"):
+        ratio = worst_ratio((found[name].double() - project_oracle(x, u)).abs(), rule_a_bound(x, u))
+        print(f"{name}: error/bound {ratio:.3f}")
+        assert ratio <= 1
+    for name in ("undo", "adapter", "lora"):
+        assert float((found[name] - right[name]).norm() / right[name].norm()) < 2.0**-20
+        assert found[name].dtype == right[name].dtype
+
+
+def test_what_the_edit_is_computed_in_follows_the_setting():
+    """As on every machine, also those whose CPU would not use fewer bits."""
+    from kernel_surgery.reference import computed_in
+
+    x = torch.zeros(1)
+    assert computed_in(x) == computed_in(x.bfloat16()) == torch.float32 and computed_in(x.double()) == torch.float64
+    with fewer_bits():
+        assert computed_in(x.bfloat16()) == torch.float64 and computed_in(x.to("meta")) == torch.float32
+        traced = torch.compile(lambda x: x.to(computed_in(x)), backend="eager", fullgraph=True)
+        assert traced(x).dtype == torch.float64
+    assert traced(x).dtype == torch.float32  # traced again
 
 
 WRONG = {
