@@ -2,8 +2,8 @@
 
 Every round takes each provider once, in an order that changes from round to round, so that a drift of the machine meets
 all of them. Reported are the median with the 20th and 80th percentile, and, of a round's time over the original's in
-the same round, the median with a 95% interval (bootstrap over the rounds). The original is among the providers twice:
-how far its second copy's interval reaches from 1 is what a ratio must leave before it means anything.
+the same round, the median with its 95% interval by order statistics. The original is among the providers twice: how far
+its second copy's interval reaches from 1 is what a ratio must leave before it means anything.
 """
 
 import random
@@ -52,7 +52,8 @@ def graphed(call: Callable, times: int = 1, before: Callable[[], None] = lambda:
 
 
 class Timer:
-    """Microseconds a call. how: "launched" or "graph", both with a warm cache, or "cold"."""
+    """Microseconds a call. how, on CUDA: "launched" by the host, whose own time it is where there is little work;
+    "graph", replayed with no host in between; both with a warm cache; or "cold", the cache overwritten before."""
 
     def __init__(self, device, inner: int):
         import torch
@@ -144,19 +145,17 @@ def percentiles(sample: Sequence[float]) -> dict[str, float]:
 
 def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
     """{"ratio", "ratio_ci95", "ratio_range"} of times taken in the same rounds: the median of the rounds' ratios, its
-    bootstrap interval (None for fewer than six rounds), and the least and the largest ratio."""
+    interval by order statistics (None for fewer than six rounds), and the least and the largest ratio."""
     import numpy as np
-    from scipy.stats import bootstrap
+    from scipy.stats import quantile_test
 
     each = np.asarray(sample) / np.asarray(base)
     found = {"ratio": float(np.median(each)), "ratio_range": [float(each.min()), float(each.max())]}
-    if len(each) < 6 or np.ptp(each) == 0:
+    if len(each) < 6:
         # Of fewer than six rounds no interval holds the median 95 times in 100: everything from the least to the most
         # is what can be said (of three rounds, 75 times in 100).
         return found | {"ratio_ci95": None}
-    interval = bootstrap(
-        (each,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
+    interval = quantile_test(each, p=0.5).confidence_interval(0.95)
     return found | {"ratio_ci95": [float(interval.low), float(interval.high)]}
 
 
@@ -165,16 +164,16 @@ def ends(row: Mapping) -> tuple[float, float]:
     return tuple(row["ratio_ci95"] or row["ratio_range"])
 
 
-def against(times: Mapping[str, Sequence[float]], base: str = "original") -> dict[str, dict]:
-    """{name: {"ratio", "ratio_ci95", "noise", "verdict"}} of every provider over `base`, which `NOISE` repeats.
+def against(times: Mapping[str, Sequence[float]], base: str = "original", again: str = NOISE) -> dict[str, dict]:
+    """{name: {"ratio", "ratio_ci95", "noise", "verdict"}} of every provider over `base`, which `again` repeats.
 
     noise: how far the interval of the repetition reaches from 1. "slower" and "faster" only where a provider's whole
     interval lies beyond that; else "within the noise".
     """
     found = {name: ratio(sample, times[base]) for name, sample in times.items()}
-    noise = max(abs(end - 1) for end in ends(found[NOISE]))
+    noise = max(abs(end - 1) for end in ends(found[again]))
     for name, row in found.items():
         low, high = ends(row)
         apart = "slower" if low > 1 + noise else "faster" if high < 1 / (1 + noise) else "within the noise"
-        row |= {"noise": noise, "verdict": "-" if name in (base, NOISE) else apart}
+        row |= {"noise": noise, "verdict": "-" if name in (base, again) else apart}
     return found
