@@ -1,5 +1,5 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
-PYTHON ?= python
+PYTHON ?= python3
 
 .PHONY: help run test check fix gpu bench reproduce
 

@@ -1,57 +1,107 @@
 """Everything that needs a GPU, in one command and under nine minutes: make gpu, or python -m bench.gpu
 
-In this order, each part with its own time limit: the GPU tests; the operators' benchmark; a whole model of
-Qwen2.5-3B's shapes, prefill and decode, every provider captured; eval on the embedded model in every mode. Writes into
-$OUT (default bench/results/) and returns 1 if any part failed or ran out of time; what the others found is kept. No
-time is taken on a device on which the tests fail.
+In this order: the kernels' tests, compute-sanitizer on every kernel, the other GPU tests; the operators' benchmark; a
+whole model of Qwen2.5-3B's shapes, prefill and decode, every provider captured; a profile of the kernels by ncu; eval
+on the embedded model in every mode. Each part has a limit, and what it leaves goes to those after it.
+
+No time is taken on a device on which the kernels' own tests fail, or a sanitizer finds an error. What the other tests
+find does not stop the benchmarks: they check every provider themselves, and a wrong one is not timed.
+
+Writes into $OUT (default bench/results/): one log, one summary, and the rows; what was found before a part failed or
+ran out of time is kept. Returns 1 if one did. A tool that is not installed is named, and is no failure.
 """
 
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_surgery import cli
 
+TOTAL = 525  # seconds
+FOUND_ERRORS = 9  # compute-sanitizer's status where a kernel is wrong, as told by us
+METRICS = (
+    *("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "launch__registers_per_thread"),
+    *("dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__throughput.avg.pct_of_peak_sustained_elapsed"),
+    *("sm__warps_active.avg.pct_of_peak_sustained_active", "lts__t_sector_hit_rate.pct"),
+)
 
-def parts(out: Path) -> list[tuple[str, int, list[str]]]:
-    """(name, limit in seconds, command) of each part."""
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the run: at most so many seconds, of which so many are kept for it whatever comes before."""
+
+    name: str
+    at_most: int
+    kept: int
+    command: list[str]
+    needs: tuple[str, ...] = ()  # modules and programs
+    gate: tuple[int, ...] | None = None  # statuses with which nothing is timed; () for any but 0
+    timed: bool = False
+
+
+def parts(out: Path) -> list[Part]:
+    """Everything that is run, in order."""
     python = sys.executable
+    tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-s", "-o", "faulthandler_timeout=90"]
+    kernels = "tests/test_project_kernel.py"
+    sanitize = ["compute-sanitizer", "--error-exitcode", str(FOUND_ERRORS), "--tool"]
+    once = [python, "-m", "bench.once"]
+    op = [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]
+    model = [python, "-m", "bench.model", "--case", "qwen", "--device", "cuda", "--how", "graph", "--rounds", "8"]
+    ncu = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_project", "--metrics", ",".join(METRICS)]
+    evaluation = [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")]
     return [
-        ("tests", 230, [python, "-m", "pytest", "-m", "gpu", "-q", "-s"]),
-        ("op", 120, [python, "-m", "bench.op", "--device", "cuda", "--out", str(out / "op.json")]),
-        (
-            "model",
-            140,
-            [
-                *(python, "-m", "bench.model", "--case", "qwen", "--device", "cuda", "--how", "graph", "--rounds", "8"),
-                *("--out", str(out / "model.json")),
-            ],
-        ),
-        (
-            "eval",
-            45,
-            [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")],
-        ),
+        Part("kernels", 200, 60, [*tests, kernels], gate=()),
+        Part("memcheck", 60, 20, [*sanitize, "memcheck", *once], ("compute-sanitizer",), (FOUND_ERRORS,)),
+        Part("racecheck", 60, 20, [*sanitize, "racecheck", *once], ("compute-sanitizer",), (FOUND_ERRORS,)),
+        Part("models", 120, 40, [*tests, "--ignore", kernels]),
+        Part("op", 200, 90, op, timed=True),
+        Part("model", 220, 130, [*model, "--out", str(out / "model.json")], timed=True),
+        Part("profile", 60, 20, [*ncu, "--log-file", str(out / "profile.csv"), *once, "--case", "qwen"], ("ncu",)),
+        Part("eval", 60, 30, evaluation, ("py3langid",)),
     ]
 
 
-def run_part(name: str, limit: int, command: list[str], log: Path) -> int | str:
-    """A part's exit status, or why it has none. Its output goes to `log`."""
-    if name == "eval" and importlib.util.find_spec("py3langid") is None:
-        return "not run: py3langid is not installed here"
-    with log.open("w", encoding="utf-8") as file:
+def missing(part: Part) -> str | None:
+    """The first thing that a part needs and that is not here."""
+    return next((n for n in part.needs if not shutil.which(n) and importlib.util.find_spec(n) is None), None)
+
+
+def run_part(command: list[str], limit: float, log: Path) -> int | str:
+    """A part's exit status, or that it was stopped. Its output, as it comes, goes to the end of `log`."""
+    # Unbuffered: what a part said before it hung is what one needs to know. Memory is asked of CUDA itself under a
+    # sanitizer, which sees nothing of an allocator's own blocks.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if command[0] == "compute-sanitizer":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n== {' '.join(command)}\n")
+        file.flush()
+        running = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
+            return running.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            return f"stopped after {limit} s"
+            for sent in (signal.SIGTERM, signal.SIGKILL):  # the whole session: compilers run beside it
+                os.killpg(running.pid, sent)
+                try:
+                    running.wait(timeout=5)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+            return f"stopped after {limit:.0f} s"
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run the parts one after another; a summary goes to $OUT/summary.json."""
+    """Run the parts one after another; a summary goes to $OUT/DATE-DEVICE/summary.json after each."""
     parser = cli.Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
     parser.parse_args(argv)
     import torch
@@ -63,20 +113,33 @@ def run(argv: list[str] | None = None) -> int:
     name = environment["device"].lower().replace(" ", "-")
     out = Path(os.environ.get("OUT") or Path("bench") / "results") / f"{stamp}-{name}"
     out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("", encoding="utf-8")
     summary = {"environment": environment, "date": stamp, "parts": {}}
-    for part, limit, command in parts(out):
-        began = time.monotonic()
-        if part != "tests" and summary["parts"]["tests"]["status"] != 0:
-            status = "not run: the tests are red"
+    end, red, failed, waiting = time.monotonic() + TOTAL, None, False, parts(out)
+    while waiting:
+        part = waiting.pop(0)
+        began, at = time.monotonic(), log.stat().st_size
+        limit = min(part.at_most, end - began - sum(later.kept for later in waiting))
+        if absent := missing(part):
+            status: int | str = f"not run: {absent} is not installed here"
+        elif part.timed and red:
+            status, failed = f"not run: {red} is red", True
         else:
-            status = run_part(part, limit, command, out / f"{part}.txt")
-        summary["parts"][part] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
+            status = run_part(part.command, limit, log)
+            failed = failed or status != 0
+            if part.gate is not None and (status in part.gate if part.gate else status != 0):
+                red = part.name
+        summary["parts"][part.name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
         cli.write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"{part}: status {status}, {summary['parts'][part]['seconds']} s, {out / part}.txt", flush=True)
-        if part in ("tests", "op", "model") and (out / f"{part}.txt").exists():
-            # The end of the table, for whoever sees this command's output alone.
-            print("\n".join((out / f"{part}.txt").read_text(encoding="utf-8").splitlines()[-60:]), flush=True)
-    return 0 if all(p["status"] == 0 for p in summary["parts"].values()) else 1
+        with log.open("rb") as file:
+            file.seek(at)
+            said = file.read().decode(errors="replace").splitlines()
+        # The end of what it said, for whoever sees this command's output alone.
+        print("\n".join(said[-40:]))
+        print(f"{part.name}: status {status}, {summary['parts'][part.name]['seconds']} s", flush=True)
+    print(f"{out}: " + ", ".join(f"{name} {part['status']}" for name, part in summary["parts"].items()))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def where(row: dict) -> str:
     """Where and when a row was measured."""
-    commit = row["commit"][:10] + (", tree changed since" if row["dirty"] else "")
+    commit = (row["commit"] or "unknown")[:10] + (", tree changed since" if row["dirty"] else "")
     device = f"{row['device']}, " if row.get("device") else ""
     versions = ", ".join(
         f"{name} {row[name]}" for name in ("torch", "transformers", "peft", "nnsight") if row.get(name)

@@ -31,6 +31,18 @@ def seed() -> int:
     return SEED
 
 
+@pytest.fixture(autouse=True)
+def whole_products_on_a_gpu(request):
+    """GPU tests hold a model's products to bounds: cuBLAS may else add the parts of a 16-bit one in 16 bits."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    from kernel_surgery.reference import whole_products
+
+    with whole_products():
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
     if skipped:

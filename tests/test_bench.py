@@ -1,5 +1,6 @@
 """The benchmarks' own honesty: what is timed is checked first, the row is complete, and a wrong provider is shown."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -133,14 +134,101 @@ def test_the_gpu_command_without_a_gpu_says_so_and_writes_nothing(tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_every_part_of_the_gpu_command_has_a_limit_and_together_they_stay_under_nine_minutes(tmp_path):
+def test_the_parts_of_the_gpu_command_are_ours_and_what_is_kept_for_them_is_under_nine_minutes(tmp_path):
     from bench import gpu
 
     parts = gpu.parts(tmp_path)
-    assert [name for name, _, _ in parts] == ["tests", "op", "model", "eval"]
-    for _, _, words in parts[1:]:
-        importlib.import_module(words[2]).parser().parse_args(words[3:])
-    assert sum(limit for _, limit, _ in parts) <= 9 * 60
+    names = [part.name for part in parts]
+    assert names == ["kernels", "memcheck", "racecheck", "models", "op", "model", "profile", "eval"]
+    for part in parts:
+        words = part.command[part.command.index("-m") + 1 :]
+        if words[0] != "pytest":
+            importlib.import_module(words[0]).parser().parse_args(words[1:])
+    assert sum(part.kept for part in parts) <= gpu.TOTAL <= 9 * 60 - 10
+    assert all(part.kept <= part.at_most for part in parts)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """run({part: command}) as if there were a GPU: (status, summary's parts, log)."""
+    from bench import gpu
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *of: "A GPU")
+    real = gpu.parts(tmp_path)
+
+    def run(commands, **limits):
+        python = [sys.executable, "-c"]
+        made = [dataclasses.replace(p, command=[*python, commands.get(p.name, "")], needs=(), **limits) for p in real]
+        monkeypatch.setattr(gpu, "parts", lambda out: made)
+        status = gpu.run([])
+        (folder,) = tmp_path.iterdir()
+        assert folder.name.endswith("-a-gpu") and {f.name for f in folder.iterdir()} == {"log.txt", "summary.json"}
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return status, {k: p["status"] for k, p in summary["parts"].items()}, (folder / "log.txt").read_text()
+
+    return run
+
+
+def test_the_gpu_command_runs_every_part_and_keeps_what_each_said(pretended, capsys):
+    status, parts, log = pretended({"op": "print('a table')"})
+    assert status == 0 and set(parts.values()) == {0} and len(parts) == 8
+    assert "\na table\n" in log and "op: status 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "broken, stops",
+    [({"kernels": 1}, True), ({"memcheck": 9}, True), ({"racecheck": 255}, False), ({"models": 1}, False)],
+)
+def test_nothing_is_timed_where_a_kernel_is_wrong_and_a_tool_that_breaks_stops_nothing(pretended, broken, stops):
+    (name,) = broken
+    status, parts, _ = pretended({part: f"raise SystemExit({code})" for part, code in broken.items()})
+    assert status == 1 and parts[name] == broken[name] and parts["profile"] == parts["eval"] == 0
+    assert (parts["op"], parts["model"]) == ((f"not run: {name} is red",) * 2 if stops else (0, 0))
+
+
+def test_a_part_that_hangs_is_stopped_and_what_it_said_is_kept(pretended):
+    hangs = "import subprocess, time; print('reached'); subprocess.run(['sleep', '60'])"
+    began = time.monotonic()
+    status, parts, log = pretended({"op": hangs}, at_most=3)
+    assert status == 1 and parts["op"] == "stopped after 3 s" and parts["model"] == 0
+    assert "reached" in log and time.monotonic() - began < 30
+
+
+def test_a_part_whose_tool_is_not_there_is_named_and_is_no_failure(tmp_path, monkeypatch):
+    from bench import gpu
+
+    part = gpu.parts(tmp_path)[-1]
+    assert gpu.missing(dataclasses.replace(part, needs=("json", "sh"))) is None
+    assert gpu.missing(dataclasses.replace(part, needs=("json", "no_such_tool"))) == "no_such_tool"
+
+
+def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
+    from bench import once
+    from kernel_surgery import cli
+    from kernel_surgery.kernels import project as kernels
+
+    seen = []
+
+    class Recorded:
+        def __init__(self, form):
+            self.form = form
+
+        def __getitem__(self, grid):
+            return lambda *given, **options: seen.append((self.form, given[0].dtype, options["ADD"], options["NORM"]))
+
+    monkeypatch.setattr(kernels, "KERNELS", {form: Recorded(form) for form in kernels.KERNELS})
+    for case in ("awkward", "qwen"):
+        for one in once.launches(case):
+            once.launch(*one, "cpu") if one[3] <= 300 else None
+    assert {form for form, *_ in seen} == {"row", "tile", "two-pass"}
+    every = {(form, kind) for form in ("row", "two-pass") for kind in (torch.bfloat16, torch.float16, torch.float32)}
+    assert {(form, kind) for form, kind, *_ in seen} == every | {("tile", torch.bfloat16)}
+    assert {(add, norm) for _, _, add, norm in seen} == {(False, False), (True, False), (True, True)}
+    with pytest.raises(cli.UserError, match="the kernels run on CUDA only"):
+        once.run(["--device", "cpu"])
 
 
 @pytest.mark.slow

@@ -381,7 +381,10 @@ def test_an_installed_copy_does_not_report_the_commit_around_it(tmp_path, monkey
     monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "site-packages" / "kernel_surgery")
     (tmp_path / "site-packages").mkdir()
     assert cli._git_state.__wrapped__() == (None, None)
-    monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "kernel_surgery")
+    for told, dirty in (("abc", False), ("abc-dirty", True)):  # a copy that was sent somewhere without its history
+        monkeypatch.setenv("KERNEL_SURGERY_COMMIT", told)
+        assert cli._git_state.__wrapped__() == ("abc", dirty)
+    monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "kernel_surgery")  # git knows better
     commit, dirty = cli._git_state.__wrapped__()
     assert len(commit) == 40 and dirty is False
     (tmp_path / "new.py").touch()

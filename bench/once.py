@@ -1,0 +1,79 @@
+"""Every kernel once, for tools that watch a GPU at work: python -m bench.once [--case awkward|qwen]
+
+    awkward    every form, operation and dtype on small sizes that fill no block: compute-sanitizer
+    qwen       every form in bfloat16 at Qwen2.5-3B's width, few rows and many: ncu
+
+Nothing is checked and nothing timed here. Inputs are made on the CPU and copied: no other kernel runs.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+from kernel_surgery import cli
+
+OPERATIONS = ("project", "project_add", "project_add_rmsnorm")
+# (form, rows, d, k), the basis packed or not as the form takes it.
+AWKWARD = [
+    *(("row", 3, 129, 10), ("row", 1, 2049, 33), ("row", 17, 64, 1)),
+    *(("two-pass", 67, 129, 10), ("two-pass", 70, 300, 33), ("two-pass", 65, 64, 64)),
+    *(("tile", 67, 128, 16), ("tile", 17, 896, 16), ("tile", 33, 256, 32)),
+]
+QWEN = [
+    *(("row", m, 2048, 16) for m in (1, 64)),
+    *((form, m, 2048, 16) for m in (256, 4096, 16384) for form in ("tile", "two-pass")),
+]
+
+
+def launches(case: str) -> Iterator[tuple[str, str, str, int, int, int]]:
+    """(operation, dtype, form, rows, d, k) of every launch."""
+    shapes, dtypes = (AWKWARD, ("bfloat16", "float16", "float32")) if case == "awkward" else (QWEN, ("bfloat16",))
+    for operation in OPERATIONS:
+        for dtype in dtypes:
+            for shape in shapes:
+                # The tile form is never chosen for the others (`form_of`).
+                if shape[0] != "tile" or dtype == "bfloat16":
+                    yield operation, dtype, *shape
+
+
+def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, device) -> None:
+    """One launch. Raises what Triton raises."""
+    import torch
+
+    from kernel_surgery.kernels.project import project
+
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    x, residual = (torch.randn(rows, d, generator=generator).to(kind).to(device) for _ in range(2))
+    basis = torch.linalg.qr(torch.randn(d, k, generator=generator))[0].contiguous().to(device)
+    strengths = torch.rand(rows, generator=generator).to(device)
+    more = {} if operation == "project" else {"residual": residual}
+    if operation == "project_add_rmsnorm":
+        more |= {"weight": torch.rand(d, generator=generator).to(kind).to(device), "eps": 1e-6}
+    project(x, basis, 1.0, strengths, form=form, **more)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.once", description="Launch every kernel once, for a sanitizer or a profiler.")
+    p.add_argument("--case", choices=("awkward", "qwen"), default="awkward")
+    p.add_argument("--device", default="cuda")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Launch them one after another; a name is printed before each."""
+    args = parser().parse_args(argv)
+    device = cli.parse_device(args.device)
+    if device.type != "cuda":
+        raise cli.UserError(f"--device {args.device}: the kernels run on CUDA only. Nothing was launched.")
+    import torch
+
+    for one in launches(args.case):
+        print(*one, flush=True)
+        launch(*one, device)
+        torch.cuda.synchronize(device)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(run)
