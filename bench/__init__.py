@@ -1,1 +1,1 @@
-"""Benchmarks. Correctness comes first: a provider that breaks its bound gets no time."""
+"""Benchmarks. Correctness comes first: a time or a count stands beside its error/bound, or there is none."""

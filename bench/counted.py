@@ -1,10 +1,12 @@
 """What the edit costs, counted instead of timed: python -m bench.counted [--case stack|polyglot|small] [--out FILE]
 
-On a CPU no way of making the edit differs measurably in time from the original; what each does can be counted exactly:
+On a CPU time tells the ways of making the edit apart in small models only; what each does can be counted exactly:
 operations, matrix products, tensors allocated and their bytes, bytes read and written (every operand and every result
 of every operation that is not a view, once). Counted below autograd, operation by operation, in one forward pass of
 each provider (`bench.providers`), our own operators opened up into the ATen calls they make; the original's count is
-taken away, and what is left divided by the edited layers.
+taken away, and what is left divided by the edited layers. Beside it error/bound: the largest error of what an edited
+`down_proj` gives, over the bound of its way of computing (`reference.applied_bound`, Rule A); beyond 1 it does
+something else.
 
 `small` is what the tests hold against bench/results/counted-small.json: a change of these numbers is a decision.
 """
@@ -12,14 +14,18 @@ taken away, and what is left divided by the edited layers.
 import argparse
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from bench.timing import stamp
+from bench.providers import PEERS
+from bench.timing import NOISE, stamp
 from kernel_surgery import cli
 
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
 TOKENS = {"stack": (1, 64), "polyglot": (1, 64), "small": (2, 16)}
 KINDS = ("operations", "matrix_products", "allocations", "bytes_allocated", "bytes_moved")
+# The way a provider computes, which its bound goes by; the others edit the output.
+WAYS = {"lora": "lora", "peft": "lora", "peft, 16-bit adapter": "lora", "baked": "baked"}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 
 
@@ -85,6 +91,42 @@ def counted(calls: dict, ids) -> dict[str, Counter]:
     return found
 
 
+def errors(calls: dict, ids, bases: dict) -> dict[str, float]:
+    """{provider: error/bound} of what every edited `down_proj` gives for the input that it got; for those that edit
+    the output, Rule A on that output too."""
+    import torch
+
+    from kernel_surgery.checks import check_outputs
+
+    found = {}
+    for name, call in calls.items():
+        if name in ("original", NOISE):
+            continue
+        seen: dict = {}
+
+        def look(module, given, made, layer, seen=seen):
+            seen[layer] = given[0], made
+
+        hooks = [
+            module.register_forward_hook(partial(look, layer=layer))
+            for path, module in call.model.named_modules()
+            for layer in bases
+            if path.endswith(f"layers.{layer}.mlp.down_proj")
+        ]
+        with torch.no_grad():
+            call(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        assert seen.keys() == bases.keys(), name
+        way, found[name] = WAYS.get(name, "hook"), 0.0
+        for layer, (given, made) in seen.items():
+            weight = calls["original"].model.model.layers[layer].mlp.down_proj.weight
+            rounded = torch.nn.functional.linear(given, weight)[0]
+            row = check_outputs({way: made[0]}, rounded, weight, None, given[0], bases[layer], 1.0)[0][way]
+            found[name] = max(found[name], row["error_over_bound"], row.get("rule_a", 0.0))
+    return found
+
+
 def per_layer(counts: dict[str, Counter], layers: int) -> dict[str, dict[str, float]]:
     """{provider: {kind: what it does beyond the original, an edited layer}}."""
     base = counts["original"]
@@ -106,13 +148,20 @@ def rows_of(case: str, dtype_name: str, names) -> list[dict]:
     from bench import providers
     from bench.model import prompts
 
-    model, bases = load(case, cli.parse_dtype(dtype_name, "cpu"))
+    dtype = cli.parse_dtype(dtype_name, "cpu")
+    (model, bases), absent = load(case, dtype), providers.missing(dtype)
+    names = [name for name in names if name not in absent]
     sequences, tokens = TOKENS[case]
     with providers.opened(model, bases, names) as calls:
-        found = per_layer(counted(calls, prompts(model, sequences, tokens)[:, :tokens]), len(bases))
+        ids = prompts(model, sequences, tokens)[:, :tokens]
+        found, off = per_layer(counted(calls, ids), len(bases)), errors(calls, ids, bases)
     about = {"case": "counted", "model": case, "rows": sequences * tokens, "d": model.config.hidden_size}
     about |= {"k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
-    return [about | {"provider": name} | row for name, row in found.items() if name != "original"]
+    return [
+        about | {"provider": name} | row | {"error_over_bound": off.get(name)}
+        for name, row in found.items()
+        if name != "original"
+    ]
 
 
 def figure(row: dict, kind: str) -> float:
@@ -124,15 +173,20 @@ def figure(row: dict, kind: str) -> float:
 def shown(row: dict) -> str:
     """One line of the table."""
     return (
-        f"{row['model']:<9}{row['dtype']:<9} {row['provider']:<15} {row['operations']:>6.1f} "
+        f"{row['model']:<9}{row['dtype']:<9} {row['provider']:<21} {row['operations']:>6.1f} "
         f"{row['matrix_products']:>8.1f} {row['allocations']:>11.1f} "
-        f"{figure(row, 'bytes_allocated'):>15.2f} {figure(row, 'bytes_moved'):>11.2f}"
+        f"{figure(row, 'bytes_allocated'):>15.2f} {figure(row, 'bytes_moved'):>11.2f} {off(row):>12}"
     )
 
 
+def off(row: dict) -> str:
+    """error/bound of a row, as it is printed."""
+    return "" if row["error_over_bound"] is None else f"{row['error_over_bound']:.2f}"
+
+
 HEAD = "beyond the original, an edited layer; bytes in units of the MLP's output, [rows, d_model]\n" + (
-    f"{'model':<9}{'dtype':<9} {'provider':<15} {'ops':>6} {'products':>8} {'allocations':>11} {'bytes allocated':>15} "
-    f"{'bytes moved':>11}"
+    f"{'model':<9}{'dtype':<9} {'provider':<21} {'ops':>6} {'products':>8} {'allocations':>11} {'bytes allocated':>15} "
+    f"{'bytes moved':>11} {'error/bound':>12}"
 )
 
 
@@ -150,16 +204,14 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from bench import providers
 
-    absent = providers.missing()
-    for name, why in absent.items():
+    for name, why in providers.missing().items():
         print(f"{name}: {why}")
-    names = [name for name in providers.NAMES if name not in absent]
-    about = stamp(None, *providers.PEERS)
+    about = stamp(None, *dict.fromkeys(providers.PEERS.values()))
     rows = []
     print(HEAD)
     for case in [args.case] if args.case else ["stack", "polyglot"]:
         for dtype in args.dtype.split(","):
-            for row in rows_of(case, dtype, names):
+            for row in rows_of(case, dtype, providers.NAMES):
                 rows.append(row | about)
                 print(shown(row), flush=True)
     if args.out:
@@ -174,7 +226,7 @@ def run(argv: list[str] | None = None) -> int:
 def faults(rows: list[dict]) -> list[str]:
     """Where the fused mode does more of anything than a peer that computes the same, or not less than the eager hook.
 
-    The addmm hook is no such peer in 16 bits: it multiplies in the storage dtype (`bench.op`: it breaks its bound).
+    A peer that breaks its bound computes something else (products in the storage dtype) and is not compared.
     """
     found = []
     for row in rows:
@@ -182,9 +234,10 @@ def faults(rows: list[dict]) -> list[str]:
         if row["provider"] != "fused":
             continue
         for other in same:
+            peer = other["provider"] in PEERS and other["error_over_bound"] <= 1
             for kind in KINDS:
                 what = f"{row['model']} {row['dtype']}: fused {kind} {row[kind]:g}, {other['provider']} {other[kind]:g}"
-                if other["provider"] in ("peft", "nnsight") and row[kind] > other[kind]:
+                if peer and row[kind] > other[kind]:
                     found.append(what)
                 if other["provider"] == "hook" and kind != "matrix_products" and row[kind] >= other[kind]:
                     found.append(what)

@@ -180,12 +180,13 @@ def run(argv: list[str] | None = None) -> int:
             found = list(measure(what, args.rounds, Path(name), bar.update))
             sizes = [row["size"] for row in found]
             rate, error = slope(sizes, [row["seconds"] for row in found])
-            # Below a megabyte the kernel's account says nothing.
-            held = [row["peak_bytes"] for row in found]
-            memory = slope(sizes, held)[0] if min(held) > 2**20 else None
+            # Below a megabyte the kernel's account says nothing, and two sizes make no slope.
+            told = [(row["size"], row["peak_bytes"]) for row in found if row["peak_bytes"] > 2**20]
+            memory = slope(*zip(*told, strict=True))[0] if len(told) > 2 else None
             taken = "  ".join(f"{row['size']}: {row['seconds'] * 1e3:.1f} ms" for row in found)
             bar.write(f"{what:<11} {taken}")
-            said = "under 1 MB" if memory is None else f"slope {memory:.2f}, at most {max(held) / 1e6:.0f} MB"
+            said = f"at most {max(row['peak_bytes'] for row in found) / 1e6:.0f} MB"
+            said += "" if memory is None else f", slope {memory:.2f}"
             bar.write(f"{'':<11} slope {rate:.2f} (s.e. {error:.2f}); expected {EXPECTED[what]}; memory {said}")
             more = {"expected": EXPECTED[what]}
             rows += [row | more | {"slope": rate, "slope_se": error, "memory_slope": memory} | about for row in found]

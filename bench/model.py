@@ -193,9 +193,10 @@ def measure(
     exact, bases = oracle.logits((ids if phase == "decode" else ids[:, :tokens])[:CHECKED]), oracle.bases
     if how == "compile":
         torch._dynamo.reset()
-    steps, runs, ratios, left_out = {}, {}, {}, {}
+    steps, runs, ratios, breaks, left_out = {}, {}, {}, {}, {}
     for name, call in calls.items():
         ratios[name] = None
+        torch._dynamo.utils.counters.clear()
         try:
             step = Step(call, phase, ids, room=64)
             run = prepared(name, step, how)
@@ -205,6 +206,7 @@ def measure(
             left_out[name] = f"{how}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             continue
         ratios[name] = oracle.error_over_bound(name, logits, exact)
+        breaks[name] = sum(torch._dynamo.utils.counters["graph_break"].values()) if how == "compile" else None
         step.rewind()
         if ratios[name] <= 1:  # NaN is not
             steps[name], runs[name] = step, run
@@ -227,10 +229,12 @@ def measure(
         row |= {"layers": len(model.model.layers), "edited": len(bases), "d": model.config.hidden_size}
         row |= {"k": next(iter(bases.values())).shape[1], "dtype": str(model.dtype).removeprefix("torch.")}
         row |= {"error_over_bound": ratios[name], "launches": None, "graph": how == "graph", "left_out": None}
+        row |= {"graph_breaks": breaks.get(name), "us_added": None, "goal_met": None}
         if name in times:
             row |= percentiles(times[name]) | compared[name]
             row["us_added"] = statistics.median(t - b for t, b in zip(times[name], times["original"], strict=True))
-            row["goal_met"] = goal_met(row) if name == "fused" and cuda and how != "eager" else None
+            if name == "fused" and cuda and how != "eager":
+                row["goal_met"] = goal_met(row)
             if cuda:
                 row["launches"] = launches(runs[name])
                 steps[name].rewind()
@@ -252,7 +256,8 @@ def shown(row: dict) -> str:
         return f"  {row['provider']:<16} {row['left_out']} (error/bound {'-' if ratio is None else f'{ratio:.2f}'})"
     low, high = ends(row)
     count = "" if row["launches"] is None else f"  launches {row['launches']}"
-    goal = "" if row.get("goal_met") is None else f"  {GOAL} of its speed: {'met' if row['goal_met'] else 'not met'}"
+    count += "" if row["graph_breaks"] is None else f"  graph breaks {row['graph_breaks']}"
+    goal = "" if row["goal_met"] is None else f"  {GOAL} of its speed: {'met' if row['goal_met'] else 'not met'}"
     return (
         f"  {row['provider']:<16} {row['us_p50'] / 1e3:>9.3f} ms  {row['ratio']:.3f} of original ({low:.3f} to "
         f"{high:.3f})  {row['us_added']:>+8.1f} us  {row['verdict']:<16}  error/bound {row['error_over_bound']:.2f}"
@@ -299,14 +304,14 @@ def run(argv: list[str] | None = None) -> int:
     from bench import providers
     from bench.timing import copy_bandwidth
 
-    absent = providers.missing()
+    absent = providers.missing(dtype)
     names = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
     if unknown := [n for n in names if n not in providers.NAMES]:
         raise cli.UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
     names = list(dict.fromkeys(["original", NOISE, *(n for n in names if n not in absent)]))
     for name, why in absent.items():
         print(f"{name}: {why}")
-    about = stamp(device, *providers.PEERS)
+    about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
     bandwidth = copy_bandwidth(device)
     model, bases = load(case, dtype, device, args.layers)
     oracle = Oracle(model, bases)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.counted import KINDS, figure
+from bench.counted import KINDS, figure, off
+from bench.model import GOAL
 from bench.timing import NOISE, ends
 from kernel_surgery import cli
 
@@ -76,60 +77,62 @@ def counted(model: str) -> str:
     found, out = providers_counted(model), ""
     for dtype in dict.fromkeys(r["dtype"] for r in found):
         chosen = [r for r in found if r["dtype"] == dtype]
-        body = [[r["provider"], *(f"{figure(r, kind):.4g}" for kind in KINDS)] for r in chosen]
+        body = [[r["provider"], *(f"{figure(r, kind):.4g}" for kind in KINDS), off(r)] for r in chosen]
         out += f"{dtype}, d_model {chosen[0]['d']}, k = {chosen[0]['k']}; bytes in units of the MLP's output\n\n"
-        out += table(["", *(kind.replace("_", " ") for kind in KINDS)], body) + "\n"
+        out += table(["", *(kind.replace("_", " ") for kind in KINDS), "error/bound"], body) + "\n"
     return out + where(found[0]) if found else ""
 
 
 def speed() -> str:
-    """README.md: the counted work in short, and the other ratios in one line each."""
+    """README.md: the counted work in short, and the other ratios in a line each, each with where it was measured."""
     found, lines = providers_counted("stack"), []
-    short = {"matrix_products": ("products", "g"), "allocations": ("tensors", "g"), "bytes_moved": ("bytes", ".1f")}
-    body = [
-        [
-            name,
-            *(f"{figure(r, kind):{form}}" for r in found if r["provider"] == name for kind, (_, form) in short.items()),
-        ]
-        for name in dict.fromkeys(r["provider"] for r in found)
-    ]
-    dtypes = dict.fromkeys(r["dtype"] for r in found)
-    out = table(["", *(f"{word}, {dtype}" for dtype in dtypes for word, _ in short.values())], body) + "\n"
+    dtypes = list(dict.fromkeys(r["dtype"] for r in found))
+    body = []
+    for name in dict.fromkeys(r["provider"] for r in found):
+        line = [name]
+        for dtype in dtypes:
+            row = next((r for r in found if (r["provider"], r["dtype"]) == (name, dtype)), None)
+            line += [f"{row['allocations']:g}", f"{figure(row, 'bytes_moved'):.1f}", off(row)] if row else [""] * 3
+        body.append(line)
+    head = [f"{word}, {dtype}" for dtype in dtypes for word in ("tensors", "bytes", "error/bound")]
+    out = table(["", *head], body) + "\n" + where(found[0]) + "\n" if found else ""
     for name, which, words in (
         ("fit.json", "kernel_surgery.fit", "`fit`: {} times the speed of numpy's full SVD of the same layers, exact"),
         ("evaluation.json", "kernel_surgery.eval", "`eval`: {} times the speed of a loop over single prompts"),
+        ("evaluation.json", "the loop, batched", "that loop, batched: {} times"),
+        ("checkpoint-bake.json", "bake", "`bake`: {} of the time of `cp -r` and `sha256sum`"),
     ):
         for row in rows(name):
             if row["provider"] == which:
-                lines.append(words.format(interval(row)))
-    for row in rows("checkpoint-bake.json"):
-        if row["provider"] == "bake":
-            lines.append(
-                f"`bake`: {row['ratio_to_floor']:.2f} of the time of `cp -r` and `sha256sum`, {row['gigabytes']:.1f} GB"
-            )
-    out += f"{'; '.join(lines)}. In full: [docs/benchmarks.md](docs/benchmarks.md). "
-    return out + (where(found[0]) if found else "\n")
+                said = interval(row) if "ratio" in row else f"{row['ratio_to_floor']:.2f}"
+                lines.append(f"- {words.format(said)}. {where(row)}")
+    return out + "".join(lines) + "\nIn full: [docs/benchmarks.md](docs/benchmarks.md).\n"
+
+
+def op_table(found: list[dict], cuda: bool = False) -> str:
+    """The operators beside their alternatives; on CUDA replayed and cold, without what the host's launches cost."""
+    body = []
+    for r in found:
+        if r["left_out"] or (cuda and r["cache"] == "warm" and not r["graph"]):
+            continue
+        low, high = ends(r)
+        broken = "" if r["error_over_bound"] <= 1 else " (breaks its bound)"
+        body.append(
+            [
+                *(r["case"], f"{r['M']} x {r['d']}, k = {r['k']}", r["dtype"], r["provider"], f"{r['us_p50']:.3g}"),
+                f"{r['fraction_of_copy']:.2f} ({1 / high:.2f} to {1 / low:.2f})",
+                f"{r['error_over_bound']:.2f}{broken}",
+                *([r["cache"], str(r["launches"])] if cuda else []),
+            ]
+        )
+    head = ["", "rows x d", "", "provider", "us", "speed over the floor's", "error/bound"]
+    return table([*head, *(["cache", "launches"] if cuda else [])], body)
 
 
 def op() -> str:
-    """The operators beside their alternatives."""
-    found = [r for r in rows("op.json") if r["cache"] == "warm" and not r["graph"]]
-    body = [
-        [
-            r["case"],
-            f"{r['M']} x {r['d']}",
-            r["dtype"],
-            r["provider"],
-            f"{r['us_p50']:.0f}",
-            f"{r['fraction_of_copy']:.2f}",
-            f"{r['error_over_bound']:.2f}" + ("" if r["error_over_bound"] <= 1 else " (breaks its bound)"),
-        ]
-        for r in found
-    ]
-    if not found:
-        return ""
-    head = ["", "rows x d", "", "provider", "us", "speed over the floor's", "error/bound"]
-    return table(head, body) + "\n" + where(found[0])
+    """The operators on this CPU."""
+    found = rows("op.json")
+    return op_table(found) + "\n" + where(found[0]) if found else ""
 
 
 def fit() -> str:
@@ -169,7 +172,8 @@ def evaluation() -> str:
         ]
         for r in found
     ]
-    about = f"{found[0]['texts']} texts, the same from both ({found[0]['parted_by_rounding']} parted by rounding).\n\n"
+    parted = max(r["parted_by_rounding"] for r in found)
+    about = f"{found[0]['texts']} texts, the same from all (at most {parted} parted by rounding).\n\n"
     return about + table(["", "batch", "s", "tokens/s", "times the loop's speed"], body) + "\n" + where(found[0])
 
 
@@ -204,30 +208,49 @@ def checkpoint() -> str:
     return out
 
 
-def models() -> str:
+def model_tables(found: list[dict]) -> str:
     """Every provider in a model, phase by phase."""
     out = ""
-    for name in ("model-stack.json", "model-polyglot.json"):
-        found = rows(name)
-        for key in dict.fromkeys((r["how"], r["case"], r["sequences"], r["tokens"]) for r in found):
-            chosen = [r for r in found if (r["how"], r["case"], r["sequences"], r["tokens"]) == key]
-            first, body = chosen[0], []
-            for r in chosen:
-                if r["left_out"]:
-                    body.append([r["provider"], "", "", "", r["left_out"]])
-                    continue
-                low, high = ends(r)
-                times = [f"{r['us_p50'] / 1e3:.2f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
-                body.append([r["provider"], *times, f"{r['error_over_bound']:.2f}", r["verdict"]])
-            noise = next(r["noise"] for r in chosen if not r["left_out"])
-            out += (
-                f"{first['model']}, {first['layers']} layers, {first['edited']} edited, {first['dtype']}, {key[0]}: "
-                f"{key[1]} {key[2]} x {key[3]}; noise {noise:.3f}\n\n"
-                + table(["", "ms", "of the original (95% interval)", "error/bound", ""], body)
-                + "\n"
-            )
-        out += where(found[0]) + "\n" if found else ""
-    return out
+    for key in dict.fromkeys((r["how"], r["case"], r["sequences"], r["tokens"]) for r in found):
+        chosen = [r for r in found if (r["how"], r["case"], r["sequences"], r["tokens"]) == key]
+        first, body = chosen[0], []
+        for r in chosen:
+            if r["left_out"]:
+                body.append([r["provider"], "", "", "", "", r["left_out"]])
+                continue
+            low, high = ends(r)
+            goal = {None: "", True: f"; {GOAL} met", False: f"; {GOAL} not met"}[r["goal_met"]]
+            times = [f"{r['us_p50'] / 1e3:.2f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})", f"{r['us_added']:+.0f}"]
+            body.append([r["provider"], *times, f"{r['error_over_bound']:.2f}", r["verdict"] + goal])
+        noise = next((f"; noise {r['noise']:.3f}" for r in chosen if not r["left_out"]), "")
+        out += (
+            f"{first['model']}, {first['layers']} layers, {first['edited']} edited, {first['dtype']}, {key[0]}: "
+            f"{key[1]} {key[2]} x {key[3]}{noise}\n\n"
+            + table(["", "ms", "of the original (95% interval)", "us added", "error/bound", ""], body)
+            + "\n"
+        )
+    return out + where(found[0]) + "\n" if found else ""
+
+
+def models() -> str:
+    """Every kept model."""
+    return "".join(model_tables(rows(f"model-{case}.json")) for case in ("layer", "stack", "polyglot"))
+
+
+def on_gpu() -> str:
+    """The newest run of `make gpu`: what was checked, the operators, the whole model."""
+    runs = sorted(file.parent for file in RESULTS.glob("*/summary.json"))
+    if not runs:
+        return "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
+    folder = runs[-1]
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    about = found["environment"] | {"date": f"{found['date'][:4]}-{found['date'][4:6]}-{found['date'][6:]}"}
+    parts = [[name, str(part["status"]), f"{part['seconds']:.0f}"] for name, part in found["parts"].items()]
+    made = where(about) + "\n" + table(["part", "status", "s"], parts) + "\n"
+    op_rows, model_rows = rows(f"{folder.name}/op.json"), rows(f"{folder.name}/model.json")
+    if op_rows:
+        made += f"A large copy moved {op_rows[0]['copy_gbps']:.0f} GB/s.\n\n{op_table(op_rows, cuda=True)}\n"
+    return made + model_tables(model_rows)
 
 
 def growth() -> str:
@@ -238,9 +261,10 @@ def growth() -> str:
         chosen = [r for r in found if r["case"] == what]
         sizes = ", ".join(f"{r['size']}: {r['seconds'] * 1e3:.3g}" for r in chosen)
         first = chosen[0]
-        memory = "under 1 MB" if first["memory_slope"] is None else f"{first['memory_slope']:.2f}"
-        body.append([what, sizes, f"{first['slope']:.2f} ± {first['slope_se']:.2f}", first["expected"], memory])
-    head = ["", "ms", "slope of time", "expected", "slope of peak memory"]
+        most = f"{max(r['peak_bytes'] for r in chosen) / 1e6:.0f} MB"
+        memory = "-" if first["memory_slope"] is None else f"{first['memory_slope']:.2f}"
+        body.append([what, sizes, f"{first['slope']:.2f} ± {first['slope_se']:.2f}", first["expected"], memory, most])
+    head = ["", "ms", "slope of time", "expected", "slope of peak memory", "at most"]
     return table(head, body) + "\n" + where(found[0]) if found else ""
 
 
@@ -267,6 +291,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         **{
             "counted": lambda: counted("stack"),
             "counted-polyglot": lambda: counted("polyglot"),
+            "gpu": on_gpu,
             "models": models,
             "op": op,
             "fit": fit,

@@ -7,30 +7,39 @@
     fused                        the same with reach "norm" (the default): with the addition and the next norm
     lora                         `kernel_surgery.adapted`
     peft                         PEFT's own layers, holding the adapter that `kernel_surgery.lora` writes
+    peft, 16-bit adapter         the same without PEFT's widening of the adapter to float32; models of 16 bits only
     nnsight                      an intervention on `down_proj.output`, traced at every call
     baked                        the edit in the weights
 
 A peer that is not installed is left out, and said so (`missing`).
 """
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from bench.shapes import twin
 from bench.timing import NOISE
 
-NAMES = ("original", NOISE, "hook", "addmm hook", "fused output", "fused", "lora", "peft", "nnsight", "baked")
-PEERS = ("peft", "nnsight")
+NARROW = "peft, 16-bit adapter"
+NAMES = ("original", NOISE, "hook", "addmm hook", "fused output", "fused", "lora", "peft", NARROW, "nnsight", "baked")
+# Which package a provider is.
+PEERS = {"peft": "peft", NARROW: "peft", "nnsight": "nnsight"}
 
 
-def missing() -> dict[str, str]:
-    """{peer: why it is not there}."""
-    return {
-        name: "not installed: pip install -c constraints.txt -e '.[peers]'"
-        for name in PEERS
-        if importlib.util.find_spec(name) is None
-    }
+def missing(dtype=None) -> dict[str, str]:
+    """{provider: why it is not there}, for a model of `dtype`."""
+    import torch
+
+    found = {}
+    for name, package in PEERS.items():
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # an installed one may break on another's version
+            found[name] = f"{error}: pip install -c constraints.txt -e '.[peers]'"
+    if dtype == torch.float32:
+        found[NARROW] = "the model is float32, and so is its adapter"
+    return found
 
 
 def addmm_hooks(model, bases: dict) -> None:
@@ -51,8 +60,8 @@ def addmm_hooks(model, bases: dict) -> None:
         site.module.register_forward_hook(hook)
 
 
-def peft_model(model, bases: dict):
-    """`model` inside PEFT, with the exact adapter of the edit in its layers."""
+def peft_model(model, bases: dict, widen: bool = True):
+    """`model` inside PEFT, with the exact adapter of the edit in its layers. widen: in float32, as PEFT does it."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -62,7 +71,7 @@ def peft_model(model, bases: dict):
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=["down_proj"], layers_to_transform=list(bases), layers_pattern="layers"
     )
-    made = get_peft_model(model, config)
+    made = get_peft_model(model, config, autocast_adapter_dtype=widen)
     for layer, basis in bases.items():
         module = made.base_model.model.model.layers[layer].mlp.down_proj
         a, b = adapter(module.weight, basis)
@@ -109,8 +118,8 @@ def opened(model, bases: dict, names: Sequence[str] = NAMES) -> Iterator[dict[st
                 pass
             elif name == "addmm hook":
                 addmm_hooks(own, bases)
-            elif name == "peft":
-                own = peft_model(own, bases)
+            elif name in ("peft", NARROW):
+                own = peft_model(own, bases, widen=name == "peft")
             elif name != "nnsight":
                 applier, more = {
                     **{"hook": (hooked, {}), "lora": (adapted, {}), "baked": (baked, {})},

@@ -95,3 +95,30 @@ def test_the_pictures_are_drawn_from_the_kept_rows():
         kept = (ROOT / "bench" / "plots" / name).read_text(encoding="utf-8")
         strip = lambda text: re.sub(r'(id|href|clip-path)="[^"]*"|url\(#[^)]*\)', "", text)  # noqa: E731
         assert strip(picture) == strip(kept), f"{name}: run python -m bench.pages"
+
+
+def test_a_run_on_a_gpu_gets_its_page(monkeypatch, tmp_path):
+    """Rows as `make gpu` writes them, made up here."""
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    assert pages.on_gpu() == "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
+    about = {"torch": "2.11.0", "transformers": "5.17.0", "device": "A GPU", "commit": None, "dirty": None}
+    ratio = {"ratio": 1.005, "ratio_ci95": [1.0, 1.02], "ratio_range": [1.0, 1.02], "us_p50": 2000.0, "left_out": None}
+    ratio |= {"error_over_bound": 0.5, "launches": 300, "noise": 0.01, "verdict": "within the noise", "us_added": 10.0}
+    model = about | ratio | {"model": "qwen", "layers": 36, "edited": 18, "dtype": "bfloat16", "date": "2026-01-02"}
+    model |= {"case": "decode", "sequences": 1, "tokens": 1024, "how": "graph", "goal_met": None}
+    op = about | ratio | {"case": "project", "M": 16, "d": 2048, "k": 10, "dtype": "bfloat16", "date": "2026-01-02"}
+    op |= {"fraction_of_copy": 0.9, "copy_gbps": 3000.0, "cache": "warm", "graph": True, "provider": "form row"}
+    for day, met in (("20260101", False), ("20260102", True)):
+        folder = tmp_path / f"{day}-a-gpu"
+        folder.mkdir()
+        parts = {"kernels": {"status": 0, "seconds": 60.0}, "eval": {"status": "not run: x", "seconds": 0.0}}
+        (folder / "summary.json").write_text(json.dumps({"environment": about, "date": day, "parts": parts}))
+        stopped = {"provider": "peft", "left_out": "graph: RuntimeError: no", "error_over_bound": None}
+        kept = [model | {"provider": "original"}, model | {"provider": "fused", "goal_met": met}, model | stopped]
+        (folder / "model.json").write_text(json.dumps(kept))
+        host = op | {"graph": False, "provider": "as launched"}
+        (folder / "op.json").write_text(json.dumps([op, host, op | {"left_out": "OutOfResources"}]))
+    page = pages.on_gpu()
+    assert "A GPU, torch 2.11.0, transformers 5.17.0, commit unknown, 2026-01-02." in page
+    assert "0.99 met" in page and "0.99 not met" not in page and "graph: RuntimeError: no" in page
+    assert page.count("form row") == 1 and "as launched" not in page and "3000 GB/s" in page
