@@ -25,6 +25,7 @@ BENCHES = {
         "checkpoint-*.json",
     ),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
+    "tune": ("launch options of the kernels, tried one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
     "once": ("every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
     "pages": ("the tables of README.md and docs/ and the plots, from the kept figures alone", "20 s", "-"),

@@ -56,11 +56,13 @@ def growth() -> str:
     made, axes = figure(2.2 * len(kinds), 2.6, len(kinds))
     for panel, kind in zip(axes, kinds, strict=True):
         chosen = [r for r in found if r["case"] == kind]
-        panel.loglog(
-            [r["size"] for r in chosen], [r["seconds"] * 1e3 for r in chosen], "o-", ms=4, color=COLOURS["fused"]
-        )
+        times = [r["seconds"] * 1e3 for r in chosen]
+        panel.loglog([r["size"] for r in chosen], times, "o-", ms=4, color=COLOURS["fused"])
         panel.set_title(f"{kind}: {chosen[0]['slope']:.2f}", fontsize=10)
         panel.set_xticks([r["size"] for r in chosen], [str(r["size"]) for r in chosen], fontsize=7)
+        # Measured values, not powers of ten: a curve may lie between two of those.
+        ticks = sorted({times[0], times[len(times) // 2], times[-1]})
+        panel.set_yticks(ticks, [f"{t:.3g}" if t < 1000 else f"{t:.0f}" for t in ticks], fontsize=7)
         panel.minorticks_off()
     axes[0].set_ylabel("ms")
     return svg(made)

@@ -235,6 +235,55 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
         once.run(["--device", "cpu"])
 
 
+def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
+    from bench import tune
+    from kernel_surgery import cli, reference
+    from kernel_surgery.kernels import project as kernels
+
+    accepted = []
+
+    class Recorded:
+        def __init__(self, form):
+            self.form = form
+
+        def __getitem__(self, grid):
+            return lambda *given, **options: accepted.append((self.form, given[1].stride()))
+
+    real = kernels.project
+    monkeypatch.setattr(kernels, "KERNELS", {form: Recorded(form) for form in kernels.KERNELS})
+
+    def emulated(x, basis, strength, residual=None, weight=None, eps=0.0, form=None, **options):
+        real(x, basis, strength, residual=residual, weight=weight, eps=eps, form=form, **options)
+        if options.get("num_warps") == 16:
+            raise RuntimeError("out of resource\nRequired: much")
+        h = reference.project_eager(x, basis, strength if options.get("BLOCK_D") != 128 else 0.9)
+        if weight is None:
+            return h, None
+        h = (h.float() + residual.float()).to(x.dtype)
+        return h, torch.nn.functional.rms_norm(h, (h.shape[1],), weight, eps)
+
+    monkeypatch.setattr(kernels, "project", emulated)
+    for case in ("project", "project_add_rmsnorm"):
+        made = tune.measure(case, 64, torch.device("cpu"), 2, time.monotonic() + 60)
+        timed = [row for row in made if not row["left_out"]]
+        assert [row["us_p50"] for row in timed] == sorted(row["us_p50"] for row in timed)
+        assert [row["of_shipped"] for row in timed if row["form"] == tune.SHIPPED] == [1]
+        assert all(row["error_over_bound"] <= 1 for row in timed) and len(timed) > 10
+        reasons = {row["left_out"]: row["options"] for row in made[len(timed) :]}
+        assert set(reasons) == {"RuntimeError: out of resource", "breaks its bound"}
+        assert "num_warps=16" in reasons["RuntimeError: out of resource"]
+        assert "BLOCK_D=128" in reasons["breaks its bound"]
+        assert len(made) == 1 + len(list(tune.candidates(64)))
+    # Every candidate is one that the launcher takes: all forms, and the row form with the basis either way.
+    assert {form for form, _ in accepted} == {"row", "tile", "two-pass"}
+    assert ("row", (16, 1)) in accepted and ("row", (1, tune.D)) in accepted
+    late = tune.measure("project", 8, torch.device("cpu"), 2, time.monotonic() - 1)
+    assert {row["left_out"] for row in late} == {tune.LATE}
+    with pytest.raises(cli.UserError, match="no CUDA device here: nothing was run and nothing was written"):
+        tune.run(["--out", str(tmp_path / "tune.json")])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monkeypatch):

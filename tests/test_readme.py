@@ -52,15 +52,21 @@ def test_options_that_the_text_names_exist():
     assert named and {option for option in named if option not in helps} == set()
 
 
-def test_every_link_leads_to_a_file_or_a_heading():
-    headings = {
-        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall("^#+ (.*)", README, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def headings(text: str) -> set[str]:
+    """What a link's fragment can name in a page, as GitHub writes it."""
+    found = re.findall("^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in found}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_link_leads_to_a_file_or_a_heading(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), target
+        assert not heading or heading in headings(file.read_text(encoding="utf-8")), target
 
 
 @pytest.mark.parametrize("page", SECTIONS)

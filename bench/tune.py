@@ -1,0 +1,138 @@
+"""Launch options of the kernels, tried one by one on a GPU: python -m bench.tune [--out FILE] [--seconds 240]
+
+For Qwen2.5-3B's width, every form that a number of rows can run in, with other block sizes, warps and stages than
+`launch_options` chooses, and for the row form with the basis lying across (a column beside a column) as well as packed.
+An option set is timed only if its output meets the bound; times are replayed graphs, interleaved, beside the choice
+that ships. Nothing is changed here: what is found goes into `launch_options` and `form_of` by hand, with the file that
+says why.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.op import EPS, error_over_bound, inputs
+from bench.timing import Timer, interleaved, percentiles, stamp
+from kernel_surgery import cli
+
+D, K = 2048, 10
+ROWS = (1, 16384, 64, 8, 256, 2048)  # what matters most comes first
+SHIPPED = "as shipped"
+LATE = "no time left"
+TRIED = {
+    "row": {"BLOCK_D": (128, 256, 512), "num_warps": (4, 8, 16)},
+    "tile": {"BLOCK_M": (16, 32), "SPLIT": (8, 16)},
+    "two-pass": {"BLOCK_M": (16, 32, 64), "BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+}
+
+
+def candidates(rows: int) -> Iterator[tuple[str, str, dict]]:
+    """(form, layout of the basis, options) of everything that is tried for so many rows."""
+    from kernel_surgery.kernels.project import FEW_ROWS
+
+    for form, axes in TRIED.items():
+        if (form == "row") != (rows <= FEW_ROWS) and rows not in (FEW_ROWS, 256):
+            continue  # the forms meet around FEW_ROWS: there, and only there, all are tried
+        for values in itertools.product(*axes.values()):
+            options = dict(zip(axes, values, strict=True))
+            if form == "tile":  # a warp takes 16 columns of a chunk
+                options |= {"BLOCK_D": 16 * options["SPLIT"], "num_warps": options["SPLIT"]}
+            for layout in ("packed", "across") if form == "row" else ("packed",):
+                yield form, layout, options
+
+
+def calls(case: str, t: dict) -> dict:
+    """{(form, layout, options as text): call}; first the choice that ships."""
+    from kernel_surgery.kernels.project import project as launch
+    from kernel_surgery.ops import packed
+
+    more = {} if case == "project" else {"residual": t["residual"], "weight": t["weight"], "eps": EPS}
+    bases = {"packed": packed(t["basis"]), "across": t["basis"].T.contiguous().T}
+
+    def result(basis, **options):
+        found = launch(t["x"], basis, 1.0, **more, **options)
+        return found[0] if case == "project" else found
+
+    made = {(SHIPPED, "packed", ""): partial(result, bases["packed"])}
+    for form, layout, options in candidates(len(t["x"])):
+        text = " ".join(f"{name}={value}" for name, value in options.items())
+        made[form, layout, text] = partial(result, bases[layout], form=form, **options)
+    return made
+
+
+def measure(case: str, rows: int, device, rounds: int, until: float) -> list[dict]:
+    """Rows of one case and number of rows, fastest first; those that cannot be run or break their bound last."""
+    import torch
+
+    t = inputs(rows, D, K, torch.bfloat16, device)
+    able, found = {}, []
+    for key, call in calls(case, t).items():
+        about = {"case": case, "M": rows, "d": D, "k": K, "dtype": "bfloat16"} | dict(
+            zip(("form", "layout", "options"), key, strict=True)
+        )
+        if time.monotonic() > until:
+            found.append(about | {"left_out": LATE})
+            continue
+        try:
+            ratio = error_over_bound(case, "", call(), t)
+        except Exception as error:  # more registers or shared memory than there are, say
+            first = (str(error).splitlines() or [""])[0]
+            found.append(about | {"left_out": f"{type(error).__name__}: {first[:120]}"})
+            continue
+        about["error_over_bound"] = ratio
+        if ratio <= 1:
+            able[key] = call, about
+        else:
+            found.append(about | {"left_out": "breaks its bound"})
+    timer = Timer(device, 20)
+    times = interleaved({key: partial(timer.once, call, "graph", key) for key, (call, _) in able.items()}, rounds)
+    timed = [able[key][1] | {"left_out": None} | percentiles(sample) for key, sample in times.items()]
+    shipped = next((row["us_p50"] for row in timed if row["form"] == SHIPPED), None)
+    timed = [row | {"of_shipped": row["us_p50"] / shipped if shipped else None} for row in timed]
+    return sorted(timed, key=lambda row: row["us_p50"]) + found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.Parser(prog="python -m bench.tune", description="Try the kernels' launch options on a GPU.")
+    p.add_argument("--rounds", type=int, default=12)
+    p.add_argument("--seconds", type=int, default=240, help="after so many nothing new is compiled")
+    p.add_argument("--out", type=Path, help="JSON file for the rows")
+    return p
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Print, for every case and number of rows, what ships and the five fastest; 1 where what ships cannot be run."""
+    args = parser().parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise cli.UserError("no CUDA device here: nothing was run and nothing was written.")
+    device, found = torch.device("cuda"), []
+    about, until = stamp(device), time.monotonic() + args.seconds
+    broken = False
+    for rows in ROWS:
+        for case in ("project", "project_add_rmsnorm"):
+            made = measure(case, rows, device, args.rounds, until)
+            found += [row | about for row in made]
+            timed = [row for row in made if not row["left_out"]]
+            broken = broken or any(row["form"] == SHIPPED and row["left_out"] not in (None, LATE) for row in made)
+            print(f"{case}, {rows} x {D}: {len(timed)} timed, {len(made) - len(timed)} left out")
+            for row in [r for r in timed if r["form"] == SHIPPED] + timed[:5]:
+                print(
+                    f"  {row['us_p50']:>9.2f} us  {row['of_shipped'] or 0:.3f}  {row['form']:<11} {row['layout']:<7} "
+                    f"{row['options']}  error/bound {row['error_over_bound']:.2f}",
+                    flush=True,
+                )
+            if args.out:
+                cli.write_atomic(args.out, json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"case": "tune", "rows": len(found), **about}))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    cli.main(run)
