@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -336,6 +337,18 @@ def test_a_ratio_is_called_slower_only_beyond_the_noise():
     assert 0 < found["twice"]["noise"] < 0.1 and found["twice"]["ratio"] == pytest.approx(2)
     few = timing.ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
     assert few["ratio_ci95"] is None and few["ratio_range"] == [2.0, 4.0] and timing.ends(few) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize("rounds", [6, 8, 12, 20])
+def test_the_interval_of_a_ratio_is_the_narrowest_by_order_statistics_that_holds_95_times_in_100(rounds):
+    """Counted from the binomial law: the median lies below the r-th smallest of n ratios where fewer than r do."""
+    below = np.cumsum([math.comb(rounds, i) for i in range(rounds + 1)]) / 2**rounds
+    r = int((below <= 0.025).sum())
+    sample = np.random.default_rng(0).permutation(np.arange(1.0, rounds + 1))
+    found = timing.ratio(sample * 2, np.full(rounds, 2.0))
+    assert found["ratio_ci95"] == [r, rounds + 1 - r] and found["ratio_range"] == [1, rounds]
+    assert found["ratio"] == (rounds + 1) / 2
+    assert timing.ratio(sample[:5], np.ones(5))["ratio_ci95"] is None
 
 
 def test_rounds_take_every_provider_once_and_the_first_is_thrown_away():
