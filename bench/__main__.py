@@ -18,7 +18,7 @@ BENCHES = {
         "model-*.json",
     ),
     "fit": ("fitting 36 layers against numpy's full SVD and top-k solvers", "2 min", "fit.json"),
-    "evaluation": ("the batched evaluation against one prompt at a time", "4 min", "evaluation.json"),
+    "evaluation": ("the batched evaluation against one prompt at a time", "10 min", "evaluation.json"),
     "checkpoint": (
         "baking 6 GB against cp and sha256sum, a dense P @ W and PEFT's merge",
         "4 min",

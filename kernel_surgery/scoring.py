@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from kernel_surgery.plain import UNIT, Number, Plain, numbers
 
@@ -134,7 +135,7 @@ def _words_of(prompt: str) -> re.Pattern | None:
     return re.compile(pattern, re.IGNORECASE) if number in pattern else None
 
 
-def _options(text: str, found: list[Number]) -> tuple[dict[str, Fraction], list[tuple[int, int]]]:
+def _options(text: str, found: Sequence[Number]) -> tuple[dict[str, Fraction], list[tuple[int, int]]]:
     """{letter: value} of a list "A. 12 B. 13 ...", and the spans of its numbers."""
     at = {n.begin: n for n in found}
     run: list[tuple[str, Number]] = []
@@ -154,14 +155,30 @@ def _options(text: str, found: list[Number]) -> tuple[dict[str, Fraction], list[
     return {letter: n.value for letter, n in run}, [(n.begin, n.end) for _, n in run]
 
 
+# One text is asked several things, and one prompt goes with several texts: what was just read is kept.
+@lru_cache(maxsize=64)
+def _plain(prompt: str) -> str:
+    return Plain(prompt).text
+
+
+@lru_cache(maxsize=64)
+def _numbers_of(asked: str, spanish: bool) -> tuple[Number, ...]:
+    return tuple(numbers(asked, spanish))
+
+
+@lru_cache(maxsize=8)
+def _read(text: str, prompt: str, language: str | None) -> "_Reading":
+    return _Reading(text, prompt, language)
+
+
 class _Reading:
-    """A text read with its prompt: where it ends, its numbers, and which of them can be answers."""
+    """A text read with its prompt: where it ends, its numbers, and which of them can be answers. Never changed."""
 
     def __init__(self, text: str, prompt: str, language: str | None):
         self.plain = Plain(text)
-        asked = Plain(prompt).text
+        asked = _plain(prompt)
         self.spanish = language == "es" if language else bool(_SPANISH.search(asked or self.plain.text))
-        self.prompt_numbers = numbers(asked, self.spanish)
+        self.prompt_numbers = _numbers_of(asked, self.spanish)
         self.prompt_values = {v for n in self.prompt_numbers for v in (n.value, *n.parts)}
         self.text, repeated = self._cut(_words_of(asked), asked)
         self.numbers = numbers(self.text, self.spanish)
@@ -301,7 +318,7 @@ def extract_answer(text: str, prompt: str = "", *, language: str | None = None) 
     prompt: what was asked, so that a number repeated from it is not taken for an answer, options are known, and the
     text is cut where the same question is asked again. language: "es" reads 1.234 as 1234 (see above).
     """
-    reading = _Reading(text, prompt, language)
+    reading = _read(text, prompt, language)
     return reading.boxed() or reading.marked() or reading.last() or Extracted(None)
 
 
@@ -329,7 +346,7 @@ def first_answer_character(text: str, answer: Answer, prompt: str = "", *, langu
     given by an option's letter alone, the letter's end.
     """
     value = exact_answer(answer)
-    reading = _Reading(text, prompt, language)
+    reading = _read(text, prompt, language)
     for number in reading.candidates:
         if number.value == value and not reading.echo(number):
             return reading.plain.span(number.begin, number.end)[1]

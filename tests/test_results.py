@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kernel_surgery import results
+from kernel_surgery import results, scoring
 from kernel_surgery.generate import Generation
 from kernel_surgery.problems import problems
 
@@ -44,6 +44,24 @@ def test_a_text_is_scored_for_answer_time_and_language():
     assert (
         not wrong["correct"] and wrong["fat_tokens"] is wrong["fat_characters"] is None and wrong["extracted"] is None
     )
+
+
+def test_a_text_is_read_once_whatever_is_asked_of_it_and_its_prompt_once_for_all(monkeypatch):
+    """Reading is what scoring costs: the answer, its character, its token and the texts cut off ask of the same."""
+    problem, words = problems("test", 1)[0], [f"word {i}" for i in range(40)]
+    words[30] = f"The answer is {problems('test', 1)[0].answer}."
+    decode = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
+    read, made = [], []
+    real, plain = scoring._Reading, scoring.Plain
+    monkeypatch.setattr(scoring, "_Reading", lambda *given: read.append(given[0]) or real(*given))
+    monkeypatch.setattr(scoring, "Plain", lambda text: made.append(text) or plain(text))
+    for kept in (scoring._read, scoring._plain, scoring._numbers_of):
+        kept.cache_clear()
+    ids = tuple(range(40))
+    found = results.score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
+    assert found["correct"] and found["fat_tokens"] == 31 and found["correct_at"] == {"16": False, "32": True}
+    assert sorted(map(len, read)) == sorted(len(decode(ids[:n])) for n in (16, 32, 40))
+    assert made.count(problem.prompts["en"]) == 1
 
 
 def test_a_cell_is_summed_up_as_counted_by_hand():
