@@ -24,7 +24,7 @@ ROWS = (1, 16384, 64, 8, 256, 2048)  # what matters most comes first
 SHIPPED = "as shipped"
 LATE = "no time left"
 TRIED = {
-    "row": {"BLOCK_D": (128, 256, 512), "num_warps": (4, 8, 16)},
+    "row": {"BLOCK_D": (512, 1024, 2048), "num_warps": (8, 16, 32)},
     "tile": {"BLOCK_M": (16, 32), "SPLIT": (8, 16)},
     "two-pass": {"BLOCK_M": (16, 32, 64), "BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
 }

@@ -22,7 +22,8 @@ from kernel_surgery import cli
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # (rows, d, k): each form at the ends of what it is chosen for, and where no size is a multiple of 16.
 CASES = (
-    *((1, 2048, 10), (1, 8192, 64), (1, 2049, 10)),
+    *((1, 2048, 16), (1, 896, 16), (1, 4096, 16), (1, 2048, 64), (1, 8192, 64)),
+    *((1, 2048, 10), (1, 256, 10), (1, 2049, 10), (1, 2049, 33)),
     *((16384, 896, 16), (16384, 2048, 16), (16384, 2048, 32), (16384, 2560, 16), (16384, 4096, 16)),
     *((16384, 2048, 10), (16384, 2048, 33), (16384, 8192, 64), (16384, 2049, 10), (16384, 2049, 33)),
 )
@@ -40,6 +41,7 @@ class Compiled:
     """What one specialisation needs: registers a thread, bytes spilled, bytes of shared memory a block.
 
     narrow: how many products of a row number, a size or a stride are 32 bits wide. M * d may pass 2^31: it must be 0.
+    late_loads: how many loads from memory stand behind the first barrier, where a program has waited already.
     """
 
     sm: int
@@ -53,6 +55,7 @@ class Compiled:
     spilled: int
     shared: int
     narrow: int
+    late_loads: int
 
     def faults(self) -> list[str]:
         """Why this could not run well, or at all; empty if it can."""
@@ -112,7 +115,7 @@ def compile_project(
 
     kind = getattr(torch, dtype)
     form = form or form_of(kind, rows, d, k)
-    options = launch_options(kind, rows, d, k, form) | overrides
+    options = launch_options(kind, rows, d, k, form, **overrides)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     element = DTYPES[dtype]
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
@@ -143,7 +146,8 @@ def compile_project(
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    needs = registers, spilled, done.metadata.shared, narrow_products(done.asm["ttir"])
+    late = ptx.partition("bar.sync")[2].count("ld.global")
+    needs = registers, spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
     return Compiled(sm, operation, form, dtype, rows, d, k, *needs)
 
 
@@ -166,7 +170,7 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     import triton
 
-    print("target operation           form     dtype     rows    d  k registers spilled  shared (limit)")
+    print("target operation           form     dtype     rows    d  k registers spilled late loads  shared (limit)")
     table = []
     for sm in SHARED_LIMIT:
         for operation in OPERATIONS:
@@ -176,7 +180,8 @@ def run(argv: list[str] | None = None) -> int:
                     table.append(asdict(c) | {"faults": c.faults()})
                     print(
                         f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} {c.registers:>9} "
-                        f"{c.spilled:>7} {c.shared:>7} ({SHARED_LIMIT[sm]}) {' '.join(c.faults())}".rstrip(),
+                        f"{c.spilled:>7} {c.late_loads:>10} {c.shared:>7} ({SHARED_LIMIT[sm]})",
+                        *c.faults(),
                         flush=True,
                     )
     if args.out:

@@ -34,7 +34,9 @@ def _projected(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor |
     Two matrix products, the second with the subtraction in it: half the passes over [rows, d] of the written formula.
     """
     wide = computed_in(x)
-    x_wide, u = x.to(wide), basis.to(wide)
+    # Row by row: of a column-major U a BLAS may add column after column to a few rows of x, each time rounding at the
+    # size of x (seen: 6 times the bound at k = 64 and a small strength).
+    x_wide, u = x.to(wide), basis.to(wide).contiguous()
     with in_full(x):
         if row_strength is None:
             # At strength 0 the input comes back bit for bit, also where what would be removed is not finite.

@@ -6,7 +6,8 @@ or h) comes from cache where it fits there. How near that comes to free is not m
 
 Three kernels, one function:
 
-    row         one row a program, float32 products without tensor cores: few rows, where only latency counts
+    row         one row a program, float32 products without tensor cores: few rows, where only latency counts. U of up
+                to 32768 elements (d = 2048, k = 16), packed, is read once and stays in registers, as x does
     tile        x is read once and stays in registers, the warps share the columns: bfloat16, packed U, k = 16
     two-pass    a block of rows is read twice, the second time from cache where it fits: every other shape
 
@@ -112,47 +113,73 @@ def _project_row_kernel(
     stride_basis_k,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
     PER_ROW: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     SEPARATE: tl.constexpr,
 ):
-    """One row a program: partial sums [BLOCK_D, BLOCK_K] in float32 registers, one reduction, x and U read again."""
+    """One row a program, z summed in float32 registers.
+
+    WHOLE: BLOCK_D holds all of the row. Whatever is needed is asked for before anything is waited for, read once, and
+    stays in registers: one wait for memory instead of one a chunk and pass, which is all that a small batch costs.
+    Otherwise chunk by chunk, with x and U read a second time, and h too for the norm.
+    """
     kind: tl.constexpr = y_ptr.dtype.element_ty
     # int64 before any multiplication by a stride: M * d may pass 2^31.
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
-    partial = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-    for start in range(0, d, BLOCK_D):
-        column = start + lane
-        x = tl.load(x_ptr + row * stride_x + column, mask=column < d, other=0.0).to(tl.float32)
-        u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
-        partial += x[:, None] * u
-    z = tl.sum(partial, 0)
+    x_row = x_ptr + row * stride_x
+    residual_row = residual_ptr + row * stride_residual
+    y_row = y_ptr + row * d
+    n_row = n_ptr + row * d
     a = strength
     if PER_ROW:
         a = strength * tl.load(row_strength_ptr + row)
-    squares = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, d, BLOCK_D):
-        column = start + lane
-        x = tl.load(x_ptr + row * stride_x + column, mask=column < d, other=0.0)
-        u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+    if WHOLE:
+        inside = lane < d
+        x = tl.load(x_row + lane, mask=inside, other=0.0)
+        u = load_basis(basis_ptr, lane, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
         r = x
         if ADD:
-            r = tl.load(residual_ptr + row * stride_residual + column, mask=column < d, other=0.0)
-        y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
-        tl.store(y_ptr + row * d + column, y, mask=column < d)
+            r = tl.load(residual_row + lane, mask=inside, other=0.0)
         if NORM:
-            squares += y.to(tl.float32) * y.to(tl.float32)
-    if NORM:
-        inverse_rms = tl.rsqrt(tl.sum(squares, 0) / d + eps)
-        # What other threads of this program have stored is read below.
-        tl.debug_barrier()
+            w = tl.load(weight_ptr + lane, mask=inside, other=0.0)
+        z = tl.sum(x.to(tl.float32)[:, None] * u, 0)
+        y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
+        tl.store(y_row + lane, y, mask=inside)
+        if NORM:
+            wide = y.to(tl.float32)
+            inverse_rms = tl.rsqrt(tl.sum(wide * wide, 0) / d + eps)
+            tl.store(n_row + lane, normalized(y, w, inverse_rms, kind, SEPARATE), mask=inside)
+    else:
+        z = tl.zeros([BLOCK_K], tl.float32)
         for start in range(0, d, BLOCK_D):
             column = start + lane
-            h = tl.load(y_ptr + row * d + column, mask=column < d, other=0.0)
-            w = tl.load(weight_ptr + column, mask=column < d, other=0.0)
-            tl.store(n_ptr + row * d + column, normalized(h, w, inverse_rms, kind, SEPARATE), mask=column < d)
+            x = tl.load(x_row + column, mask=column < d, other=0.0)
+            u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+            z += tl.sum(x.to(tl.float32)[:, None] * u, 0)
+        squares = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, d, BLOCK_D):
+            column = start + lane
+            x = tl.load(x_row + column, mask=column < d, other=0.0)
+            u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+            r = x
+            if ADD:
+                r = tl.load(residual_row + column, mask=column < d, other=0.0)
+            y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
+            tl.store(y_row + column, y, mask=column < d)
+            if NORM:
+                squares += y.to(tl.float32) * y.to(tl.float32)
+        if NORM:
+            inverse_rms = tl.rsqrt(tl.sum(squares, 0) / d + eps)
+            # What other threads of this program have stored is read below.
+            tl.debug_barrier()
+            for start in range(0, d, BLOCK_D):
+                column = start + lane
+                h = tl.load(y_row + column, mask=column < d, other=0.0)
+                w = tl.load(weight_ptr + column, mask=column < d, other=0.0)
+                tl.store(n_row + column, normalized(h, w, inverse_rms, kind, SEPARATE), mask=column < d)
 
 
 @triton.jit
@@ -326,15 +353,19 @@ def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) 
     return "tile" if dtype == torch.bfloat16 and fits else "two-pass"
 
 
-def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str) -> dict:
-    """Constexprs and launch parameters of a form for x of `dtype` [rows, d] and a basis of k columns.
+def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str, **overrides) -> dict:
+    """Constexprs and launch parameters of a form for x of `dtype` [rows, d] and a basis of k columns; `overrides`
+    replace some of them.
 
     None of them spills on sm_80 or sm_90: see `python -m kernel_surgery.aot`. Not tuned on a GPU yet.
     """
     block_k = max(16, triton.next_power_of_2(k))
     if form == "row":
-        block_d = max(32, min(triton.next_power_of_2(d), 4096 // block_k))
-        return {"BLOCK_D": block_d, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
+        # 64 registers a thread for a chunk of U. One that is not padded is not read in whole vectors and takes more.
+        block_d = min(triton.next_power_of_2(d), (32768 if k == block_k else 4096) // block_k)
+        warps = max(4, block_d * block_k // 2048)
+        options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
+        return options | {"WHOLE": options["BLOCK_D"] >= d}
     pieces, precision = {
         torch.bfloat16: (tl.bfloat16, "ieee"),
         torch.float16: (None, "tf32x3"),
@@ -345,10 +376,10 @@ def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str) -> 
     if form == "tile":
         # Each warp takes 16 columns of a chunk. Sixteen warps halve the registers of a thread, and k = 32 needs those.
         split = 16 if d % 256 == 0 and block_k == 16 else 8
-        return options | {"BLOCK_D": 16 * split, "SPLIT": split, "num_warps": split}
-    if pieces is not None:
+        options |= {"BLOCK_D": 16 * split, "SPLIT": split, "num_warps": split}
+    elif pieces is not None:
         options |= {"BLOCK_M": 32 if rows > 4096 and block_k <= 32 else 16, "BLOCK_D": 64, "num_warps": 8}
-    return options
+    return options | overrides
 
 
 def project(
@@ -377,7 +408,7 @@ def project(
     if y.numel() == 0:
         return y, n
     form = form or form_of(x.dtype, rows, d, k, basis.stride() == (k, 1))
-    options = launch_options(x.dtype, rows, d, k, form) | overrides
+    options = launch_options(x.dtype, rows, d, k, form, **overrides)
     if form == "tile" and (basis.stride() != (k, 1) or k != options["BLOCK_K"] or d % options["BLOCK_D"]):
         raise ValueError(f"the tile form takes a packed basis of 16, 32 or 64 columns: {tuple(basis.shape)} is not")
     # Pointers that a form does not read are given x instead of nothing.

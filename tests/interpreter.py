@@ -33,12 +33,14 @@ PATHS = {
     "float16 pieces": (torch.float16, {"form": "two-pass", "PIECES": tl.float16}),
     "float32 row": (torch.float32, {"form": "row"}),
     "float16 row": (torch.float16, {"form": "row"}),
+    "float32 row chunks": (torch.float32, {"form": "row", "BLOCK_D": 64}),
     "float32 tile": (torch.float32, {"form": "tile"}),
     "float16 tile pieces": (torch.float16, {"form": "tile", "PIECES": tl.float16}),
 }
 # Every size of rows {0, 1, 3, 17, 199}, d {64, 129, 2048, 2049, 3584, 8192} and k {1, 10, 16, 33, 64} is here, many
 # rows beside a small d: the interpreter takes a minute where the compiled kernel takes a microsecond. The tile form
-# takes those it can: d a multiple of 128, k of 16.
+# takes those it can: d a multiple of 128, k of 16. The row form takes a row whole where U fits into registers, else
+# chunk by chunk; "row chunks" takes them all so.
 SHAPES = [
     *((0, 64, 1), (199, 64, 16), (3, 129, 10), (199, 129, 64), (17, 2048, 16), (3, 2048, 64)),
     *((2, 2049, 33), (1, 2049, 1), (3, 3584, 10), (1, 3584, 16), (1, 8192, 1), (2, 8192, 64)),

@@ -50,6 +50,19 @@ def test_rule_a_holds_for_any_shape_layout_and_strength(rows, d, k, strength, dt
     assert worst_ratio((y.double() - project_oracle(x, u, strength)).abs(), rule_a_bound(x, u, strength)) <= 1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 65])
+def test_few_rows_and_a_column_major_basis_at_a_small_strength_meet_rule_a(rows):
+    """Where a BLAS adds the columns of U to x one by one, k roundings at the size of x take the place of one."""
+    worst = 0.0
+    for seed in range(20):
+        x, u = torch.randn(rows, 128), basis(128, 64, seed).T.contiguous().T
+        for a in (0.03125, -0.01):
+            off = (project(x, u, a).double() - project_oracle(x, u, a)).abs()
+            worst = max(worst, worst_ratio(off, rule_a_bound(x, u, a)))
+    print(f"{rows} rows: error/bound {worst:.2f}")
+    assert worst <= 1
+
+
 def test_a_rows_strength_is_its_own_and_strength_0_returns_the_bits():
     x, u = torch.randn(3, 4, 32).bfloat16(), basis(32, 5)
     a = torch.rand(3, 4)
