@@ -6,7 +6,7 @@ r"""What an answer is: one final number out of a text in seven languages, compar
     boxed    \boxed{390}
     marker   "the answer is 390" and its like in zh en es ar ja ko sw, also "390 is the answer" and "Answer: B", where
              the letter stands for its option's value; words for "answer" go before words for "result"
-    last     the last number
+    last     the last number, unless the text breaks off at "the answer is"
 
 Digits of every script, full-width forms, thousands separators (1,234 1 234 1'234 1{,}234 ١٬٢٣٤), LaTeX, a x 10^n and
 fractions in lowest terms are read as one exact number (`fractions.Fraction`), so 12, 12.0 and ١٢ are equal. These are
@@ -97,6 +97,8 @@ def _backward(nouns: str) -> re.Pattern:
 # Words for "answer" say more than words for "result", and letters alone follow words for "option".
 _NUMBER_MARKERS = [(_forward(nouns, _NUMBER), _backward(nouns)) for nouns in (_ANSWER, _RESULT)]
 _LETTER_MARKERS = [_forward(nouns, _LETTER) for nouns in (_ANSWER, _RESULT, _CHOICE)]
+# The text was cut off where the answer would have stood. "That is the answer" and "Answer:" alone are not this.
+_UNFINISHED = re.compile(rf"(?:{_ANSWER})[^\n.。!?؟:=]{{0,60}}?{_IS}{_MARKS}:?{_MARKS}$", re.IGNORECASE)
 _DENIED = re.compile(
     r"\b(?:because|since|not|no|porque|pues|kwa sababu|si|sio)\b|n't\b|因为|不是|不等|ため|ない|لان|ليس|때문|아니",
     re.IGNORECASE,
@@ -303,6 +305,8 @@ class _Reading:
         return None
 
     def last(self) -> Extracted | None:
+        if _UNFINISHED.search(self.text):
+            return None
         for number in reversed(self.candidates):
             if not self.echo(number):
                 return self.final([(number.value, number.begin, number.end)], "last")

@@ -39,6 +39,18 @@ ANSWERS = [
     ("따라서 답은 390입니다.", 390, "ko"),
     ("정답: 390", 390, "ko"),
     ("Kwa hiyo jibu lake ni 390.", 390, "sw"),
+    # broken off where the answer would have stood
+    ("We have 5 x 3 = 15, so the answer is", None, "en"),
+    ("We have 5 x 3 = 15. The final answer is: **", None, "en"),
+    ("5 x 3 = 15。所以答案是", None, "zh"),
+    ("5 x 3 = 15. La respuesta es ", None, "es"),
+    ("5 x 3 = 15. إذن الجواب هو", None, "ar"),
+    ("5 x 3 = 15。したがって答えは", None, "ja"),
+    ("5 x 3 = 15. 따라서 답은", None, "ko"),
+    ("5 x 3 = 15. Kwa hiyo jibu ni", None, "sw"),
+    ("We have 5 x 3 = 15. That is the answer.", 15, "en"),
+    ("We have 5 x 3 = 15. The answer is correct.", 15, "en"),
+    ("The answer is 15. So the answer is", 15, "en"),
     # what stands last does not outrank what is stated
     ("The answer is 12. Checked in 3 ways.", 12, "en"),
     ("First 5 x 3 = 15, then 15 + 2 = 17.", 17, "en"),
