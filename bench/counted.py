@@ -2,11 +2,12 @@
 
 On a CPU time tells the ways of making the edit apart in small models only; what each does can be counted exactly:
 operations, matrix products, tensors allocated and their bytes, bytes read and written (every operand and every result
-of every operation that is not a view, once). Counted below autograd, operation by operation, in one forward pass of
-each provider (`bench.providers`), our own operators opened up into the ATen calls they make; the original's count is
-taken away, and what is left divided by the edited layers. Beside it error/bound: the largest error of what an edited
-`down_proj` gives, over the bound of its way of computing (`reference.applied_bound`, Rule A); beyond 1 it does
-something else.
+of every operation that is not a view, once; what is changed in place, twice). These are the sizes of operands, not what
+a memory bus carries: a cache may spare some of it. Counted for one token, a decoding step, and for many; below
+autograd, operation by operation, in one forward pass of each provider (`bench.providers`), our own operators opened up
+into the ATen calls they make; the original's count is taken away, and what is left divided by the edited layers.
+Beside it error/bound: the largest error of what an edited `down_proj` gives, over the bound of its way of computing
+(`reference.applied_bound`, Rule A); beyond 1 it is rounded more coarsely than that way has to.
 
 `small` is what the tests hold against bench/results/counted-small.json: a change of these numbers is a decision.
 """
@@ -17,12 +18,14 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from bench.kept import keep, record
 from bench.providers import PEERS
 from bench.timing import NOISE, stamp
 from kernel_surgery import cli
 
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
-TOKENS = {"stack": (1, 64), "polyglot": (1, 64), "small": (2, 16)}
+# (sequences, tokens) of the passes that are counted.
+TOKENS = {"stack": ((1, 1), (1, 64)), "polyglot": ((1, 1), (1, 64)), "small": ((2, 16),)}
 KINDS = ("operations", "matrix_products", "allocations", "bytes_allocated", "bytes_moved")
 # The way a provider computes, which its bound goes by; the others edit the output.
 WAYS = {"lora": "lora", "peft": "lora", "peft, 16-bit adapter": "lora", "baked": "baked"}
@@ -61,17 +64,17 @@ def counter():
             if composed is not NotImplemented:
                 return composed
             given = tensors((args, kwargs))
+            changed = tensors([a for a, of in zip(args, function._schema.arguments, strict=False) if of.is_write])
             made = function(*args, **kwargs)
             out = tensors(made)
             held = {t.untyped_storage().data_ptr() for t in given}
             fresh = [t for t in out if t.untyped_storage().data_ptr() not in held]
-            in_place = function._schema.is_mutable
-            if fresh or in_place:
+            if fresh or changed:
                 self.counts["operations"] += 1
                 self.counts["matrix_products"] += function.overloadpacket.__name__ in PRODUCTS
                 self.counts["allocations"] += len(fresh)
                 self.counts["bytes_allocated"] += sum(map(size, fresh))
-                self.counts["bytes_moved"] += sum(map(size, (*given, *fresh)))
+                self.counts["bytes_moved"] += sum(map(size, (*given, *changed, *fresh)))
             return made
 
     return Counting()
@@ -144,36 +147,35 @@ def load(case: str, dtype):
 
 
 def rows_of(case: str, dtype_name: str, names) -> list[dict]:
-    """One row a provider."""
+    """One row a provider and pass."""
     from bench import providers
     from bench.model import prompts
 
     dtype = cli.parse_dtype(dtype_name, "cpu")
     (model, bases), absent = load(case, dtype), providers.missing(dtype)
-    names = [name for name in names if name not in absent]
-    sequences, tokens = TOKENS[case]
+    names, rows = [name for name in names if name not in absent], []
+    about = {"d": model.config.hidden_size, "k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
     with providers.opened(model, bases, names) as calls:
-        ids = prompts(model, sequences, tokens)[:, :tokens]
-        found, off = per_layer(counted(calls, ids), len(bases)), errors(calls, ids, bases)
-    about = {"case": "counted", "model": case, "rows": sequences * tokens, "d": model.config.hidden_size}
-    about |= {"k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
-    return [
-        about | {"provider": name} | row | {"error_over_bound": off.get(name)}
-        for name, row in found.items()
-        if name != "original"
-    ]
+        for sequences, tokens in TOKENS[case]:
+            ids = prompts(model, sequences, tokens)[:, :tokens]
+            found, off = per_layer(counted(calls, ids), len(bases)), errors(calls, ids, bases)
+            for name in found:
+                if name != "original":
+                    known = about | found[name] | {"M": sequences * tokens, "error_over_bound": off.get(name)}
+                    rows.append(record("counted", case, name, **known))
+    return rows
 
 
 def figure(row: dict, kind: str) -> float:
     """A count of a row; bytes in units of the MLP's output, [rows, d_model] in the row's dtype."""
-    unit = row["rows"] * row["d"] * (4 if row["dtype"] == "float32" else 2)
+    unit = row["M"] * row["d"] * (4 if row["dtype"] == "float32" else 2)
     return row[kind] / (unit if kind.startswith("bytes") else 1)
 
 
 def shown(row: dict) -> str:
     """One line of the table."""
     return (
-        f"{row['model']:<9}{row['dtype']:<9} {row['provider']:<21} {row['operations']:>6.1f} "
+        f"{row['case']:<9}{row['dtype']:<9} {row['M']:>4} {row['provider']:<21} {row['operations']:>6.1f} "
         f"{row['matrix_products']:>8.1f} {row['allocations']:>11.1f} "
         f"{figure(row, 'bytes_allocated'):>15.2f} {figure(row, 'bytes_moved'):>11.2f} {off(row):>12}"
     )
@@ -184,9 +186,14 @@ def off(row: dict) -> str:
     return "" if row["error_over_bound"] is None else f"{row['error_over_bound']:.2f}"
 
 
-HEAD = "beyond the original, an edited layer; bytes in units of the MLP's output, [rows, d_model]\n" + (
-    f"{'model':<9}{'dtype':<9} {'provider':<21} {'ops':>6} {'products':>8} {'allocations':>11} {'bytes allocated':>15} "
-    f"{'bytes moved':>11} {'error/bound':>12}"
+# The ceiling first: nothing can do less than the weights do, and what works on the output moves it twice.
+CEILING = (
+    "Beyond the original, an edited layer; bytes in units of the MLP's output, [rows, d_model]. At best nothing,\n"
+    "where the weights hold the edit; what works on the output reads and writes it: 2, and 2 k / rows for U in float32."
+)
+HEAD = (
+    f"{'model':<9}{'dtype':<9} {'rows':>4} {'provider':<21} {'ops':>6} {'products':>8} {'allocations':>11} "
+    f"{'bytes allocated':>15} {'bytes moved':>11} {'error/bound':>12}"
 )
 
 
@@ -208,14 +215,14 @@ def run(argv: list[str] | None = None) -> int:
         print(f"{name}: {why}")
     about = stamp(None, *dict.fromkeys(providers.PEERS.values()))
     rows = []
+    print(CEILING)
     print(HEAD)
     for case in [args.case] if args.case else ["stack", "polyglot"]:
         for dtype in args.dtype.split(","):
-            for row in rows_of(case, dtype, providers.NAMES):
-                rows.append(row | about)
-                print(shown(row), flush=True)
-    if args.out:
-        cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+            for found in rows_of(case, dtype, providers.NAMES):
+                rows.append(found | about)
+                print(shown(found), flush=True)
+    keep(args.out, rows)
     broken = faults(rows)
     for fault in broken:
         print(fault)
@@ -230,13 +237,14 @@ def faults(rows: list[dict]) -> list[str]:
     """
     found = []
     for row in rows:
-        same = [r for r in rows if (r["model"], r["dtype"]) == (row["model"], row["dtype"])]
+        same = [r for r in rows if all(r[key] == row[key] for key in ("case", "dtype", "M"))]
         if row["provider"] != "fused":
             continue
         for other in same:
             peer = other["provider"] in PEERS and other["error_over_bound"] <= 1
             for kind in KINDS:
-                what = f"{row['model']} {row['dtype']}: fused {kind} {row[kind]:g}, {other['provider']} {other[kind]:g}"
+                what = f"{row['case']} {row['dtype']} {row['M']}: fused {kind} {row[kind]:g}, "
+                what += f"{other['provider']} {other[kind]:g}"
                 if peer and row[kind] > other[kind]:
                     found.append(what)
                 if other["provider"] == "hook" and kind != "matrix_products" and row[kind] >= other[kind]:

@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.timing import ends, interleaved, percentiles, ratio, stamp
+from bench.kept import keep, record
+from bench.model import weight_bytes
+from bench.timing import copy_bandwidth, ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery import cli
 
 LOOP, BATCHED_LOOP, OURS = "one prompt at a time", "the loop, batched", "kernel_surgery.eval"
@@ -113,6 +115,11 @@ def run(argv: list[str] | None = None) -> int:
 
     model, tokenizer = cli.load_model("polyglot", torch.float32, device), cli.load_tokenizer("polyglot")
     asked, about = problems("test", args.problems), stamp(device)
+    bandwidth, weights = copy_bandwidth(device), weight_bytes(model)
+    print(
+        f"{about['device']}: {len(asked) * len(languages)} texts of the embedded model; at a copy's {bandwidth:.0f} "
+        f"GB/s reading its {weights / 1e6:.1f} MB takes {weights / bandwidth / 1e3:.0f} us a step, whatever the batch"
+    )
     judge("The language identifier is loaded before anything is timed.", "en")
     calls = {
         LOOP: lambda advance: by_hand(model, tokenizer, asked, languages, budget, 1, advance),
@@ -144,18 +151,18 @@ def run(argv: list[str] | None = None) -> int:
     rows = []
     for name, taken in times.items():
         tokens = sum(map(len, texts[name]))
-        row = {"case": "evaluation", "provider": name, "texts": len(prompts), "tokens": tokens}
-        row |= {"batch": 1 if name == LOOP else args.batch_size, "parted_by_rounding": len(parted[name])}
-        row |= percentiles(taken) | ratio(times[LOOP], taken) | about
+        row = record("evaluation", "polyglot", name, M=len(prompts), d=model.config.hidden_size, dtype="float32")
+        row |= {"tokens": tokens, "batch": 1 if name == LOOP else args.batch_size}
+        row |= {"parted_by_rounding": len(parted[name]), "cache": "warm"}
+        row |= percentiles(taken) | ratio(times[LOOP], taken, "speedup") | about
         rows.append(row)
-        low, high = ends(row)
+        low, high = ends(row, "speedup")
         print(
             f"{name:<22} batch {row['batch']:>3}  {row['us_p50'] / 1e6:>7.2f} s  {tokens / row['us_p50'] * 1e6:>8.0f} "
-            f"tokens/s  {row['ratio']:.2f} times the loop's speed ({low:.2f} to {high:.2f})"
+            f"tokens/s  {row['speedup']:.2f} times the loop's speed ({low:.2f} to {high:.2f})"
         )
-    if args.out:
-        cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
-    print(json.dumps({"case": "evaluation", "ratios": {r["provider"]: r["ratio"] for r in rows}, **about}))
+    keep(args.out, rows)
+    print(json.dumps({"case": "evaluation", "speedups": {r["provider"]: r["speedup"] for r in rows}, **about}))
     return 0
 
 

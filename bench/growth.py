@@ -1,9 +1,11 @@
 """How time and memory grow with the work: python -m bench.growth [--out FILE]
 
 One quantity at a time doubles and everything else stays; the slope of a least-squares line through the logarithms is
-printed with its standard error: 1 means twice the work takes twice the time. Peak memory is what the process held
-beyond its start (anonymous pages, from the kernel's account), its slope beside it. A quantity that the edit does not
-depend on shows a slope near 0.
+printed with its 95% interval (Student's t, as many degrees of freedom as sizes less two): 1 means twice the work takes
+twice the time. What the slope should be, and why, is printed first; a slope whose interval leaves that out is said to.
+The sizes of one quantity lie within one regime (a product that fits into a cache grows otherwise than one that does
+not). Peak memory is what the process held beyond its start (anonymous pages, from the kernel's account), its slope
+beside it. Times are medians of rounds that take every size once, in changing order.
 
     tokens, d, k    `project` on [tokens, d] float32 with a basis of rank k
     layers          `fused` over so many edited layers: what the hooks and replaced layers themselves cost, per pass
@@ -19,30 +21,31 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from bench.timing import stamp
+from bench.kept import keep, record
+from bench.timing import interleaved, percentiles, stamp, steady_memory
 from kernel_surgery import cli
 
 SIZES = {
-    "tokens": (256, 512, 1024, 2048, 4096),
-    "d": (512, 1024, 2048, 4096, 8192),
+    "tokens": (1024, 2048, 4096, 8192, 16384),
+    "d": (2048, 4096, 8192, 16384, 32768),
     "k": (4, 8, 16, 32, 64),
-    "layers": (2, 4, 8, 16),
-    "problems": (25, 50, 100, 200, 400),
+    "layers": (2, 4, 8, 16, 32),
+    "problems": (25, 50, 100, 200),
     "languages": (2, 4, 8, 16),
     "checkpoint": (4, 8, 16, 32),
 }
-# What the work is proportional to, and why; the slope is held against it by eye, not by a test.
+# (least, most) that the slope of time should be, and why.
 EXPECTED = {
-    "tokens": "1: every row is read and written once",
-    "d": "1",
-    "k": "0 to 1: two thin products beside reading x, which does not grow",
-    "layers": "1",
-    "problems": "2 to 3 until rows outnumber d_model: a Gram matrix of the rows and its eigenvectors; then 1",
-    "languages": "2 to 3: rows are problems x (languages - 1)",
-    "checkpoint": "1; memory 0: one tensor at a time",
+    "tokens": ((1, 1), "every row is read and written once"),
+    "d": ((1, 1), "every column is read and written once"),
+    "k": ((0, 1), "two thin products beside reading x, which does not grow"),
+    "layers": ((1, 1), "one edit a layer"),
+    "problems": ((2, 3), "the Gram matrix of fewer rows than d_model, and its eigenvectors"),
+    "languages": ((2, 3), "the same: rows are problems x (languages - 1)"),
+    "checkpoint": ((1, 1), "every byte is read, hashed and written once; memory 0: one tensor at a time"),
 }
 
 
@@ -134,25 +137,37 @@ LITTLE = {
 
 
 def slope(sizes, values) -> tuple[float, float]:
-    """(slope, its standard error) of log(value) over log(size)."""
-    from scipy.stats import linregress
+    """(slope, half of its 95% interval) of log(value) over log(size). Three sizes at least."""
+    from scipy.stats import linregress, t
 
     line = linregress([math.log(s) for s in sizes], [math.log(v) for v in values])
-    return float(line.slope), float(line.stderr)
+    return float(line.slope), float(line.stderr * t.ppf(0.975, len(sizes) - 2))
 
 
-def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]) -> Iterator[dict]:
-    """A row for every size: the fastest of so many rounds, and the most memory of one more."""
-    for size in SIZES[what]:
-        call = made(what, size, folder)
+def as_expected(what: str, rate: float, half: float) -> bool:
+    """Whether the interval of a slope meets what it should be."""
+    (least, most), _ = EXPECTED[what]
+    return rate - half <= most and rate + half >= least
+
+
+def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]) -> list[dict]:
+    """A row for every size."""
+    calls = {str(size): made(what, size, folder) for size in SIZES[what]}
+
+    def timed(call) -> float:
+        began = time.perf_counter()
         call()
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        yield {"case": what, "size": size, "seconds": min(times), "peak_bytes": peak_of(call)}
-        advance(1)
+        return (time.perf_counter() - began) * 1e6
+
+    times = interleaved({name: lambda call=call: timed(call) for name, call in calls.items()}, rounds, advance)
+    d = {"layers": LITTLE["hidden_size"], "checkpoint": 512}.get(what, 2048)
+    rows = []
+    for size, (name, call) in zip(SIZES[what], calls.items(), strict=True):
+        sample = percentiles(times[name]) | {"size": size, "peak_bytes": peak_of(call)}
+        known = {"M": 1024, "d": d, "k": 16} | ({what: size} if what in ("d", "k") else {})
+        known |= {"M": size} if what == "tokens" else {} if what in ("d", "k") else {"M": None, "k": None}
+        rows.append(record("growth", what, "kernel_surgery", **known, dtype="float32", cache="warm") | sample)
+    return rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,28 +185,28 @@ def run(argv: list[str] | None = None) -> int:
     chosen = args.what.split(",") if args.what else list(SIZES)
     if unknown := [name for name in chosen if name not in SIZES]:
         raise cli.UserError(f"unknown quantity {unknown[0]!r}; known: {', '.join(SIZES)}. Nothing was run.")
-    about = stamp()
-    rows = []
-    with (
-        tempfile.TemporaryDirectory() as name,
-        cli.bar(sum(len(SIZES[what]) for what in chosen), "growth", unit="size") as bar,
-    ):
+    about, rows = stamp(), []
+    steady_memory()
+    total = sum(len(SIZES[what]) for what in chosen) * (args.rounds + 1)
+    with tempfile.TemporaryDirectory() as name, cli.bar(total, "growth", unit="call") as bar:
         for what in chosen:
-            found = list(measure(what, args.rounds, Path(name), bar.update))
-            sizes = [row["size"] for row in found]
-            rate, error = slope(sizes, [row["seconds"] for row in found])
+            (least, most), why = EXPECTED[what]
+            expected = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            bar.write(f"{what:<11} expected slope {expected}: {why}")
+            found = measure(what, args.rounds, Path(name), bar.update)
+            rate, half = slope([row["size"] for row in found], [row["us_p50"] for row in found])
             # Below a megabyte the kernel's account says nothing, and two sizes make no slope.
             told = [(row["size"], row["peak_bytes"]) for row in found if row["peak_bytes"] > 2**20]
             memory = slope(*zip(*told, strict=True))[0] if len(told) > 2 else None
-            taken = "  ".join(f"{row['size']}: {row['seconds'] * 1e3:.1f} ms" for row in found)
-            bar.write(f"{what:<11} {taken}")
-            said = f"at most {max(row['peak_bytes'] for row in found) / 1e6:.0f} MB"
-            said += "" if memory is None else f", slope {memory:.2f}"
-            bar.write(f"{'':<11} slope {rate:.2f} (s.e. {error:.2f}); expected {EXPECTED[what]}; memory {said}")
-            more = {"expected": EXPECTED[what]}
-            rows += [row | more | {"slope": rate, "slope_se": error, "memory_slope": memory} | about for row in found]
-    if args.out:
-        cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+            bar.write(" " * 12 + "  ".join(f"{row['size']}: {row['us_p50'] / 1e3:.1f} ms" for row in found))
+            said = "" if as_expected(what, rate, half) else ", other than expected"
+            held = f"at most {max(row['peak_bytes'] for row in found) / 1e6:.0f} MB"
+            held += "" if memory is None else f", slope {memory:.2f}"
+            bar.write(f"{'':<11} slope {rate:.2f} ({rate - half:.2f} to {rate + half:.2f}){said}; memory {held}")
+            more = {"expected": [least, most], "why": why, "slope": rate, "slope_ci95": [rate - half, rate + half]}
+            more |= {"memory_slope": memory, "rounds": args.rounds}
+            rows += [row | more | about for row in found]
+            keep(args.out, rows)
     print(json.dumps({"case": "growth", "slopes": {row["case"]: round(row["slope"], 3) for row in rows}, **about}))
     return 0
 

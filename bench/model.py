@@ -1,4 +1,4 @@
-"""What the edit costs in a model: python -m bench.model [--case stack|polyglot|qwen] [--out FILE]
+"""What the edit costs in a model: python -m bench.model [--case layer|stack|polyglot|qwen] [--out FILE]
 
 Prefill (one forward pass over whole prompts) and decode (one token into a static cache, the same work at every step)
 of the original and of every way of editing it (`bench.providers`), in one run, interleaved.
@@ -11,7 +11,8 @@ of the original and of every way of editing it (`bench.providers`), in one run, 
 Correctness first: each provider's logits of the timed inputs are compared with those of the exactly edited model in
 the next wider dtype. error/bound is their largest error in a row over the certificate's gate, twice the original's own
 (`Oracle`); a provider beyond 1 is not timed. A ratio is called slower or faster only beyond the noise, which is what
-the original shows against itself. Launches are counted when all times are taken: a profiler may slow what follows it.
+the original shows against itself, and every table says what overhead it could have shown. Launches are counted when all
+times are taken: a profiler may slow what follows it.
 
 Every way runs the same attention: transformers builds another mask, and takes a slower kernel, where it sees a graph
 being captured or traced. Prefill is given no mask (causal), a decoding step the mask of what its cache holds.
@@ -19,10 +20,13 @@ being captured or traced. Prefill is given no mask (causal), a decoding step the
 
 import argparse
 import json
+import logging
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.kept import keep, record
 from bench.timing import NOISE, Timer, against, ends, graphed, interleaved, launches, percentiles, stamp
 from kernel_surgery import cli
 
@@ -34,7 +38,7 @@ CHECKED = 8
 # (phase, sequences, tokens): prefill of so many tokens, or a decoding step after so many.
 CASES = {
     "layer": [("prefill", 1, 128), ("decode", 1, 128)],
-    "stack": [("prefill", 1, 128), ("decode", 1, 128), ("decode", 8, 128)],
+    "stack": [("prefill", 1, 128), ("decode", 1, 128), ("decode", 8, 128), ("decode", 64, 128)],
     "polyglot": [("prefill", 1, 64), ("prefill", 64, 64), ("decode", 1, 64), ("decode", 64, 64)],
     "qwen": [
         ("decode", 1, 1024),
@@ -173,73 +177,98 @@ def prepared(name: str, step: Step, how: str) -> Callable:
     return step
 
 
-def measure(
-    calls: dict,
-    model,
-    oracle: Oracle,
-    phase: str,
-    sequences: int,
-    tokens: int,
-    how: str,
-    rounds: int,
-    advance: Callable,
-) -> list[dict]:
-    """Rows of one phase and size. how: "eager", "compile", "graph" (a replayed CUDA graph). What is checked is what is
-    timed: the logits that the compiled function or the replayed graph gives."""
-    import torch
+class Prepared:
+    """Every provider's step of one phase and size, checked and ready to be timed.
 
-    cuda, inner = model.device.type == "cuda", 4 if phase == "decode" else 1
-    ids = prompts(model, sequences, tokens)
-    exact, bases = oracle.logits((ids if phase == "decode" else ids[:, :tokens])[:CHECKED]), oracle.bases
-    if how == "compile":
-        torch._dynamo.reset()
-    steps, runs, ratios, breaks, left_out = {}, {}, {}, {}, {}
-    for name, call in calls.items():
-        ratios[name] = None
-        torch._dynamo.utils.counters.clear()
-        try:
-            step = Step(call, phase, ids, room=64)
-            run = prepared(name, step, how)
+    runs: those that met their bound. ratios, breaks: error/bound and graph breaks of all. left_out: why the others are
+    not in `runs`. What is checked is what is timed: the logits that the compiled function or the replayed graph gives.
+    """
+
+    def __init__(self, calls: dict[str, Callable], oracle: "Oracle", phase: str, ids, how: str):
+        import torch
+
+        exact = oracle.logits((ids if phase == "decode" else ids[:, :-1])[:CHECKED])
+        self.steps, self.runs, self.ratios, self.breaks, self.left_out = {}, {}, {}, {}, {}
+        if how == "compile":
+            torch._dynamo.reset()
+        for name, call in calls.items():
+            torch._dynamo.utils.counters.clear()
+            try:
+                step = Step(call, phase, ids, room=64)
+                run = prepared(name, step, how)
+                step.rewind()
+                logits = run()[:CHECKED]
+            except Exception as error:  # what cannot be run, captured or compiled says so, and leaves the others alone
+                first = (str(error).splitlines() or [""])[0]
+                self.left_out[name] = f"{how}: {type(error).__name__}: {first[:120]}"
+                continue
             step.rewind()
-            logits = run()[:CHECKED]
-        except Exception as error:  # what cannot be run, captured or compiled says so, and leaves the others alone
-            left_out[name] = f"{how}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            continue
-        ratios[name] = oracle.error_over_bound(name, logits, exact)
-        breaks[name] = sum(torch._dynamo.utils.counters["graph_break"].values()) if how == "compile" else None
-        step.rewind()
-        if ratios[name] <= 1:  # NaN is not
-            steps[name], runs[name] = step, run
-        else:
-            left_out[name] = "its logits break their bound"
-    times: dict = {}
-    if {"original", NOISE} <= steps.keys():
-        timer = Timer(model.device, inner)
+            self.ratios[name] = oracle.error_over_bound(name, logits, exact)
+            if how == "compile":
+                self.breaks[name] = sum(torch._dynamo.utils.counters["graph_break"].values())
+            if self.ratios[name] <= 1:  # NaN is not
+                self.steps[name], self.runs[name] = step, run
+            else:
+                self.left_out[name] = "its logits break their bound"
+        if not {"original", NOISE} <= self.runs.keys():
+            self.left_out |= {name: "the original itself could not be timed" for name in self.runs}
+            self.steps, self.runs = {}, {}
+
+    def times(self, timer: Timer, rounds: int, advance: Callable) -> dict[str, list[float]]:
+        """{name: microseconds a round} of those that are timed; caches are rewound outside of what is timed."""
 
         def one(name: str) -> float:
             try:
-                return timer.once(runs[name], "launched", name)
+                return timer.once(self.runs[name], "launched", name)
             finally:
-                steps[name].rewind()
+                self.steps[name].rewind()
 
-        times = interleaved({name: lambda name=name: one(name) for name in steps}, rounds, advance)
+        return interleaved({name: lambda name=name: one(name) for name in self.runs}, rounds, advance)
+
+    def launches(self, name: str) -> int | None:
+        """How many kernels a call starts."""
+        found = launches(self.runs[name])
+        self.steps[name].rewind()
+        return found
+
+
+def measure(
+    calls: dict[str, Callable],
+    oracle: "Oracle",
+    case: tuple[str, int, int],
+    how: str,
+    rounds: int,
+    bandwidth: float,
+    advance: Callable = lambda done: None,
+) -> list[dict]:
+    """Rows of one case (phase, sequences, tokens). how: "eager", "compile", "graph" (a replayed CUDA graph)."""
+    model, bases, (phase, sequences, tokens) = calls["original"].model, oracle.bases, case
+    cuda = model.device.type == "cuda"
+    ready = Prepared(calls, oracle, phase, prompts(model, sequences, tokens), how)
+    times = ready.times(Timer(model.device, 4 if phase == "decode" else 1), rounds, advance) if ready.runs else {}
     compared, rows = against(times) if times else {}, []
+    weights, read = sequences * (tokens if phase == "prefill" else 1), weight_bytes(model)
+    about = {"sequences": sequences, "tokens": tokens, "how": how, "layers": len(model.model.layers)}
+    about |= {
+        "edited": len(bases),
+        "M": weights,
+        "d": model.config.hidden_size,
+        "k": next(iter(bases.values())).shape[1],
+    }
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "cache": "warm", "graph": how == "graph"}
+    about |= dict.fromkeys(("us_added", "tokens_per_s", "goal_met"))
     for name in calls:
-        row = {"case": phase, "provider": name, "sequences": sequences, "tokens": tokens, "how": how}
-        row |= {"layers": len(model.model.layers), "edited": len(bases), "d": model.config.hidden_size}
-        row |= {"k": next(iter(bases.values())).shape[1], "dtype": str(model.dtype).removeprefix("torch.")}
-        row |= {"error_over_bound": ratios[name], "launches": None, "graph": how == "graph", "left_out": None}
-        row |= {"graph_breaks": breaks.get(name), "us_added": None, "goal_met": None}
+        row = record("model", phase, name, **about, error_over_bound=ready.ratios.get(name))
+        row |= {"graph_breaks": ready.breaks.get(name), "left_out": ready.left_out.get(name)}
         if name in times:
             row |= percentiles(times[name]) | compared[name]
             row["us_added"] = statistics.median(t - b for t, b in zip(times[name], times["original"], strict=True))
+            row |= {"tokens_per_s": weights / row["us_p50"] * 1e6, "gbps": read / row["us_p50"] / 1e3}
+            row["fraction_of_copy"] = row["gbps"] / bandwidth
             if name == "fused" and cuda and how != "eager":
                 row["goal_met"] = goal_met(row)
             if cuda:
-                row["launches"] = launches(runs[name])
-                steps[name].rewind()
-        else:
-            row["left_out"] = left_out.get(name, "the original itself could not be timed")
+                row["launches"] = ready.launches(name)
         rows.append(row)
     return rows
 
@@ -265,10 +294,14 @@ def shown(row: dict) -> str:
     )
 
 
+def weight_bytes(model) -> int:
+    """Bytes of a model's parameters, each counted once: what a forward pass has to read at least."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: float) -> str:
     """What the memory allows at best: every weight read once; and what the edit adds to it."""
-    size = model.dtype.itemsize
-    weights = sum(p.numel() for p in model.parameters()) * size
+    size, weights = model.dtype.itemsize, weight_bytes(model)
     rows = sequences * (tokens if phase == "prefill" else 1)
     edit = sum((2 * rows + 2 * b.shape[1]) * b.shape[0] * size for b in bases.values())
     return (
@@ -284,7 +317,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--how", default="eager", help="comma-separated: eager, compile, graph (CUDA)")
     p.add_argument("--providers", help="comma-separated (default: all that are installed)")
     p.add_argument("--layers", type=int, help="fewer than the case has")
-    p.add_argument("--dtype", default="auto", choices=("auto", *cli.DTYPES))
+    p.add_argument(
+        "--dtype", default="auto", help=f"comma-separated: {', '.join(cli.DTYPES)} (default: bfloat16 on CUDA)"
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -295,7 +330,6 @@ def run(argv: list[str] | None = None) -> int:
     """Print the ceiling, then a table for each phase and size; 1 if one of our own modes could not be timed."""
     args = parser().parse_args(argv)
     device = cli.parse_device(args.device)
-    dtype = cli.parse_dtype(args.dtype, device)
     case = args.case or ("qwen" if device.type == "cuda" else "stack")
     hows = args.how.split(",")
     for how in hows:
@@ -304,30 +338,39 @@ def run(argv: list[str] | None = None) -> int:
     from bench import providers
     from bench.timing import copy_bandwidth
 
-    absent = providers.missing(dtype)
-    names = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
-    if unknown := [n for n in names if n not in providers.NAMES]:
+    wanted = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
+    if unknown := [n for n in wanted if n not in providers.NAMES]:
         raise cli.UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
-    names = list(dict.fromkeys(["original", NOISE, *(n for n in names if n not in absent)]))
-    for name, why in absent.items():
-        print(f"{name}: {why}")
+    dtypes = [cli.parse_dtype(name, device) for name in args.dtype.split(",")]
+    # What a peer's release says of itself in every call; graph breaks stand in the table.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="torch._dynamo")
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
-    bandwidth = copy_bandwidth(device)
-    model, bases = load(case, dtype, device, args.layers)
-    oracle = Oracle(model, bases)
-    print(f"{about['device']}: {case}, {len(model.model.layers)} layers, {len(bases)} edited, {str(dtype)[6:]}")
-    rows: list[dict] = []
-    with cli.bar(len(hows) * len(CASES[case]) * (args.rounds + 1) * len(names), case, unit="call") as bar:
-        for how in hows:
-            for phase, sequences, tokens in CASES[case]:
-                with providers.opened(model, bases, names) as calls:
-                    bar.write(f"{how}, {ceiling(model, bases, phase, sequences, tokens, bandwidth)}")
-                    found = measure(calls, model, oracle, phase, sequences, tokens, how, args.rounds, bar.update)
-                for row in found:
-                    rows.append(row | {"model": case} | about)
-                    bar.write(shown(row))
-                if args.out:
-                    cli.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+    bandwidth, rows = copy_bandwidth(device), []
+    total = len(dtypes) * len(hows) * len(CASES[case]) * (args.rounds + 1) * (len(wanted) + 2)
+    with cli.bar(total, case, unit="call") as bar:
+        for dtype in dtypes:
+            absent = providers.missing(dtype)
+            for name, why in absent.items():
+                bar.write(f"{name}: {why}")
+            names = list(dict.fromkeys(["original", NOISE, *(n for n in wanted if n not in absent)]))
+            model, bases = load(case, dtype, device, args.layers)
+            oracle = Oracle(model, bases)
+            layers = len(model.model.layers)
+            bar.write(f"{about['device']}: {case}, {layers} layers, {len(bases)} edited, {str(dtype)[6:]}")
+            for how in hows:
+                for one in CASES[case]:
+                    bar.write(f"{how}, {ceiling(model, bases, *one, bandwidth)}")
+                    with providers.opened(model, bases, names) as calls:
+                        found = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update)
+                    for row in found:
+                        rows.append(row | {"model": case} | about)
+                        bar.write(shown(row))
+                    if detectable := next((row["detectable"] for row in found if not row["left_out"]), None):
+                        bar.write(f"  an overhead of {detectable:.1%} or more would have been called slower")
+                    keep(args.out, rows)
+            del model, oracle
     print(json.dumps({"case": f"model {case}", "rows": len(rows), **about}))
     return 1 if any(row["left_out"] for row in rows if row["provider"] in OURS) else 0
 

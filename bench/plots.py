@@ -1,7 +1,7 @@
 """The benchmarks' pictures, from the kept rows alone; `python -m bench.pages` writes them to bench/plots/."""
 
 from bench.counted import figure as figure_of
-from bench.pages import providers_counted, rows
+from bench.tables import providers_counted, rows
 from bench.timing import ends
 from kernel_surgery.plots import COLOURS, figure, svg
 
@@ -15,11 +15,11 @@ def colour(provider: str) -> str:
 
 
 def counted() -> str:
-    """Bytes that every provider reads and writes beyond the original, an edited layer."""
+    """Bytes that every provider reads and writes beyond the original, an edited layer, in a pass of many tokens."""
     found = providers_counted("stack")
     made, axes = figure(9, 3.2, 2)
     for panel, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
-        chosen = [r for r in found if r["dtype"] == dtype][::-1]
+        chosen = [r for r in found if r["dtype"] == dtype and r["M"] > 1][::-1]
         values = [figure_of(r, "bytes_moved") for r in chosen]
         names = [r["provider"] for r in chosen]
         panel.barh(names, values, color=[colour(n) for n in names])
@@ -32,7 +32,8 @@ def counted() -> str:
 
 def models() -> str:
     """Time over the original's, with its interval; the band is the original against itself."""
-    found = [r for r in rows("model-stack.json") if not r["left_out"] and r["provider"] != "original"]
+    stack = [r for r in rows("model-stack.json") if r["dtype"] == "float32" and r["how"] == "eager"]
+    found = [r for r in stack if not r["left_out"] and r["provider"] != "original"]
     keys = list(dict.fromkeys((r["case"], r["sequences"], r["tokens"], r["how"]) for r in found))
     made, axes = figure(3.4 * len(keys), 3.2, len(keys))
     for panel, key in zip(axes, keys, strict=True):
@@ -56,7 +57,7 @@ def growth() -> str:
     made, axes = figure(2.2 * len(kinds), 2.6, len(kinds))
     for panel, kind in zip(axes, kinds, strict=True):
         chosen = [r for r in found if r["case"] == kind]
-        times = [r["seconds"] * 1e3 for r in chosen]
+        times = [r["us_p50"] / 1e3 for r in chosen]
         panel.loglog([r["size"] for r in chosen], times, "o-", ms=4, color=COLOURS["fused"])
         panel.set_title(f"{kind}: {chosen[0]['slope']:.2f}", fontsize=10)
         panel.set_xticks([r["size"] for r in chosen], [str(r["size"]) for r in chosen], fontsize=7)

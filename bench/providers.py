@@ -1,7 +1,7 @@
 """The edit by everything that can make it, each on a model of its own that shares the others' weights.
 
-    original, original again    no edit; twice, for the noise
-    hook                         `kernel_surgery.hooked`: three operations in float32
+    original, original again    no edit; twice, for the noise, the second time with its own copies of the edited weights
+    hook                         `kernel_surgery.hooked`: the formula as it is written, in float32
     addmm hook                   a forward hook with one addmm in the model's dtype, as one would write it first
     fused output                `kernel_surgery.fused` with reach "output"
     fused                        the same with reach "norm" (the default): with the addition and the next norm
@@ -50,8 +50,8 @@ def addmm_hooks(model, bases: dict) -> None:
     from kernel_surgery.sites import mlp_outputs
 
     for layer, site in mlp_outputs(model, list(bases)).items():
-        # N = 10 misaligns cuBLAS: the basis is padded with zero columns.
-        u = packed(bases[layer]).to(site.module.weight.dtype)
+        # N = 10 misaligns cuBLAS: there the basis is padded with zero columns.
+        u = (packed(bases[layer]) if bases[layer].is_cuda else bases[layer]).to(site.module.weight.dtype)
 
         def hook(module, inputs, output, u=u):
             y = output.reshape(-1, output.shape[-1])
@@ -113,7 +113,7 @@ def opened(model, bases: dict, names: Sequence[str] = NAMES) -> Iterator[dict[st
         found = {}
         for name in names:
             edited = [model.model.layers[layer].mlp.down_proj.weight for layer in bases]
-            own = twin(model, edited if name == "baked" else ())
+            own = twin(model, edited if name in ("baked", NOISE) else ())
             if name in ("original", NOISE):
                 pass
             elif name == "addmm hook":

@@ -2,12 +2,18 @@
 
 Every round takes each provider once, in an order that changes from round to round, so that a drift of the machine meets
 all of them. Reported are the median with the 20th and 80th percentile, and, of a round's time over the original's in
-the same round, the median with its 95% interval by order statistics. The original is among the providers twice: how far
-its second copy's interval reaches from 1 is what a ratio must leave before it means anything.
+the same round, the median with its 95% interval by order statistics. The original is among the providers twice, the
+second time with weights of its own where those are edited elsewhere: how far that interval reaches from 1 is what a
+ratio must leave before it means anything.
 """
 
+import contextlib
+import ctypes
+import os
+import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,12 +22,46 @@ from kernel_surgery import cli
 NOISE = "original again"
 
 
+def machine() -> str:
+    """Cores, threads that torch takes, memory and Python: what a time depends on beside the processor's name."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()} cores, {threads} threads, {memory:.0f} GiB, Python {platform.python_version()}"
+
+
+def command() -> str:
+    """How this process was started, without the folders and files it was given."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in ("--out", "--folder"):
+            next(words, None)
+        else:
+            kept.append(word)
+    name = os.path.basename(sys.argv[0]).removesuffix(".py")
+    return " ".join(["python -m bench" + ("" if name == "__main__" else f".{name}"), *kept])
+
+
 def stamp(device=None, *beside: str) -> dict:
-    """Where and when rows are measured: versions (those of `beside` too), commit, device, date. Asked for before the
-    measuring begins: what is edited meanwhile is not what was measured."""
+    """Where and when rows are measured: versions (those of `beside` too), commit, device, machine, command, date, run.
+    Asked for before the measuring begins: what is edited meanwhile is not what was measured."""
     environment = cli.environment(device)
     found = {key: environment[key] for key in ("torch", "triton", "transformers", "commit", "dirty", "device")}
-    return found | {name: cli.version(name) for name in beside} | {"date": time.strftime("%Y-%m-%d")}
+    found |= {name: cli.version(name) for name in beside} | {"machine": machine(), "command": command()}
+    return found | {"date": time.strftime("%Y-%m-%d"), "run": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def steady_memory() -> None:
+    """Keep what is freed for what is taken next, as a process that serves does (glibc; elsewhere nothing happens).
+
+    Else the C library gives every tensor of some megabytes back to the kernel and has its pages filled with zeros when
+    they are touched again: at 1024 x 2048 float32 that took twenty times as long as copying them did.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any block
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def graphed(call: Callable, times: int = 1, before: Callable[[], None] = lambda: None) -> Callable:
@@ -62,6 +102,8 @@ class Timer:
         # Three times the cache, written before each cold call.
         size = 3 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 0
         self.scratch = torch.empty(size, dtype=torch.int8, device=device)
+        if not self.cuda:
+            steady_memory()
 
     def ways(self) -> tuple[str, ...]:
         return ("launched", "graph", "cold") if self.cuda else ("launched",)
@@ -143,37 +185,45 @@ def percentiles(sample: Sequence[float]) -> dict[str, float]:
     return found | {"us_p50": statistics.median(ordered)}
 
 
-def ratio(sample: Sequence[float], base: Sequence[float]) -> dict:
-    """{"ratio", "ratio_ci95", "ratio_range"} of times taken in the same rounds: the median of the rounds' ratios, its
-    interval by order statistics (None for fewer than six rounds), and the least and the largest ratio."""
+def ratio(sample: Sequence[float], base: Sequence[float], name: str = "ratio") -> dict:
+    """{"ratio", "ratio_ci95", "ratio_range"} of times taken in the same rounds, under another name if told: the median
+    of the rounds' ratios, its interval by order statistics (None for fewer than six rounds), the least and the largest
+    ratio."""
     import numpy as np
     from scipy.stats import quantile_test
 
     each = np.asarray(sample) / np.asarray(base)
-    found = {"ratio": float(np.median(each)), "ratio_range": [float(each.min()), float(each.max())]}
+    found = {name: float(np.median(each)), f"{name}_range": [float(each.min()), float(each.max())]}
     if len(each) < 6:
         # Of fewer than six rounds no interval holds the median 95 times in 100: everything from the least to the most
         # is what can be said (of three rounds, 75 times in 100).
-        return found | {"ratio_ci95": None}
+        return found | {f"{name}_ci95": None}
     interval = quantile_test(each, p=0.5).confidence_interval(0.95)
-    return found | {"ratio_ci95": [float(interval.low), float(interval.high)]}
+    return found | {f"{name}_ci95": [float(interval.low), float(interval.high)]}
 
 
-def ends(row: Mapping) -> tuple[float, float]:
+def ends(row: Mapping, name: str = "ratio") -> tuple[float, float]:
     """What is known of a ratio: its interval, or its range where there is none."""
-    return tuple(row["ratio_ci95"] or row["ratio_range"])
+    return tuple(row[f"{name}_ci95"] or row[f"{name}_range"])
 
 
 def against(times: Mapping[str, Sequence[float]], base: str = "original", again: str = NOISE) -> dict[str, dict]:
-    """{name: {"ratio", "ratio_ci95", "noise", "verdict"}} of every provider over `base`, which `again` repeats.
+    """{name: {"ratio", "ratio_ci95", "noise", "detectable", "verdict", "rounds"}} of every provider over `base`, which
+    `again` repeats.
 
     noise: how far the interval of the repetition reaches from 1. "slower" and "faster" only where a provider's whole
-    interval lies beyond that; else "within the noise".
+    interval lies beyond that; "undecided" where it leaves out 1 and not the noise; else "within the noise".
+    detectable: from what overhead on a provider would have been called slower, its interval being as wide as the
+    others' (the median of the distances from a ratio to its interval's lower end, above the noise).
     """
     found = {name: ratio(sample, times[base]) for name, sample in times.items()}
     noise = max(abs(end - 1) for end in ends(found[again]))
+    widths = [row["ratio"] - ends(row)[0] for name, row in found.items() if name != base]
+    more = {"noise": noise, "detectable": noise + statistics.median(widths), "rounds": len(times[base])}
     for name, row in found.items():
         low, high = ends(row)
         apart = "slower" if low > 1 + noise else "faster" if high < 1 / (1 + noise) else "within the noise"
-        row |= {"noise": noise, "verdict": "-" if name in (base, again) else apart}
+        if apart == "within the noise" and not low <= 1 <= high:
+            apart = "undecided"
+        row |= more | {"verdict": "-" if name in (base, again) else apart}
     return found

@@ -20,6 +20,23 @@ from kernel_surgery.reference import computed_in, in_full
 MAX_RANK = 64
 
 
+_invariant = False
+
+
+def set_batch_invariant(enabled: bool) -> bool:
+    """Whether the kernels on CUDA give a row the same bits whatever rows stand beside it; returns what was set before.
+
+    Off by default: up to 64 rows take a kernel of their own, which is faster and sums in another order, so that a row's
+    last bits depend on the number of rows. On, few rows take the kernel of many. Of the whole process, read at every
+    launch; a captured graph keeps what it was captured with. It says nothing about other operations: a model's own
+    products (cuBLAS, attention) have to be invariant too for its logits to be. On the CPU it changes nothing: there a
+    BLAS library chooses by the number of rows.
+    """
+    global _invariant
+    before, _invariant = _invariant, bool(enabled)
+    return before
+
+
 def provider(where: Tensor | torch.device | str) -> str:
     """What runs for a tensor or device: "triton/cuda" or "aten/cpu" (float64 on CUDA is "aten/cuda")."""
     device = where.device if isinstance(where, Tensor) else torch.device(where)
@@ -101,7 +118,7 @@ def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | No
     row_strength = None if row_strength is None else row_strength.float().contiguous().resolve_neg()
     # Triton launches on the current device, which need not be x's.
     with torch.cuda.device(x.device):
-        return launch(x, basis.float().resolve_neg(), strength, row_strength, **more)
+        return launch(x, basis.float().resolve_neg(), strength, row_strength, invariant=_invariant, **more)
 
 
 @_project.register_kernel("cuda")
@@ -283,8 +300,8 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     floating dtype (used in float32), same device; strength a: a number, or a tensor of one a row, x.shape[:-1], or of
     one a sequence, its leading dimensions. Rows of strength 0 come back bit for bit. Float32 accumulation, one
     rounding at the store: `reference.rule_a_bound`. On CUDA the number of rows, d_model and k choose between three
-    kernels (`kernels/project.py`, `form_of`): across a threshold the last bits of a row may differ. Differentiable
-    in x.
+    kernels (`kernels/project.py`, `form_of`): across a threshold the last bits of a row may differ, unless
+    `set_batch_invariant` says otherwise. Differentiable in x.
 
     Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
     basis or strength that requires a gradient; TypeError for an x of another dtype.

@@ -12,7 +12,9 @@ Three kernels, one function:
     two-pass    a block of rows is read twice, the second time from cache where it fits: every other shape
 
 `form_of` chooses by shape alone. Crossing one of its thresholds changes the order of summation and so the last bits of
-a row: the same row in a batch of 64 and of 65 may differ by a rounding. Every form meets the same bound.
+a row: the same row in a batch of 64 and of 65 may differ by a rounding. Every form meets the same bound. Where a row
+must have the same bits in any batch, `invariant` chooses as for many rows, whatever their number; few rows then take
+longer.
 
 The danger in a kernel like this is z = U^T x. Handing it to the tensor cores in bfloat16, as LoRA kernels do, leaks
 twelve times what float32 arithmetic leaks when x lies inside span(U), and random x does not show it. So U and z both
@@ -23,7 +25,7 @@ products and no tensor cores. All sums are float32, with one rounding at the sto
 With ADD and NORM there is a choice of roundings. SEPARATE rounds where separate operations would round: y, then h, then
 h / rms(h), then n. Otherwise y and h / rms(h) stay in float32. n is always the norm of h as it was stored.
 
-Not here: a form that splits d for very small M and large U, and one that gives a row the same bits in any batch.
+Not here: a form that splits d for very small M and large U.
 """
 
 import torch
@@ -337,6 +339,7 @@ def _project_tile_kernel(
 
 KERNELS = {"row": _project_row_kernel, "tile": _project_tile_kernel, "two-pass": _project_two_pass_kernel}
 FEW_ROWS = 64  # by arithmetic a launch costs more than the work up to here; not measured on a GPU yet
+MANY_ROWS = 4096  # what `invariant` chooses for: rows of a block have no part in each other's sums
 # The largest d at which the tile form spills nowhere, with Triton 3.6 as with 3.7 (`python -m kernel_surgery.aot`).
 TILE_WIDEST = 2560
 
@@ -392,14 +395,16 @@ def project(
     eps: float = 0.0,
     separate: bool = True,
     form: str | None = None,
+    invariant: bool = False,
     **overrides,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch a kernel; returns fresh contiguous (y, None), or with `weight` (h, n), each [M, d] of x's dtype.
 
     x [M, d] bfloat16, float16 or float32, last stride 1, any row stride; basis [d, k] float32, any strides, k <= 64;
     row_strength [M] float32 contiguous, multiplied by `strength`; residual like x, added; weight [d] contiguous of x's
-    dtype, only with a residual. separate: SEPARATE above. Shapes are the caller's to check. `form` names a kernel
-    instead of `form_of`; `overrides` replace launch options. Raises ValueError for a tile form that cannot be.
+    dtype, only with a residual. separate: SEPARATE above. invariant: a row's bits are the same in any batch. Shapes are
+    the caller's to check. `form` names a kernel instead of `form_of`; `overrides` replace launch options. Raises
+    ValueError for a tile form that cannot be.
     """
     rows, d = x.shape
     k = basis.shape[1]
@@ -407,8 +412,9 @@ def project(
     n = None if weight is None else torch.empty((rows, d), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, n
-    form = form or form_of(x.dtype, rows, d, k, basis.stride() == (k, 1))
-    options = launch_options(x.dtype, rows, d, k, form, **overrides)
+    choice = MANY_ROWS if invariant else rows
+    form = form or form_of(x.dtype, choice, d, k, basis.stride() == (k, 1))
+    options = launch_options(x.dtype, choice, d, k, form, **overrides)
     if form == "tile" and (basis.stride() != (k, 1) or k != options["BLOCK_K"] or d % options["BLOCK_D"]):
         raise ValueError(f"the tile form takes a packed basis of 16, 32 or 64 columns: {tuple(basis.shape)} is not")
     # Pointers that a form does not read are given x instead of nothing.

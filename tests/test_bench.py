@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import checkpoint, op, timing
+from bench import checkpoint, kept, op, timing
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = {
-    *("case", "provider", "device", "M", "d", "k", "dtype", "us_p20", "us_p50", "us_p80", "gbps", "fraction_of_copy"),
-    *("error_over_bound", "launches", "cache", "graph", "torch", "triton", "commit", "dirty", "date"),
-}
+ROW = kept.FIELDS.keys()
 
 
 @pytest.mark.slow
@@ -43,7 +40,10 @@ def test_the_operators_benchmark_prints_its_ceiling_then_rows_that_are_right(tmp
     assert said.count("breaks its bound") == len(low)
     # Each shape's yardstick is one of those that only move the bytes, and is 1; it stands beside itself as the noise.
     floors = [row for row in rows if row["provider"] == "copy" or row["provider"].startswith("add + rmsnorm")]
-    assert floors and {row["fraction_of_copy"] for row in floors} == {1} and {row["verdict"] for row in floors} == {"-"}
+    floors = [row for row in floors if row["provider"] == row["floor"]]
+    assert floors and {row["of_floor"] for row in floors} == {1} and {row["verdict"] for row in floors} == {"-"}
+    assert {row["fraction_of_copy"] for row in rows if row["provider"] == "copy"} == {1}
+    assert {row["error_over_bound"] for row in rows if row["provider"] == "copy"} == {0}
     assert all(row["noise"] >= 0 and row["ratio_ci95"][0] <= row["ratio"] <= row["ratio_ci95"][1] for row in rows)
 
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_run_says_so_and_leaves_the_others_alone(monkeypatch, cap
     assert op.run(["--rounds", "2", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert "form tile" in captured.out and "Hardware limit: 232448" in captured.out and "more" not in captured.out
-    assert "2 of our own rows could not be run" in captured.err and captured.out.count(" of copy ") == 8
+    assert "2 of our own rows could not be run" in captured.err and captured.out.count(" of copy, ") == 8
 
 
 def test_a_wrong_provider_of_ours_fails_the_benchmark(monkeypatch, capsys):
@@ -296,8 +296,11 @@ def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monke
     words = ["--layers", "4", "--rounds", "1", "--peers", "--out", str(out), "--folder", str(work)]
     assert checkpoint.run(words) == 0
     rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
-    assert list(rows) == [checkpoint.FLOOR, "bake", checkpoint.DENSE, checkpoint.PEFT]
-    assert list(work.iterdir()) == [] and "of floor" in capsys.readouterr().out
+    assert list(rows) == [checkpoint.COPY, checkpoint.HASHED, "bake", checkpoint.DENSE, checkpoint.PEFT]
+    said = capsys.readouterr().out
+    assert list(work.iterdir()) == [] and said.index("hashing as many bytes") < said.index("wrongly rounded")
+    assert json.loads(said.splitlines()[-1])["case"] == "checkpoint"
+    assert rows[checkpoint.HASHED]["ratio"] == 1 and rows[checkpoint.COPY]["fraction_of_copy"] == 1
     for name in ("bake", checkpoint.PEFT):
         assert rows[name]["leak_over_floor"] <= 1.1 and rows[name]["error_over_bound"] <= 1
         assert rows[name]["not_correctly_rounded"] < 0.01
@@ -311,7 +314,7 @@ def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
     from kernel_surgery import cli
 
     files = {p.stem for p in (ROOT / "bench").glob("*.py")}
-    helpers = {"__init__", "__main__", "plots", "providers", "shapes", "stand_ins", "timing"}
+    helpers = {"__init__", "__main__", "kept", "plots", "tables", "providers", "shapes", "stand_ins", "timing"}
     assert set(every.BENCHES) == files - helpers
     assert every.run([]) == 0
     said = capsys.readouterr().out
@@ -335,6 +338,15 @@ def test_a_ratio_is_called_slower_only_beyond_the_noise():
         **{"original": "-", timing.NOISE: "-", "a little": "within the noise", "twice": "slower", "half": "faster"}
     }
     assert 0 < found["twice"]["noise"] < 0.1 and found["twice"]["ratio"] == pytest.approx(2)
+    # Apart from 1 and yet no further than the original's own repetition: neither word.
+    wide = {"original": [100.0] * 7, timing.NOISE: [96.0, 97, 98, 100, 102, 103, 104]}
+    small = timing.against(wide | {"a bit": [103.0] * 7, "much": [120.0] * 7})
+    assert small["a bit"]["verdict"] == "undecided" and small["much"]["verdict"] == "slower"
+    # An overhead as large as `detectable`, with an interval like the others', is called slower; one below it is not.
+    assert small["a bit"]["detectable"] == pytest.approx(small["a bit"]["noise"])
+    for more, word in ((0.01, "slower"), (-0.01, "undecided")):
+        at = 1 + small["a bit"]["detectable"] + more
+        assert timing.against(wide | {"a bit": [103.0] * 7, "x": [100 * at] * 7})["x"]["verdict"] == word
     few = timing.ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
     assert few["ratio_ci95"] is None and few["ratio_range"] == [2.0, 4.0] and timing.ends(few) == (2.0, 4.0)
 
@@ -383,7 +395,7 @@ def test_every_provider_computes_the_edit_and_an_unedited_one_is_not_timed(small
     names = [name for name in providers.NAMES if name not in providers.missing(made.dtype)]
     with providers.opened(made, bases, names) as calls:
         calls["nothing"] = calls["original"]
-        rows = model.measure(calls, made, oracle, phase, 2, 16, "eager", 2, lambda done: None)
+        rows = model.measure(calls, oracle, (phase, 2, 16), "eager", 2, 10.0)
     found = {row["provider"]: row for row in rows}
     assert list(found) == [*names, "nothing"] and providers.missing() == {}
     for name, row in found.items():
@@ -406,12 +418,12 @@ def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
     made, bases, oracle = small
     names = [name for name in providers.NAMES if name not in providers.PEERS]
     with providers.opened(made, bases, names) as calls:
-        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "compile", 1, lambda done: None)
+        rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
         assert {row["provider"]: row["left_out"] for row in rows} == dict.fromkeys(names)
         assert {row["provider"]: row["graph_breaks"] for row in rows} == dict.fromkeys(names, 0)
         # The check can fail: one function for all.
         monkeypatch.setattr(model, "prepared", lambda name, step, how: torch.compile(step, dynamic=False))
-        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "compile", 1, lambda done: None)
+        rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
         assert "its logits break their bound" in [row["left_out"] for row in rows]
     torch._dynamo.reset()
 
@@ -424,7 +436,7 @@ def test_the_status_is_1_where_a_mode_of_ours_was_not_timed_and_0_where_it_is_ex
     monkeypatch.setattr(model, "Oracle", lambda *args: oracle)
     for left_out, provider, status in ((None, "fused", 0), ("breaks", "fused", 1), ("breaks", "addmm hook", 0)):
         row = {"provider": provider, "left_out": left_out, "error_over_bound": 0.0, "launches": None, "us_p50": 1.0}
-        row |= {"us_added": 0.0, "graph_breaks": None, "goal_met": None}
+        row |= {"us_added": 0.0, "graph_breaks": None, "goal_met": None, "detectable": 0.01, "run": "1"}
         row |= {"ratio": 1.0, "ratio_ci95": None, "ratio_range": [1.0, 1.0], "verdict": "-"}
         monkeypatch.setattr(model, "measure", lambda *args, row=row: [row])
         assert model.run(["--case", "layer", "--device", "cpu", "--providers", "hook"]) == status
@@ -480,7 +492,7 @@ def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(
 
     monkeypatch.setattr(model, "prepared", failing)
     with providers.opened(made, bases, ["original", timing.NOISE, "hook"]) as calls:
-        rows = model.measure(calls, made, oracle, "prefill", 1, 8, "graph", 1, lambda done: None)
+        rows = model.measure(calls, oracle, ("prefill", 1, 8), "graph", 1, 10.0)
     assert {row["left_out"] for row in rows} == {"graph: ValueError: operation not permitted when stream is capturing"}
     assert "not permitted" in model.shown(rows[0])
 
@@ -493,7 +505,7 @@ def test_the_fit_benchmark_runs_and_tells_a_rough_subspace(tmp_path, capsys):
     assert fit.run(["--layers", "2", "--d", "256", "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
     assert rows[fit.OURS]["exact"] and rows[fit.OURS]["sine"] <= fit.ANGLE < rows[fit.TOP[0]]["sine"]
-    assert rows[fit.SCRIPT]["ratio"] == 1 and "times the script's speed" in capsys.readouterr().out
+    assert rows[fit.SCRIPT]["speedup"] == 1 and "times the script's speed" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -520,6 +532,15 @@ def test_slopes_are_those_of_the_work():
 
     assert growth.slope((1, 2, 4, 8), (3, 6, 12, 24))[0] == pytest.approx(1)
     assert growth.slope((1, 2, 4, 8), (3, 12, 48, 192))[0] == pytest.approx(2)
+    # The interval holds the slope that noisy times were made with 95 times in 100.
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        times = [s**1.5 * math.exp(rng.normal(0, 0.1)) for s in (1, 2, 4, 8)]
+        rate, half = growth.slope((1, 2, 4, 8), times)
+        held += abs(rate - 1.5) <= half
+    assert 0.92 <= held / 400 <= 0.98
+    assert growth.as_expected("tokens", 1.1, 0.11) and not growth.as_expected("tokens", 1.1, 0.09)
+    assert growth.as_expected("k", 0.5, 0.0) and not growth.as_expected("k", -0.2, 0.1)
     held = growth.peak_of(lambda: [torch.ones(2**24), time.sleep(0.05)])
     assert 0.9 * 2**26 < held < 1.5 * 2**26
 
@@ -528,7 +549,12 @@ def test_slopes_are_those_of_the_work():
 def test_the_growth_benchmark_prints_a_slope_for_every_quantity(capsys, monkeypatch, tmp_path):
     from bench import growth
 
-    monkeypatch.setattr(growth, "SIZES", {name: sizes[:2] for name, sizes in growth.SIZES.items()})
+    monkeypatch.setattr(growth, "SIZES", {name: sizes[:3] for name, sizes in growth.SIZES.items()})
     assert growth.run(["--rounds", "1", "--out", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert {row["case"] for row in rows} == set(growth.EXPECTED) and capsys.readouterr().out.count("slope") >= 7
+    said = capsys.readouterr().out
+    for what in growth.EXPECTED:
+        assert len([row for row in rows if row["case"] == what]) == 3
+        assert said.index(f"{what:<11} expected slope") < said.index(
+            "slope", said.index(f"{what:<11} expected slope") + 40
+        )

@@ -64,6 +64,27 @@ def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, case
     assert [r["broken"] for r in results if r["broken"]] == []
 
 
+def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for():
+    results = interpret("batches", "float32", "float16")
+    assert len(results) == 4
+    assert [r["broken"] for r in results if r["broken"]] == []
+
+
+def test_batch_invariance_is_off_by_default_and_reaches_the_launch(monkeypatch):
+    from kernel_surgery import ops
+    from kernel_surgery.kernels import project as kernels
+
+    seen = []
+    monkeypatch.setattr(kernels, "project", lambda x, *more, invariant, **rest: (seen.append(invariant), x))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    x, u = torch.randn(2, 32), basis(32, 4)
+    for enabled in (True, False):
+        ops._launch(x, u, 1.0, None)
+        assert ops.set_batch_invariant(enabled) != enabled
+    ops._launch(x, u, 1.0, None)
+    assert seen == [False, True, False]
+
+
 # name: (what stands in kernels/project.py, what a plausible mistake would make of it). A name that begins with a form
 # is a fault of that form alone.
 FORMS = ("row", "tile", "two-pass")
@@ -456,6 +477,24 @@ def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
     clean = [i for i in range(rows) if i not in (4, 9)]
     for got, expected in zip(project_add_rmsnorm(x, r, w, 1e-6, u), right, strict=True):
         assert torch.equal(got[clean], expected[clean]) and got[[4, 9]].isnan().any(1).all()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(dtype):
+    from kernel_surgery import ops
+
+    x, r = (torch.randn(5000, 2048, device="cuda").to(dtype) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
+    before = ops.set_batch_invariant(True)
+    try:
+        whole = ops.project_add_rmsnorm(x, r, w, 1e-6, u)
+        for rows in (1, 7, 64, 65, 4097):
+            part = ops.project_add_rmsnorm(x[3 : 3 + rows], r[3 : 3 + rows], w, 1e-6, u)
+            assert all(torch.equal(p, all_[3 : 3 + rows]) for p, all_ in zip(part, whole, strict=True)), rows
+    finally:
+        ops.set_batch_invariant(before)
 
 
 @pytest.mark.gpu

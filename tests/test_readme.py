@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from bench import pages
+from bench import kept, pages, tables
 from bench.pages import KEPT, ROOT, SECTIONS, renewed
 
 WHOLE = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +92,42 @@ def test_the_readmes_table_follows_its_file(monkeypatch, tmp_path):
     assert pages.answers() != before
 
 
+RESULTS = sorted(file.name for file in tables.RESULTS.glob("*.json"))
+NO_ROWS = {"aot.json", "eval-polyglot.json"}  # of the package's own commands
+
+
+@pytest.mark.parametrize("name", [name for name in RESULTS if name not in NO_ROWS])
+def test_a_kept_row_says_what_when_and_on_what_it_was_measured(name):
+    found = kept.read(tables.RESULTS / name)
+    assert found and set(RESULTS) >= NO_ROWS
+    for row in found:
+        assert kept.FIELDS.keys() <= row.keys(), kept.FIELDS.keys() - row.keys()
+        assert row["dirty"] is False and re.fullmatch("[0-9a-f]{40}", row["commit"]), "measure on a clean tree"
+        assert row["run"].startswith(row["date"]) and row["device"] and row["machine"] and row["torch"]
+        assert row["command"].startswith("python -m bench") and "/" not in row["command"]
+        if row["us_p50"] is not None:
+            assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
+    # No row stands twice in a run.
+    key = ("run", "case", "provider", "M", "d", "k", "dtype", "how", "size", "sequences", "tokens", "cache", "graph")
+    seen = [tuple(str(row.get(k)) for k in key) for row in found]
+    assert len(seen) == len(set(seen))
+
+
+def test_rows_are_added_run_after_run_and_a_run_replaces_its_own(tmp_path):
+    file = tmp_path / "rows.json"
+    one = kept.record("op", "project", "copy", us_p50=1.0, run="2026-01-01T00:00:00")
+    assert list(one)[: len(kept.FIELDS)] == list(kept.FIELDS) and one["launches"] is None and one["us_p50"] == 1.0
+    kept.keep(None, [one])
+    kept.keep(file, [])
+    assert not list(tmp_path.iterdir()) and kept.read(file) == kept.newest(file) == []
+    kept.keep(file, [one])
+    other = one | {"run": "2026-01-02T00:00:00"}
+    kept.keep(file, [other])
+    kept.keep(file, [other, other | {"provider": "eager"}])
+    assert [r["provider"] for r in kept.read(file)] == ["copy", "copy", "eager"]
+    assert [r["provider"] for r in kept.newest(file)] == ["copy", "eager"]
+
+
 def test_the_pictures_are_drawn_from_the_kept_rows():
     from bench.plots import draw
 
@@ -105,15 +141,16 @@ def test_the_pictures_are_drawn_from_the_kept_rows():
 
 def test_a_run_on_a_gpu_gets_its_page(monkeypatch, tmp_path):
     """Rows as `make gpu` writes them, made up here."""
-    monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    assert pages.on_gpu() == "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
-    about = {"torch": "2.11.0", "transformers": "5.17.0", "device": "A GPU", "commit": None, "dirty": None}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.on_gpu() == "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
+    about = {"torch": "2.11.0", "transformers": "5.17.0", "device": "A GPU", "commit": None, "dirty": None, "run": "1"}
     ratio = {"ratio": 1.005, "ratio_ci95": [1.0, 1.02], "ratio_range": [1.0, 1.02], "us_p50": 2000.0, "left_out": None}
     ratio |= {"error_over_bound": 0.5, "launches": 300, "noise": 0.01, "verdict": "within the noise", "us_added": 10.0}
+    ratio |= {"detectable": 0.02, "tokens_per_s": 500.0}
     model = about | ratio | {"model": "qwen", "layers": 36, "edited": 18, "dtype": "bfloat16", "date": "2026-01-02"}
     model |= {"case": "decode", "sequences": 1, "tokens": 1024, "how": "graph", "goal_met": None}
     op = about | ratio | {"case": "project", "M": 16, "d": 2048, "k": 10, "dtype": "bfloat16", "date": "2026-01-02"}
-    op |= {"fraction_of_copy": 0.9, "copy_gbps": 3000.0, "cache": "warm", "graph": True, "provider": "form row"}
+    op |= {"of_floor": 0.9, "copy_gbps": 3000.0, "cache": "warm", "graph": True, "provider": "form row"}
     for day, met in (("20260101", False), ("20260102", True)):
         folder = tmp_path / f"{day}-a-gpu"
         folder.mkdir()
@@ -124,7 +161,8 @@ def test_a_run_on_a_gpu_gets_its_page(monkeypatch, tmp_path):
         (folder / "model.json").write_text(json.dumps(kept))
         host = op | {"graph": False, "provider": "as launched"}
         (folder / "op.json").write_text(json.dumps([op, host, op | {"left_out": "OutOfResources"}]))
-    page = pages.on_gpu()
+    page = tables.on_gpu()
     assert "A GPU, torch 2.11.0, transformers 5.17.0, commit unknown, 2026-01-02." in page
     assert "0.99 met" in page and "0.99 not met" not in page and "graph: RuntimeError: no" in page
+    assert "| original | 2.00 ms, 500 tokens/s |" in page and "| fused | 300 |" in page
     assert page.count("form row") == 1 and "as launched" not in page and "3000 GB/s" in page
