@@ -9,7 +9,7 @@ help:
 	@echo "make test   every test (those that need a GPU say so when there is none)"
 	@echo "make check  ruff, the import order and the packaging: half a minute"
 	@echo "make fix    what ruff can mend by itself"
-	@echo "make gpu    the tests and measurements that need a CUDA GPU"
+	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
 	@echo "make bench  the list of benchmarks; make bench NAME=counted runs one"
 
 run:
@@ -29,7 +29,7 @@ fix:
 	$(PYTHON) -m ruff check --fix .
 
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
 
 bench:
 	$(PYTHON) -m bench $(NAME)

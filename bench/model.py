@@ -12,7 +12,7 @@ Correctness first: each provider's logits of the timed inputs are compared with 
 the next wider dtype. error/bound is their largest error in a row over the certificate's gate, twice the original's own
 (`Oracle`); a provider beyond 1 is not timed. A ratio is called slower or faster only beyond the noise, which is what
 the original shows against itself, and every table says what overhead it could have shown. Launches are counted when all
-times are taken: a profiler may slow what follows it.
+times are taken, in the last case alone: a profiler may slow what follows it.
 
 Every way runs the same attention: transformers builds another mask, and takes a slower kernel, where it sees a graph
 being captured or traced. Prefill is given no mask (causal), a decoding step the mask of what its cache holds.
@@ -31,6 +31,8 @@ from bench.timing import NOISE, Timer, against, ends, graphed, interleaved, laun
 from kernel_surgery import cli
 
 OURS = ("hook", "fused", "fused output", "lora", "baked")
+# As it is, by torch.compile, as a replayed CUDA graph, and both.
+HOWS = ("eager", "compile", "graph", "compile+graph")
 # The promise: so much of the original's speed where it is compiled or captured on a GPU.
 GOAL = 0.99
 # Sequences whose logits are checked; all of them are timed.
@@ -40,12 +42,13 @@ CASES = {
     "layer": [("prefill", 1, 128), ("decode", 1, 128)],
     "stack": [("prefill", 1, 128), ("decode", 1, 128), ("decode", 8, 128), ("decode", 64, 128)],
     "polyglot": [("prefill", 1, 64), ("prefill", 64, 64), ("decode", 1, 64), ("decode", 64, 64)],
+    # What matters most comes first: the rows of a run that is stopped are kept.
     "qwen": [
         ("decode", 1, 1024),
         ("prefill", 1, 2048),
         ("decode", 8, 1024),
-        ("decode", 64, 1024),
         ("prefill", 8, 2048),
+        ("decode", 64, 1024),
     ],
 }
 SHAPES = {
@@ -166,6 +169,10 @@ def prepared(name: str, step: Step, how: str) -> Callable:
     """The step as it will be timed: as it is, compiled, or captured. What it gives is in memory of its own."""
     import torch
 
+    if how == "compile+graph":
+        run = prepared(name, step, "compile")
+        run()
+        return graphed(run, before=step.rewind)
     if how == "compile":
         # A function of its own: dynamo keeps its graphs by code object and does not look at hooks, so that steps that
         # share one would all run the graph of whichever was compiled last.
@@ -189,7 +196,7 @@ class Prepared:
 
         exact = oracle.logits((ids if phase == "decode" else ids[:, :-1])[:CHECKED])
         self.steps, self.runs, self.ratios, self.breaks, self.left_out = {}, {}, {}, {}, {}
-        if how == "compile":
+        if how.startswith("compile"):
             torch._dynamo.reset()
         for name, call in calls.items():
             torch._dynamo.utils.counters.clear()
@@ -204,7 +211,7 @@ class Prepared:
                 continue
             step.rewind()
             self.ratios[name] = oracle.error_over_bound(name, logits, exact)
-            if how == "compile":
+            if how.startswith("compile"):
                 self.breaks[name] = sum(torch._dynamo.utils.counters["graph_break"].values())
             if self.ratios[name] <= 1:  # NaN is not
                 self.steps[name], self.runs[name] = step, run
@@ -240,8 +247,9 @@ def measure(
     rounds: int,
     bandwidth: float,
     advance: Callable = lambda done: None,
+    count: bool = False,
 ) -> list[dict]:
-    """Rows of one case (phase, sequences, tokens). how: "eager", "compile", "graph" (a replayed CUDA graph)."""
+    """Rows of one case (phase, sequences, tokens). how: a value of HOWS. count: launches too, when times are taken."""
     model, bases, (phase, sequences, tokens) = calls["original"].model, oracle.bases, case
     cuda = model.device.type == "cuda"
     ready = Prepared(calls, oracle, phase, prompts(model, sequences, tokens), how)
@@ -255,7 +263,7 @@ def measure(
         "d": model.config.hidden_size,
         "k": next(iter(bases.values())).shape[1],
     }
-    about |= {"dtype": str(model.dtype).removeprefix("torch."), "cache": "warm", "graph": how == "graph"}
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "cache": "warm", "graph": how.endswith("graph")}
     about |= dict.fromkeys(("us_added", "tokens_per_s", "goal_met"))
     for name in calls:
         row = record("model", phase, name, **about, error_over_bound=ready.ratios.get(name))
@@ -267,7 +275,7 @@ def measure(
             row["fraction_of_copy"] = row["gbps"] / bandwidth
             if name == "fused" and cuda and how != "eager":
                 row["goal_met"] = goal_met(row)
-            if cuda:
+            if cuda and count:
                 row["launches"] = ready.launches(name)
         rows.append(row)
     return rows
@@ -314,7 +322,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
     p.add_argument("--case", choices=tuple(CASES), help="default: qwen on CUDA, else stack")
-    p.add_argument("--how", default="eager", help="comma-separated: eager, compile, graph (CUDA)")
+    p.add_argument("--how", default="eager", help="comma-separated: eager, compile; on CUDA graph, compile+graph too")
+    p.add_argument("--only", help="some of the case's sizes: comma-separated PHASE:SEQUENCES:TOKENS (decode:1:1024)")
     p.add_argument("--providers", help="comma-separated (default: all that are installed)")
     p.add_argument("--layers", type=int, help="fewer than the case has")
     p.add_argument(
@@ -333,8 +342,16 @@ def run(argv: list[str] | None = None) -> int:
     case = args.case or ("qwen" if device.type == "cuda" else "stack")
     hows = args.how.split(",")
     for how in hows:
-        if how not in ("eager", "compile", "graph") or (how == "graph" and device.type != "cuda"):
-            raise cli.UserError(f"--how {how!r}: it takes eager, compile and, on CUDA, graph. Nothing was run.")
+        if how not in HOWS or (how.endswith("graph") and device.type != "cuda"):
+            raise cli.UserError(
+                f"--how {how!r}: it takes eager, compile and, on CUDA, graph and compile+graph. Nothing was run."
+            )
+    sizes = CASES[case]
+    if args.only:
+        named = {f"{phase}:{sequences}:{tokens}": (phase, sequences, tokens) for phase, sequences, tokens in sizes}
+        if unknown := [word for word in args.only.split(",") if word not in named]:
+            raise cli.UserError(f"--only {unknown[0]!r}: {case} has {', '.join(named)}. Nothing was run.")
+        sizes = [named[word] for word in args.only.split(",")]
     from bench import providers
     from bench.timing import copy_bandwidth
 
@@ -348,7 +365,7 @@ def run(argv: list[str] | None = None) -> int:
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
     bandwidth, rows = copy_bandwidth(device), []
-    total = len(dtypes) * len(hows) * len(CASES[case]) * (args.rounds + 1) * (len(wanted) + 2)
+    total = len(dtypes) * len(hows) * len(sizes) * (args.rounds + 1) * (len(wanted) + 2)
     with cli.bar(total, case, unit="call") as bar:
         for dtype in dtypes:
             absent = providers.missing(dtype)
@@ -360,10 +377,11 @@ def run(argv: list[str] | None = None) -> int:
             layers = len(model.model.layers)
             bar.write(f"{about['device']}: {case}, {layers} layers, {len(bases)} edited, {str(dtype)[6:]}")
             for how in hows:
-                for one in CASES[case]:
+                for one in sizes:
+                    last = (dtype, how, one) == (dtypes[-1], hows[-1], sizes[-1])
                     bar.write(f"{how}, {ceiling(model, bases, *one, bandwidth)}")
                     with providers.opened(model, bases, names) as calls:
-                        found = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update)
+                        found = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update, last)
                     for row in found:
                         rows.append(row | {"model": case} | about)
                         bar.write(shown(row))

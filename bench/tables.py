@@ -278,11 +278,11 @@ def on_gpu() -> str:
     found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     about = found["environment"] | {"date": f"{found['date'][:4]}-{found['date'][4:6]}-{found['date'][6:]}"}
     parts = [[name, str(part["status"]), f"{part['seconds']:.0f}"] for name, part in found["parts"].items()]
-    made = where(about) + "\n" + table(["part", "status", "s"], parts) + "\n"
+    made = where(about | {"graph": True}) + "\n" + table(["part", "status", "s"], parts) + "\n"
     op_rows, model_rows = rows(f"{folder.name}/op.json"), rows(f"{folder.name}/model.json")
     if op_rows:
         made += f"A large copy moved {op_rows[0]['copy_gbps']:.0f} GB/s.\n\n{op_tables(op_rows)}\n"
-    return made + model_tables(model_rows)
+    return made + model_tables(model_rows) + model_tables(rows(f"{folder.name}/compiled.json"))
 
 
 def growth() -> str:

@@ -108,6 +108,12 @@ def plan_edit(
             )
     if set(sites) != set(chosen):
         raise RuntimeError(f"asked for layers {sorted(chosen)}, found sites for {sorted(sites)}. Nothing was changed.")
+    for site in sites.values():
+        if isinstance(strength, Tensor) and strength.device.type != site.module.weight.device.type:
+            raise ValueError(
+                f"strength is on {strength.device}, {site.name} on {site.module.weight.device}: it would be copied at "
+                f"every call. Nothing was changed. Move it: strength.to({str(site.module.weight.device)!r})."
+            )
     placed = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
     return Plan(sites, placed, strength, note)
 

@@ -138,15 +138,27 @@ def test_the_gpu_command_without_a_gpu_says_so_and_writes_nothing(tmp_path, monk
 
 def test_the_parts_of_the_gpu_command_are_ours_and_what_is_kept_for_them_is_under_nine_minutes(tmp_path):
     from bench import gpu
+    from kernel_surgery import cli
 
     parts = gpu.parts(tmp_path)
-    names = [part.name for part in parts]
+    names = [part.name for part in gpu.chosen(parts, None)]
     assert names == ["kernels", "memcheck", "racecheck", "models", "op", "model", "profile", "eval"]
     for part in parts:
         words = part.command[part.command.index("-m") + 1 :]
         if words[0] != "pytest":
             importlib.import_module(words[0]).parser().parse_args(words[1:])
-    assert sum(part.kept for part in parts) <= gpu.TOTAL <= 9 * 60 - 10
+    assert sum(part.kept for part in gpu.chosen(parts, None)) <= gpu.TOTAL <= 9 * 60 - 10
+    # By name: in their own order, behind the gate where time is taken, and within the whole.
+    for named, run in (
+        ("models", ["models"]),
+        ("tune", ["kernels", "tune"]),
+        ("compiled,kernels", ["kernels", "compiled"]),
+        ("profile,memcheck", ["memcheck", "profile"]),
+    ):
+        found = gpu.chosen(parts, named)
+        assert [part.name for part in found] == run and sum(part.kept for part in found) <= gpu.TOTAL
+    with pytest.raises(cli.UserError, match="--parts: 'speed' is no part; there are kernels, memcheck"):
+        gpu.chosen(parts, "op,speed")
     assert all(part.kept <= part.at_most for part in parts)
 
 
@@ -182,13 +194,31 @@ def test_the_gpu_command_runs_every_part_and_keeps_what_each_said(pretended, cap
 
 @pytest.mark.parametrize(
     "broken, stops",
-    [({"kernels": 1}, True), ({"memcheck": 9}, True), ({"racecheck": 255}, False), ({"models": 1}, False)],
+    [({"kernels": 1}, True), ({"memcheck": 9}, True), ({"racecheck": 9}, False), ({"models": 1}, False)],
 )
 def test_nothing_is_timed_where_a_kernel_is_wrong_and_a_tool_that_breaks_stops_nothing(pretended, broken, stops):
     (name,) = broken
     status, parts, _ = pretended({part: f"raise SystemExit({code})" for part, code in broken.items()})
     assert status == 1 and parts[name] == broken[name] and parts["profile"] == parts["eval"] == 0
     assert (parts["op"], parts["model"]) == ((f"not run: {name} is red",) * 2 if stops else (0, 0))
+
+
+def test_a_gate_that_ran_out_of_time_has_shown_nothing_and_stops_nothing(pretended):
+    status, parts, _ = pretended({"kernels": "import time; time.sleep(60)"}, at_most=3)
+    assert status == 1 and parts["kernels"] == "stopped after 3 s" and parts["op"] == parts["model"] == 0
+
+
+def test_what_is_not_installed_is_known_before_anything_runs_and_nothing_is_kept_for_it(pretended, monkeypatch):
+    from bench import gpu
+
+    monkeypatch.setattr(gpu, "missing", lambda part: "a_tool" if part.name in ("model", "eval") else None)
+    limits = []
+    monkeypatch.setattr(gpu, "run_part", lambda command, limit, log: limits.append(limit) or 0)
+    status, parts, _ = pretended({})
+    assert status == 0 and parts["model"] == parts["eval"] == "not run: a_tool is not installed here"
+    every = {part.name: part for part in gpu.parts(None)}
+    kept = sum(every[name].kept for name in ("memcheck", "racecheck", "models", "op", "profile"))
+    assert limits[0] == pytest.approx(min(every["kernels"].at_most, gpu.TOTAL - kept), abs=1)
 
 
 def test_a_part_that_hangs_is_stopped_and_what_it_said_is_kept(pretended):
@@ -205,7 +235,7 @@ def test_a_part_that_hangs_is_stopped_and_what_it_said_is_kept(pretended):
 def test_a_part_whose_tool_is_not_there_is_named_and_is_no_failure(tmp_path, monkeypatch):
     from bench import gpu
 
-    part = gpu.parts(tmp_path)[-1]
+    part = gpu.parts(tmp_path)[0]
     assert gpu.missing(dataclasses.replace(part, needs=("json", "sh"))) is None
     assert gpu.missing(dataclasses.replace(part, needs=("json", "no_such_tool"))) == "no_such_tool"
 
@@ -421,6 +451,14 @@ def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
         rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
         assert {row["provider"]: row["left_out"] for row in rows} == dict.fromkeys(names)
         assert {row["provider"]: row["graph_breaks"] for row in rows} == dict.fromkeys(names, 0)
+        # Compiled and then captured: what is captured is the compiled function (a stand-in for CUDA's capture here).
+        captured = []
+        monkeypatch.setattr(model, "graphed", lambda run, before: captured.append(run) or run)
+        rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile+graph", 1, 10.0)
+        assert {row["provider"]: (row["left_out"], row["graph"], row["graph_breaks"]) for row in rows} == dict.fromkeys(
+            names, (None, True, 0)
+        )
+        assert len(captured) == len(names) and all(hasattr(run, "_torchdynamo_orig_callable") for run in captured)
         # The check can fail: one function for all.
         monkeypatch.setattr(model, "prepared", lambda name, step, how: torch.compile(step, dynamic=False))
         rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
@@ -483,8 +521,10 @@ def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(
     from kernel_surgery import cli
 
     for words in (["--how", "graph", "--device", "cpu"], ["--how", "nonsense", "--device", "cpu"]):
-        with pytest.raises(cli.UserError, match="it takes eager, compile and, on CUDA, graph"):
+        with pytest.raises(cli.UserError, match=r"it takes eager, compile and, on CUDA, graph and compile\+graph"):
             model.run(words)
+    with pytest.raises(cli.UserError, match=r"--only 'decode:2:1': layer has prefill:1:128, decode:1:128\. Nothing"):
+        model.run(["--case", "layer", "--device", "cpu", "--only", "decode:2:1"])
     made, bases, oracle = small
 
     def failing(name, step, how):

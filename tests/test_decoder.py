@@ -116,6 +116,9 @@ def test_one_batch_holds_edited_and_unedited_sequences_and_can_be_switched(bases
     for wrong in (torch.ones(2, 2), torch.tensor([1, 0]), torch.ones(2, requires_grad=True)):
         with pytest.raises(ValueError, match="one a sequence"), fused(model, bases, wrong):
             pytest.fail("the block was entered")
+    # On another kind of device it would be copied in every layer, and could not be captured.
+    with pytest.raises(ValueError, match=r"strength is on meta, .*down_proj on cpu: .* Nothing was changed\. Move"):
+        fused(model, bases, torch.ones(2, device="meta")).__enter__()
     with pytest.raises(ValueError, match="reach is 'everything'; expected one of output, add, norm"):
         fused(model, bases, reach="everything").__enter__()
 

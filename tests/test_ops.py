@@ -300,3 +300,49 @@ def test_a_minus_sign_that_is_a_bit_and_a_device_without_autocast():
 def test_the_provider_is_named_for_what_runs():
     assert provider(torch.zeros(1)) == provider("cpu") == "aten/cpu"
     assert provider("cuda") == "triton/cuda"
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_on_a_gpu_opcheck_passes(rows, dtype):
+    """Schema, fake, autograd and AOT dispatch of every operator on CUDA, with strengths a row and without."""
+    operators = torch.ops.kernel_surgery
+    x, r = (torch.randn(rows, 128, device="cuda").to(dtype).requires_grad_(dtype == torch.float32) for _ in range(2))
+    w, u = torch.rand(128, device="cuda").to(dtype), basis(128, 16).cuda()
+    for strengths in (None, torch.rand(rows, device="cuda")):
+        assert torch.library.opcheck(operators.project.default, (x, u, 0.7, strengths))
+        for separate in (True, False):
+            more = (u, 0.7, strengths, separate)
+            assert torch.library.opcheck(operators.project_add.default, (x, r, *more))
+            assert torch.library.opcheck(operators.project_add_rmsnorm.default, (x, r, w, 1e-6, *more))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_tf32_does_not_reach_the_edit():
+    """As after torch.set_float32_matmul_precision("high"), which torch.compile recommends."""
+    from kernel_surgery.bake import bake_weight
+    from kernel_surgery.ops import project
+    from kernel_surgery.reference import bake_oracle, baked_element_bound, project_eager
+
+    x, u, weight = torch.randn(64, 2048, device="cuda"), basis(2048, 10).cuda(), torch.randn(2048, 512, device="cuda")
+    square = torch.randn(1024, 1024, device="cuda")  # a shape for which cuBLAS takes its tensor cores
+    torch.set_float32_matmul_precision("high")
+    try:
+        product = square.double() @ square.double()
+        coarse = float(((square @ square).double() - product).norm() / product.norm())
+        ratios = {
+            name: worst_ratio((call(x, u).double() - project_oracle(x, u)).abs(), rule_a_bound(x, u))
+            for name, call in (("triton", project), ("eager", project_eager))
+        }
+        off = (bake_weight(weight, u).double() - bake_oracle(weight, u)).abs()
+        ratios["bake"] = worst_ratio(off, baked_element_bound(weight, u))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    print(f"somebody else's product is off by {coarse:.1e}; the edit's error/bound {ratios}")
+    assert max(ratios.values()) <= 1 and coarse > 2.0**-16  # float32's would be 2^-23
