@@ -324,6 +324,13 @@ def storage_noise(stored: Tensor, basis: Tensor) -> float:
     return math.sqrt(total / 12)
 
 
+def storage_noise_at_most(stored: Tensor, basis: Tensor) -> float:
+    """No less than `storage_noise`, at the cost of a norm: an ulp is at most 2 u of its number, or the smallest one."""
+    relative = 2 * unit_roundoff(stored.dtype) * stored.norm(dim=1, dtype=torch.float32).double()
+    squares = relative**2 + (2 * underflow(stored.dtype)) ** 2 * stored.shape[1]
+    return 1.01 * math.sqrt(float((squares * _row_norms(basis) ** 2).sum()) / 12)
+
+
 def leak_floor(after: Tensor, before: Tensor, basis: Tensor) -> float:
     """The leak that correct rounding leaves: `storage_noise` of W' over norm(U^T W)."""
     return storage_noise(after, basis) / float((basis.double().T @ before.double()).norm())

@@ -15,6 +15,8 @@ from kernel_surgery.reference import (
     project_eager,
     project_oracle,
     rule_a_bound,
+    storage_noise,
+    storage_noise_at_most,
     unit_roundoff,
     worst_ratio,
 )
@@ -85,3 +87,32 @@ def test_a_ratio_never_hides_nan_or_an_error_without_a_bound():
     zero, one, nan = torch.zeros(2), torch.ones(2), torch.tensor([0.0, math.nan])
     assert worst_ratio(zero, zero) == 0 and worst_ratio(one, 2 * one) == 0.5 and worst_ratio(zero[:0], zero[:0]) == 0
     assert worst_ratio(one, zero) == worst_ratio(nan, one) == worst_ratio(one, nan) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-7, 0.0])
+def test_the_cheap_bound_of_the_storage_noise_is_one_and_is_near(dtype, scale):
+    """An ulp is between u and 2 u of its number: the bound is at most twice too large where nothing is subnormal."""
+    weight = (scale * torch.randn(300, 70)).to(dtype)
+    weight[3, :5] = 0.0
+    noise, bound = storage_noise(weight, basis(300, 7)), storage_noise_at_most(weight, basis(300, 7))
+    print(f"{dtype} x {scale}: bound/noise {bound / noise if noise else math.inf:.2f}")
+    assert bound >= noise
+    assert bound <= 2.05 * noise or scale < 1e-3
+
+
+@pytest.mark.parametrize("rows", [255, 256, 257, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_is_baked_some_rows_at_a_time_within_the_bound_of_the_whole(dtype, rows):
+    from kernel_surgery.bake import ROWS_AT_ONCE, remove
+
+    weight, u = torch.randn(rows, 90).to(dtype), basis(rows, 7)
+    assert ROWS_AT_ONCE == 256
+    for given in (weight, weight.T.contiguous().T, weight[:, 3]):
+        kept = given.clone()
+        made, inside = remove(given, u, 0.7)
+        columns = given.reshape(rows, -1)
+        off = (made.reshape(rows, -1).double() - bake_oracle(columns, u, 0.7)).abs()
+        assert made.shape == given.shape and made.dtype == dtype and torch.equal(given, kept)
+        assert worst_ratio(off, baked_element_bound(columns, u, 0.7)) <= 1
+        assert (inside.double() - u.double().T @ columns.double()).norm() <= 1e-5 * inside.double().norm()
