@@ -203,7 +203,7 @@ def checkpoint() -> str:
                 interval(r),
                 f"{1 / r['fraction_of_copy']:.2f}",
                 *(
-                    f"{r[key]:{form}}" if key in r else ""
+                    f"{r[key]:{form}}" if r.get(key) is not None else ""
                     for key, form in (
                         ("peak_resident_gb", ".2f"),
                         ("peak_anonymous_gb", ".2f"),
