@@ -165,4 +165,5 @@ def test_a_run_on_a_gpu_gets_its_page(monkeypatch, tmp_path):
     assert "A GPU, torch 2.11.0, transformers 5.17.0, commit unknown, 2026-01-02." in page
     assert "0.99 met" in page and "0.99 not met" not in page and "graph: RuntimeError: no" in page
     assert "| original | 2.00 ms, 500 tokens/s |" in page and "| fused | 300 |" in page
-    assert page.count("form row") == 1 and "as launched" not in page and "3000 GB/s" in page
+    assert "- not run: form row at 16 x 2048, k = 10: OutOfResources\n" in page
+    assert page.count("| form row |") == 1 and "as launched" not in page and "3000 GB/s" in page
