@@ -20,7 +20,7 @@ FIELDS = {
     "us_p80": "the 80th percentile",
     "gbps": "GB/s of the bytes that have to be moved at least, over the median",
     "fraction_of_copy": "the same over that of a copy in the same run",
-    "error_over_bound": "largest error over the bound of what was timed; above 1 it computes something else",
+    "error_over_bound": "largest error over the bound of that way of computing; above 1 it is rounded more coarsely",
     "launches": "kernels, copies and fills a call starts on a GPU",
     "cache": "warm or cold",
     "graph": "whether a captured CUDA graph was replayed",

@@ -34,7 +34,7 @@ def answers() -> str:
         f"```text\n{strict_table(results['modes'], results['paired'])}\n```\n\n"
         f"`{command}` took {results['seconds']:.0f} s on {environment['device']}, torch {environment['torch']}, "
         f"commit {environment['commit'][:10]}, {environment['date'][:10]}. FAT: tokens until the right answer is "
-        "complete; fidelity and coverage: see [below](#how-an-answer-is-judged).\n"
+        "complete; Holm p: corrected for all comparisons; the rest: see [below](#how-an-answer-is-judged).\n"
     )
 
 
@@ -59,7 +59,8 @@ def retest() -> str:
     return (
         tables.table(["rank", "fitted at", "strength", *solved, "both, by problem", ""], body)
         + f"\nIntervals are each comparison's own, 95%; the words are corrected for all {len(study['paired'])} "
-        f"together. {about['device']}, torch {about['torch']}, commit {about['commit'][:10]}.\n"
+        "together, and hold at this budget. "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit'][:10]}.\n"
     )
 
 

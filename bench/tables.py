@@ -127,7 +127,8 @@ def op_tables(found: list[dict]) -> str:
 
     def cell(r: dict) -> str:
         low, high = ends(r)
-        return f"{r['us_p50']:.3g} us, {r['of_floor']:.3g} ({1 / high:.3g} to {1 / low:.3g})"
+        digits = 0 if r["us_p50"] >= 100 else 1
+        return f"{r['us_p50']:.{digits}f} us, {r['of_floor']:.3g} ({1 / high:.3g} to {1 / low:.3g})"
 
     for key in dict.fromkeys(map(kind, shown)):
         chosen = [r for r in shown if kind(r) == key]
@@ -185,7 +186,8 @@ def evaluation() -> str:
         for r in found
     ]
     parted = max(r["parted_by_rounding"] for r in found)
-    about = f"{found[0]['M']} texts, the same from all (at most {parted} parted by rounding).\n\n"
+    about = f"{found[0]['M']} texts, the same from all"
+    about += " token for token.\n\n" if not parted else f", but for {parted} at most that rounding parts.\n\n"
     return about + table(["", "batch", "s", "tokens/s", "times the loop's speed"], body) + "\n" + where(found[0])
 
 
@@ -253,7 +255,8 @@ def model_tables(found: list[dict]) -> str:
     for dtype, how in dict.fromkeys((r["dtype"], r["how"]) for r in found):
         chosen = [r for r in found if (r["dtype"], r["how"]) == (dtype, how)]
         first = chosen[0]
-        out += f"{first['model']}, {first['layers']} layers, {first['edited']} edited, {dtype}, {how}\n\n"
+        out += f"{first['model']}, layers {first['layers']}, edited {first['edited']}, {dtype}, {how}; "
+        out += "time over the original's\n\n"
         out += grid(chosen, phase, model_cell)
         seen = {phase(r): r for r in chosen if not r["left_out"]}
         said = ", ".join(f"{r['noise']:.3f} and {r['detectable']:.3f} in {name}" for name, r in seen.items())
