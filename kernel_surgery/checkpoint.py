@@ -7,7 +7,6 @@ U^T W of every edited tensor, from which `--undo` restores the weights to within
 """
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -291,8 +290,8 @@ def bake_checkpoint(
         if not torch.isfinite(inside).all():
             raise ValueError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
         # Element by element the noise takes as long as the edit: looked at where its bound does not settle it.
-        held = float(inside.norm()) / 3 if strength == 1 and weight.ndim == 2 else math.inf
-        if held < storage_noise_at_most(weight, basis) and held < storage_noise(weight, basis):
+        held, matrix = float(inside.norm()), strength == 1 and weight.ndim == 2
+        if matrix and held < 3 * storage_noise_at_most(weight, basis) and held < 3 * storage_noise(weight, basis):
             raise ValueError(
                 f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
                 f"{float(inside.norm()):.3g}): it was baked with this subspace before. Nothing was written. "

@@ -451,13 +451,13 @@ def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
         rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
         assert {row["provider"]: row["left_out"] for row in rows} == dict.fromkeys(names)
         assert {row["provider"]: row["graph_breaks"] for row in rows} == dict.fromkeys(names, 0)
-        few = {name: calls[name] for name in ("original", timing.NOISE, "fused")}
+        few = {name: calls[name] for name in ("original", timing.NOISE, "hook", "fused")}
         # Compiled and then captured: what is captured is the compiled function (a stand-in for CUDA's capture here).
         captured = []
         monkeypatch.setattr(model, "graphed", lambda run, before: captured.append(run) or run)
         rows = model.measure(few, oracle, ("prefill", 1, 8), "compile+graph", 1, 10.0)
-        assert [(row["left_out"], row["graph"], row["graph_breaks"]) for row in rows] == [(None, True, 0)] * 3
-        assert len(captured) == 3 and all(hasattr(run, "_torchdynamo_orig_callable") for run in captured)
+        assert [(row["left_out"], row["graph"], row["graph_breaks"]) for row in rows] == [(None, True, 0)] * 4
+        assert len(captured) == 4 and all(hasattr(run, "_torchdynamo_orig_callable") for run in captured)
         # The check can fail: one function for all.
         monkeypatch.setattr(model, "prepared", lambda name, step, how: torch.compile(step, dynamic=False))
         rows = model.measure(few, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
