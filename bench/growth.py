@@ -160,13 +160,17 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
         return (time.perf_counter() - began) * 1e6
 
     times = interleaved({name: lambda call=call: timed(call) for name, call in calls.items()}, rounds, advance)
-    d = {"layers": LITTLE["hidden_size"], "checkpoint": 512}.get(what, 2048)
-    rows = []
+    # What is edited or fitted, where it does not grow; null where a quantity has no such size.
+    about = {"M": 1024, "d": 2048, "k": 16, "dtype": "float32"}
+    if what not in ("tokens", "d", "k"):
+        about |= {"M": None, "k": None, "d": {"layers": LITTLE["hidden_size"], "checkpoint": 512}.get(what, 2048)}
+    if what == "checkpoint":
+        about["dtype"] = "bfloat16"
+    grows, rows = {"tokens": "M", "d": "d", "k": "k"}.get(what), []
     for size, (name, call) in zip(SIZES[what], calls.items(), strict=True):
         sample = percentiles(times[name]) | {"size": size, "peak_bytes": peak_of(call)}
-        known = {"M": 1024, "d": d, "k": 16} | ({what: size} if what in ("d", "k") else {})
-        known |= {"M": size} if what == "tokens" else {} if what in ("d", "k") else {"M": None, "k": None}
-        rows.append(record("growth", what, "kernel_surgery", **known, dtype="float32", cache="warm") | sample)
+        known = about | ({grows: size} if grows else {})
+        rows.append(record("growth", what, "kernel_surgery", **known, cache="warm") | sample)
     return rows
 
 

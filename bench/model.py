@@ -255,14 +255,9 @@ def measure(
     ready = Prepared(calls, oracle, phase, prompts(model, sequences, tokens), how)
     times = ready.times(Timer(model.device, 4 if phase == "decode" else 1), rounds, advance) if ready.runs else {}
     compared, rows = against(times) if times else {}, []
-    weights, read = sequences * (tokens if phase == "prefill" else 1), weight_bytes(model)
+    m, read = rows_of(phase, sequences, tokens), weight_bytes(model)
     about = {"sequences": sequences, "tokens": tokens, "how": how, "layers": len(model.model.layers)}
-    about |= {
-        "edited": len(bases),
-        "M": weights,
-        "d": model.config.hidden_size,
-        "k": next(iter(bases.values())).shape[1],
-    }
+    about |= {"edited": len(bases), "M": m, "d": model.config.hidden_size, "k": next(iter(bases.values())).shape[1]}
     about |= {"dtype": str(model.dtype).removeprefix("torch."), "cache": "warm", "graph": how.endswith("graph")}
     about |= dict.fromkeys(("us_added", "tokens_per_s", "goal_met"))
     for name in calls:
@@ -271,7 +266,7 @@ def measure(
         if name in times:
             row |= percentiles(times[name]) | compared[name]
             row["us_added"] = statistics.median(t - b for t, b in zip(times[name], times["original"], strict=True))
-            row |= {"tokens_per_s": weights / row["us_p50"] * 1e6, "gbps": read / row["us_p50"] / 1e3}
+            row |= {"tokens_per_s": m / row["us_p50"] * 1e6, "gbps": read / row["us_p50"] / 1e3}
             row["fraction_of_copy"] = row["gbps"] / bandwidth
             if name == "fused" and cuda and how != "eager":
                 row["goal_met"] = goal_met(row)
@@ -302,6 +297,11 @@ def shown(row: dict) -> str:
     )
 
 
+def rows_of(phase: str, sequences: int, tokens: int) -> int:
+    """Rows of activations that one call of a phase computes."""
+    return sequences * (tokens if phase == "prefill" else 1)
+
+
 def weight_bytes(model) -> int:
     """Bytes of a model's parameters, each counted once: what a forward pass has to read at least."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
@@ -310,7 +310,7 @@ def weight_bytes(model) -> int:
 def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: float) -> str:
     """What the memory allows at best: every weight read once; and what the edit adds to it."""
     size, weights = model.dtype.itemsize, weight_bytes(model)
-    rows = sequences * (tokens if phase == "prefill" else 1)
+    rows = rows_of(phase, sequences, tokens)
     edit = sum((2 * rows + 2 * b.shape[1]) * b.shape[0] * size for b in bases.values())
     return (
         f"{phase} {sequences} x {tokens}: reading the weights takes {weights / bandwidth / 1e6:.2f} ms at the copy's "
