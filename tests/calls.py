@@ -1,4 +1,4 @@
-"""Commands driven in this process: the one place of the golden tests that knows where the command line's `main` is."""
+"""Commands driven in this process: the one place of two tests that knows where the command line's `main` is."""
 
 import contextlib
 import importlib
@@ -20,3 +20,16 @@ def call(stage: str, *words: object) -> tuple[int, str, str]:
         except SystemExit as left:
             status = left.code
     return status, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Torch on one thread: tensors this small gain nothing from two, and wait for each other where a core is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import pytest
 
 import kernel_surgery
 from kernel_surgery import Subspace
-from tests.calls import call
+from tests.calls import call, one_thread
 
 BEFORE = Path(__file__).resolve().parent / "data" / "before"
 
@@ -19,7 +19,8 @@ def before(tmp_path, monkeypatch):
     """A copy to work in: the files in the tree are never written to."""
     folder = shutil.copytree(BEFORE, tmp_path / "before")
     monkeypatch.chdir(folder)
-    return folder
+    with one_thread():
+        yield folder
 
 
 def lines(file: Path) -> list[bytes]:

@@ -32,7 +32,7 @@ from pathlib import Path
 import pytest
 
 import kernel_surgery
-from tests.calls import call
+from tests.calls import call, one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN, BEFORE = ROOT / "tests" / "golden", ROOT / "tests" / "data" / "before"
@@ -689,7 +689,7 @@ def small_run(folder: Path) -> dict[str, str]:
         files = sorted(f.relative_to(name).as_posix() for f in Path(name).rglob("*") if f.is_file())
         made[f"{name}/files.txt"] = "\n".join(files) + "\n"
 
-    with inside(folder):
+    with inside(folder), one_thread():
         words = ("--mode", "all", "--problems", 1, "--max-new-tokens", 48, "--languages", "en,zh", "--seed", 3)
         done("eval", "eval", *words, "--controls", "haar:2", "--device", "cpu", "--out", "eval")
         for file in ("config.json", "results.json", "samples.jsonl", "controls.jsonl"):
