@@ -6,7 +6,8 @@ Without a name the list; with one the same as `python -m bench.NAME`.
 import importlib
 import sys
 
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
 
 # name: (what it shows, about how long on two CPU cores, where its figures are kept)
 BENCHES = {
@@ -38,9 +39,9 @@ def listing() -> str:
     return "\n".join(lines + [f"  {name:<11} {what} ({took}; {file})" for name, (what, took, file) in BENCHES.items()])
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """The command line; what follows the name is the benchmark's own."""
-    p = cli.Parser(prog="python -m bench", description="Run a benchmark by its name, or list them.", add_help=False)
+    p = Parser(prog="python -m bench", description="Run a benchmark by its name, or list them.", add_help=False)
     p.add_argument("name", nargs="?")
     return p
 
@@ -53,9 +54,9 @@ def run(argv: list[str] | None = None) -> int | None:
         return 0
     name = parser().parse_args(words[:1]).name
     if name not in BENCHES:
-        raise cli.UserError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}. Nothing was run.")
+        raise UserError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}. Nothing was run.")
     return importlib.import_module(f"bench.{name}").run(words[1:])
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -26,7 +26,8 @@ from pathlib import Path
 from bench.kept import keep, record
 from bench.shapes import QWEN
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.progress import progress_bar
 
 COPY, HASHED = "cp -r", "cp -r, then SHA-256"
 DENSE, PEFT = "from_pretrained, dense P @ W, save_pretrained", "from_pretrained, peft merge_and_unload, save_pretrained"
@@ -38,8 +39,9 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     from safetensors.torch import save_file
     from transformers import Qwen2Config
 
-    from kernel_surgery.sites import default_layers
-    from kernel_surgery.subspace import EMBEDDING, Subspace, sample_weights
+    from kernel_surgery.models.architectures import EMBEDDING, default_layers
+    from kernel_surgery.subspace.artifact import Subspace
+    from kernel_surgery.subspace.fingerprint import sample_weights
 
     folder.mkdir()
     shapes = QWEN | changes | {"num_hidden_layers": layers}
@@ -155,8 +157,9 @@ def check(source: Path, baked: Path, subspace: Path) -> dict[str, float]:
     the largest share of elements that are not the exact value correctly rounded."""
     from safetensors import safe_open
 
-    from kernel_surgery.reference import bake_oracle, baked_element_bound, leak_floor, leak_of_weight, worst_ratio
-    from kernel_surgery.subspace import Subspace
+    from kernel_surgery.numerics.bounds import baked_element_bound, leak_floor, worst_ratio
+    from kernel_surgery.numerics.oracle import bake_oracle, leak_of_weight
+    from kernel_surgery.subspace.artifact import Subspace
 
     space = Subspace.load(subspace)
     worst = {"leak_over_floor": 0.0, "error_over_bound": 0.0, "not_correctly_rounded": 0.0}
@@ -184,7 +187,7 @@ def hash_rate() -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.checkpoint", description="Time baking against copying and hashing.")
+    p = Parser(prog="python -m bench.checkpoint", description="Time baking against copying and hashing.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--layers", type=int, default=36, help="fewer make a smaller checkpoint")
     p.add_argument("--rounds", type=int, default=6)
@@ -231,7 +234,7 @@ def run(argv: list[str] | None = None) -> int:
             shutil.rmtree(target)
             return seconds * 1e6
 
-        with cli.bar((args.rounds + 1) * len(commands), "checkpoint", unit="run") as bar:
+        with progress_bar((args.rounds + 1) * len(commands), "checkpoint", unit="run") as bar:
             times = interleaved({name: lambda name=name: one(name) for name in commands}, args.rounds, bar.update)
     rows, copied = [], percentiles(times[COPY])["us_p50"]
     print(f"{'':<57} seconds  of cp -r, then SHA-256   resident GB anonymous leak/floor error/bound wrongly rounded")
@@ -257,4 +260,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

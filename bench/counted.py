@@ -21,7 +21,9 @@ from pathlib import Path
 from bench.kept import keep, record
 from bench.providers import PEERS
 from bench.timing import NOISE, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.models.load import parse_dtype
+from kernel_surgery.ops.library import _DIRECT
 
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
 # (sequences, tokens) of the passes that are counted.
@@ -38,9 +40,7 @@ def counter():
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_flatten
 
-    from kernel_surgery import ops
-
-    own = {op._opoverload: direct["cpu"] for op, direct in ops._DIRECT.items()}
+    own = {op._opoverload: direct["cpu"] for op, direct in _DIRECT.items()}
 
     def tensors(tree) -> list[torch.Tensor]:
         return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
@@ -99,7 +99,7 @@ def errors(calls: dict, ids, bases: dict) -> dict[str, float]:
     the output, Rule A on that output too."""
     import torch
 
-    from kernel_surgery.checks import check_outputs
+    from kernel_surgery.certify.checks import check_outputs
 
     found = {}
     for name, call in calls.items():
@@ -151,7 +151,7 @@ def rows_of(case: str, dtype_name: str, names) -> list[dict]:
     from bench import providers
     from bench.model import prompts
 
-    dtype = cli.parse_dtype(dtype_name, "cpu")
+    dtype = parse_dtype(dtype_name, "cpu")
     (model, bases), absent = load(case, dtype), providers.missing(dtype)
     names, rows = [name for name in names if name not in absent], []
     about = {"d": model.config.hidden_size, "k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
@@ -199,7 +199,7 @@ HEAD = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.counted", description="Count what every way of making the edit does.")
+    p = Parser(prog="python -m bench.counted", description="Count what every way of making the edit does.")
     p.add_argument("--case", choices=tuple(TOKENS), help="default: stack and polyglot")
     p.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -253,4 +253,4 @@ def faults(rows: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

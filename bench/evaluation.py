@@ -19,7 +19,10 @@ from pathlib import Path
 from bench.kept import keep, record
 from bench.model import weight_bytes
 from bench.timing import copy_bandwidth, ends, interleaved, percentiles, ratio, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.models.load import load_model, load_tokenizer, parse_device
+from kernel_surgery.problems.generator import parse_languages
 
 LOOP, BATCHED_LOOP, OURS = "one prompt at a time", "the loop, batched", "kernel_surgery.eval"
 Texts = list[tuple[int, ...]]
@@ -30,8 +33,8 @@ def by_hand(model, tokenizer, asked, languages, budget: int, batch_size: int, ad
     it. With a batch size of 1 that script's loop."""
     import torch
 
-    from kernel_surgery.generate import end_tokens
-    from kernel_surgery.scoring import expag_check, expag_fat, expag_language
+    from kernel_surgery.evaluation.generate import end_tokens
+    from kernel_surgery.scoring.expag import expag_check, expag_fat, expag_language
 
     ends, made = end_tokens(model, tokenizer), []
     for language in languages:
@@ -54,8 +57,8 @@ def by_hand(model, tokenizer, asked, languages, budget: int, batch_size: int, ad
 
 def batched(model, tokenizer, asked, languages, budget: int, batch_size: int, advance: Callable) -> Texts:
     """The same by this project's evaluation: `generate`, then `results.score`, a cell a language."""
-    from kernel_surgery.generate import generate
-    from kernel_surgery.results import score, text_of
+    from kernel_surgery.evaluation.generate import generate
+    from kernel_surgery.evaluation.judging import score, text_of
 
     made, decode = [], text_of(tokenizer)
     for language in languages:
@@ -73,7 +76,7 @@ def may_swap(model, tokenizer, prompt: str, one: tuple[int, ...], other: tuple[i
     two choices are no further apart than twice what padding on the left changes in them."""
     import torch
 
-    from kernel_surgery.generate import end_tokens
+    from kernel_surgery.evaluation.generate import end_tokens
 
     end = end_tokens(model, tokenizer)[0]
     at = next((t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -92,7 +95,7 @@ def may_swap(model, tokenizer, prompt: str, one: tuple[int, ...], other: tuple[i
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.evaluation", description="Time the evaluation against a one-by-one loop.")
+    p = Parser(prog="python -m bench.evaluation", description="Time the evaluation against a one-by-one loop.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--problems", type=int, default=40, help="per category (default 40: 200 a language)")
     p.add_argument("--languages", default="en,zh")
@@ -106,14 +109,14 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print both times and their ratio; 1 if the texts differ by more than rounding explains."""
     args = parser().parse_args(argv)
-    languages, device, budget = cli.parse_languages(args.languages), cli.parse_device(args.device), args.max_new_tokens
+    languages, device, budget = parse_languages(args.languages), parse_device(args.device), args.max_new_tokens
 
     import torch
 
-    from kernel_surgery.language import judge
-    from kernel_surgery.problems import problems
+    from kernel_surgery.problems.generator import problems
+    from kernel_surgery.scoring.language import judge
 
-    model, tokenizer = cli.load_model("polyglot", torch.float32, device), cli.load_tokenizer("polyglot")
+    model, tokenizer = load_model("polyglot", torch.float32, device), load_tokenizer("polyglot")
     asked, about = problems("test", args.problems), stamp(device)
     bandwidth, weights = copy_bandwidth(device), weight_bytes(model)
     print(
@@ -128,7 +131,7 @@ def run(argv: list[str] | None = None) -> int:
     }
     texts: dict[str, Texts] = {}
     prompts = [problem.prompts[language] for language in languages for problem in asked]
-    with cli.bar((args.rounds + 1) * len(calls) * len(prompts), "evaluation", unit="text") as bar:
+    with progress_bar((args.rounds + 1) * len(calls) * len(prompts), "evaluation", unit="text") as bar:
 
         def one(name: str) -> float:
             began = time.perf_counter()
@@ -167,4 +170,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bench.kept import keep, record
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.progress import progress_bar
 
 PROBLEMS, LANGUAGES = 200, 7
 SCRIPT, OURS = "numpy.linalg.svd, full (the script)", "kernel_surgery.fit"
@@ -52,7 +53,7 @@ def providers(k: int) -> dict[str, Callable]:
     import torch
     from scipy.sparse.linalg import svds
 
-    from kernel_surgery.fit import language_rows, principal_basis
+    from kernel_surgery.subspace.fitting import language_rows, principal_basis
 
     def numpy_full(x):
         return np.linalg.svd(deviations(x).numpy(), full_matrices=False)[2][:k].T
@@ -109,7 +110,7 @@ def quality(found, x, exact) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.fit", description="Time fitting against full SVDs and top-k solvers.")
+    p = Parser(prog="python -m bench.fit", description="Time fitting against full SVDs and top-k solvers.")
     p.add_argument("--layers", type=int, default=36)
     p.add_argument("--d", type=int, default=2048)
     p.add_argument("--rank", type=int, default=10)
@@ -146,7 +147,7 @@ def run(argv: list[str] | None = None) -> int:
             worst[name][key] = max(worst[name][key], value)
         return taken
 
-    with cli.bar((args.layers + 1) * len(calls), "fit", unit="layer") as bar:
+    with progress_bar((args.layers + 1) * len(calls), "fit", unit="layer") as bar:
         times = interleaved({name: lambda name=name: one(name) for name in calls}, args.layers, bar.update)
     rows = []
     for name, taken in times.items():
@@ -167,4 +168,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

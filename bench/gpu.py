@@ -26,7 +26,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
 
 TOTAL = 525  # seconds
 GATE = "kernels"  # the part without which no time is taken
@@ -92,7 +95,7 @@ def chosen(every: list[Part], names: str | None) -> list[Part]:
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in {part.name for part in every}]:
         known = ", ".join(part.name for part in every)
-        raise cli.UserError(f"--parts: {unknown[0]!r} is no part; there are {known}. Nothing was run.")
+        raise UserError(f"--parts: {unknown[0]!r} is no part; there are {known}. Nothing was run.")
     timed = any(part.timed for part in every if part.name in wanted)
     return [part for part in every if part.name in wanted or (timed and part.name == GATE)]
 
@@ -128,9 +131,9 @@ def run_part(command: list[str], limit: float, log: Path) -> int | str:
             return f"stopped after {limit:.0f} s"
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
+    p = Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
     p.add_argument("--parts", help="comma-separated, see above (default: all but compiled and tune)")
     return p
 
@@ -141,8 +144,8 @@ def run(argv: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise cli.UserError("no CUDA device here: nothing was run and nothing was written.")
-    environment = cli.environment("cuda")
+        raise UserError("no CUDA device here: nothing was run and nothing was written.")
+    environment = environment_record("cuda")
     stamp = time.strftime("%Y%m%d")
     name = environment["device"].lower().replace(" ", "-")
     every = parts(Path())  # a name that is none is refused before anything is written
@@ -172,7 +175,7 @@ def run(argv: list[str] | None = None) -> int:
             if part.gate is not None and isinstance(status, int) and (status in part.gate if part.gate else status):
                 red = part.name
         summary["parts"][part.name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
-        cli.write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         with log.open("rb") as file:
             file.seek(at)
             said = file.read().decode(errors="replace").splitlines()
@@ -184,4 +187,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

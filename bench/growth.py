@@ -26,7 +26,9 @@ from pathlib import Path
 
 from bench.kept import keep, record
 from bench.timing import interleaved, percentiles, stamp, steady_memory
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.progress import progress_bar
 
 SIZES = {
     "tokens": (1024, 2048, 4096, 8192, 16384),
@@ -88,8 +90,8 @@ def made(what: str, size: int, folder: Path) -> Callable[[], object]:
 
     from bench import fit as fitting
     from kernel_surgery import fused
-    from kernel_surgery.fit import language_rows, principal_basis
-    from kernel_surgery.ops import project
+    from kernel_surgery.ops.library import project
+    from kernel_surgery.subspace.fitting import language_rows, principal_basis
 
     generator = torch.Generator().manual_seed(size)
     if what in ("tokens", "d", "k"):
@@ -114,8 +116,8 @@ def made(what: str, size: int, folder: Path) -> Callable[[], object]:
         x = fitting.activations(0, 2048, problems=problems, languages=languages)
         return lambda: principal_basis(language_rows(x, "deviations"), min(8, languages))
     from bench.checkpoint import make_source
-    from kernel_surgery.checkpoint import bake_checkpoint
-    from kernel_surgery.subspace import Subspace
+    from kernel_surgery.checkpoint.baking import bake_checkpoint
+    from kernel_surgery.subspace.artifact import Subspace
 
     source = folder / str(size) / "source"
     source.parent.mkdir()
@@ -176,7 +178,7 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.growth", description="Fit how time and memory grow with the work.")
+    p = Parser(prog="python -m bench.growth", description="Fit how time and memory grow with the work.")
     p.add_argument("--what", help=f"comma-separated (default: all of {', '.join(SIZES)})")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -188,11 +190,11 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     chosen = args.what.split(",") if args.what else list(SIZES)
     if unknown := [name for name in chosen if name not in SIZES]:
-        raise cli.UserError(f"unknown quantity {unknown[0]!r}; known: {', '.join(SIZES)}. Nothing was run.")
+        raise UserError(f"unknown quantity {unknown[0]!r}; known: {', '.join(SIZES)}. Nothing was run.")
     about, rows = stamp(), []
     steady_memory()
     total = sum(len(SIZES[what]) for what in chosen) * (args.rounds + 1)
-    with tempfile.TemporaryDirectory() as name, cli.bar(total, "growth", unit="call") as bar:
+    with tempfile.TemporaryDirectory() as name, progress_bar(total, "growth", unit="call") as bar:
         for what in chosen:
             (least, most), why = EXPECTED[what]
             expected = f"{least:g}" if least == most else f"{least:g} to {most:g}"
@@ -216,4 +218,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

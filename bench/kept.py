@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from kernel_surgery import cli
+from kernel_surgery.common.files import write_atomic
 
 # Every row of every benchmark has these; null where a benchmark has no such thing. docs/benchmarks.md says what else.
 FIELDS = {
@@ -44,7 +44,7 @@ def keep(path: Path | None, rows: list[dict]) -> None:
         return
     older = [r for r in read(path) if r["run"] != rows[0]["run"]]
     lines = ",\n".join(json.dumps(r) for r in older + rows)
-    cli.write_atomic(path, f"[\n{lines}\n]\n")
+    write_atomic(path, f"[\n{lines}\n]\n")
 
 
 def read(path: Path) -> list[dict]:

@@ -28,7 +28,11 @@ from pathlib import Path
 
 from bench.kept import keep, record
 from bench.timing import NOISE, Timer, against, ends, graphed, interleaved, launches, percentiles, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.models.load import POLYGLOT, load_model, parse_device, parse_dtype
 
 OURS = ("hook", "fused", "fused output", "lora", "baked")
 # As it is, by torch.compile, as a replayed CUDA graph, and both.
@@ -63,10 +67,10 @@ def load(case: str, dtype, device, layers: int | None = None):
     from bench.shapes import random_bases, random_model
 
     if case == "polyglot":
-        from kernel_surgery.subspace import Subspace
+        from kernel_surgery.subspace.artifact import Subspace
 
-        model = cli.load_model("polyglot", dtype, device).requires_grad_(False)
-        bases = Subspace.load(cli.POLYGLOT / "subspace.safetensors").bases
+        model = load_model("polyglot", dtype, device).requires_grad_(False)
+        bases = Subspace.load(POLYGLOT / "subspace.safetensors").bases
         return model, {layer: basis.to(device) for layer, basis in bases.items()}
     model = random_model(dtype, device, **SHAPES[case] | ({"num_hidden_layers": layers} if layers else {}))
     return model, random_bases(model, layers=[0] if case == "layer" else None)
@@ -159,7 +163,7 @@ class Oracle:
 
     def error_over_bound(self, name: str, logits, exact: dict) -> float:
         """A provider's largest error among its rows, over the certificate's gate times the yardstick."""
-        from kernel_surgery.certify import BESIDE_ORIGINAL
+        from kernel_surgery.certify.model import BESIDE_ORIGINAL
 
         which = "original" if name in ("original", NOISE) else "edited"
         return float(row_errors(logits, exact[which]).max()) / (BESIDE_ORIGINAL * self.own)
@@ -320,15 +324,13 @@ def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: fl
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
+    p = Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
     p.add_argument("--case", choices=tuple(CASES), help="default: qwen on CUDA, else stack")
     p.add_argument("--how", default="eager", help="comma-separated: eager, compile; on CUDA graph, compile+graph too")
     p.add_argument("--only", help="some of the case's sizes: comma-separated PHASE:SEQUENCES:TOKENS (decode:1:1024)")
     p.add_argument("--providers", help="comma-separated (default: all that are installed)")
     p.add_argument("--layers", type=int, help="fewer than the case has")
-    p.add_argument(
-        "--dtype", default="auto", help=f"comma-separated: {', '.join(cli.DTYPES)} (default: bfloat16 on CUDA)"
-    )
+    p.add_argument("--dtype", default="auto", help=f"comma-separated: {', '.join(DTYPES)} (default: bfloat16 on CUDA)")
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -338,27 +340,27 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the ceiling, then a table for each phase and size; 1 if one of our own modes could not be timed."""
     args = parser().parse_args(argv)
-    device = cli.parse_device(args.device)
+    device = parse_device(args.device)
     case = args.case or ("qwen" if device.type == "cuda" else "stack")
     hows = args.how.split(",")
     for how in hows:
         if how not in HOWS or (how.endswith("graph") and device.type != "cuda"):
-            raise cli.UserError(
+            raise UserError(
                 f"--how {how!r}: it takes eager, compile and, on CUDA, graph and compile+graph. Nothing was run."
             )
     sizes = CASES[case]
     if args.only:
         named = {f"{phase}:{sequences}:{tokens}": (phase, sequences, tokens) for phase, sequences, tokens in sizes}
         if unknown := [word for word in args.only.split(",") if word not in named]:
-            raise cli.UserError(f"--only {unknown[0]!r}: {case} has {', '.join(named)}. Nothing was run.")
+            raise UserError(f"--only {unknown[0]!r}: {case} has {', '.join(named)}. Nothing was run.")
         sizes = [named[word] for word in args.only.split(",")]
     from bench import providers
     from bench.timing import copy_bandwidth
 
     wanted = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
     if unknown := [n for n in wanted if n not in providers.NAMES]:
-        raise cli.UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
-    dtypes = [cli.parse_dtype(name, device) for name in args.dtype.split(",")]
+        raise UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
+    dtypes = [parse_dtype(name, device) for name in args.dtype.split(",")]
     # What a peer's release says of itself in every call; graph breaks stand in the table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="torch._dynamo")
@@ -366,7 +368,7 @@ def run(argv: list[str] | None = None) -> int:
     about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
     bandwidth, rows = copy_bandwidth(device), []
     total = len(dtypes) * len(hows) * len(sizes) * (args.rounds + 1) * (len(wanted) + 2)
-    with cli.bar(total, case, unit="call") as bar:
+    with progress_bar(total, case, unit="call") as bar:
         for dtype in dtypes:
             absent = providers.missing(dtype)
             for name, why in absent.items():
@@ -394,4 +396,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

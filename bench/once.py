@@ -9,7 +9,9 @@ Nothing is checked and nothing timed here. Inputs are made on the CPU and copied
 import argparse
 from collections.abc import Iterator
 
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.models.load import parse_device
 
 OPERATIONS = ("project", "project_add", "project_add_rmsnorm")
 # (form, rows, d, k), the basis packed or not as the form takes it.
@@ -54,7 +56,7 @@ def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, dev
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.once", description="Launch every kernel once, for a sanitizer or a profiler.")
+    p = Parser(prog="python -m bench.once", description="Launch every kernel once, for a sanitizer or a profiler.")
     p.add_argument("--case", choices=("awkward", "qwen"), default="awkward")
     p.add_argument("--device", default="cuda")
     return p
@@ -63,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Launch them one after another; a name is printed before each."""
     args = parser().parse_args(argv)
-    device = cli.parse_device(args.device)
+    device = parse_device(args.device)
     if device.type != "cuda":
-        raise cli.UserError(f"--device {args.device}: the kernels run on CUDA only. Nothing was launched.")
+        raise UserError(f"--device {args.device}: the kernels run on CUDA only. Nothing was launched.")
     import torch
 
     for one in launches(args.case):
@@ -76,4 +78,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -22,7 +22,11 @@ from pathlib import Path
 
 from bench.kept import keep, record
 from bench.timing import Timer, against, copy_bandwidth, ends, interleaved, launches, percentiles, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.models.load import parse_device
+from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 
 # d_model of Qwen2.5-3B at every number of rows; wider ones, and a wider subspace, at both ends. What matters most is
 # first: the rows of a run that is stopped are kept.
@@ -42,7 +46,7 @@ def inputs(m: int, d: int, k: int, dtype, device) -> dict:
     """Everything that the providers share, made from a seed of the shape."""
     import torch
 
-    from kernel_surgery.ops import packed
+    from kernel_surgery.ops.library import packed
 
     generator = torch.Generator().manual_seed(m + d + k)
     basis = torch.linalg.qr(torch.randn(d, k, generator=generator))[0].contiguous().to(device)
@@ -77,8 +81,8 @@ def projections(t: dict, compiled: bool) -> dict[str, Callable]:
     """{name: call} for y = x - U (U^T x). Bases are prepared outside the timed part."""
     import torch
 
-    from kernel_surgery.ops import project, provider
-    from kernel_surgery.reference import project_eager
+    from kernel_surgery.ops.eager import project_eager
+    from kernel_surgery.ops.library import project, provider
 
     # N = 10 misaligns cuBLAS: there the basis is padded with zero columns for every provider.
     x, wide, low = t["x"], t["wide"], t["low"]
@@ -115,8 +119,8 @@ def additions(t: dict, compiled: bool) -> dict[str, Callable]:
     """{name: call} for (h, n) = (residual + y, rmsnorm(h) * weight), and for the same without an edit."""
     import torch
 
-    from kernel_surgery.ops import project, project_add_rmsnorm, provider
-    from kernel_surgery.reference import project_eager
+    from kernel_surgery.ops.eager import project_eager
+    from kernel_surgery.ops.library import project, project_add_rmsnorm, provider
 
     x, residual, weight, wide = (t[name] for name in ("x", "residual", "weight", "wide"))
     basis = wide if x.is_cuda else t["basis"]
@@ -150,8 +154,6 @@ def error_over_bound(case: str, name: str, result, t: dict) -> float:
     """How far a result is from the oracle, in units of its bound; of many rows the first, the last and some between."""
     import torch
 
-    from kernel_surgery import reference as ref
-
     if name == "copy":
         given = (t["x"], t["residual"]) if case != "project" else (t["x"],)
         made = result if case != "project" else (result,)
@@ -165,14 +167,14 @@ def error_over_bound(case: str, name: str, result, t: dict) -> float:
     rows = rows.to(t["x"].device)
     x, residual, weight, basis = t["x"][rows], t["residual"][rows], t["weight"], t["basis"]
     strength = 0.0 if name.startswith("add + rmsnorm") else 1.0
-    exact = ref.project_oracle(x, basis, strength)
+    exact = project_oracle(x, basis, strength)
     if case == "project":
-        return ref.worst_ratio((result[rows].double() - exact).abs(), ref.rule_a_bound(x, basis, strength))
+        return worst_ratio((result[rows].double() - exact).abs(), rule_a_bound(x, basis, strength))
     h, n = (part[rows] for part in result)
     off = (h.double() - residual.double() - exact).abs()
-    first = ref.worst_ratio(off, ref.add_bound(x, residual, basis, strength))
-    off = (n.double() - ref.rmsnorm_oracle(h, weight, EPS)).abs()
-    return max(first, ref.worst_ratio(off, ref.rmsnorm_bound(h, weight, EPS)))
+    first = worst_ratio(off, add_bound(x, residual, basis, strength))
+    off = (n.double() - rmsnorm_oracle(h, weight, EPS)).abs()
+    return max(first, worst_ratio(off, rmsnorm_bound(h, weight, EPS)))
 
 
 def checked(case: str, calls: dict[str, Callable], t: dict) -> tuple[dict[str, float], dict[str, str]]:
@@ -245,7 +247,7 @@ def shown(row: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.op", description="Time the operators against their alternatives.")
+    p = Parser(prog="python -m bench.op", description="Time the operators against their alternatives.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=20)
@@ -257,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the ceiling, the table, and the rows as JSON; 1 if one of our own providers breaks its bound."""
     args = parser().parse_args(argv)
-    device = cli.parse_device(args.device)
+    device = parse_device(args.device)
     import torch
 
     cuda = device.type == "cuda"
@@ -274,7 +276,7 @@ def run(argv: list[str] | None = None) -> int:
         )
     rows = []
     dtypes = (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16)
-    with cli.bar(len(FLOORS) * len(dtypes) * len(cases), "op", unit="shape") as bar:
+    with progress_bar(len(FLOORS) * len(dtypes) * len(cases), "op", unit="shape") as bar:
         for dtype in dtypes:
             for m, d, k in cases:
                 for case in FLOORS:
@@ -301,4 +303,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import tables
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, CONTROLS = tables.RESULTS / "eval-polyglot.json", ROOT / "docs" / "retest-controls.json"
@@ -23,7 +25,7 @@ END = "<!-- end -->"
 
 def answers() -> str:
     """README.md: the evaluation's own table, the command, where and when it was made."""
-    from kernel_surgery.results import strict_table
+    from kernel_surgery.evaluation.tables import strict_table
 
     results = json.loads(KEPT.read_text(encoding="utf-8"))
     environment, config = results["environment"], results["config"]
@@ -66,7 +68,7 @@ def retest() -> str:
 
 def labels() -> str:
     """The scorer's precision and recall."""
-    from kernel_surgery.score import label_table, read_lines
+    from kernel_surgery.evaluation.external import label_table, read_lines
 
     found = label_table(read_lines(ROOT / "tests" / "labelled.jsonl"))
     return f"```text\n{found}\n```\n"
@@ -74,7 +76,7 @@ def labels() -> str:
 
 def controls() -> str:
     """The controls of the re-test's harshest setting."""
-    from kernel_surgery.controls import table as control_table
+    from kernel_surgery.evaluation.controls import table as control_table
 
     kept = json.loads(CONTROLS.read_text(encoding="utf-8"))
     parts = [f"    {r['command']}\n\n```text\n{control_table(r['controls'])}\n```\n" for r in kept]
@@ -115,13 +117,13 @@ def finished(folder: Path, name: str = "results.json") -> dict:
     """results.json of a finished evaluation, or study.json of a study. Raises UserError where there is none."""
     file = folder / name
     if not file.is_file():
-        raise cli.UserError(f"{str(file)!r} does not exist: give the folder of a finished run.")
+        raise UserError(f"{str(file)!r} does not exist: give the folder of a finished run.")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.pages", description="Write the measured tables from kept results.")
+    p = Parser(prog="python -m bench.pages", description="Write the measured tables from kept results.")
     p.add_argument("--results", type=Path, help="keep the figures of this finished evaluation for README.md first")
     p.add_argument("--study", type=Path, help="keep this finished study first")
     p.add_argument("--controls", type=Path, nargs="+", help="keep the controls of these evaluations first")
@@ -133,25 +135,25 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.results:
         found = finished(args.results)
-        cli.write_atomic(KEPT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(KEPT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if args.study:
-        cli.write_atomic(STUDY, json.dumps(finished(args.study, "study.json")) + "\n")
+        write_atomic(STUDY, json.dumps(finished(args.study, "study.json")) + "\n")
     if args.controls:
         kept = []
         for folder in args.controls:
             r = finished(folder)
             about = {"commit": r["environment"]["commit"], "date": r["environment"]["date"], "command": r["command"]}
             kept.append(about | {"controls": r["controls"]})
-        cli.write_atomic(CONTROLS, json.dumps(kept) + "\n")
+        write_atomic(CONTROLS, json.dumps(kept) + "\n")
     pages = {name: renewed((ROOT / name).read_text(encoding="utf-8"), parts) for name, parts in SECTIONS.items()}
     for name, text in pages.items():
-        cli.write_atomic(ROOT / name, text)
+        write_atomic(ROOT / name, text)
     from bench.plots import draw
 
     for name, picture in draw().items():
-        cli.write_atomic(ROOT / "bench" / "plots" / name, picture)
+        write_atomic(ROOT / "bench" / "plots" / name, picture)
     return 0
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -3,7 +3,7 @@
 from bench.counted import figure as figure_of
 from bench.tables import providers_counted, rows
 from bench.timing import ends
-from kernel_surgery.plots import COLOURS, figure, svg
+from kernel_surgery.common.plotting import COLOURS, figure, svg
 
 OTHER = "#9ca3af"
 SHOWN = {"hook": "hook", "fused": "fused", "fused output": "fused", "baked": "baked", "lora": "lora"}

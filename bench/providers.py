@@ -46,8 +46,8 @@ def addmm_hooks(model, bases: dict) -> None:
     """y - U (U^T y) after every `down_proj`, by addmm in the model's dtype; for as long as the model lives."""
     import torch
 
-    from kernel_surgery.ops import packed
-    from kernel_surgery.sites import mlp_outputs
+    from kernel_surgery.models.architectures import mlp_outputs
+    from kernel_surgery.ops.library import packed
 
     for layer, site in mlp_outputs(model, list(bases)).items():
         # N = 10 misaligns cuBLAS: there the basis is padded with zero columns.
@@ -65,7 +65,7 @@ def peft_model(model, bases: dict, widen: bool = True):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from kernel_surgery.lora import adapter, padded_rank
+    from kernel_surgery.edit.lora import adapter, padded_rank
 
     rank = padded_rank(next(iter(bases.values())).shape[1])
     config = LoraConfig(
@@ -86,7 +86,7 @@ def nnsight_call(model, bases: dict) -> Callable:
     """A call of `model` with nnsight's intervention at every edited layer."""
     from nnsight import NNsight
 
-    from kernel_surgery.reference import project_eager
+    from kernel_surgery.ops.eager import project_eager
 
     wrapped = NNsight(model)
 

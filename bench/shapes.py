@@ -24,7 +24,7 @@ def random_bases(model, rank: int = 10, layers=None) -> dict:
     """{layer: orthonormal basis [d_model, rank] float32 on the model's device} of the middle half of the layers."""
     import torch
 
-    from kernel_surgery.sites import decoder_layers, default_layers
+    from kernel_surgery.models.architectures import decoder_layers, default_layers
 
     d, found = model.config.hidden_size, {}
     chosen = default_layers(len(decoder_layers(model))) if layers is None else layers

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from kernel_surgery import cli
+from kernel_surgery.common.environment import environment_record, version
 
 NOISE = "original again"
 
@@ -46,9 +46,9 @@ def command() -> str:
 def stamp(device=None, *beside: str) -> dict:
     """Where and when rows are measured: versions (those of `beside` too), commit, device, machine, command, date, run.
     Asked for before the measuring begins: what is edited meanwhile is not what was measured."""
-    environment = cli.environment(device)
+    environment = environment_record(device)
     found = {key: environment[key] for key in ("torch", "triton", "transformers", "commit", "dirty", "device")}
-    found |= {name: cli.version(name) for name in beside} | {"machine": machine(), "command": command()}
+    found |= {name: version(name) for name in beside} | {"machine": machine(), "command": command()}
     return found | {"date": time.strftime("%Y-%m-%d"), "run": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from bench.op import EPS, error_over_bound, inputs
 from bench.timing import Timer, interleaved, percentiles, stamp
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
 
 D, K = 2048, 10
 ROWS = (1, 16384, 64, 8, 256, 2048)  # what matters most comes first
@@ -48,7 +50,7 @@ def candidates(rows: int) -> Iterator[tuple[str, str, dict]]:
 def calls(case: str, t: dict) -> dict:
     """{(form, layout, options as text): call}; first the choice that ships."""
     from kernel_surgery.kernels.project import project as launch
-    from kernel_surgery.ops import packed
+    from kernel_surgery.ops.library import packed
 
     more = {} if case == "project" else {"residual": t["residual"], "weight": t["weight"], "eps": EPS}
     bases = {"packed": packed(t["basis"]), "across": t["basis"].T.contiguous().T}
@@ -98,7 +100,7 @@ def measure(case: str, rows: int, device, rounds: int, until: float) -> list[dic
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m bench.tune", description="Try the kernels' launch options on a GPU.")
+    p = Parser(prog="python -m bench.tune", description="Try the kernels' launch options on a GPU.")
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--seconds", type=int, default=240, help="after so many nothing new is compiled")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -111,7 +113,7 @@ def run(argv: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise cli.UserError("no CUDA device here: nothing was run and nothing was written.")
+        raise UserError("no CUDA device here: nothing was run and nothing was written.")
     device, found = torch.device("cuda"), []
     about, until = stamp(device), time.monotonic() + args.seconds
     broken = False
@@ -129,10 +131,10 @@ def run(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
             if args.out:
-                cli.write_atomic(args.out, json.dumps(found, indent=1) + "\n")
+                write_atomic(args.out, json.dumps(found, indent=1) + "\n")
     print(json.dumps({"case": "tune", "rows": len(found), **about}))
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

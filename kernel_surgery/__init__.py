@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Subspace", "__version__", "adapted", "baked", "fused", "hooked", "project"]
-
 _HOME = {
     "Subspace": "subspace",
     "project": "ops",

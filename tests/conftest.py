@@ -37,7 +37,7 @@ def whole_products_on_a_gpu(request):
     if request.node.get_closest_marker("gpu") is None:
         yield
         return
-    from kernel_surgery.reference import whole_products
+    from kernel_surgery.numerics.precision import whole_products
 
     with whole_products():
         yield

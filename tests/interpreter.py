@@ -16,12 +16,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.ops.eager import project_eager
+
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton.language as tl
 
-from kernel_surgery import reference as ref
 from kernel_surgery.kernels import project as kernels
 from tests.models import basis
 
@@ -82,14 +85,14 @@ def check(case, x, u, strength, row_strength=None, residual=None, both=True, **o
     """The projection, the sum and the norm of one input, each against its oracle; the sum against separate operations
     bit for bit. both: also the sum alone, and with one rounding."""
     a = strength if row_strength is None else strength * row_strength
-    exact = ref.project_oracle(x, u, a)
+    exact = project_oracle(x, u, a)
     y, _ = project(x, u, strength, row_strength, **options)
-    eager = (ref.project_eager(x, u, a if row_strength is None else a.unsqueeze(1)).double() - exact).abs()
+    eager = (project_eager(x, u, a if row_strength is None else a.unsqueeze(1)).double() - exact).abs()
     error = (y.double() - exact).abs()
     rounding = torch.finfo(x.dtype).eps / 2 * exact.abs().max() if x.numel() else 0.0
     weight = torch.rand(x.shape[1]).to(x.dtype) - 0.5
     residual = torch.randn(x.shape).to(x.dtype) if residual is None else residual
-    results = {"y": ref.worst_ratio(error, ref.rule_a_bound(x, u, a))}
+    results = {"y": worst_ratio(error, rule_a_bound(x, u, a))}
     for separate in (True, False) if both else (True,):
         more = options | {"residual": residual, "separate": separate}
         h, n = project(x, u, strength, row_strength, weight=weight, eps=EPS, **more)
@@ -106,9 +109,9 @@ def check(case, x, u, strength, row_strength=None, residual=None, both=True, **o
             results["n other than apart"] = float((n != apart).float().mean()) / 0.01 if n.numel() else 0.0
         name = "separate" if separate else "once"
         off = (h.double() - (residual.double() + exact)).abs()
-        results[f"h {name}"] = ref.worst_ratio(off, ref.add_bound(x, residual, u, a, separate))
-        off = (n.double() - ref.rmsnorm_oracle(h, weight, EPS)).abs()
-        results[f"n {name}"] = ref.worst_ratio(off, ref.rmsnorm_bound(h, weight, EPS, separate))
+        results[f"h {name}"] = worst_ratio(off, add_bound(x, residual, u, a, separate))
+        off = (n.double() - rmsnorm_oracle(h, weight, EPS)).abs()
+        results[f"n {name}"] = worst_ratio(off, rmsnorm_bound(h, weight, EPS, separate))
     return {
         "case": case,
         "over_bound": results,
@@ -127,7 +130,7 @@ def shapes(path, sizes=SHAPES):
         if "pieces" in path:
             inside = (torch.randn(m, k) @ u.T).to(dtype)
             y, _ = project(inside, u, 1.0, **options)
-            ratio = ref.worst_ratio(ref.leak(y, u), ref.leak_bound(y, inside, u))
+            ratio = worst_ratio(leak(y, u), leak_bound(y, inside, u))
             yield {"case": f"{path} {m}x{d} k={k} leak", "over_bound": {"leak": ratio}}
 
 

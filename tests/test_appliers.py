@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, adapted, baked, fused, hooked
-from kernel_surgery.reference import project_oracle, rule_b_bounds, worst_ratio
-from kernel_surgery.sites import mlp_outputs
+from kernel_surgery.edit.baked import bake_weight
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.numerics.bounds import rule_b_bounds, worst_ratio
+from kernel_surgery.numerics.oracle import project_oracle
 from tests.models import basis, pico
 
 MODES = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}
@@ -80,9 +82,7 @@ def test_the_model_is_itself_again_when_applying_fails_half_way(mode, bases, mon
         return real(*args)
 
     if mode == "baked":
-        from kernel_surgery import bake
-
-        real = bake.bake_weight
+        real = bake_weight
         monkeypatch.setattr(bake, "bake_weight", failing)
     else:
         real = torch.nn.Module.register_forward_hook
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(mode, name, bases)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_subspace_of_another_model_is_refused_before_anything_changes(mode, bases):
-    from kernel_surgery.subspace import fingerprint
+    from kernel_surgery.subspace.fingerprint import fingerprint
 
     model = pico("qwen2")
     own, foreign = (Subspace(bases, n_layers=4, fingerprint=fingerprint(m)) for m in (model, pico("qwen2", seed=1)))

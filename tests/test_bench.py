@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from bench import checkpoint, kept, op, timing
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.ops.eager import project_eager
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = kept.FIELDS.keys()
@@ -126,19 +128,17 @@ def test_the_stand_ins_compute_what_they_stand_for():
 
 def test_the_gpu_command_without_a_gpu_says_so_and_writes_nothing(tmp_path, monkeypatch):
     from bench import gpu
-    from kernel_surgery import cli
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the command itself runs")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    with pytest.raises(cli.UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="no CUDA device"):
         gpu.run([])
     assert not (tmp_path / "out").exists()
 
 
 def test_the_parts_of_the_gpu_command_are_ours_and_what_is_kept_for_them_is_under_nine_minutes(tmp_path):
     from bench import gpu
-    from kernel_surgery import cli
 
     parts = gpu.parts(tmp_path)
     names = [part.name for part in gpu.chosen(parts, None)]
@@ -157,7 +157,7 @@ def test_the_parts_of_the_gpu_command_are_ours_and_what_is_kept_for_them_is_unde
     ):
         found = gpu.chosen(parts, named)
         assert [part.name for part in found] == run and sum(part.kept for part in found) <= gpu.TOTAL
-    with pytest.raises(cli.UserError, match="--parts: 'speed' is no part; there are kernels, memcheck"):
+    with pytest.raises(UserError, match="--parts: 'speed' is no part; there are kernels, memcheck"):
         gpu.chosen(parts, "op,speed")
     assert all(part.kept <= part.at_most for part in parts)
 
@@ -242,7 +242,6 @@ def test_a_part_whose_tool_is_not_there_is_named_and_is_no_failure(tmp_path, mon
 
 def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
     from bench import once
-    from kernel_surgery import cli
     from kernel_surgery.kernels import project as kernels
 
     seen = []
@@ -262,13 +261,12 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
     every = {(form, kind) for form in ("row", "two-pass") for kind in (torch.bfloat16, torch.float16, torch.float32)}
     assert {(form, kind) for form, kind, *_ in seen} == every | {("tile", torch.bfloat16)}
     assert {(add, norm) for _, _, add, norm in seen} == {(False, False), (True, False), (True, True)}
-    with pytest.raises(cli.UserError, match="the kernels run on CUDA only"):
+    with pytest.raises(UserError, match="the kernels run on CUDA only"):
         once.run(["--device", "cpu"])
 
 
 def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
     from bench import tune
-    from kernel_surgery import cli, reference
     from kernel_surgery.kernels import project as kernels
 
     accepted = []
@@ -287,7 +285,7 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
         real(x, basis, strength, residual=residual, weight=weight, eps=eps, form=form, **options)
         if options.get("num_warps") == 16:
             raise RuntimeError("out of resource\nRequired: much")
-        h = reference.project_eager(x, basis, strength if options.get("BLOCK_D") != 128 else 0.9)
+        h = project_eager(x, basis, strength if options.get("BLOCK_D") != 128 else 0.9)
         if weight is None:
             return h, None
         h = (h.float() + residual.float()).to(x.dtype)
@@ -310,7 +308,7 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
     assert ("row", (16, 1)) in accepted and ("row", (1, tune.D)) in accepted
     late = tune.measure("project", 8, torch.device("cpu"), 2, time.monotonic() - 1)
     assert {row["left_out"] for row in late} == {tune.LATE}
-    with pytest.raises(cli.UserError, match="no CUDA device here: nothing was run and nothing was written"):
+    with pytest.raises(UserError, match="no CUDA device here: nothing was run and nothing was written"):
         tune.run(["--out", str(tmp_path / "tune.json")])
     assert not list(tmp_path.iterdir())
 
@@ -341,7 +339,6 @@ def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monke
 
 def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
     from bench import __main__ as every
-    from kernel_surgery import cli
 
     files = {p.stem for p in (ROOT / "bench").glob("*.py")}
     helpers = {"__init__", "__main__", "kept", "plots", "tables", "providers", "shapes", "stand_ins", "timing"}
@@ -353,7 +350,7 @@ def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
         with pytest.raises(SystemExit) as left:
             every.run([name, "--help"])
         assert left.value.code == 0 and f"python -m bench.{name}" in capsys.readouterr().out
-    with pytest.raises(cli.UserError, match="no benchmark 'speed'; there are counted, op"):
+    with pytest.raises(UserError, match="no benchmark 'speed'; there are counted, op"):
         every.run(["speed"])
 
 
@@ -517,12 +514,11 @@ def test_a_captured_step_runs_the_attention_that_is_run_without(small, monkeypat
 
 def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(small, monkeypatch):
     from bench import model, providers
-    from kernel_surgery import cli
 
     for words in (["--how", "graph", "--device", "cpu"], ["--how", "nonsense", "--device", "cpu"]):
-        with pytest.raises(cli.UserError, match=r"it takes eager, compile and, on CUDA, graph and compile\+graph"):
+        with pytest.raises(UserError, match=r"it takes eager, compile and, on CUDA, graph and compile\+graph"):
             model.run(words)
-    with pytest.raises(cli.UserError, match=r"--only 'decode:2:1': layer has prefill:1:128, decode:1:128\. Nothing"):
+    with pytest.raises(UserError, match=r"--only 'decode:2:1': layer has prefill:1:128, decode:1:128\. Nothing"):
         model.run(["--case", "layer", "--device", "cpu", "--only", "decode:2:1"])
     made, bases, oracle = small
 

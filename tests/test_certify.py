@@ -8,22 +8,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import Subspace, adapted, baked, certify, cli, fused, hooked, verify
-from kernel_surgery.bake import bake_weight
-from kernel_surgery.checkpoint import bake_checkpoint, sha256
-from kernel_surgery.checks import LogitComparison, check_span, span_rows
-from kernel_surgery.reference import project_eager, project_oracle
-from kernel_surgery.subspace import fingerprint
+from kernel_surgery import Subspace, adapted, baked, fused, hooked
+from kernel_surgery.certify.checks import LogitComparison, check_span, span_rows
+from kernel_surgery.certify.model import APPLIERS, LIMITS, Layerwise, _Certifier, certify_model, check_span
+from kernel_surgery.certify.running import greedy, prompt_ids
+from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.edit.baked import bake_weight
+from kernel_surgery.edit.fused_layer import ops
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
+from kernel_surgery.numerics.oracle import project_oracle
+from kernel_surgery.ops.eager import project_eager
+from kernel_surgery.subspace.fingerprint import fingerprint
+from kernel_surgery.verify import run
 from tests.models import basis, pico
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHIPPED = cli.POLYGLOT / "subspace.safetensors"
+SHIPPED = POLYGLOT / "subspace.safetensors"
 WRONG_LAYER = 3
 
 
-def certified(dtype, source=cli.POLYGLOT, subspace=None, **options):
+def certified(dtype, source=POLYGLOT, subspace=None, **options):
     subspace = Subspace.load(SHIPPED) if subspace is None else subspace
-    return certify.certify(source, subspace, dtype=dtype, **{"prompts": 4, "new_tokens": 4} | options)
+    return certify_model(source, subspace, dtype=dtype, **{"prompts": 4, "new_tokens": 4} | options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,17 +89,17 @@ def test_any_architectures_certificate_passes_and_biases_leave_lora_out(tmp_path
 
 def test_the_oracle_text_and_the_logits_are_the_models_own():
     """Against transformers' own generate and forward: what is compared is what users run."""
-    model, subspace = cli.load_model("polyglot", torch.float32), Subspace.load(SHIPPED)
-    oracle = certify.Layerwise(cli.POLYGLOT, torch.float64, exact=True)
-    ids, _ = certify.prompt_ids(cli.load_tokenizer("polyglot"), 3, 0, 2048)
+    model, subspace = load_model("polyglot", torch.float32), Subspace.load(SHIPPED)
+    oracle = Layerwise(POLYGLOT, torch.float64, exact=True)
+    ids, _ = prompt_ids(load_tokenizer("polyglot"), 3, 0, 2048)
     with torch.no_grad():
-        text = certify.greedy(oracle, ids, subspace.bases, 1.0, 6, lambda: None)
+        text = greedy(oracle, ids, subspace.bases, 1.0, 6, lambda: None)
         with hooked(model, subspace):
             theirs = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert torch.equal(text, theirs)
     found = certified(torch.float32, prompts=3, new_tokens=6)
     with torch.no_grad():
-        exact = cli.load_model("polyglot", torch.float64)
+        exact = load_model("polyglot", torch.float64)
         plain = model(input_ids=text).logits.double() - exact(input_ids=text).logits
     # transformers' float64 has float32 norms, so they agree to a few parts in ten.
     ratio = float(plain.square().mean().sqrt()) / found["logits"]["original"]["rms"]
@@ -134,7 +141,7 @@ def with_output(function):
 
 
 def planted(layer):
-    from kernel_surgery.edit import Edit
+    from kernel_surgery.edit.plan import Edit
 
     return Edit("hook", (layer,), 1.0, "planted")
 
@@ -203,7 +210,7 @@ RIGHT = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 @pytest.mark.parametrize("mode, name", FAULTS, ids=["-".join(key) for key in FAULTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_in_an_applier_is_found_and_its_layer_and_mode_named(mode, name, dtype, monkeypatch):
-    monkeypatch.setitem(certify.APPLIERS, mode, at_one_layer(RIGHT[mode], FAULTS[mode, name]))
+    monkeypatch.setitem(APPLIERS, mode, at_one_layer(RIGHT[mode], FAULTS[mode, name]))
     faults = certified(dtype)["faults"]
     print("\n".join(faults))
     assert faults and any(f.startswith(f"layer {WRONG_LAYER}: ") and mode in f for f in faults)
@@ -229,7 +236,7 @@ def first_basis_everywhere(model, bases, strength):
 @pytest.mark.parametrize("mode, wrong", [("hook", only_prompts), ("fused", first_basis_everywhere)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_that_only_shows_with_all_layers_or_in_decoding_is_found_there(mode, wrong, dtype, monkeypatch):
-    monkeypatch.setitem(certify.APPLIERS, mode, wrong)
+    monkeypatch.setitem(APPLIERS, mode, wrong)
     (fault,) = certified(dtype)["faults"]
     assert fault.startswith(f"{mode}: decoded with all layers edited at once, the logits err ")
     # A model that is too large to be loaded whole has no such figure, and the certificate says so.
@@ -304,7 +311,7 @@ def test_each_figure_alone_breaks_the_certificate(name, change, sentence, monkey
     ],
 )
 def test_each_figure_inside_the_subspace_alone_breaks_the_certificate(key, what, monkeypatch):
-    real, calls = certify.check_span, []
+    real, calls = check_span, []
 
     def wrong(*args):
         calls.append(None)  # hook and fused, layer by layer: the fourth is fused at layer 3
@@ -316,10 +323,10 @@ def test_each_figure_inside_the_subspace_alone_breaks_the_certificate(key, what,
 
 @pytest.mark.parametrize("key", ["add", "norm"])
 def test_each_figure_of_the_fused_layer_alone_breaks_the_certificate(key, monkeypatch):
-    real = certify._Certifier.check_fused
-    monkeypatch.setattr(certify._Certifier, "check_fused", lambda *args: real(*args) | {key: 1.5})
+    real = _Certifier.check_fused
+    monkeypatch.setattr(_Certifier, "check_fused", lambda *args: real(*args) | {key: 1.5})
     faults = certified(torch.bfloat16)["faults"]
-    assert faults == [f"layer {i}: fused: {certify.LIMITS[key]} is 1.5 times its bound" for i in (2, 3, 4, 5)]
+    assert faults == [f"layer {i}: fused: {LIMITS[key]} is 1.5 times its bound" for i in (2, 3, 4, 5)]
 
 
 def test_hidden_states_logits_and_decoding_are_each_held_to_the_originals_error(monkeypatch):
@@ -352,25 +359,24 @@ def test_an_edit_that_never_runs_is_named(monkeypatch):
         (layer,) = bases
         yield replace(planted(layer), calls={layer: 0})
 
-    monkeypatch.setitem(certify.APPLIERS, "fused", at_one_layer(fused, idle))
+    monkeypatch.setitem(APPLIERS, "fused", at_one_layer(fused, idle))
     faults = certified(torch.bfloat16)["faults"]
     assert f"layer {WRONG_LAYER}: fused: the edit never ran" in faults
 
 
 def test_a_fused_layer_that_hands_a_wrong_norm_on_is_named(monkeypatch):
     """The operator alone is right: only what the layer makes of it is not."""
-    from kernel_surgery import decoder
 
-    real = decoder.ops.project_add_rmsnorm
+    real = ops.project_add_rmsnorm
 
     def wrong(output, residual, weight, eps, u, strength):
         h, n = real(output, residual, weight, eps, u, strength)
         return h, n * 1.02
 
-    monkeypatch.setattr(decoder.ops, "project_add_rmsnorm", wrong)
+    monkeypatch.setattr(ops, "project_add_rmsnorm", wrong)
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the norm that follows is" in f for f in faults)
-    monkeypatch.setattr(decoder.ops, "project_add_rmsnorm", lambda o, r, w, e, u, a: real(o, 1.01 * r, w, e, u, a))
+    monkeypatch.setattr(ops, "project_add_rmsnorm", lambda o, r, w, e, u, a: real(o, 1.01 * r, w, e, u, a))
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the edit with the residual addition is" in f for f in faults)
 
@@ -392,7 +398,7 @@ def test_a_forgotten_bias_is_named(tmp_path, monkeypatch, mode):
         assert not torch.equal(bake_weight(bias, u), bias)
         return with_weights(lambda w, b, u, a: [bake_weight(w, u, a), b])(model, bases, strength)
 
-    monkeypatch.setitem(certify.APPLIERS, mode, at_one_layer(RIGHT[mode], forgets))
+    monkeypatch.setitem(APPLIERS, mode, at_one_layer(RIGHT[mode], forgets))
     faults = certified(torch.float32, tmp_path, subspace)["faults"]
     assert faults and all(f.startswith((f"layer {WRONG_LAYER}: ", f"{mode}: ")) for f in faults), faults
     assert mode == "hook" or any("baked bias" in f for f in faults)
@@ -414,9 +420,9 @@ ON_DISK = {
 def polyglot_baked(request, tmp_path_factory):
     """polyglot stored in a dtype, and baked."""
     folder = tmp_path_factory.mktemp("polyglot")
-    cli.load_model("polyglot", request.param).save_pretrained(folder / "source")
+    load_model("polyglot", request.param).save_pretrained(folder / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "source" / name).write_bytes((cli.POLYGLOT / name).read_bytes())
+        (folder / "source" / name).write_bytes((POLYGLOT / name).read_bytes())
     bake_checkpoint(folder / "source", Subspace.load(SHIPPED), folder / "baked")
     return folder
 
@@ -427,7 +433,7 @@ def words(folder, *more):
 
 
 def test_the_certificate_of_a_checkpoint_is_written_with_its_plot(polyglot_baked, tmp_path, capsys):
-    assert verify.run(words(polyglot_baked, "--out", tmp_path / "c.json")) == 0
+    assert run(words(polyglot_baked, "--out", tmp_path / "c.json")) == 0
     said = capsys.readouterr().out
     certificate = json.loads((tmp_path / "c.json").read_text())
     assert certificate["faults"] == [] and len(certificate["tensors"]) == 4 and certificate["strength"] == 1
@@ -456,7 +462,7 @@ def test_a_fault_on_disk_is_found_and_its_layer_named_though_the_hashes_match(po
         rewritten = json.loads(record.read_text())
         rewritten["sha256"][file.name] = sha256(file)
         record.write_text(json.dumps(rewritten))
-        assert verify.run(words(polyglot_baked, "--out", tmp_path / "c.json")) == 1
+        assert run(words(polyglot_baked, "--out", tmp_path / "c.json")) == 1
     finally:
         file.write_bytes(kept[0])
         record.write_bytes(kept[1])
@@ -472,15 +478,15 @@ def test_a_fault_on_disk_is_found_and_its_layer_named_though_the_hashes_match(po
 
 
 def test_prompts_are_of_one_length_in_many_languages():
-    tokenizer = cli.load_tokenizer("polyglot")
-    ids, about = certify.prompt_ids(tokenizer, 14, 0, 2048)
+    tokenizer = load_tokenizer("polyglot")
+    ids, about = prompt_ids(tokenizer, 14, 0, 2048)
     assert ids.shape[0] == 14 and len({tuple(row) for row in ids.tolist()}) == 14
     assert about == f"test problems of {ids.shape[1]} tokens (zh, en, es, ar, ja, ko, sw), seed 0"
-    assert torch.equal(certify.prompt_ids(tokenizer, 14, 0, 2048)[0], ids)
-    assert not torch.equal(certify.prompt_ids(tokenizer, 14, 1, 2048)[0], ids)
-    with pytest.raises(cli.UserError, match=r"the tokenizer gives id \d+, the model has 64: they do not belong"):
-        certify.prompt_ids(tokenizer, 14, 0, 64)
-    random, about = certify.prompt_ids(None, 3, 5, 64)
+    assert torch.equal(prompt_ids(tokenizer, 14, 0, 2048)[0], ids)
+    assert not torch.equal(prompt_ids(tokenizer, 14, 1, 2048)[0], ids)
+    with pytest.raises(UserError, match=r"the tokenizer gives id \d+, the model has 64: they do not belong"):
+        prompt_ids(tokenizer, 14, 0, 64)
+    random, about = prompt_ids(None, 3, 5, 64)
     assert random.shape == (3, 32) and int(random.max()) < 64 and about == "random ids, seed 5"
 
 
@@ -489,7 +495,7 @@ def test_a_model_that_overflows_is_not_certified(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1e6)
     model.save_pretrained(tmp_path)
     subspace = Subspace({2: basis(48, 5)}, fingerprint=fingerprint(model))
-    with pytest.raises(cli.UserError, match=r"NaN or Inf in torch\.float16 from layer 1 on"):
+    with pytest.raises(UserError, match=r"NaN or Inf in torch\.float16 from layer 1 on"):
         certified(torch.float16, tmp_path, subspace)
 
 
@@ -499,15 +505,15 @@ def test_a_model_that_overflows_is_not_certified(tmp_path):
         ((), "give --model, --baked, --adapter or --restored"),
         (("--model", "polyglot", "--prompts", "0"), "--prompts must be at least 1"),
         (("--model", "polyglot", "--strength", "nan"), "--strength must be a finite number"),
-        (("--model", str(cli.POLYGLOT)), "needs --subspace, or --baked"),
+        (("--model", str(POLYGLOT)), "needs --subspace, or --baked"),
         (("--baked", ".", "--adapter", "."), "give one of --baked and --adapter at a time"),
         (("--adapter", "nowhere"), "no folder at 'nowhere'"),
         (("--model", "polyglot", "--new-tokens", "600"), "longer than the model's"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(given, message):
-    with pytest.raises(cli.UserError, match=message):
-        verify.run(list(given))
+    with pytest.raises(UserError, match=message):
+        run(list(given))
 
 
 def test_a_configuration_does_not_change_what_runs_without_saying_so(tmp_path):
@@ -522,7 +528,7 @@ def test_a_configuration_does_not_change_what_runs_without_saying_so(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(cli.UserError, match=r"incomplete: lm_head\.weight is missing"):
+    with pytest.raises(UserError, match=r"incomplete: lm_head\.weight is missing"):
         certified(torch.float32, tmp_path, subspace)
 
 
@@ -534,19 +540,19 @@ def test_a_configuration_that_cannot_be_used_is_one_clear_error(tmp_path, config
     else:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json in .* cannot be used|has no config\.json"):
-        verify.run(["--model", str(tmp_path), "--subspace", str(SHIPPED)])
+        run(["--model", str(tmp_path), "--subspace", str(SHIPPED)])
 
 
 def test_a_checkpoint_is_certified_as_it_was_made(polyglot_baked, tmp_path):
     stored = json.loads((polyglot_baked / "source" / "config.json").read_text())["dtype"]
     other = "float16" if stored != "float16" else "bfloat16"
-    with pytest.raises(cli.UserError, match=f"certified in the dtype it is stored in, {stored}, not {other}"):
-        verify.run(words(polyglot_baked, "--dtype", other))
-    with pytest.raises(cli.UserError, match=r"was made at strength 1, not 0\.5"):
-        verify.run(words(polyglot_baked, "--strength", "0.5"))
+    with pytest.raises(UserError, match=f"certified in the dtype it is stored in, {stored}, not {other}"):
+        run(words(polyglot_baked, "--dtype", other))
+    with pytest.raises(UserError, match=r"was made at strength 1, not 0\.5"):
+        run(words(polyglot_baked, "--strength", "0.5"))
     pico("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the subspace has d_model=128, the model 48"):
-        verify.run(["--model", str(tmp_path), "--subspace", str(SHIPPED)])
+        run(["--model", str(tmp_path), "--subspace", str(SHIPPED)])
 
 
 # --- the pieces ---
@@ -601,7 +607,7 @@ def test_it_is_taken_with_whole_products_whatever_the_process_allows(monkeypatch
     """cuBLAS may add a 16-bit product's parts in 16 bits, fifteen times what the bounds of a layer admit."""
     matmul, seen = torch.backends.cuda.matmul, []
     settings = lambda: (matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction)  # noqa: E731
-    real = certify.greedy
+    real = greedy
     monkeypatch.setattr(certify, "greedy", lambda *given: seen.append(settings()) or real(*given))
     torch.set_float32_matmul_precision("high")
     try:

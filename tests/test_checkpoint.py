@@ -18,17 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import cli, stream
-from kernel_surgery.checkpoint import bake_checkpoint, sha256, undo_checkpoint
-from kernel_surgery.reference import (
-    bake_oracle,
-    baked_element_bound,
-    leak_floor,
-    leak_of_weight,
-    undo_bound,
-    worst_ratio,
-)
-from kernel_surgery.subspace import Subspace, fingerprint
+from kernel_surgery import bake
+from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.edit.baked import remove
+from kernel_surgery.models.load import load_model
+from kernel_surgery.numerics.bounds import baked_element_bound, leak_floor, undo_bound, worst_ratio
+from kernel_surgery.numerics.oracle import bake_oracle, leak_of_weight
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.fingerprint import fingerprint
 from tests.models import basis, pico
 
 
@@ -48,7 +45,7 @@ def tensors(folder):
 
 def space(folder, layers=(1, 2), d=None):
     """A subspace that says it was fitted on the checkpoint in `folder`."""
-    model = cli.load_model(str(folder), torch.bfloat16)
+    model = load_model(str(folder), torch.bfloat16)
     d = d or model.config.hidden_size
     return Subspace(bases={i: basis(d, 4, i) for i in layers}, site="mlp_out", fingerprint=fingerprint(model))
 
@@ -79,7 +76,7 @@ def test_edited_tensors_are_right_and_all_others_are_byte_equal(source, tmp_path
     record = json.loads((tmp_path / "baked" / "provenance.json").read_text())
     assert record["layers"] == [1, 2] and record["strength"] == 1.0
     assert all(sha256(tmp_path / "baked" / n) == h for n, h in record["sha256"].items())
-    assert cli.load_model(str(tmp_path / "baked"), torch.bfloat16) is not None
+    assert load_model(str(tmp_path / "baked"), torch.bfloat16) is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["baked", "source"]
 
 
@@ -94,9 +91,8 @@ def refused(source, destination, subspace, error, message, **options):
 
 def test_nothing_that_a_layer_needed_outlives_it(source, tmp_path, monkeypatch):
     """A small tensor kept from every layer, between the large ones, would hold the heap up: 500 MB after 32 layers."""
-    from kernel_surgery import bake
 
-    real, kept = bake.remove, []
+    real, kept = remove, []
 
     def watched(*args):
         assert [reference() for reference in kept] == [None] * len(kept)

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from kernel_surgery import __version__, cli
+from kernel_surgery import __version__
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.environment import PACKAGE, _git_state, environment_record
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.common.progress import progress
+from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
+from kernel_surgery.problems.generator import parse_languages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def outcome(run, capsys, argv=None):
     """(exit status, stdout, stderr) of a stage run in this process."""
     with pytest.raises(SystemExit) as left:
-        cli.main(run, argv)
+        main(run, argv)
     return (left.value.code, *capsys.readouterr())
 
 
@@ -44,9 +52,9 @@ def test_the_status_is_what_the_stage_returns(capsys, returned, status):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (cli.UserError("no such layer: 40"), "error: no such layer: 40\n"),
+        (UserError("no such layer: 40"), "error: no such layer: 40\n"),
         (
-            cli.UserError("cannot bake.\n  model: x\nNo weight was changed."),
+            UserError("cannot bake.\n  model: x\nNo weight was changed."),
             "error: cannot bake.\n  model: x\nNo",
         ),
         (
@@ -64,7 +72,7 @@ def test_bad_input_is_said_without_a_traceback(capsys, error, message):
 
 def test_a_value_error_that_our_code_raised_is_bad_input(capsys):
     def run(argv=None):
-        from kernel_surgery.problems import problems
+        from kernel_surgery.problems.generator import problems
 
         problems("no such split")
 
@@ -76,26 +84,26 @@ def test_a_value_error_that_our_code_raised_is_bad_input(capsys):
 def test_a_bug_keeps_its_traceback(error):
     # A ValueError raised outside the package, here in this file, is not known to be about the input.
     with pytest.raises(type(error), match=str(error)):
-        cli.main(raising(error))
+        main(raising(error))
 
 
 def test_a_value_error_that_no_raise_of_ours_made_is_a_bug(monkeypatch):
     """Two functions as if they stood in a module of the package: `int("x")` is a bug there, a `raise` is not."""
     lines = ["def parse(text):", "    return int(text)", "def refuse(text):", "    raise ValueError(text)"]
-    file = str(cli.PACKAGE / "pretended.py")
+    file = str(PACKAGE / "pretended.py")
     monkeypatch.setitem(linecache.cache, file, (1, None, lines, file))
     module = {}
     exec(compile("\n".join(lines), file, "exec"), module)
     with pytest.raises(ValueError, match="invalid literal"):
-        cli.main(lambda argv: module["parse"]("x"))
+        main(lambda argv: module["parse"]("x"))
     with pytest.raises(SystemExit):
-        cli.main(lambda argv: module["refuse"]("x"))
+        main(lambda argv: module["refuse"]("x"))
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("KERNEL_SURGERY_TRACEBACK", "1")
-    with pytest.raises(cli.UserError, match="no such layer"):
-        cli.main(raising(cli.UserError("no such layer")))
+    with pytest.raises(UserError, match="no such layer"):
+        main(raising(UserError("no such layer")))
 
 
 def test_ctrl_c_is_130(capsys):
@@ -116,9 +124,9 @@ def test_a_closed_pipe_is_quiet():
 
 
 def parser():
-    parser = cli.Parser(prog="python -m kernel_surgery.eval", description="Evaluate.")
+    parser = Parser(prog="python -m kernel_surgery.eval", description="Evaluate.")
     parser.add_argument("--mode", choices=["original", "fused"], required=True)
-    parser.add_argument("--languages", type=cli.parse_languages, default="en,zh")
+    parser.add_argument("--languages", type=parse_languages, default="en,zh")
     return parser
 
 
@@ -143,28 +151,28 @@ def test_bad_usage_is_one_line_and_status_2(capsys, argv, message):
 
 
 def test_languages():
-    assert cli.parse_languages("en,zh") == ("en", "zh")
-    assert cli.parse_languages(" zh, en ,zh") == ("zh", "en")
-    assert cli.parse_languages("all") == ("zh", "en", "es", "ar", "ja", "ko", "sw")
+    assert parse_languages("en,zh") == ("en", "zh")
+    assert parse_languages(" zh, en ,zh") == ("zh", "en")
+    assert parse_languages("all") == ("zh", "en", "es", "ar", "ja", "ko", "sw")
     for text in ("", ",", "EN", "en;zh"):
-        with pytest.raises(cli.UserError, match="unknown language"):
-            cli.parse_languages(text)
+        with pytest.raises(UserError, match="unknown language"):
+            parse_languages(text)
 
 
 def test_devices_and_dtypes():
     import torch
 
-    assert cli.parse_device("cpu") == torch.device("cpu")
-    assert cli.parse_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(cli.UserError, match="unknown device 'gpu': choose from auto, cpu, cuda, cuda:N"):
-        cli.parse_device("gpu")
-    with pytest.raises(cli.UserError, match=r"'cuda:99' was asked for, but this machine has \d+ CUDA devices"):
-        cli.parse_device("cuda:99")
-    assert cli.parse_dtype("bfloat16") is torch.bfloat16
-    assert cli.parse_dtype("auto") is torch.float32
-    assert cli.parse_dtype("auto", "cuda") is torch.bfloat16
-    with pytest.raises(cli.UserError, match="unknown dtype 'int8': choose from auto, float32, bfloat16, float16"):
-        cli.parse_dtype("int8")
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match="unknown device 'gpu': choose from auto, cpu, cuda, cuda:N"):
+        parse_device("gpu")
+    with pytest.raises(UserError, match=r"'cuda:99' was asked for, but this machine has \d+ CUDA devices"):
+        parse_device("cuda:99")
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    assert parse_dtype("auto") is torch.float32
+    assert parse_dtype("auto", "cuda") is torch.bfloat16
+    with pytest.raises(UserError, match="unknown dtype 'int8': choose from auto, float32, bfloat16, float16"):
+        parse_dtype("int8")
 
 
 # -- every stage
@@ -173,8 +181,8 @@ def test_devices_and_dtypes():
 def stages() -> list[str]:
     """Modules that are run with `python -m`: those that have an `if __name__ == "__main__"`."""
     found = []
-    for path in sorted(cli.PACKAGE.rglob("*.py")):
-        parts = path.relative_to(cli.PACKAGE.parent).with_suffix("").parts
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         tests = [node.test for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
         if any("__main__" in ast.unparse(test) for test in tests) and "kernels" not in parts:
             found.append(".".join(parts))
@@ -221,14 +229,14 @@ def model_folder(path: Path, *files: str) -> Path:
 
 def test_a_model_folder_is_taken_as_it_is(tmp_path):
     whole = model_folder(tmp_path / "m", "config.json", "model.safetensors")
-    assert cli.resolve_model(str(whole)) == str(whole)
+    assert resolve_model(str(whole)) == str(whole)
 
 
 @pytest.mark.parametrize("org", ["", "org/"])
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch, org):
     monkeypatch.chdir(tmp_path)
     model_folder(tmp_path / f"{org}m", "config.json", "model.safetensors")
-    assert cli.resolve_model(f"{org}m") == f"{org}m"
+    assert resolve_model(f"{org}m") == f"{org}m"
 
 
 @pytest.mark.parametrize(
@@ -258,8 +266,8 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch, nam
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     model_folder(tmp_path / "garbled", "config.json", "model.safetensors.index.json")
-    with pytest.raises(cli.UserError, match=message):
-        cli.resolve_model(name)
+    with pytest.raises(UserError, match=message):
+        resolve_model(name)
 
 
 def test_the_hub_is_asked_once_and_not_for_long(monkeypatch):
@@ -275,9 +283,9 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch):
             raise unreachable("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    assert cli.resolve_model("org/there") == "org/there"
-    with pytest.raises(cli.UserError, match=r"the hub did not answer \(\[Errno -2\] Name or service not known\)"):
-        cli.resolve_model("org/unreachable")
+    assert resolve_model("org/there") == "org/there"
+    with pytest.raises(UserError, match=r"the hub did not answer \(\[Errno -2\] Name or service not known\)"):
+        resolve_model("org/unreachable")
     assert asked == [("org/there", 5.0), ("org/unreachable", 5.0)]
 
 
@@ -286,7 +294,7 @@ def test_what_the_cache_holds_is_used_when_the_hub_is_out_of_reach(tmp_path, mon
 
     snapshot = model_folder(tmp_path / "snapshots" / "0123", "config.json", "model.safetensors")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(snapshot / file))
-    assert cli.resolve_model("org/cached") == str(snapshot)
+    assert resolve_model("org/cached") == str(snapshot)
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +321,8 @@ def tiny(tmp_path_factory) -> Path:
 def test_a_model_is_loaded_in_the_dtype_asked_for_with_exact_rotary_frequencies(tiny, capfd):
     import torch
 
-    for name in cli.DTYPES:
-        model = cli.load_model(str(tiny), cli.parse_dtype(name))
+    for name in DTYPES:
+        model = load_model(str(tiny), parse_dtype(name))
         assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
         assert not model.training
         # `model.to(dtype)` would leave float32 frequencies rounded to that dtype, or in it.
@@ -331,8 +339,8 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tiny, tmp_path):
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     message = "are incomplete: 1 tensors missing, model.layers.1.mlp.down_proj.weight first"
-    with pytest.raises(cli.UserError, match=message):
-        cli.load_model(str(tmp_path / "m"), cli.parse_dtype("float32"))
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "m"), parse_dtype("float32"))
 
 
 @pytest.mark.parametrize("damage", ["truncated weights", "config is no JSON", "unknown architecture", "quantised"])
@@ -350,20 +358,20 @@ def test_a_damaged_checkpoint_is_one_clear_error(tiny, tmp_path, damage):
         (folder / "config.json").write_text(json.dumps(config))
     else:
         (folder / "config.json").write_text('{"model_type": "nonesuch"}')
-    with pytest.raises(cli.UserError, match=r"^cannot load a model from '.*/m': ."):
-        cli.load_model(str(folder), cli.parse_dtype("float32"))
+    with pytest.raises(UserError, match=r"^cannot load a model from '.*/m': ."):
+        load_model(str(folder), parse_dtype("float32"))
 
 
 def test_a_folder_without_a_tokenizer_is_one_clear_error(tiny):
-    with pytest.raises(cli.UserError, match=r"^cannot load a tokenizer from '.*': ."):
-        cli.load_tokenizer(str(tiny))
+    with pytest.raises(UserError, match=r"^cannot load a tokenizer from '.*': ."):
+        load_tokenizer(str(tiny))
 
 
 # -- what a run leaves behind
 
 
 def test_the_environment_names_what_ran(monkeypatch):
-    found = cli.environment()
+    found = environment_record()
     keys = "kernel_surgery, python, torch, triton, transformers, platform, device, commit, dirty"
     assert ", ".join(found) == keys
     assert found["kernel_surgery"] == __version__
@@ -380,20 +388,20 @@ def test_an_installed_copy_does_not_report_the_commit_around_it(tmp_path, monkey
         pytest.skip("git is not usable here")
     monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "site-packages" / "kernel_surgery")
     (tmp_path / "site-packages").mkdir()
-    assert cli._git_state.__wrapped__() == (None, None)
+    assert _git_state.__wrapped__() == (None, None)
     for told, dirty in (("abc", False), ("abc-dirty", True)):  # a copy that was sent somewhere without its history
         monkeypatch.setenv("KERNEL_SURGERY_COMMIT", told)
-        assert cli._git_state.__wrapped__() == ("abc", dirty)
+        assert _git_state.__wrapped__() == ("abc", dirty)
     monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "kernel_surgery")  # git knows better
-    commit, dirty = cli._git_state.__wrapped__()
+    commit, dirty = _git_state.__wrapped__()
     assert len(commit) == 40 and dirty is False
     (tmp_path / "new.py").touch()
-    assert cli._git_state.__wrapped__() == (commit, True)
+    assert _git_state.__wrapped__() == (commit, True)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "new" / "results.json"
-    cli.write_atomic(target, "één\n")
+    write_atomic(target, "één\n")
     assert target.read_bytes() == "één\n".encode()
 
     def full_disk(source, destination):
@@ -402,13 +410,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        cli.write_atomic(target, "second")
+        write_atomic(target, "second")
     assert target.read_text(encoding="utf-8") == "één\n"
     assert [path.name for path in target.parent.iterdir()] == ["results.json"]
 
 
 def test_progress_is_for_a_terminal(capfd):
-    assert list(cli.progress(range(3), total=3, desc="items")) == [0, 1, 2]
+    assert list(progress(range(3), total=3, desc="items")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
     code = "from kernel_surgery import cli; print(sum(cli.progress(range(3), desc='items')))"

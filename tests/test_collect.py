@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernel_surgery.collect import collect, collect_languages, pool_states
-from kernel_surgery.problems import problems
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.collecting import collect_activations, collect_languages, pool_states
 from tests.models import pico
 
 
@@ -61,7 +61,7 @@ def by_hand(model, prompt, layer, site, pool):
 def test_every_padding_and_batch_gives_what_one_unpadded_prompt_gives(model, site, pool, side):
     layers = [1, 2]
     for batch_size in (1, 3, 4):
-        got = collect(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
+        got = collect_activations(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
         assert set(got) == set(layers)
         for layer in layers:
             want = torch.stack([by_hand(model, p, layer, site, pool) for p in PROMPTS])
@@ -97,16 +97,16 @@ def test_the_model_is_left_as_it_was_also_on_an_exception(model):
                 raise KeyboardInterrupt
             return super().__call__(texts, **kwargs)
 
-    collect(model, Characters("left"), PROMPTS, [1])
+    collect_activations(model, Characters("left"), PROMPTS, [1])
     with pytest.raises(KeyboardInterrupt):
-        collect(model, Broken("left"), PROMPTS, [1])
+        collect_activations(model, Broken("left"), PROMPTS, [1])
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_unknown_words_are_refused(model):
     with pytest.raises(ValueError, match="unknown site 'attn'; known: mlp_out, resid_post"):
-        collect(model, Characters("left"), PROMPTS, [1], site="attn")
+        collect_activations(model, Characters("left"), PROMPTS, [1], site="attn")
     with pytest.raises(ValueError, match="unknown pooling 'max'; known: last, mean"):
-        collect(model, Characters("left"), PROMPTS, [1], pool="max")
+        collect_activations(model, Characters("left"), PROMPTS, [1], pool="max")
     with pytest.raises(ValueError, match="99"):
-        collect(model, Characters("left"), PROMPTS, [99])
+        collect_activations(model, Characters("left"), PROMPTS, [99])

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernel_surgery import Subspace, cli
-from kernel_surgery.problems import problems
+from kernel_surgery import Subspace
+from kernel_surgery.common.command import main
+from kernel_surgery.evaluation.generate import generate
+from kernel_surgery.models.load import POLYGLOT
+from kernel_surgery.problems.generator import problems
 
 STAGES = (
     *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce"),
@@ -27,7 +30,7 @@ def call(stage, capsys, *words):
     """(exit status, stdout, stderr) of a stage, in this process."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        cli.main(importlib.import_module(f"kernel_surgery.{stage}").run, [str(w) for w in words])
+        main(importlib.import_module(f"kernel_surgery.{stage}").run, [str(w) for w in words])
     out, err = capsys.readouterr()
     return left.value.code, out, err
 
@@ -57,10 +60,10 @@ def foreign(tmp_path):
     """A subspace of the right shape that was fitted on another model."""
     from tests.models import pico
 
-    config = json.loads((cli.POLYGLOT / "config.json").read_text())
-    other = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    config = json.loads((POLYGLOT / "config.json").read_text())
+    other = Subspace.load(POLYGLOT / "subspace.safetensors")
 
-    from kernel_surgery.subspace import fingerprint
+    from kernel_surgery.subspace.fingerprint import fingerprint
 
     stranger = pico("qwen2", num_hidden_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"])
     path = tmp_path / "foreign.safetensors"
@@ -77,7 +80,7 @@ def errors(tmp_path, foreign):
     out = tmp_path / "out"
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    shipped = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    shipped = Subspace.load(POLYGLOT / "subspace.safetensors")
     wide, leaky = tmp_path / "wide.safetensors", tmp_path / "leaky.safetensors"
     replace(shipped, bases={i: torch.eye(shipped.d_model)[:, :65] for i in shipped.layers}).save(wide)
     replace(shipped, fit=shipped.fit | {"split": "test"}).save(leaky)
@@ -104,7 +107,7 @@ def errors(tmp_path, foreign):
         "no such subspace": ("eval", "--subspace", tmp_path / "none.safetensors", "--out", out, "none.safetensors"),
         "not a subspace": ("eval", "--subspace", broken, "--out", out, "broken.safetensors"),
         "too many problems": ("eval", "--problems", 100000, "--out", out, "exist"),
-        "no subspace for a model": ("eval", "--model", cli.POLYGLOT, "--out", out, "--subspace"),
+        "no subspace for a model": ("eval", "--model", POLYGLOT, "--out", out, "--subspace"),
         "expag in Spanish": ("eval", "--protocol", "expag", "--languages", "es", "--out", out, "'es'"),
         "unknown mode": ("eval", "--mode", "magic", "--out", out, "magic"),
         "budget of nothing": ("eval", "--max-new-tokens", 0, "--out", out, "at least 1"),
@@ -114,10 +117,10 @@ def errors(tmp_path, foreign):
         "unknown controls": ("eval", "--controls", "gauss:3", "--out", out, "--controls takes haar:N"),
         "controls of the original": ("eval", "--mode", "original", "--controls", "haar:3", "--out", out, "edited mode"),
         "margin of nothing": ("eval", "--margin", 0, "--out", out, "--margin must be positive"),
-        "no certificate": ("eval", "--certificate", cli.POLYGLOT / "config.json", "--out", out, "is no certificate"),
+        "no certificate": ("eval", "--certificate", POLYGLOT / "config.json", "--out", out, "is no certificate"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
-            *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", cli.POLYGLOT / "subspace.safetensors"),
+            *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", POLYGLOT / "subspace.safetensors"),
             *("--out", out, "--strength must be a finite number, got nan"),
         ),
     }
@@ -187,7 +190,7 @@ def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((cli.POLYGLOT / name).read_bytes())
+        (folder / name).write_bytes((POLYGLOT / name).read_bytes())
     return folder
 
 
@@ -241,10 +244,9 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
     lines = kept.decode().splitlines()
     (run / "samples.jsonl").write_text("\n".join(lines[:33]) + "\n" + lines[33][:40])
     (run / "results.json").unlink()
-    import kernel_surgery.generate as generate_module
 
     asked = []
-    real = generate_module.generate
+    real = generate
     monkeypatch.setattr(generate_module, "generate", lambda m, t, p, **k: asked.append(len(p)) or real(m, t, p, **k))
     assert call("eval", capsys, *words, "--resume")[0] == 0
     assert asked == [10] and (run / "samples.jsonl").read_bytes() == kept

@@ -10,7 +10,8 @@ import torch
 
 from bench import counted, kept, providers
 from bench.timing import NOISE
-from kernel_surgery import ops
+from kernel_surgery.ops.aten import project_add_rmsnorm_aten
+from kernel_surgery.ops.library import _DIRECT, _project_add_rmsnorm
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = kept.newest(ROOT / "bench" / "results" / "counted-small.json")
@@ -56,13 +57,13 @@ def test_what_is_counted_is_held_to_its_bound_and_who_breaks_it_is_no_peer(rows)
 
 
 def test_a_pass_over_the_rows_too_many_is_seen(monkeypatch):
-    real = ops._project_add_rmsnorm_aten
+    real = project_add_rmsnorm_aten
 
     def careless(x, *more):
         return real(x.clone(), *more)
 
-    direct = ops._DIRECT[ops._project_add_rmsnorm] | {"cpu": careless}
-    monkeypatch.setitem(ops._DIRECT, ops._project_add_rmsnorm, direct)
+    direct = _DIRECT[_project_add_rmsnorm] | {"cpu": careless}
+    monkeypatch.setitem(_DIRECT, _project_add_rmsnorm, direct)
     names = ["original", "hook", "fused"]
     found = {row["provider"]: row for row in counted.rows_of("small", "float32", names)}
     before = {r["provider"]: r for r in KEPT if r["dtype"] == "float32"}
@@ -93,9 +94,8 @@ def test_the_counter_counts_what_an_operation_reads_and_writes():
 def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path, monkeypatch):
     """Counted by the kernel's account of this process: reads of the source, reads for the hash, writes."""
     from bench.checkpoint import make_source
-    from kernel_surgery import stream
-    from kernel_surgery.checkpoint import bake_checkpoint
-    from kernel_surgery.subspace import Subspace
+    from kernel_surgery.checkpoint.baking import bake_checkpoint
+    from kernel_surgery.subspace.artifact import Subspace
 
     # Where a filesystem can share blocks fewer bytes move, and that is not what is counted here.
     monkeypatch.setattr(stream, "share_blocks", lambda source, target: False)

@@ -5,16 +5,28 @@ import math
 import pytest
 import torch
 
-from kernel_surgery import Subspace, cli, damage, fused, hooked
-from kernel_surgery.language import LANGUAGES, judge
-from kernel_surgery.neutral import SENTENCES
-from kernel_surgery.problems import problems
+from kernel_surgery import Subspace, fused, hooked
+from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.evaluation.effects import (
+    damage,
+    last_states,
+    leaks,
+    neutral_logits,
+    probe_accuracy,
+    probes,
+    read_by_probe,
+    table,
+)
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.problems.neutral import SENTENCES
+from kernel_surgery.scoring.language import judge
 
 
 @pytest.fixture(scope="module")
 def polyglot():
-    subspace = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
-    return cli.load_model("polyglot", torch.float32), cli.load_tokenizer("polyglot"), subspace
+    subspace = Subspace.load(POLYGLOT / "subspace.safetensors")
+    return load_model("polyglot", torch.float32), load_tokenizer("polyglot"), subspace
 
 
 def test_the_neutral_text_is_parallel_and_in_its_languages():
@@ -28,12 +40,12 @@ def test_the_neutral_text_is_parallel_and_in_its_languages():
 
 def test_damage_is_the_divergence_and_perplexity_counted_by_hand(polyglot):
     model, tokenizer, subspace = polyglot
-    before = damage.neutral_logits(model, tokenizer, ("en", "ar"))
-    unchanged = damage.damage(model, tokenizer, before)
+    before = neutral_logits(model, tokenizer, ("en", "ar"))
+    unchanged = damage(model, tokenizer, before)
     for r in unchanged.values():
         assert r["kl_mean"] == r["kl_p99"] == 0 and r["perplexity"] == r["original_perplexity"]
     with hooked(model, subspace, 2.0):
-        found = damage.damage(model, tokenizer, before)
+        found = damage(model, tokenizer, before)
         loss, kl = [], []
         for text in SENTENCES["ar"]:
             ids = tokenizer(text, return_tensors="pt").input_ids
@@ -48,52 +60,52 @@ def test_damage_is_the_divergence_and_perplexity_counted_by_hand(polyglot):
     assert found["ar"]["tokens"] == len(loss)
     # A stronger edit does more.
     with hooked(model, subspace, 0.5):
-        assert damage.damage(model, tokenizer, before)["ar"]["kl_mean"] < found["ar"]["kl_mean"]
+        assert damage(model, tokenizer, before)["ar"]["kl_mean"] < found["ar"]["kl_mean"]
 
 
 def test_a_probe_reads_what_is_there_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     labels, groups = torch.arange(4).repeat(100), torch.arange(100).repeat_interleave(4)
     noise = torch.randn(400, 24, generator=generator)
-    chance = damage.probe_accuracy(noise, labels, groups)
+    chance = probe_accuracy(noise, labels, groups)
     bound = 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5
     print(f"noise: {chance:.3f}, chance .25, bound {bound:.3f}")
     assert chance < bound
     means = torch.randn(4, 24, generator=generator)
     there = noise * 0.3 + means[labels]
-    assert damage.probe_accuracy(there, labels, groups) > 0.95
+    assert probe_accuracy(there, labels, groups) > 0.95
     # Taken out exactly, it is gone: the three directions between the four means.
     u = torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False).Vh[:3].T
-    assert damage.probe_accuracy(there - (there.double() @ u @ u.T).float(), labels, groups) < bound
+    assert probe_accuracy(there - (there.double() @ u @ u.T).float(), labels, groups) < bound
     # A feature that gives the problem away is no help with the next problem.
     problem = torch.nn.functional.one_hot(groups).float()
-    assert damage.probe_accuracy(problem, labels, groups) < bound
+    assert probe_accuracy(problem, labels, groups) < bound
     # Nor where all rows of a problem share the label: they are held out together.
     shared = (groups * 7 // 3) % 4
-    assert damage.probe_accuracy(problem, shared, groups) < 0.25 + 4 * (0.25 * 0.75 / 100) ** 0.5
+    assert probe_accuracy(problem, shared, groups) < 0.25 + 4 * (0.25 * 0.75 / 100) ** 0.5
 
 
 def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
     model, tokenizer, subspace = polyglot
     asked = problems("dev", 4)
-    states = damage.last_states(model, tokenizer, asked, LANGUAGES)
-    before = damage.probes(states, 7)
+    states = last_states(model, tokenizer, asked, LANGUAGES)
+    before = probes(states, 7)
     assert list(before) == ["mlp_out", "resid_post"] and list(before["mlp_out"]) == list(range(8))
     assert min(before["resid_post"].values()) > 0.9
     # All of a layer's MLP output taken out: nothing is left to read there, and the residual stream still has it.
     everything = {i: torch.eye(128)[:, :64] for i in subspace.layers}
     other = {i: torch.eye(128)[:, 64:] for i in subspace.layers}
     with fused(model, everything), fused(model, other):
-        edited = damage.last_states(model, tokenizer, asked, LANGUAGES)
-    after = damage.probes(edited, 7)
+        edited = last_states(model, tokenizer, asked, LANGUAGES)
+    after = probes(edited, 7)
     for i in subspace.layers:
         assert after["mlp_out"][i] == pytest.approx(1 / 7)
     assert after["mlp_out"][0] == before["mlp_out"][0] and min(after["resid_post"].values()) > 0.5
     # And the leak says the same: nothing at the site but rounding, and the stream still holds what others wrote.
-    leak = damage.leaks(states, edited, everything)
+    leak = leaks(states, edited, everything)
     assert list(leak["mlp_out"]) == list(subspace.layers) and max(leak["mlp_out"].values()) < 1e-6
     assert min(leak["resid_post"].values()) > 0.1
-    assert damage.leaks(states, states, everything)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
+    assert leaks(states, states, everything)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
 
 
 def test_the_table_names_the_worst_layer():
@@ -107,7 +119,7 @@ def test_the_table_names_the_worst_layer():
             "fused": {"mlp_out": {0: 1.0, 1: 0.5}, "resid_post": {0: 1.0, 1: 0.9}},
         },
     }
-    said = damage.table(found)
+    said = table(found)
     assert "fused: KL(original || edited) on neutral text, nats a token, mean (p99): en 0.041 (0.35)" in said
     assert (
         "fused: a linear probe at mlp_out still reads the language: least 0.500 at layer 1 (original 0.990, chance "
@@ -119,7 +131,7 @@ def test_the_table_names_the_worst_layer():
     )
     # Words follow numbers: at chance, or above it by no more than 140 texts may show, nothing is read.
     found["probes"]["fused"]["mlp_out"][1] = 1 / 7
-    assert "at mlp_out is not shown to read the language: least 0.143 at layer 1" in damage.table(found)
-    assert damage.read_by_probe(0.2, 1 / 7, 140).startswith("is not") and damage.read_by_probe(0.22, 1 / 7, 140) == (
+    assert "at mlp_out is not shown to read the language: least 0.143 at layer 1" in table(found)
+    assert read_by_probe(0.2, 1 / 7, 140).startswith("is not") and read_by_probe(0.22, 1 / 7, 140) == (
         "still reads the language"
     )

@@ -7,10 +7,12 @@ import weakref
 import pytest
 import torch
 
-from kernel_surgery import baked, fused, hooked, ops
-from kernel_surgery.decoder import REACHES, decoder_layers, next_norm
-from kernel_surgery.reference import project_oracle, rule_a_bound, worst_ratio
-from kernel_surgery.sites import ARCHITECTURES
+from kernel_surgery import baked, fused, hooked
+from kernel_surgery.common.names import REACHES
+from kernel_surgery.edit.fused_layer import decoder_layers
+from kernel_surgery.models.architectures import ARCHITECTURES, next_norm
+from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import project_oracle
 from tests.models import basis, pico
 
 LAYERS = (1, 2, 3)  # 3 is the last: the norm after it is the model's own

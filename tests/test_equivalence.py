@@ -8,24 +8,21 @@ import pytest
 import torch
 
 from kernel_surgery import adapted, baked, fused, hooked
-from kernel_surgery.bake import bake_weight
-from kernel_surgery.ops import project
-from kernel_surgery.reference import (
-    bake_oracle,
+from kernel_surgery.edit.baked import bake_weight
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.numerics.bounds import (
     baked_element_bound,
     expected_rule_b,
-    leak,
     leak_bound,
     leak_floor,
-    leak_of_weight,
-    project_eager,
-    project_oracle,
     rule_a_bound,
     rule_b_bounds,
-    unit_roundoff,
     worst_ratio,
 )
-from kernel_surgery.sites import mlp_outputs
+from kernel_surgery.numerics.oracle import bake_oracle, leak, leak_of_weight, project_oracle
+from kernel_surgery.numerics.rounding import unit_roundoff
+from kernel_surgery.ops.eager import project_eager
+from kernel_surgery.ops.library import project
 from tests.models import basis, pico
 
 D, D_FF, K = 2048, 11008, 10  # Qwen2.5-3B's down_proj, and the default rank

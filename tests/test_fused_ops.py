@@ -6,15 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery.ops import packed, project, project_add, project_add_rmsnorm
-from kernel_surgery.reference import (
-    add_bound,
-    project_oracle,
-    rmsnorm_bound,
-    rmsnorm_oracle,
-    rule_a_bound,
-    worst_ratio,
-)
+from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
+from kernel_surgery.ops.library import packed, project, project_add, project_add_rmsnorm
 from tests.models import basis
 
 ADD = torch.ops.kernel_surgery.project_add.default

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernel_surgery import cli
-from kernel_surgery.generate import generate
-from kernel_surgery.problems import problems
+from kernel_surgery.evaluation.generate import generate
+from kernel_surgery.models.load import load_model, load_tokenizer
+from kernel_surgery.problems.generator import problems
 from tests.models import pico
 
 BUDGET = 160
@@ -13,12 +13,12 @@ BUDGET = 160
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return cli.load_tokenizer("polyglot")
+    return load_tokenizer("polyglot")
 
 
 @pytest.fixture
 def model():
-    return cli.load_model("polyglot", torch.float32)
+    return load_model("polyglot", torch.float32)
 
 
 def two_best(model, tokenizer, prompt, ids):

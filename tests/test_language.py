@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery.language import LANGUAGES, MIN_CONFIDENCE, LanguageVerdict, fidelity, judge, judge_line
+from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.scoring.language import MIN_CONFIDENCE, LanguageVerdict, fidelity, judge, judge_line
 
 # Short sentences of the kind that solutions are made of, written for this test; some are beginnings of a line that a
 # number ends.

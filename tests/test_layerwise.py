@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import cli
-from kernel_surgery.layerwise import Layerwise
-from kernel_surgery.reference import rmsnorm_oracle
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.models.layerwise import Layerwise, stream
+from kernel_surgery.numerics.oracle import rmsnorm_oracle
 from tests.models import pico
 
 KINDS = ["qwen2", "qwen3", "llama", "mistral"]
@@ -57,10 +57,9 @@ def test_blocks_of_the_vocabulary_make_the_whole(tmp_path, monkeypatch):
 def test_only_the_rows_that_are_asked_for_are_read(tmp_path, monkeypatch):
     model = pico("qwen2")
     model.save_pretrained(tmp_path)
-    from kernel_surgery import layerwise as module
 
-    read, real = [], module.stream.read_tensor
-    monkeypatch.setattr(module.stream, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
+    read, real = [], stream.read_tensor
+    monkeypatch.setattr(stream, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
     wanted = torch.tensor([[3, 60, 3], [5, 5, 3]])
     assert torch.equal(Layerwise(tmp_path, torch.float32).embed(wanted), model.model.embed_tokens(wanted))
     assert read == [48 * 4] * 3
@@ -91,12 +90,10 @@ def test_a_window_and_the_positions_are_respected(tmp_path):
     pico("mistral", sliding_window=16).save_pretrained(tmp_path)
     model = Layerwise(tmp_path, torch.float32)
     model.check_length(16)
-    with pytest.raises(
-        cli.UserError, match="sequences of 17 tokens are longer than the model's 16 tokens of attention"
-    ):
+    with pytest.raises(UserError, match="sequences of 17 tokens are longer than the model's 16 tokens of attention"):
         model.check_length(17)
     pico("llama").save_pretrained(tmp_path / "other")
-    with pytest.raises(cli.UserError, match="longer than the model's 256 positions"):
+    with pytest.raises(UserError, match="longer than the model's 256 positions"):
         Layerwise(tmp_path / "other", torch.float32).check_length(257)
 
 
@@ -106,10 +103,10 @@ def test_files_that_do_not_fit_their_configuration_are_refused(tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
     wrong = {k: v for k, v in tensors.items() if k != name}
     save_file(wrong, tmp_path / "model.safetensors")
-    with pytest.raises(cli.UserError, match=rf"incomplete: {name} is missing"):
+    with pytest.raises(UserError, match=rf"incomplete: {name} is missing"):
         Layerwise(tmp_path, torch.float32)
     save_file(wrong | {name: tensors[name][:-1].contiguous()}, tmp_path / "model.safetensors")
-    with pytest.raises(cli.UserError, match=rf"{name} in .* is \(95, 48\); its config.json makes it \(96, 48\)"):
+    with pytest.raises(UserError, match=rf"{name} in .* is \(95, 48\); its config.json makes it \(96, 48\)"):
         Layerwise(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma", "architectures": ["Gemma"]}))

@@ -6,29 +6,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import Subspace, adapted, baked, cli, lora, verify
-from kernel_surgery.bake import bake_weight
-from kernel_surgery.checkpoint import bake_checkpoint, sha256
-from kernel_surgery.reference import (
-    adapter_bound,
-    applied_bound,
-    bake_oracle,
-    baked_element_bound,
-    exact_output,
-    project_eager,
-    ulp,
-    underflow,
-    unit_roundoff,
-    worst_ratio,
-)
-from kernel_surgery.sites import mlp_outputs
-from kernel_surgery.subspace import fingerprint
+from kernel_surgery import Subspace, adapted, baked
+from kernel_surgery.certify.files import verify_adapter
+from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, write_adapter
+from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.edit import lora
+from kernel_surgery.edit.baked import bake_weight
+from kernel_surgery.edit.lora import _adapted, padded_rank
+from kernel_surgery.lora import run
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.numerics.bounds import adapter_bound, applied_bound, baked_element_bound, worst_ratio
+from kernel_surgery.numerics.oracle import bake_oracle, exact_output
+from kernel_surgery.numerics.rounding import ulp, underflow, unit_roundoff
+from kernel_surgery.ops.eager import project_eager
+from kernel_surgery.subspace.fingerprint import fingerprint
+from kernel_surgery.verify import run
 from tests.models import basis, pico
 
 D, D_FF, K = 2048, 11008, 10
 LAYERS = (1, 2)
 DOWN = "model.layers.{}.mlp.down_proj.weight"
-A, B = (lora.PREFIX + "model.layers.{}.mlp.down_proj." + f"lora_{part}.weight" for part in "AB")
+A, B = (PREFIX + "model.layers.{}.mlp.down_proj." + f"lora_{part}.weight" for part in "AB")
 
 
 def saved(folder, dtype=torch.bfloat16, shards="5GB", **options):
@@ -66,7 +65,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     forms = {
         "hook": project_eager(x, u, strength),
         "baked": h @ bake_weight(weight, u, strength).T,
-        "lora": lora._adapted(x, torch.cat([b, a.T]), strength, h),
+        "lora": _adapted(x, torch.cat([b, a.T]), strength, h),
     }
     for mode, y in forms.items():
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds[mode])
@@ -82,7 +81,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     if dtype == torch.float32:
         wrong["A in bfloat16"] = (a.bfloat16().float(), b)
     for name, (wrong_a, wrong_b) in wrong.items():
-        y = lora._adapted(x, torch.cat([wrong_b, wrong_a.T]), strength, h)
+        y = _adapted(x, torch.cat([wrong_b, wrong_a.T]), strength, h)
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds["lora"])
         print(f"{dtype} a={strength} {name}: error/bound {ratio:.1f}")
         assert ratio > 1
@@ -90,12 +89,12 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
 
 @pytest.mark.parametrize("k, rank", [(1, 8), (8, 8), (9, 16), (10, 16), (64, 64), (257, 320), (512, 512)])
 def test_the_rank_is_filled_up_to_one_that_engines_take(k, rank):
-    assert lora.padded_rank(k) == rank
+    assert padded_rank(k) == rank
 
 
 def test_a_rank_that_no_engine_takes_is_refused():
     with pytest.raises(ValueError, match="no engine takes an adapter of rank 513: at most 512"):
-        lora.padded_rank(513)
+        padded_rank(513)
 
 
 def peft_model(model, folder):
@@ -116,8 +115,8 @@ def test_peft_loads_it_and_computes_what_our_lora_mode_does(tmp_path, dtype, sha
     h = torch.randn(16, 96).to(dtype)
     with adapted(model, subspace, 0.5), torch.no_grad():
         ours = {i: site.module(h) for i, site in mlp_outputs(model, LAYERS).items()}
-    assert lora.write_adapter(tmp_path / "source", subspace, tmp_path / "adapter", strength=0.5) == 8
-    config = json.loads((tmp_path / "adapter" / lora.CONFIG).read_text())
+    assert write_adapter(tmp_path / "source", subspace, tmp_path / "adapter", strength=0.5) == 8
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == 8 and config["layers_to_transform"] == [1, 2]
     theirs = peft_model(model, tmp_path / "adapter")
     names = [n for n, _ in theirs.named_modules() if n.endswith("down_proj.lora_A.default")]
@@ -155,26 +154,26 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     saved(tmp_path)
     words = ["--model", tmp_path / "source", "--subspace", tmp_path / "subspace.safetensors", "--out"]
     adapter = tmp_path / "adapter"
-    assert lora.run([str(w) for w in [*words, adapter]]) == 0
+    assert run([str(w) for w in [*words, adapter]]) == 0
     assert "2 layers, rank 5 filled up to 8, strength 1" in capsys.readouterr().out
     assert sorted(p.name for p in adapter.rglob("*") if p.is_file()) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "subspace.safetensors")
     ]
-    right = load_file(adapter / lora.WEIGHTS)
+    right = load_file(adapter / WEIGHTS)
     assert sorted(right) == sorted([A.format(i) for i in LAYERS] + [B.format(i) for i in LAYERS])
     assert all(t.dtype == torch.float32 for t in right.values())
     for extra in ([], ["--model", tmp_path / "source"], ["--subspace", tmp_path / "subspace.safetensors"]):
-        assert verify.run([str(w) for w in ["--adapter", adapter, *extra]]) == 0
+        assert run([str(w) for w in ["--adapter", adapter, *extra]]) == 0
     assert "leak if rounded to bfloat16" in capsys.readouterr().out
 
     def faults(change, model=True):
         tensors = {name: t.clone() for name, t in right.items()}
         change(tensors)
-        save_file(tensors, adapter / lora.WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
         record = json.loads((adapter / "provenance.json").read_text())
-        record["sha256"][lora.WEIGHTS] = sha256(adapter / lora.WEIGHTS)
+        record["sha256"][WEIGHTS] = sha256(adapter / WEIGHTS)
         (adapter / "provenance.json").write_text(json.dumps(record))
-        found = verify.verify_adapter(adapter, tmp_path / "source" if model else None)["faults"]
+        found = verify_adapter(adapter, tmp_path / "source" if model else None)["faults"]
         return "\n".join(found)
 
     a, b = A.format(2), B.format(2)
@@ -188,41 +187,41 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     assert "is of no layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
     assert faults(lambda t: None) == ""
     # Every field that changes what PEFT computes, also those that are not there.
-    config = json.loads((adapter / lora.CONFIG).read_text())
+    config = json.loads((adapter / CONFIG).read_text())
     wrong = {
         **{"lora_alpha": 16, "layers_to_transform": [1], "target_modules": ["up_proj"], "layers_pattern": "blocks"},
         **{"alpha_pattern": {"down_proj": 32}, "init_lora_weights": "pissa", "use_rslora": True, "peft_type": "LOHA"},
         **{"exclude_modules": ["down_proj"], "rank_pattern": {"down_proj": 4}, "base_model_name_or_path": "a/b"},
     }
     for key, value in wrong.items():
-        (adapter / lora.CONFIG).write_text(json.dumps(config | {key: value}))
-        found = verify.verify_adapter(adapter)["faults"]
+        (adapter / CONFIG).write_text(json.dumps(config | {key: value}))
+        found = verify_adapter(adapter)["faults"]
         assert f"adapter_config.json: {key} is {value!r}, not {config.get(key)!r}" in found
         assert any("SHA-256 differs" in f for f in found)
     for broken in ("{", "3"):
-        (adapter / lora.CONFIG).write_text(broken)
+        (adapter / CONFIG).write_text(broken)
         with pytest.raises(ValueError, match="is no configuration of an adapter"):
-            verify.verify_adapter(adapter)
+            verify_adapter(adapter)
 
 
 def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     """Without the original A is not compared, and that is said; bases that are none are refused."""
     _, subspace = saved(tmp_path)
-    lora.write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
-    assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
+    write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
+    assert run(["--adapter", str(tmp_path / "adapter")]) == 0
     assert "A was not compared with a U^T W: give --model for that" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
     save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
     with pytest.raises(ValueError, match="layer 1 is not orthonormal"):
-        verify.verify_adapter(tmp_path / "adapter")
+        verify_adapter(tmp_path / "adapter")
     save_file({"basis.1": subspace.bases[1]}, kept)
     with pytest.raises(ValueError, match=r"holds bases of layers \[1\], rank 5; provenance.json says layers \[1, 2\]"):
-        verify.verify_adapter(tmp_path / "adapter")
+        verify_adapter(tmp_path / "adapter")
     kept.unlink()
     with pytest.raises(FileNotFoundError, match=r"subspace\.safetensors"):
-        verify.verify_adapter(tmp_path / "adapter")
-    with pytest.raises(cli.UserError, match=r"was made at strength 1, not 0\.5"):
-        verify.run(["--adapter", str(tmp_path / "adapter"), "--strength", "0.5"])
+        verify_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"was made at strength 1, not 0\.5"):
+        run(["--adapter", str(tmp_path / "adapter"), "--strength", "0.5"])
 
 
 def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
@@ -240,7 +239,7 @@ def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
 
     def refused(message, source="source", space=subspace, error=ValueError):
         with pytest.raises(error, match=message):
-            lora.write_adapter(tmp_path / source, space, tmp_path / "out")
+            write_adapter(tmp_path / source, space, tmp_path / "out")
         assert not list(tmp_path.glob("*out*"))
 
     biased = pico("llama", mlp_bias=True)
@@ -259,18 +258,18 @@ def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
     refused(r"layers\.2\.mlp\.down_proj\.weight holds NaN or Inf", "broken")
     (tmp_path / "taken").mkdir()
     with pytest.raises(FileExistsError, match="exists and was left as it is"):
-        lora.write_adapter(tmp_path / "source", subspace, tmp_path / "taken")
-    with pytest.raises(cli.UserError, match="finite"):
-        lora.run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])
+        write_adapter(tmp_path / "source", subspace, tmp_path / "taken")
+    with pytest.raises(UserError, match="finite"):
+        run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])
 
 
 def test_the_adapter_is_of_a_given_strength(tmp_path):
     model, subspace = saved(tmp_path, torch.float32)
     for strength in (2.0, -0.5):
         out = tmp_path / str(strength)
-        lora.write_adapter(tmp_path / "source", subspace, out, strength=strength)
-        a = load_file(out / lora.WEIGHTS)[A.format(1)]
+        write_adapter(tmp_path / "source", subspace, out, strength=strength)
+        a = load_file(out / WEIGHTS)[A.format(1)]
         weight = model.model.layers[1].mlp.down_proj.weight.detach()
         exact = strength * subspace.bases[1].double().T @ weight.double()
         assert worst_ratio((a[:5].double() - exact).abs(), adapter_bound(weight, strength)) <= 1
-        assert verify.verify_adapter(out, tmp_path / "source")["faults"] == []
+        assert verify_adapter(out, tmp_path / "source")["faults"] == []

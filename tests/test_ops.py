@@ -8,9 +8,10 @@ import torch.fx.experimental.proxy_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery import ops
-from kernel_surgery.ops import project, project_add, project_add_rmsnorm, provider
-from kernel_surgery.reference import project_oracle, rule_a_bound, worst_ratio
+from kernel_surgery.edit.lora import _adapted, adapter
+from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import project_oracle
+from kernel_surgery.ops.library import _DIRECT, project, project_add, project_add_rmsnorm, provider
 from tests.models import basis
 
 OPERATOR = torch.ops.kernel_surgery.project.default
@@ -134,7 +135,7 @@ def calls(monkeypatch):
             return op(*args)
 
         monkeypatch.setattr(ops, name, counted)
-        monkeypatch.setitem(ops._DIRECT, counted, ops._DIRECT[op])
+        monkeypatch.setitem(_DIRECT, counted, _DIRECT[op])
     return seen
 
 
@@ -188,12 +189,11 @@ def test_the_way_around_the_dispatcher_gives_the_same_bits_and_is_left_where_som
 
 def products_of_the_edit():
     """({name: call} of everything that multiplies for the edit, a product of somebody else's, x, basis, weight)."""
-    from kernel_surgery import lora
-    from kernel_surgery.bake import bake_weight, remove
-    from kernel_surgery.reference import project_eager
+    from kernel_surgery.edit.baked import bake_weight, remove
+    from kernel_surgery.ops.eager import project_eager
 
     x, u, weight, h = torch.randn(64, 256), basis(256, 3), torch.randn(256, 512), torch.randn(64, 512)
-    a, b = lora.adapter(weight, u)
+    a, b = adapter(weight, u)
     stacked, output = torch.cat([b, a.T]), h @ weight.T
     forms = {
         "project": lambda: project(x, u),
@@ -201,8 +201,8 @@ def products_of_the_edit():
         "eager": lambda: project_eager(x, u),
         "bake": lambda: bake_weight(weight, u),
         "undo": lambda: remove(weight, u)[1],
-        "adapter": lambda: lora.adapter(weight, u)[0],
-        "lora": lambda: lora._adapted(output, stacked, 1.0, h),
+        "adapter": lambda: adapter(weight, u)[0],
+        "lora": lambda: _adapted(output, stacked, 1.0, h),
     }
     return forms, lambda: h @ weight.T, x, u, weight
 
@@ -230,7 +230,9 @@ def fewer_bits():
 
 def test_a_process_with_fewer_bits_in_float32_still_edits_in_full():
     """The setting exists for speed and is recommended by torch.compile's own warning; on CUDA "high" is TF32."""
-    from kernel_surgery.reference import bake_oracle, baked_element_bound, whole_products
+    from kernel_surgery.numerics.bounds import baked_element_bound
+    from kernel_surgery.numerics.oracle import bake_oracle
+    from kernel_surgery.numerics.precision import whole_products
 
     forms, other, x, u, weight = products_of_the_edit()
     right, before = {name: form() for name, form in forms.items()}, other()
@@ -257,7 +259,7 @@ def test_a_process_with_fewer_bits_in_float32_still_edits_in_full():
 
 def test_what_the_edit_is_computed_in_follows_the_setting():
     """As on every machine, also those whose CPU would not use fewer bits."""
-    from kernel_surgery.reference import computed_in
+    from kernel_surgery.numerics.precision import computed_in
 
     x = torch.zeros(1)
     assert computed_in(x) == computed_in(x.bfloat16()) == torch.float32 and computed_in(x.double()) == torch.float64
@@ -290,7 +292,7 @@ def test_what_does_not_fit_is_refused_with_both_values(name):
 
 
 def test_a_minus_sign_that_is_a_bit_and_a_device_without_autocast():
-    from kernel_surgery.reference import project_eager
+    from kernel_surgery.ops.eager import project_eager
 
     x, u = torch.randn(4, 16), basis(16, 3)
     assert torch.equal(project(torch._neg_view(x), u), project(-x, u))
@@ -326,9 +328,11 @@ def test_on_a_gpu_opcheck_passes(rows, dtype):
 @needs_gpu
 def test_on_a_gpu_tf32_does_not_reach_the_edit():
     """As after torch.set_float32_matmul_precision("high"), which torch.compile recommends."""
-    from kernel_surgery.bake import bake_weight
-    from kernel_surgery.ops import project
-    from kernel_surgery.reference import bake_oracle, baked_element_bound, project_eager
+    from kernel_surgery.edit.baked import bake_weight
+    from kernel_surgery.numerics.bounds import baked_element_bound
+    from kernel_surgery.numerics.oracle import bake_oracle
+    from kernel_surgery.ops.eager import project_eager
+    from kernel_surgery.ops.library import project
 
     x, u, weight = torch.randn(64, 2048, device="cuda"), basis(2048, 10).cuda(), torch.randn(2048, 512, device="cuda")
     square = torch.randn(1024, 1024, device="cuda")  # a shape for which cuBLAS takes its tensor cores

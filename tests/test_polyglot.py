@@ -8,25 +8,32 @@ import re
 import pytest
 import torch
 
-from kernel_surgery import cli, scoring
-from kernel_surgery.generate import generate
-from kernel_surgery.language import judge
+from kernel_surgery.collect import run
+from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.evaluation.generate import generate
+from kernel_surgery.fit import run
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.polyglot import train
 from kernel_surgery.polyglot.corpus import SHARES, example, training_draws
 from kernel_surgery.polyglot.solutions import ANSWERS, SENTENCES, solution, working
-from kernel_surgery.problems import CATEGORIES, LANGUAGES, problems
+from kernel_surgery.problems.generator import CATEGORIES, problems
+from kernel_surgery.scoring.answers import extract_answer, is_correct
+from kernel_surgery.scoring.language import judge
+from kernel_surgery.subspace.activations import load_activations
+from kernel_surgery.subspace.collecting import collect_languages
+from kernel_surgery.subspace.fitting import language_rows
 
-MODEL = cli.POLYGLOT
+MODEL = POLYGLOT
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return cli.load_tokenizer("polyglot")
+    return load_tokenizer("polyglot")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return cli.load_model("polyglot", torch.float32)
+    return load_model("polyglot", torch.float32)
 
 
 def sample_problems(per_category=3):
@@ -95,7 +102,7 @@ def test_every_solution_scores_as_right_and_in_its_language():
     for problem in sample_problems(2):
         for language in LANGUAGES:
             text = solution(problem, language)
-            assert scoring.extract_answer(text, problem.prompts[language]).value == problem.answer, text
+            assert extract_answer(text, problem.prompts[language]).value == problem.answer, text
             verdict = judge(text, language)
             assert verdict.passed is not False, (language, text, verdict)
             judged += verdict.judged
@@ -129,7 +136,7 @@ def test_it_answers_at_least_80_percent_in_english_and_chinese(model, tokenizer)
         right = {c: 0 for c in CATEGORIES}
         verdicts = []
         for p, t in zip(asked, texts, strict=True):
-            right[p.category] += scoring.is_correct(t.text, p.answer, p.prompts[language])
+            right[p.category] += is_correct(t.text, p.answer, p.prompts[language])
             verdicts.append(judge(t.text, language))
         judged = [v for v in verdicts if v.judged]
         fidelity, coverage = sum(v.passed for v in judged) / len(judged), len(judged) / len(verdicts)
@@ -224,11 +231,11 @@ def test_the_optimizer_orthogonalizes_and_takes_matrices_only():
 @pytest.mark.slow
 def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, capsys):
     """Collect and fit in this process: the same bases, up to what float32 activations leave open."""
-    from kernel_surgery import Subspace, collect, fit
+    from kernel_surgery import Subspace
 
     acts, made = tmp_path / "acts.safetensors", tmp_path / "subspace.safetensors"
-    assert collect.run(["--model", "polyglot", "--out", str(acts)]) == 0
-    assert fit.run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
+    assert run(["--model", "polyglot", "--out", str(acts)]) == 0
+    assert run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
     assert "lang variance captured" in capsys.readouterr().out
     shipped, again = Subspace.load(MODEL / "subspace.safetensors"), Subspace.load(made)
     assert (shipped.layers, shipped.site, shipped.pool, shipped.rank) == (again.layers, again.site, again.pool, 10)
@@ -238,14 +245,14 @@ def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, caps
         """Sine of the largest principal angle of two spans."""
         return float(torch.linalg.matrix_norm(a.double() - b.double() @ (b.double().T @ a.double()), 2))
 
-    chosen, exact_model = problems("fit", 40), cli.load_model("polyglot", torch.float64)
-    exact = collect.collect_languages(
-        exact_model, cli.load_tokenizer("polyglot"), chosen, LANGUAGES, shipped.layers, batch_size=200
+    chosen, exact_model = problems("fit", 40), load_model("polyglot", torch.float64)
+    exact = collect_languages(
+        exact_model, load_tokenizer("polyglot"), chosen, LANGUAGES, shipped.layers, batch_size=200
     )
-    rounded = fit.load_activations(acts).vectors
+    rounded = load_activations(acts).vectors
 
     def rows(vectors, layer):
-        return fit.language_rows(torch.stack([vectors[language][layer] for language in LANGUAGES], 1), "deviations")
+        return language_rows(torch.stack([vectors[language][layer] for language in LANGUAGES], 1), "deviations")
 
     for layer in shipped.layers:
         # Wedin: a span turns by no more than (error of the data) / (gap of singular values). The error is measured

@@ -3,36 +3,34 @@
 import pytest
 import torch
 
-from kernel_surgery import Subspace, adapted, baked, cli, fused, hooked
-from kernel_surgery.bake import bake_weight
-from kernel_surgery.generate import generate
-from kernel_surgery.ops import project
-from kernel_surgery.problems import problems
-from kernel_surgery.reference import (
-    bake_oracle,
-    project_eager,
-    rule_b_bounds,
-    unit_roundoff,
-    worst_ratio,
-)
-from kernel_surgery.sites import mlp_outputs
+from kernel_surgery import Subspace, adapted, baked, fused, hooked
+from kernel_surgery.edit.baked import bake_weight
+from kernel_surgery.evaluation.generate import generate
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
+from kernel_surgery.numerics.bounds import rule_b_bounds, worst_ratio
+from kernel_surgery.numerics.oracle import bake_oracle
+from kernel_surgery.numerics.rounding import unit_roundoff
+from kernel_surgery.ops.eager import project_eager
+from kernel_surgery.ops.library import project
+from kernel_surgery.problems.generator import problems
 
 MODES = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return cli.load_tokenizer("polyglot")
+    return load_tokenizer("polyglot")
 
 
 @pytest.fixture(scope="module")
 def subspace():
-    return Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    return Subspace.load(POLYGLOT / "subspace.safetensors")
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {dtype: cli.load_model("polyglot", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    return {dtype: load_model("polyglot", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 
 
 def prompts(per_category=2, languages=("en", "zh")):
@@ -96,7 +94,7 @@ def test_a_skipped_layer_or_another_strength_shows_in_the_logits(models, tokeniz
 
 def test_bf16_layers_meet_rule_b_on_real_activations(models, subspace):
     """Every edited layer, with the activations that enter its down_proj: hook and fused against baked."""
-    model, tokenizer = models[torch.bfloat16], cli.load_tokenizer("polyglot")
+    model, tokenizer = models[torch.bfloat16], load_tokenizer("polyglot")
     entering = {}
     sites = mlp_outputs(model, subspace.layers)
     handles = [

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.polyglot.corpus import allowed, training_draws
-from kernel_surgery.problems import (
+from kernel_surgery.problems.generator import (
     CATEGORIES,
-    LANGUAGES,
     SPLITS,
     answer_of,
     count,
@@ -26,7 +26,7 @@ from kernel_surgery.problems import (
     split_of,
     tuples,
 )
-from kernel_surgery.wordings import EXPAG_WORDINGS, WORDINGS
+from kernel_surgery.problems.wordings import EXPAG_WORDINGS, WORDINGS
 
 SPEC = json.loads((Path(__file__).parent / "data" / "expag_problems.json").read_text(encoding="utf-8"))
 # One mark a meaning, in the three scripts that write it differently.

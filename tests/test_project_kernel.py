@@ -10,16 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel_surgery.reference import (
-    add_bound,
-    leak,
-    leak_bound,
-    project_oracle,
-    rmsnorm_bound,
-    rmsnorm_oracle,
-    rule_a_bound,
-    worst_ratio,
-)
+from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.ops.library import _launch, project_add_rmsnorm, set_batch_invariant
 from tests.models import basis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +64,6 @@ def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for():
 
 
 def test_batch_invariance_is_off_by_default_and_reaches_the_launch(monkeypatch):
-    from kernel_surgery import ops
     from kernel_surgery.kernels import project as kernels
 
     seen = []
@@ -79,9 +71,9 @@ def test_batch_invariance_is_off_by_default_and_reaches_the_launch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
     x, u = torch.randn(2, 32), basis(32, 4)
     for enabled in (True, False):
-        ops._launch(x, u, 1.0, None)
-        assert ops.set_batch_invariant(enabled) != enabled
-    ops._launch(x, u, 1.0, None)
+        _launch(x, u, 1.0, None)
+        assert set_batch_invariant(enabled) != enabled
+    _launch(x, u, 1.0, None)
     assert seen == [False, True, False]
 
 
@@ -330,7 +322,7 @@ def test_the_choice_of_a_form_is_by_shape_alone():
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
 def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
-    from kernel_surgery.aot import CASES, DTYPES, compile_project
+    from kernel_surgery.ops.compiled import CASES, DTYPES, compile_project
 
     forms = set()
     # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
@@ -344,7 +336,7 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
 
 
 def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
-    from kernel_surgery.aot import CASES, DTYPES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+    from kernel_surgery.ops.compiled import CASES, DTYPES, OPERATIONS, SHARED_LIMIT, kernel_sha256
 
     table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
     remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json"
@@ -363,7 +355,7 @@ def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
 def test_a_whole_row_is_asked_for_before_anything_is_waited_for(operation):
     """What a decoding step costs is how often a program waits for memory: once, where U is packed and fits."""
-    from kernel_surgery.aot import compile_project
+    from kernel_surgery.ops.compiled import compile_project
 
     whole = compile_project(90, "bfloat16", 1, 2048, 16, operation)
     chunks = compile_project(90, "bfloat16", 1, 2048, 16, operation, BLOCK_D=1024)
@@ -373,7 +365,7 @@ def test_a_whole_row_is_asked_for_before_anything_is_waited_for(operation):
 
 @pytest.mark.slow
 def test_the_ahead_of_time_check_can_fail():
-    from kernel_surgery.aot import compile_project
+    from kernel_surgery.ops.compiled import compile_project
 
     found = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256).faults()
     print(found)
@@ -395,7 +387,7 @@ GPU_SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("m, d, k", GPU_SHAPES)
 def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
-    from kernel_surgery.ops import project, project_add, project_add_rmsnorm, provider
+    from kernel_surgery.ops.library import project, project_add, project_add_rmsnorm, provider
 
     u = basis(d, k).cuda()
     x, r = torch.randn(m, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda()
@@ -425,7 +417,7 @@ def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 65])
 def test_on_a_gpu_a_captured_graph_replays_the_same_bits(rows, dtype):
-    from kernel_surgery.ops import project_add_rmsnorm
+    from kernel_surgery.ops.library import project_add_rmsnorm
 
     x, r = (torch.randn(rows, 2048, device="cuda").to(dtype) for _ in range(2))
     w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
@@ -471,7 +463,7 @@ def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_right():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [18, 118])
 def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
-    from kernel_surgery.ops import project_add_rmsnorm
+    from kernel_surgery.ops.library import project_add_rmsnorm
 
     x, r = (torch.randn(rows, 2048, device="cuda").to(dtype) for _ in range(2))
     w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
@@ -486,15 +478,14 @@ def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(dtype):
-    from kernel_surgery import ops
 
     x, r = (torch.randn(5000, 2048, device="cuda").to(dtype) for _ in range(2))
     w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
-    before = ops.set_batch_invariant(True)
+    before = set_batch_invariant(True)
     try:
-        whole = ops.project_add_rmsnorm(x, r, w, 1e-6, u)
+        whole = project_add_rmsnorm(x, r, w, 1e-6, u)
         for rows in (1, 7, 64, 65, 4097):
-            part = ops.project_add_rmsnorm(x[3 : 3 + rows], r[3 : 3 + rows], w, 1e-6, u)
+            part = project_add_rmsnorm(x[3 : 3 + rows], r[3 : 3 + rows], w, 1e-6, u)
             assert all(torch.equal(p, all_[3 : 3 + rows]) for p, all_ in zip(part, whole, strict=True)), rows
     finally:
-        ops.set_batch_invariant(before)
+        set_batch_invariant(before)

@@ -5,21 +5,10 @@ import math
 import pytest
 import torch
 
-from kernel_surgery.reference import (
-    bake_oracle,
-    baked_element_bound,
-    leak,
-    leak_bound,
-    leak_floor,
-    leak_of_weight,
-    project_eager,
-    project_oracle,
-    rule_a_bound,
-    storage_noise,
-    storage_noise_at_most,
-    unit_roundoff,
-    worst_ratio,
-)
+from kernel_surgery.numerics.bounds import baked_element_bound, leak_bound, leak_floor, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import bake_oracle, leak, leak_of_weight, project_oracle
+from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most, unit_roundoff
+from kernel_surgery.ops.eager import project_eager
 from tests.models import basis
 
 
@@ -104,7 +93,7 @@ def test_the_cheap_bound_of_the_storage_noise_is_one_and_is_near(dtype, scale):
 @pytest.mark.parametrize("rows", [255, 256, 257, 700])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_weight_is_baked_some_rows_at_a_time_within_the_bound_of_the_whole(dtype, rows):
-    from kernel_surgery.bake import ROWS_AT_ONCE, remove
+    from kernel_surgery.edit.baked import ROWS_AT_ONCE, remove
 
     weight, u = torch.randn(rows, 90).to(dtype), basis(rows, 7)
     assert ROWS_AT_ONCE == 256

@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kernel_surgery import controls, report, results
+from kernel_surgery.evaluation.controls import MEASURES, compare
+from kernel_surgery.evaluation.report import marked, write_report
+from kernel_surgery.evaluation.summary import pair, power, summarize
 from tests.test_results import cells
 
 
@@ -37,14 +39,14 @@ def whole(made, **more):
     """results.json of these cells, with everything that a run can bring along."""
     modes = {}
     for (mode, language), cell in made.items():
-        modes.setdefault(mode, {})[language] = results.summarize(cell, 100)
+        modes.setdefault(mode, {})[language] = summarize(cell, 100)
     languages = list(modes["original"])
-    paired = results.pair(made)
+    paired = pair(made)
     return {
         **{
             "modes": modes,
             "paired": paired,
-            "power": results.power(paired),
+            "power": power(paired),
             "edits": {},
             "environment": {"torch": "2"},
         },
@@ -72,7 +74,7 @@ def whole(made, **more):
 
 
 def control_figures(modes, languages):
-    figures = {m: {lang: {k: modes[m][lang][k] for k in controls.MEASURES} for lang in languages} for m in modes}
+    figures = {m: {lang: {k: modes[m][lang][k] for k in MEASURES} for lang in languages} for m in modes}
     rows = [
         {"name": f"haar:{i:02d}", "language": lang} | figures["original"][lang] for i in range(3) for lang in languages
     ]
@@ -80,7 +82,7 @@ def control_figures(modes, languages):
     return about | {
         "real": figures["fused"],
         "original": figures["original"],
-        "percentiles": controls.compare(figures["fused"], rows),
+        "percentiles": compare(figures["fused"], rows),
     }
 
 
@@ -94,7 +96,7 @@ def made():
 
 
 def written(tmp_path, made, **more):
-    report.write_report(tmp_path / "report.html", whole(made, **more), made)
+    write_report(tmp_path / "report.html", whole(made, **more), made)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -156,7 +158,7 @@ def test_a_certificate_is_shown_where_there_is_one(tmp_path, made):
     ],
 )
 def test_differences_are_marked_by_word(before, after, one, other):
-    assert report.marked(before, after) == (one, other)
+    assert marked(before, after) == (one, other)
 
 
 # Starts Chromium on the page, with every address but the page's own answered by a local server that counts.

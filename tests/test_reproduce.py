@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
-from kernel_surgery import cli, reproduce
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check, differences
+from kernel_surgery.reproduce import run
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +15,7 @@ def made(tmp_path_factory):
     """A small bundle of the embedded model."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     words = ["--model", "polyglot", "--out", str(out), "--problems", "2", "--controls", "haar:2"]
-    assert reproduce.run(words) == 0
+    assert run(words) == 0
     return out, words
 
 
@@ -21,7 +23,7 @@ def made(tmp_path_factory):
 def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, capsys, monkeypatch):
     out, words = made
     bundle = out / "bundle"
-    names = {*reproduce.BUNDLE, *reproduce.RUN, reproduce.MANIFEST, "controls.jsonl"}
+    names = {*BUNDLE, *RUN, MANIFEST, "controls.jsonl"}
     assert {p.name for p in bundle.iterdir()} == names
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert set(manifest["sha256"]) == names - {"manifest.json"} and manifest["environment"]["torch"]
@@ -34,12 +36,12 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     # Without the model: nothing is loaded.
     monkeypatch.setattr(cli, "load_model", None)
     capsys.readouterr()
-    assert reproduce.run(["--check", str(bundle)]) == 0
+    assert run(["--check", str(bundle)]) == 0
     said = capsys.readouterr().out
     assert "every figure is what the texts give; the hashes alone hold what no text shows: damage" in said
     # What is finished is not made again.
     before = {p: p.stat().st_mtime_ns for p in (out / "acts.safetensors", out / "eval" / "results.json")}
-    assert reproduce.run(words) == 0
+    assert run(words) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
@@ -48,7 +50,7 @@ def planted(bundle, name, change):
     file = bundle / name
     file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
     manifest = json.loads((bundle / "manifest.json").read_text())
-    from kernel_surgery.stream import sha256
+    from kernel_surgery.files.hashing import sha256
 
     manifest["sha256"][name] = sha256(file)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
@@ -134,7 +136,7 @@ def test_a_strangers_bundle_is_made_again_from_its_texts_whatever_its_hashes_say
     name, change, message = CHANGES[what]
     bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
     planted(bundle, name, change)
-    assert reproduce.run(["--check", str(bundle)]) == 1
+    assert run(["--check", str(bundle)]) == 1
     said = capsys.readouterr().out
     assert any(line.startswith("broken: ") and message in line for line in said.splitlines()), said
     assert "SHA-256" not in said
@@ -145,32 +147,32 @@ def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
     bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
     (bundle / "report.html").write_text("better")
     (bundle / "certificate.svg").unlink()
-    faults = reproduce.check(bundle)
+    faults = check(bundle)
     assert faults == [
         "certificate.svg is missing",
         "report.html is not the file that was written (its SHA-256 differs from manifest.json)",
     ]
     (bundle / "samples.jsonl").unlink()
-    assert reproduce.check(bundle)[-1] == "without samples.jsonl nothing more can be checked"
+    assert check(bundle)[-1] == "without samples.jsonl nothing more can be checked"
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(cli.UserError, match=r"is no bundle of kernel_surgery\.reproduce"):
-        reproduce.run(["--check", str(tmp_path)])
+    with pytest.raises(UserError, match=r"is no bundle of kernel_surgery\.reproduce"):
+        run(["--check", str(tmp_path)])
     for words in ([], ["--out", "x"], ["--model", "polyglot"], ["--model", "polyglot", "--out", "x", "--check", "y"]):
-        with pytest.raises(cli.UserError, match="give --model and --out to make a bundle, or --check"):
-            reproduce.run(words)
+        with pytest.raises(UserError, match="give --model and --out to make a bundle, or --check"):
+            run(words)
 
 
 def test_differences_are_named_where_they_are():
     made = {"a": [1, 2.0, {"b": None}], "c": "x"}
-    assert reproduce.differences("r", made, json.loads(json.dumps(made))) == []
+    assert differences("r", made, json.loads(json.dumps(made))) == []
     said = {"a": [1, 2.1, {"b": 0}], "d": 1}
-    assert reproduce.differences("r", made, said) == [
+    assert differences("r", made, said) == [
         "results.json: r.a[1] is 2.1; the texts give 2.0",
         "results.json: r.a[2].b is 0; the texts give None",
         "results.json: r.c is None; the texts give x",
         "results.json: r.d is 1; the texts give None",
     ]
-    assert reproduce.differences("r", [1], [1, 2]) == ["results.json: r is [1, 2]; the texts give [1]"]
-    assert reproduce.differences("r", 0.1 + 0.2, 0.3) == [] and reproduce.differences("r", True, 1) == []
+    assert differences("r", [1], [1, 2]) == ["results.json: r is [1, 2]; the texts give [1]"]
+    assert differences("r", 0.1 + 0.2, 0.3) == [] and differences("r", True, 1) == []

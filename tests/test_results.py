@@ -4,9 +4,12 @@ import re
 
 import pytest
 
-from kernel_surgery import results, scoring
-from kernel_surgery.generate import Generation
-from kernel_surgery.problems import problems
+from kernel_surgery.evaluation.generate import Generation
+from kernel_surgery.evaluation.judging import score
+from kernel_surgery.evaluation.summary import expag_metrics, pair, power, repetition, summarize
+from kernel_surgery.evaluation.tables import answered_sooner, expag_table, strict_table
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.scoring.answers import Plain, _numbers_of, _plain, _read, _Reading
 
 
 def sample(i, mode="original", language="en", correct=True, fat=10, text="The answer is 4.", judged=True, passed=True):
@@ -35,12 +38,12 @@ def test_a_text_is_scored_for_answer_time_and_language():
     def decode(ids):
         return "".join(words[i] for i in ids)
 
-    made = results.score(problem, "en", "hook", Generation(tuple(range(9)), decode(range(9)), "stop"), decode)
+    made = score(problem, "en", "hook", Generation(tuple(range(9)), decode(range(9)), "stop"), decode)
     assert made["correct"] and made["extracted"] == str(problem.answer) and made["fat_tokens"] == 9
     # In characters too: up to the end of the answer, without the full stop.
     assert decode(range(9))[: made["fat_characters"]].endswith(f"The answer is {problem.answer}")
     assert made["language_judged"] and made["language_passed"] and made["mode"] == "hook"
-    wrong = results.score(problem, "zh", "hook", Generation((0, 1), decode([0, 1]), "length"), decode)
+    wrong = score(problem, "zh", "hook", Generation((0, 1), decode([0, 1]), "length"), decode)
     assert (
         not wrong["correct"] and wrong["fat_tokens"] is wrong["fat_characters"] is None and wrong["extracted"] is None
     )
@@ -52,13 +55,13 @@ def test_a_text_is_read_once_whatever_is_asked_of_it_and_its_prompt_once_for_all
     words[30] = f"The answer is {problems('test', 1)[0].answer}."
     decode = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
     read, made = [], []
-    real, plain = scoring._Reading, scoring.Plain
+    real, plain = _Reading, Plain
     monkeypatch.setattr(scoring, "_Reading", lambda *given: read.append(given[0]) or real(*given))
     monkeypatch.setattr(scoring, "Plain", lambda text: made.append(text) or plain(text))
-    for kept in (scoring._read, scoring._plain, scoring._numbers_of):
+    for kept in (_read, _plain, _numbers_of):
         kept.cache_clear()
     ids = tuple(range(40))
-    found = results.score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
+    found = score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
     assert found["correct"] and found["fat_tokens"] == 31 and found["correct_at"] == {"16": False, "32": True}
     assert sorted(map(len, read)) == sorted(len(decode(ids[:n])) for n in (16, 32, 40))
     assert made.count(problem.prompts["en"]) == 1
@@ -66,13 +69,13 @@ def test_a_text_is_read_once_whatever_is_asked_of_it_and_its_prompt_once_for_all
 
 def test_a_cell_is_summed_up_as_counted_by_hand():
     cell = [sample(0), sample(1, correct=False), sample(2, fat=30, judged=False, passed=None), sample(3, passed=False)]
-    made = results.summarize(cell, budget=100)
+    made = summarize(cell, budget=100)
     assert (made["n"], made["correct"], made["accuracy"]) == (4, 3, 0.75)
     assert made["fat_tokens"] == (10 + 100 + 30 + 10) / 4  # the miss counts with the whole budget
     assert made["language_fidelity"] == pytest.approx(2 / 3) and made["coverage"] == 0.75
     assert made["by_category"] == {"a": {"n": 2, "correct": 2}, "b": {"n": 2, "correct": 1}}
     assert made["ci95"][0] < 0.75 < made["ci95"][1]
-    assert results.summarize([sample(0, judged=False)], 10)["language_fidelity"] is None
+    assert summarize([sample(0, judged=False)], 10)["language_fidelity"] is None
 
 
 def cells(original, edited, mode="fused", language="en"):
@@ -84,17 +87,17 @@ def cells(original, edited, mode="fused", language="en"):
 
 def test_differences_are_paired_and_words_follow_the_corrected_interval():
     n = 40
-    (row,) = results.pair(cells([False] * n, [True] * 12 + [False] * 28))
+    (row,) = pair(cells([False] * n, [True] * 12 + [False] * 28))
     assert (row["delta"], row["gained"], row["lost"], row["same_text"]) == (0.3, 12, 0, n)
     assert row["holm_p"] == row["mcnemar_p"] == pytest.approx(2 / 2**12) and row["verdict"].startswith("improved")
-    (row,) = results.pair(cells([True] * n, [True] * n))
+    (row,) = pair(cells([True] * n, [True] * n))
     assert row["delta"] == 0 and row["verdict"].startswith("no difference shown") and f"n={n}" in row["verdict"]
     # The same pair in a run of many comparisons is corrected for them.
     many = cells([False] * n, [True] * 6 + [False] * 34)
-    assert results.pair(many)[0]["verdict"].startswith("improved")
+    assert pair(many)[0]["verdict"].startswith("improved")
     for language in ("zh", "es", "sw"):
         many |= cells([True] * n, [True] * n, language=language)
-    corrected = results.pair(many)
+    corrected = pair(many)
     # Four languages, and the four pooled.
     assert [row["language"] for row in corrected] == ["en", "zh", "es", "sw", "all"]
     assert corrected[0]["holm_p"] == pytest.approx(5 * corrected[0]["mcnemar_p"])
@@ -105,24 +108,24 @@ def test_the_time_until_the_answer_is_compared_where_both_solved():
     made = cells([True] * 4, [True, True, True, False])
     for i, one in enumerate(made["fused", "en"]):
         one["fat_tokens"] = None if i == 3 else 10 + i
-    row = results.pair(made)[0]
+    row = pair(made)[0]
     assert row["fat_both_solved"]["n"] == 3 and row["fat_both_solved"]["mean_difference"] == 1.0
     low, high = row["fat_both_solved"]["ci95"]
     assert 0 <= low < 1 < high <= 2
     said = f"fused en +1.00 ({low:+.2f} to {high:+.2f}, n=3)"
-    assert results.answered_sooner(row) == said
-    table = results.strict_table({"fused": {"en": results.summarize(made["fused", "en"], 100)}}, [row])
+    assert answered_sooner(row) == said
+    table = strict_table({"fused": {"en": summarize(made["fused", "en"], 100)}}, [row])
     assert f"tokens until the answer, problems that both solved: {said}" in table
     # Where nothing was solved by both there is nothing to say, and of equal ones no interval.
-    assert results.answered_sooner(results.pair(cells([True], [False]))[0]) == ""
-    assert results.answered_sooner(results.pair(cells([True] * 2, [True] * 2))[0]) == "fused en +0.00 (all alike, n=2)"
+    assert answered_sooner(pair(cells([True], [False]))[0]) == ""
+    assert answered_sooner(pair(cells([True] * 2, [True] * 2))[0]) == "fused en +0.00 (all alike, n=2)"
 
 
 def test_languages_are_pooled_by_problem_and_equivalence_needs_numbers():
     n = 40
     right, wrong = [True] * n, [True] * 28 + [False] * 12
     both = cells(right, wrong, language="en") | cells(right, wrong, language="zh")
-    rows = results.pair(both)
+    rows = pair(both)
     pooled = rows[-1]
     assert [row["language"] for row in rows] == ["en", "zh", "all"] and pooled["languages"] == ["en", "zh"]
     # Twelve problems moved, in both languages alike: the second language adds no evidence.
@@ -133,11 +136,11 @@ def test_languages_are_pooled_by_problem_and_equivalence_needs_numbers():
     assert pooled["p"] == pytest.approx(2 / 2**12) and pooled["verdict"] == "worse" and pooled["equivalent"] is None
     low, high = pooled["ci95"]
     assert -0.5 < low < -0.3 < high < 0
-    (row,) = results.pair(cells([True] * 400, [True] * 400))
+    (row,) = pair(cells([True] * 400, [True] * 400))
     assert row["equivalent"] and row["margin"] == 0.05 and row["verdict"].startswith("no difference shown")
-    assert not results.pair(cells([True] * 400, [True] * 400), margin=0.001)[0]["equivalent"]
+    assert not pair(cells([True] * 400, [True] * 400), margin=0.001)[0]["equivalent"]
     # Forty problems cannot show that nothing happened, though nothing did.
-    assert not results.pair(cells(right, right))[0]["equivalent"]
+    assert not pair(cells(right, right))[0]["equivalent"]
 
 
 def test_the_budget_curve_is_what_shorter_budgets_would_have_given():
@@ -148,17 +151,15 @@ def test_the_budget_curve_is_what_shorter_budgets_would_have_given():
         return "".join(words[i] for i in ids)
 
     ids = tuple(range(len(words)))
-    made = results.score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
+    made = score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)
     assert made["correct_at"] == {"16": False, "32": False, "48": True, "64": True} and not made["correct"]
-    assert results.summarize([made], 256)["budget_curve"] == [
+    assert summarize([made], 256)["budget_curve"] == [
         *([16, 0.0], [32, 0.0], [48, 1.0], [64, 1.0], [96, 0.0], [128, 0.0], [192, 0.0], [256, 0.0])
     ]
     # Each point is the verdict on the text that the budget would have left.
-    for budget, accuracy in results.summarize([made], 256)["budget_curve"]:
+    for budget, accuracy in summarize([made], 256)["budget_curve"]:
         cut = ids[:budget]
-        assert (
-            results.score(problem, "en", "hook", Generation(cut, decode(cut), "length"), decode)["correct"] == accuracy
-        )
+        assert score(problem, "en", "hook", Generation(cut, decode(cut), "length"), decode)["correct"] == accuracy
 
 
 @pytest.mark.parametrize(
@@ -172,32 +173,32 @@ def test_the_budget_curve_is_what_shorter_budgets_would_have_given():
     ],
 )
 def test_repetition_counts_what_was_said_before(text, share):
-    assert results.repetition(text) == pytest.approx(share)
+    assert repetition(text) == pytest.approx(share)
 
 
 def test_cells_of_other_problems_are_never_compared():
     made = cells([True] * 3, [True] * 3)
     made["fused", "en"].reverse()
     with pytest.raises(RuntimeError, match="not asked the same problems"):
-        results.pair(made)
+        pair(made)
 
 
 def test_the_tables_show_what_was_summed_up():
     made = cells([True, False, True, True], [True, True, True, False])
     modes = {"original": {}, "fused": {}}
     for (mode, language), cell in made.items():
-        modes[mode][language] = results.summarize(cell, 100)
-    shown = results.strict_table(modes, results.pair(made))
+        modes[mode][language] = summarize(cell, 100)
+    shown = strict_table(modes, pair(made))
     print(shown)
     assert re.search(r"original +en +3/4 +0\.750 \(0\.\d+ to 0\.\d+\)", shown)
     assert re.search(r"fused +en +3/4 .*\+0\.000 \(.*no difference shown", shown)
     assert "4 problems a language and 1 comparisons could have shown no difference at all." in shown
-    assert results.power(results.pair(made)) == [{"language": "en", "n": 4, "comparisons": 1, "smallest_shown": None}]
-    metrics = results.expag_metrics(made)
+    assert power(pair(made)) == [{"language": "en", "n": 4, "comparisons": 1, "smallest_shown": None}]
+    metrics = expag_metrics(made)
     assert metrics["fused"]["en"]["total"] == 4 and metrics["fused"]["en"]["languages"] == {
         "zh": 0,
         "en": 4,
         "unknown": 0,
     }
-    script = results.expag_table(metrics, "fused")
+    script = expag_table(metrics, "fused")
     assert "baseline | EN 0/4 FAT= -1.0" in script and "surgery | EN 0/4" in script  # "4." is not "4" to the script

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from kernel_surgery import cli
-from kernel_surgery.problems import problems
-from kernel_surgery.runs import append_cell, digest, open_run, read_cells, take_up, write_cells
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.evaluation.samples import append_cell, digest, open_run, read_cells, take_up, write_cells
+from kernel_surgery.problems.generator import problems
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_a_run_is_gone_on_with_only_if_nothing_it_depends_on_changed(tmp_path):
     assert json.loads((run / "config.json").read_text()) == CONFIG
     open_run(run, CONFIG, resume=True)
     before = (run / "config.json").read_bytes()
-    with pytest.raises(cli.UserError, match="holds a run already; it was left as it is"):
+    with pytest.raises(UserError, match="holds a run already; it was left as it is"):
         open_run(run, CONFIG, resume=False)
     for key, value in {"mode": "all", "strength": 2.0, "weights": digest([2]), "languages": ["en", "zh"]}.items():
-        with pytest.raises(cli.UserError, match=f"other settings: {key} was "):
+        with pytest.raises(UserError, match=f"other settings: {key} was "):
             open_run(run, CONFIG | {key: value}, resume=True)
     (run / "config.json").write_bytes(before[:10])
-    with pytest.raises(cli.UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         open_run(run, CONFIG, resume=True)
     assert os.listdir(run) == ["config.json"]
 
@@ -88,6 +88,6 @@ def test_a_run_is_gone_on_with_only_if_nothing_it_depends_on_changed(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_files_that_are_not_a_run_are_left_alone(name, resume, tmp_path):
     (tmp_path / name).write_text("somebody's")
-    with pytest.raises(cli.UserError, match=f"holds {name} but no config.json"):
+    with pytest.raises(UserError, match=f"holds {name} but no config.json"):
         open_run(tmp_path, CONFIG, resume=resume)
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "somebody's"

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from kernel_surgery import cli, score
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.evaluation.external import agreement
+from kernel_surgery.score import run
 
 LINES = [
     {"text": "So the answer is 390.", "answer": 390, "language": "en", "prompt": "What is 238 + 152?", "mine": [1]},
@@ -24,7 +26,7 @@ def written(tmp_path, lines):
 
 
 def test_lines_come_out_as_they_went_in_with_three_fields_more(tmp_path, capsys):
-    assert score.run([str(written(tmp_path, LINES))]) == 0
+    assert run([str(written(tmp_path, LINES))]) == 0
     out, err = capsys.readouterr()
     made = [json.loads(line) for line in out.split("\n") if line]
     assert [{k: line[k] for k in given} for line, given in zip(made, LINES, strict=True)] == LINES
@@ -48,7 +50,7 @@ def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
         "correct": None,
         "id": "a",
     }
-    score.run([str(written(tmp_path, [sample]))])
+    run([str(written(tmp_path, [sample]))])
     assert json.loads(capsys.readouterr().out)["correct"] is True
 
 
@@ -71,38 +73,38 @@ def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
     ],
 )
 def test_a_wrong_line_is_named_and_nothing_is_printed(tmp_path, line, message, capsys):
-    with pytest.raises(cli.UserError, match=message):
-        score.run([str(written(tmp_path, [LINES[0], line]))])
+    with pytest.raises(UserError, match=message):
+        run([str(written(tmp_path, [LINES[0], line]))])
     assert capsys.readouterr().out == ""
 
 
 def test_half_a_character_is_replaced_and_separators_are_read(tmp_path, capsys):
     odd = {"text": "The answer is \ud800 1234.", "answer": "1,234", "language": "en"}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")  # as \\ud800, which is JSON
-    assert score.run([str(tmp_path / "odd.jsonl")]) == 0
+    assert run([str(tmp_path / "odd.jsonl")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["correct"] is True and found["text"] == "The answer is ? 1234." and "prompt" not in found
     nothing = LINES[0] | {"text": "No number.", "correct": False, "value": None}
-    agreed = score.agreement([nothing])
+    agreed = agreement([nothing])
     assert math.isnan(agreed.precision) and math.isnan(agreed.recall)
 
 
 def test_an_empty_file_is_no_result(tmp_path):
-    with pytest.raises(cli.UserError, match="holds no lines"):
-        score.run([str(written(tmp_path, ["\n"]))])
+    with pytest.raises(UserError, match="holds no lines"):
+        run([str(written(tmp_path, ["\n"]))])
     with pytest.raises(FileNotFoundError):
-        score.run([str(tmp_path / "none.jsonl")])
+        run([str(tmp_path / "none.jsonl")])
 
 
 def test_labels_must_be_there_and_agree_with_themselves(tmp_path, capsys):
     right = LINES[0] | {"correct": True, "value": "390"}
     wrong = LINES[0] | {"text": "The answer is 391.", "correct": False, "value": "391"}
     missed = LINES[0] | {"text": "No number at all.", "correct": True, "value": "390"}
-    assert score.run([str(written(tmp_path, [right, right, wrong, missed])), "--labels"]) == 0
-    found = score.agreement([right, right, wrong, missed])
+    assert run([str(written(tmp_path, [right, right, wrong, missed])), "--labels"]) == 0
+    found = agreement([right, right, wrong, missed])
     assert (found.n, found.called_right, found.are_right, found.both, found.same_value) == (4, 2, 3, 2, 3)
     assert (found.precision, found.recall) == (1.0, 2 / 3) and "1.000  0.667" in capsys.readouterr().out
-    with pytest.raises(cli.UserError, match='text 1: --labels needs "correct" and "value"'):
-        score.run([str(written(tmp_path, [LINES[0]])), "--labels"])
-    with pytest.raises(cli.UserError, match="text 2: it says correct=True, value='391' and answer=390"):
-        score.run([str(written(tmp_path, [right, wrong | {"correct": True}])), "--labels"])
+    with pytest.raises(UserError, match='text 1: --labels needs "correct" and "value"'):
+        run([str(written(tmp_path, [LINES[0]])), "--labels"])
+    with pytest.raises(UserError, match="text 2: it says correct=True, value='391' and answer=390"):
+        run([str(written(tmp_path, [right, wrong | {"correct": True}])), "--labels"])

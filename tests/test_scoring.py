@@ -7,19 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery import score
-from kernel_surgery.language import LANGUAGES
-from kernel_surgery.scoring import (
+from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.evaluation.external import agreement, read_lines
+from kernel_surgery.evaluation.stats import restricted_mean
+from kernel_surgery.score import run
+from kernel_surgery.scoring.answers import (
     Extracted,
-    expag_check,
-    expag_fat,
-    expag_language,
     extract_answer,
     first_answer_character,
     first_answer_token,
     is_correct,
-    restricted_mean,
 )
+from kernel_surgery.scoring.expag import expag_check, expag_fat, expag_language
 
 # (text, what it answers or None, language). Labelled by hand before they were run.
 ANSWERS = [
@@ -138,7 +137,7 @@ def test_the_prompt_tells_echoes_options_and_new_questions(text, prompt, answer)
 def test_every_worked_solution_is_read_right(language):
     """polyglot's own target texts: sums, arrows and remainders on the way, the answer at the end."""
     from kernel_surgery.polyglot.solutions import solution
-    from kernel_surgery.problems import problems
+    from kernel_surgery.problems.generator import problems
 
     for problem in problems("test", 40):
         text = solution(problem, language)
@@ -228,13 +227,13 @@ def test_the_scorer_agrees_with_a_reader_on_texts_it_was_not_written_for(capsys)
     When it first saw them precision was .993 and recall .966; options named by lower-case letters, kana, hangul and
     circled digits, and a question after a bare number, were then added. The reference script's rule stands beside.
     """
-    lines = score.read_lines(LABELLED)
+    lines = read_lines(LABELLED)
     assert len(lines) >= 200 and {line["language"] for line in lines} == set(LANGUAGES)
     assert len({line["id"] for line in lines}) == len(lines) and len({line["kind"] for line in lines}) == 14
-    assert score.run([str(LABELLED), "--labels"]) == 0
+    assert run([str(LABELLED), "--labels"]) == 0
     said = capsys.readouterr().out
     print(said)
-    ours, script = score.agreement(lines), score.agreement(lines, "expag")
+    ours, script = agreement(lines), agreement(lines, "expag")
     assert ours.precision >= 0.99 and ours.recall >= 0.99
     assert f"{ours.precision:.3f}  {ours.recall:.3f}" in said.splitlines()[-1]
     # Teeth: the script's rule on the same texts.

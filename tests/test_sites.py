@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_surgery.sites import (
+from kernel_surgery.models.architectures import (
     ARCHITECTURES,
     decoder_layers,
     default_layers,

@@ -10,19 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery import results, statistics
-from kernel_surgery.statistics import (
+from kernel_surgery.evaluation.judging import score
+from kernel_surgery.evaluation.stats import (
     PairedDifference,
     clustered_difference,
     equivalent,
+    gains_and_losses,
     holm,
     mcnemar_exact,
+    mean_difference,
     newcombe_paired,
     paired_difference,
     smallest_shown,
     verdict,
     wilson,
 )
+from kernel_surgery.evaluation.summary import pair
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 
 counts = st.integers(0, 60)
 
@@ -271,19 +275,19 @@ def real_pairs():
     """{language: [(original right, edited right)]} of the embedded model, cut short and reflected: some of each."""
     import torch
 
-    from kernel_surgery import Subspace, cli, hooked
-    from kernel_surgery.generate import generate
-    from kernel_surgery.problems import problems
+    from kernel_surgery import Subspace, hooked
+    from kernel_surgery.evaluation.generate import generate
+    from kernel_surgery.problems.generator import problems
 
-    model, tokenizer = cli.load_model("polyglot", torch.float32), cli.load_tokenizer("polyglot")
-    subspace = Subspace.load(cli.POLYGLOT / "subspace.safetensors")
+    model, tokenizer = load_model("polyglot", torch.float32), load_tokenizer("polyglot")
+    subspace = Subspace.load(POLYGLOT / "subspace.safetensors")
     asked, pairs = problems("test", 20), {}
     for language in ("en", "zh"):
         prompts, right = [p.prompts[language] for p in asked], []
         for strength in (0.0, 2.0):
             with hooked(model, subspace, strength):
                 made = generate(model, tokenizer, prompts, max_new_tokens=72, batch_size=100)
-            cell = [results.score(p, language, "", t, tokenizer.decode) for p, t in zip(asked, made, strict=True)]
+            cell = [score(p, language, "", t, tokenizer.decode) for p, t in zip(asked, made, strict=True)]
             right.append([s["correct"] for s in cell])
         pairs[language] = list(zip(*right, strict=True))
     return pairs
@@ -305,7 +309,7 @@ def test_two_thousand_studies_without_an_effect_find_one_no_more_often_than_stat
                     {"id": i, "correct": pairs[p][which ^ swap], "text": "", "fat_tokens": None}
                     for i, (p, swap) in enumerate(drawn)
                 ]
-        false += any(row["verdict"] in ("improved", "worse") for row in results.pair(cells))
+        false += any(row["verdict"] in ("improved", "worse") for row in pair(cells))
     # Three standard deviations of the count itself above the level.
     allowed = 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
     print(f"pairs that moved: {moved}; false verdicts in {false} of 2000 studies, {false / 2000:.4f}, stated 0.05")
@@ -316,7 +320,7 @@ def test_an_interval_over_few_moved_problems_is_no_certainty():
     """What a bootstrap alone gives there: a point, or an end at exactly 0."""
 
     def interval(rows):
-        return statistics.clustered_difference(rows).ci95
+        return clustered_difference(rows).ci95
 
     still = interval([(0, 0)] * 200)
     one = interval([(1, 0)] + [(0, 0)] * 199)
@@ -325,13 +329,13 @@ def test_an_interval_over_few_moved_problems_is_no_certainty():
     lost = interval([(-1, -1)] * 5)
     assert lost == pytest.approx(newcombe_paired(0, 0, 5, 0)) and lost[1] < -0.3
     few = [(-1, -1)] + [(-1, 0)] * 3 + [(0, 0)] * 196
-    found = statistics.clustered_difference(few)
+    found = clustered_difference(few)
     assert found.p == 0.125 and found.ci95[0] < 0 < found.ci95[1]
     # One cluster, one language: Newcombe's own interval for pairs that are never both right.
-    assert statistics.gains_and_losses([1.0] * 7 + [-1.0] * 3 + [0.0] * 40) == pytest.approx(
+    assert gains_and_losses([1.0] * 7 + [-1.0] * 3 + [0.0] * 40) == pytest.approx(
         newcombe_paired(0, 7, 3, 40), abs=0.02
     )
-    assert statistics.gains_and_losses([]) == (-1.0, 1.0)
+    assert gains_and_losses([]) == (-1.0, 1.0)
 
 
 @pytest.mark.slow
@@ -349,14 +353,14 @@ def test_the_pooled_interval_covers_what_is_true(rate):
             ((s if t or f else 0), (s if t or not f else 0)) if m else (0, 0)
             for m, s, t, f in zip(moved, sign, together, first, strict=True)
         ]
-        low, high = statistics.clustered_difference(rows, resamples=500).ci95
+        low, high = clustered_difference(rows, resamples=500).ci95
         inside += low <= true * 0.75 <= high
     print(f"rate {rate}: the interval holds the truth in {inside / runs:.3f} of {runs} runs, stated .95")
     assert inside / runs >= 0.95 - 3 * (0.05 * 0.95 / runs) ** 0.5
 
 
 def test_a_mean_of_pairs_has_an_interval_where_resampling_says_something():
-    found = statistics.mean_difference([1.0, 2.0, 3.0, 2.0] * 10)
+    found = mean_difference([1.0, 2.0, 3.0, 2.0] * 10)
     assert found["n"] == 40 and found["mean_difference"] == 2.0 and 1.7 < found["ci95"][0] < 2 < found["ci95"][1] < 2.3
     for values, mean in (([], None), ([3.0], 3.0), ([2.0, 2.0], 2.0)):
-        assert statistics.mean_difference(values) == {"n": len(values), "mean_difference": mean, "ci95": None}
+        assert mean_difference(values) == {"n": len(values), "mean_difference": mean, "ci95": None}

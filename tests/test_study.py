@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-from kernel_surgery import Subspace, cli, study
-from kernel_surgery.problems import problems
+from kernel_surgery import Subspace
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.evaluation.study import cells_of, choose, digest, read_grid
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.study import run
 
 GRID = """
 mode = "hook"
@@ -27,14 +30,14 @@ def declared(tmp_path, text=GRID):
 
 
 def test_the_grid_is_the_product_in_the_order_declared(tmp_path):
-    made = study.read_grid(declared(tmp_path))
+    made = read_grid(declared(tmp_path))
     assert made["model"] == "polyglot" and made["budget"] == 40 and made["languages"] == ["en", "zh"]
-    cells = study.cells_of(made["grid"])
+    cells = cells_of(made["grid"])
     assert [(c["rank"], c["strength"]) for c in cells.values()] == [(2, 1.0), (2, 2.0), (10, 1.0), (10, 2.0)]
     assert next(iter(cells)) == "rank=2 site=mlp_out pool=last strength=1.0 layers=middle"
     one, other = list(cells.values())[:2]
-    assert study.digest(one, made) == study.digest(dict(one), dict(made)) != study.digest(other, made)
-    assert study.digest(one, made) != study.digest(one, made | {"seed": 1})
+    assert digest(one, made) == digest(dict(one), dict(made)) != digest(other, made)
+    assert digest(one, made) != digest(one, made | {"seed": 1})
 
 
 @pytest.mark.parametrize(
@@ -55,8 +58,8 @@ def test_the_grid_is_the_product_in_the_order_declared(tmp_path):
     ],
 )
 def test_a_declaration_that_cannot_be_used_is_refused(tmp_path, text, message):
-    with pytest.raises(cli.UserError, match=message):
-        study.run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=message):
+        run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -65,15 +68,15 @@ def test_the_best_on_dev_is_chosen_and_of_equals_the_first():
         name: {"en": {"accuracy": a}, "zh": {"accuracy": b}}
         for name, a, b in (("x", 1, 0), ("y", 0.5, 0.5), ("z", 0, 0.9))
     }
-    assert study.choose(dev, ["x", "y", "z"]) == "x" and study.choose(dev, ["y", "x"]) == "y"
-    assert study.choose(dev | {"w": {"en": {"accuracy": 0.6}, "zh": {"accuracy": 0.5}}}, ["x", "w"]) == "w"
+    assert choose(dev, ["x", "y", "z"]) == "x" and choose(dev, ["y", "x"]) == "y"
+    assert choose(dev | {"w": {"en": {"accuracy": 0.6}, "zh": {"accuracy": 0.5}}}, ["x", "w"]) == "w"
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     out = folder / "out"
-    assert study.run([str(declared(folder)), "--out", str(out), "--controls", "haar:2"]) == 0
+    assert run([str(declared(folder)), "--out", str(out), "--controls", "haar:2"]) == 0
     return folder
 
 
@@ -86,7 +89,7 @@ def test_a_study_is_one_file_and_what_it_froze(done, capsys):
         and made["frozen"]["of"] == 4
         and list(made["test"]) == ["original", made["frozen"]["cell"]]
     )
-    assert made["frozen"]["cell"] == study.choose(made["dev"], list(made["dev"])[1:])
+    assert made["frozen"]["cell"] == choose(made["dev"], list(made["dev"])[1:])
     assert made["frozen"] == json.loads((out / "frozen.json").read_text())
     subspace = Subspace.load(out / "chosen.safetensors")
     assert subspace.rank == made["frozen"]["setting"]["rank"] and subspace.fit["split"] == "fit"
@@ -101,23 +104,23 @@ def test_a_study_is_one_file_and_what_it_froze(done, capsys):
     # Again: nothing is asked anew, and the same stands there.
     kept = {name: (out / name).read_bytes() for name in ("dev.jsonl", "test.jsonl", "frozen.json")}
     words = [str(done / "grid.toml"), "--out", str(out), "--controls", "haar:2"]
-    assert study.run(words) == 0 and kept == {name: (out / name).read_bytes() for name in kept}
+    assert run(words) == 0 and kept == {name: (out / name).read_bytes() for name in kept}
     said = capsys.readouterr().out
     assert "<- chosen" in said and "one of 4; test, 5 problems a language:" in said and "2 haar controls" in said
     # Another declaration, or another choice than the frozen one, does not go on in it.
-    with pytest.raises(cli.UserError, match="holds a run with other settings: problems was 1, now 2"):
-        study.run([str(declared(done, GRID.replace("problems = 1", "problems = 2"))), "--out", str(out)])
+    with pytest.raises(UserError, match="holds a run with other settings: problems was 1, now 2"):
+        run([str(declared(done, GRID.replace("problems = 1", "problems = 2"))), "--out", str(out)])
     declared(done)
     (out / "frozen.json").write_text("{}")
-    with pytest.raises(cli.UserError, match="holds another choice than dev gives now"):
-        study.run(words)
+    with pytest.raises(UserError, match="holds another choice than dev gives now"):
+        run(words)
     (out / "frozen.json").write_bytes(kept["frozen.json"])
 
 
 @pytest.mark.slow
 def test_all_cells_may_be_reported_and_a_budget_cuts_the_texts(tmp_path):
     text = GRID.replace("[2, 10]", "[10]").replace('mode = "hook"', 'mode = "hook"\ntest = "all"\nbudget = 12')
-    assert study.run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")]) == 0
+    assert run([str(declared(tmp_path, text)), "--out", str(tmp_path / "out")]) == 0
     made = json.loads((tmp_path / "out" / "study.json").read_text())
     assert len(made["test"]) == 3 and len(made["paired"]) == 6
     for by in (*made["dev"].values(), *made["test"].values()):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from kernel_surgery import Subspace
-from kernel_surgery.subspace import fingerprint, fingerprint_differences
+from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
 from tests.models import basis, pico
 
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import cli, verify
-from kernel_surgery.bake import bake_weight, remove
-from kernel_surgery.certificate import shown
-from kernel_surgery.checkpoint import bake_checkpoint, sha256, undo_checkpoint
-from kernel_surgery.checks import broken, check_tensor
-from kernel_surgery.reference import leak_floor
-from kernel_surgery.subspace import Subspace, fingerprint
+from kernel_surgery.certify.checks import broken, check_tensor
+from kernel_surgery.certify.files import verify_checkpoint
+from kernel_surgery.certify.render import shown
+from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.edit.baked import bake_weight, remove
+from kernel_surgery.numerics.bounds import leak_floor
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.fingerprint import fingerprint
+from kernel_surgery.verify import run
 from tests.models import basis, pico
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,7 +39,7 @@ def prepared(folder, dtype=torch.bfloat16, strength=1.0, shards="5GB", bias=True
 
 def certified(folder, *, model=True, subspace=False):
     source = folder / "source" if model else None
-    return verify.verify_checkpoint(folder / "baked", source, folder / "subspace.safetensors" if subspace else None)
+    return verify_checkpoint(folder / "baked", source, folder / "subspace.safetensors" if subspace else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +119,7 @@ def test_a_planted_fault_is_found_and_its_layer_named_though_the_hashes_match(tm
     folder = prepared(tmp_path, dtype)
     rewritten(folder, FAULTS[name])
     words = ["--baked", str(folder / "baked"), "--model", str(folder / "source"), "--out", str(tmp_path / "c.json")]
-    assert verify.run(words) == 1
+    assert run(words) == 1
     said = capsys.readouterr().out
     certificate = json.loads((tmp_path / "c.json").read_text())
     faults = certificate["faults"]
@@ -176,12 +179,12 @@ def test_a_certificate_is_of_the_subspace_that_was_asked_for(tmp_path):
 def test_what_is_no_baked_checkpoint_is_refused(tmp_path):
     folder = prepared(tmp_path)
     with pytest.raises(ValueError, match=r"is not a checkpoint that .*bake has written"):
-        verify.verify_checkpoint(folder / "source")
-    with pytest.raises(cli.UserError, match="no folder at"):
-        verify.run(["--baked", str(folder / "nowhere")])
+        verify_checkpoint(folder / "source")
+    with pytest.raises(UserError, match="no folder at"):
+        run(["--baked", str(folder / "nowhere")])
     shutil.rmtree(folder / "baked" / "kernel_surgery")
     with pytest.raises(FileNotFoundError):
-        verify.verify_checkpoint(folder / "baked")
+        verify_checkpoint(folder / "baked")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,16 +193,14 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
     folder = prepared(tmp_path, dtype, strength)
     undo_checkpoint(folder / "baked", folder / "restored")
     words = ["--restored", str(folder / "restored"), "--model", str(folder / "source")]
-    assert (
-        verify.run([*words, "--subspace", str(folder / "subspace.safetensors"), "--out", str(tmp_path / "c.json")]) == 0
-    )
+    assert run([*words, "--subspace", str(folder / "subspace.safetensors"), "--out", str(tmp_path / "c.json")]) == 0
     print(capsys.readouterr().out)
     rows = json.loads((tmp_path / "c.json").read_text())["tensors"]
     assert [(r["layer"], r["tensor"]) for r in rows] == [
         (i, DOWN.format(i, part)) for i in LAYERS for part in ("bias", "weight")
     ]
     assert all(0 < r["error_over_bound"] <= 1 for r in rows) and (tmp_path / "c.svg").exists()
-    assert verify.run(words[:2]) == 0  # hashes alone
+    assert run(words[:2]) == 0  # hashes alone
     (file,) = (folder / "restored").glob("*.safetensors")
     whole, record = load_file(file), folder / "restored" / "provenance.json"
     name, other = DOWN.format(2, "weight"), "model.layers.0.mlp.up_proj.weight"
@@ -215,11 +216,11 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
         rewritten["sha256"][file.name] = sha256(file)
         record.write_text(json.dumps(rewritten))
         capsys.readouterr()
-        assert verify.run(words) == 1
+        assert run(words) == 1
         broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
         assert len(broken) == 1 and broken[0].startswith(f"broken: {message}")
     with pytest.raises(ValueError, match=r"is not a checkpoint that python -m kernel_surgery\.bake --undo has written"):
-        verify.run(["--restored", str(folder / "baked")])
+        run(["--restored", str(folder / "baked")])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -279,5 +280,5 @@ def test_a_folder_does_not_vouch_for_its_own_bases_layers_and_files(tmp_path):
         path.write_text(before) if before is not None else path.unlink()
     record.write_text(json.dumps(right))
     assert certified(folder)["faults"] == []
-    with pytest.raises(cli.UserError, match="where the plot would go"):
-        verify.run(["--baked", str(folder / "baked"), "--out", str(tmp_path / "c.svg")])
+    with pytest.raises(UserError, match="where the plot would go"):
+        run(["--baked", str(folder / "baked"), "--out", str(tmp_path / "c.svg")])

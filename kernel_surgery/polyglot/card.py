@@ -8,11 +8,14 @@ import argparse
 import json
 from pathlib import Path
 
-from kernel_surgery import cli
-from kernel_surgery.problems import CATEGORIES, LANGUAGES
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.models.load import POLYGLOT
+from kernel_surgery.problems.generator import CATEGORIES
 
 _KEPT = ("schema", "config", "environment", "modes")
-
 _TEXT = """\
 ---
 license: apache-2.0
@@ -133,9 +136,9 @@ def card(results: dict, folder: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description="Write polyglot's card from measured results.")
+    p = Parser("polyglot.card", description="Write polyglot's card from measured results.")
     p.add_argument("--results", type=Path, required=True, help="folder of an eval of the original in all languages")
-    p.add_argument("--folder", type=Path, default=cli.POLYGLOT, help="the model's folder (default: the shipped one)")
+    p.add_argument("--folder", type=Path, default=POLYGLOT, help="the model's folder (default: the shipped one)")
     return p
 
 
@@ -144,14 +147,14 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     results = json.loads((args.results / "results.json").read_text(encoding="utf-8"))
     if set(results["modes"].get("original", {})) != set(LANGUAGES) or results["config"]["protocol"] != "strict":
-        raise cli.UserError(f"{str(args.results)!r} is not a strict evaluation of the original in all languages.")
+        raise UserError(f"{str(args.results)!r} is not a strict evaluation of the original in all languages.")
     kept = {key: results[key] for key in _KEPT} | {"parameters": results["model"]["parameters"]}
     kept["modes"] = {"original": results["modes"]["original"]}
-    cli.write_atomic(args.folder / "evaluation.json", json.dumps(kept, indent=1) + "\n")
-    cli.write_atomic(args.folder / "README.md", card(kept, args.folder))
+    write_atomic(args.folder / "evaluation.json", json.dumps(kept, indent=1) + "\n")
+    write_atomic(args.folder / "README.md", card(kept, args.folder))
     print(f"{args.folder}: evaluation.json, README.md")
     return 0
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

@@ -10,9 +10,10 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.polyglot.solutions import solution
-from kernel_surgery.problems import LANGUAGES, Parameters, Problem, answer_of, draw, fact, split_of
-from kernel_surgery.wordings import EXPAG_WORDINGS, WORDINGS
+from kernel_surgery.problems.generator import Parameters, Problem, answer_of, draw, fact, split_of
+from kernel_surgery.problems.wordings import EXPAG_WORDINGS, WORDINGS
 
 # Shares of the stream by kind, found by watching dev accuracy: long multiplication and division take the most examples,
 # and each C(n, k) has to be seen about a hundred times to be remembered; they are short.

@@ -7,6 +7,8 @@ times slower than float32 (1.43 s against 0.09 s a step for this model); here th
 
 import torch
 
+from kernel_surgery.common.errors import KernelSurgeryError
+
 # Quintic Newton-Schulz coefficients of the published method: steep at zero, singular values end in about [0.7, 1.2].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
@@ -29,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise ValueError(f"Muon steps matrices only, got a parameter of shape {tuple(p.shape)}")
+                    raise KernelSurgeryError(f"Muon steps matrices only, got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -12,7 +12,8 @@ The operands are written out again before the columns, so that what is asked (la
 are combined can be learned apart.
 """
 
-from kernel_surgery.problems import Parameters, Problem
+from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.problems.generator import Parameters, Problem
 
 SENTENCES: dict[str, dict[str, str]] = {
     "plus": {
@@ -70,7 +71,6 @@ SENTENCES: dict[str, dict[str, str]] = {
         "sw": "Kwanza tunatafuta jumla ya neno la kwanza na la mwisho kisha jumla yote.",
     },
 }
-
 ANSWERS: dict[str, str] = {
     "zh": "所以答案是 {answer}。",
     "en": "So the answer is {answer}.",
@@ -165,7 +165,7 @@ def working(kind: str, p: Parameters, answer: int) -> str:
             return _sum_series(p["a1"], p["d"], p["n"])
         case "combinatorics":
             return _choose(p["n"], p["k"], answer)
-    raise ValueError(f"unknown kind of problem {kind!r}")
+    raise KernelSurgeryError(f"unknown kind of problem {kind!r}")
 
 
 def solution(problem: Problem, language: str) -> str:

@@ -15,7 +15,10 @@ import shutil
 import time
 from pathlib import Path
 
-from kernel_surgery import cli
+from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.models.load import quiet_transformers
 
 EPILOG = """\
 How long it takes: on 2 cores of a Xeon with AMX, nothing else running, 7,200 tokens a second in float32 and 9,000 with
@@ -41,7 +44,11 @@ DEV_PER_CATEGORY = 12
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description="Train the embedded model from nothing on the seven-language problems.", epilog=EPILOG)
+    p = Parser(
+        "polyglot.train",
+        description="Train the embedded model from nothing on the seven-language problems.",
+        epilog=EPILOG,
+    )
     p.add_argument("--out", type=Path, required=True, help="folder for state, log and the best checkpoint")
     p.add_argument("--steps", type=int, default=16_000, help="optimizer steps in all (default 16000)")
     p.add_argument("--decay", type=float, default=0.7, help="last part of the steps with falling learning rate (0.7)")
@@ -116,8 +123,9 @@ def dev_accuracy(model, tokenizer, per_category: int) -> dict[str, float]:
     """
     import torch
 
+    from kernel_surgery.common.names import LANGUAGES
     from kernel_surgery.polyglot.solutions import solution
-    from kernel_surgery.problems import LANGUAGES, problems
+    from kernel_surgery.problems.generator import problems
 
     rows, kinds = [], []
     for problem in problems("dev", per_category):
@@ -179,7 +187,7 @@ def _append(log_file: Path, line: dict) -> None:
 def _started(args: argparse.Namespace, step: int) -> dict:
     """The log's line for a start or a resumption: what was asked, and with which versions."""
     options = {name: value for name, value in vars(args).items() if name != "out"}
-    return {"started_at": step, "options": options, "environment": cli.environment()}
+    return {"started_at": step, "options": options, "environment": environment_record()}
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -190,7 +198,7 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.polyglot.tokenizer import VOCABULARY, train_tokenizer
 
-    cli.quiet_transformers()
+    quiet_transformers()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -223,7 +231,7 @@ def run(argv: list[str] | None = None) -> int:
         loss_of = torch.compile(loss_of, dynamic=True)
     _append(log_file, _started(args, step))
     started = time.monotonic()
-    bar = cli.bar(args.steps, "training", initial=step)
+    bar = progress_bar(args.steps, "training", initial=step)
     losses: list[float] = []
     batches, chunk = [], -1
     while step < args.steps:
@@ -270,4 +278,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    main(run)

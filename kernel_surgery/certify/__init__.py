@@ -1,0 +1,1 @@
+"""Checks that an edit was made exactly."""

@@ -1,0 +1,199 @@
+"""A certificate as people read it: the table in the terminal, the JSON file, the plot beside it."""
+
+import json
+import math
+from pathlib import Path
+
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.plotting import COLOURS, svg
+
+# What the plot of error/bound shows of a mode's row, in words.
+CHECKS = {
+    "error_over_bound": "against the exact edit",
+    "rule_a": "Rule A",
+    "span_rule_a": "Rule A inside the subspace",
+    "span_leak": "leak rule",
+    "add": "with the addition",
+    "norm": "with the norm",
+}
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A figure for a table; a dash for what is not there."""
+    return "-" if value is None else format(value, form)
+
+
+def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Rows as lines, their columns aligned: the first `left` to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def tensor_table(rows: list[dict]) -> list[str]:
+    """One line an edited tensor on disk."""
+    head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
+    keys = (("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f"))
+    keys = (*keys, ("leak_bfloat16", ".2e"))
+    lines = [
+        [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
+    ]
+    table = [head, *lines]
+    # A column that says nothing of any row is left out.
+    keep = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in lines)]
+    return aligned([[row[i] for i in keep] for row in table], left=3)
+
+
+def layer_table(model: dict) -> list[str]:
+    """One line an edited layer: every figure an error over its bound but the last two."""
+    modes, by_layer = model["modes"], {}
+    for row in model["layers"]:
+        by_layer.setdefault(row["layer"], {})[row["mode"]] = row
+    hidden = {row["layer"]: row for row in model["hidden"]}
+    head = ["layer", *modes, "Rule A", "in span(U)", "leak rule", "add", "norm", "worst pair", "", "W", "leak/floor"]
+    head.append("hidden/original's")
+    lines = [head]
+    for layer, rows in by_layer.items():
+        pairs = [p for p in model["pairs"] if p["layer"] == layer]
+        worst = max(pairs, key=lambda p: p["error_over_bound"], default=None)
+        weights = [t for t in model["tensors"] if t["layer"] == layer]
+
+        def largest(key: str, rows: list[dict]) -> float | None:
+            return max((r[key] for r in rows if r.get(key) is not None), default=None)
+
+        every = list(rows.values())
+        here = hidden[layer]
+        lines.append(
+            [str(layer)]
+            + [number(rows[mode]["error_over_bound"]) for mode in modes]
+            + [number(largest(key, every)) for key in ("rule_a", "span_rule_a", "span_leak", "add", "norm")]
+            + ([number(worst["error_over_bound"]), "-".join(worst["pair"])] if worst else ["-", ""])
+            + [number(largest("error_over_bound", weights)), number(largest("leak_over_floor", weights))]
+            + [number(max(here[mode] for mode in modes) / here["original"])]
+        )
+    return aligned(lines)
+
+
+def logit_table(model: dict) -> list[str]:
+    """One line a mode: what its logits lose against the oracle's."""
+    head = ["mode", "provider", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
+    head.append("greedy text")
+    lines = [head]
+    for mode, r in model["logits"].items():
+        if mode == "ideal":  # a yardstick, no mode
+            continue
+        text = "-"
+        if mode != "original":
+            parted = f"{r['diverged']} of {model['sampled']['prompts']} part"
+            text = "the same" if not r["diverged"] else f"{parted}, first at token {r['first']}"
+        errors = (number(r["relative"], ".2e"), number(r.get("of_original")), number(r["max"], ".2e"))
+        spread = (number(r["kl_mean"], ".1e"), number(r["kl_p99"], ".1e"), number(r["top1"], ".4f"))
+        decoded = number((r["decoded"] or {}).get("of_original"))
+        lines.append([mode, model["providers"].get(mode, "-"), *errors, *spread, decoded, text])
+    return aligned(lines, left=2)
+
+
+def sampled(model: dict) -> str:
+    """What was run, in a sentence."""
+    s = model["sampled"]
+    return (
+        f"{model['dtype']} against {model['oracle']} on {model['device']}; {s['prompts']} sequences: {s['text']}, each "
+        f"with {s['new_tokens']} greedy tokens of the oracle; {s['rows_per_layer']} of {s['positions']} positions a "
+        "layer held to bounds; "
+        + ("decoded" if s["decoded_whole"] else "not decoded")
+        + " token by token with all layers edited at once."
+    )
+
+
+def shown(certificate: dict) -> str:
+    """The tables, and the verdict in the last line."""
+    lines, faults = [], certificate["faults"]
+    if certificate["tensors"]:
+        lines += [*tensor_table(certificate["tensors"]), ""]
+    if model := certificate.get("model"):
+        lines += [sampled(model)]
+        lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
+        lines += [certificate["note"]] if certificate.get("note") else []
+        lines += ["", "error/bound by layer:", *layer_table(model), "", *logit_table(model), ""]
+    lines += [certificate["note"]] if certificate.get("note") and not model else []
+    lines += [f"broken: {fault}" for fault in faults]
+    edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
+    what = f"{len(edited)} edited layers" + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
+    what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
+    lines.append(f"{what}: " + (f"{len(faults)} faults" if faults else "everything holds"))
+    return "\n".join(lines)
+
+
+def _limit(axes, limit: float, label: str) -> None:
+    """A red line at the limit; a linear axis while everything is below it, else a logarithmic one."""
+    axes.axhline(limit, color="#a3261b", lw=1)
+    axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color="#a3261b", va="center")
+    axes.set_ylabel(label)
+    if axes.get_ylim()[1] > 1.5 * limit:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.1 * limit)
+
+
+def plot(certificate: dict) -> str:
+    """Error/bound by layer; leak over floor; relative error of the hidden states beside the original's. SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    model = certificate.get("model")
+    tensors = [t for t in certificate["tensors"] or (model or {}).get("tensors", [])]
+    leaks = [t for t in tensors if t.get("leak_over_floor") is not None]
+    panels = [True, bool(leaks), model is not None]
+    figure = Figure(figsize=(8, 1.2 + 2.6 * sum(panels)), layout="constrained")
+    axes = list(figure.subplots(sum(panels), 1, squeeze=False)[:, 0])
+    top = axes.pop(0)
+    markers = dict(zip(CHECKS, "osv^Dx", strict=True))
+    for i, mode in enumerate(model["modes"] if model else []):
+        rows = [r for r in model["layers"] if r["mode"] == mode]
+        for key, words in CHECKS.items():
+            # Side by side: hook and fused often agree to the bit.
+            if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
+                label = f"{mode}: {words}"
+                top.plot(*zip(*points, strict=True), markers[key], color=COLOURS[mode], ms=4, alpha=0.8, label=label)
+    if held := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
+        top.plot(*zip(*held, strict=True), "*", color=COLOURS["baked"], ms=6, label="tensors, element by element")
+    _limit(top, 1.0, "error / bound")
+    if leaks:
+        panel = axes.pop(0)
+        panel.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
+        _limit(panel, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
+    if model:
+        panel = axes.pop(0)
+        for mode in ("original", *model["modes"]):
+            errors = [row[mode] for row in model["hidden"]]
+            panel.plot([r["layer"] for r in model["hidden"]], errors, color=COLOURS[mode], label=mode, lw=1.2)
+        panel.set_yscale("log")
+        panel.set_ylabel("hidden states: relative error")
+        panel.legend(frameon=False, fontsize=7, ncols=5)
+    for panel in figure.axes:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[-1].set_xlabel("layer")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=7)
+    return svg(figure)
+
+
+def write(path: Path, certificate: dict) -> None:
+    """The JSON file, and the plot beside it. What is not a finite number is null: JSON knows no infinity."""
+    write_atomic(path, json.dumps(_finite(certificate), indent=2, allow_nan=False) + "\n")
+    write_atomic(path.with_suffix(".svg"), plot(_finite(certificate)))
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

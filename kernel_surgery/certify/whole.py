@@ -1,0 +1,68 @@
+"""The certificate of a model in every mode, with a baked checkpoint of it where there is one."""
+
+from pathlib import Path
+
+from kernel_surgery.certify.files import verify_checkpoint
+from kernel_surgery.certify.model import certify_model
+from kernel_surgery.checkpoint.record import read_provenance
+from kernel_surgery.checkpoint.source import check_source
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.files.folder import located, weight_files
+from kernel_surgery.files.tensorfile import EDITABLE, read_layout
+from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.load import parse_device
+from kernel_surgery.numerics.precision import STORED, name_of
+from kernel_surgery.subspace.artifact import Subspace
+
+
+def stored_dtype(folder: Path, layer: int) -> str:
+    """The dtype of a layer's down_proj in the files, by its name in torch. Raises UserError if it is not a float."""
+    name = f"{LLAMA.site(layer)}.weight"
+    place = located(folder).get(name)
+    dtype = None if place is None else EDITABLE.get(place[1].dtype)
+    if dtype is None or name_of(dtype) not in DTYPES:
+        stored = "missing" if place is None else f"stored as {place[1].dtype}"
+        raise UserError(f"{name} in {str(folder)!r} is {stored}: only {', '.join(DTYPES)} can be certified.")
+    return name_of(dtype)
+
+
+def verify_model(
+    source: Path,
+    subspace_file: Path,
+    *,
+    model_id: str,
+    baked: Path | None = None,
+    strength: float | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    prompts: int = 8,
+    new_tokens: int = 16,
+    seed: int = 0,
+    whole: bool | None = None,
+    force: bool = False,
+) -> dict:
+    """The certificate of the checkpoint `source` in every mode, as a dict; `certify_model` with what the files say.
+
+    baked: a baked checkpoint of it, which is verified too and whose weights are then the baked mode's. strength: 1
+    where it is None, or what `baked` was made with. dtype: a name, or "auto" for the one that the files are stored in.
+    Raises what `check_source`, `verify_checkpoint` and `certify_model` raise.
+    """
+    subspace = Subspace.load(subspace_file, force=force)
+    check_source(source, [read_layout(file) for file in weight_files(source)], subspace, force=force)
+    stored = stored_dtype(source, subspace.layers[0])
+    dtype = stored if dtype == "auto" else dtype
+    strength = 1.0 if strength is None else strength
+    certificate = {"kind": "certificate", "of": {"baked": None, "model": str(source)}, "tensors": [], "faults": []}
+    if baked is not None:
+        strength = float(read_provenance(baked)["strength"])
+        if dtype != stored:
+            raise UserError(f"a baked checkpoint is certified in the dtype it is stored in, {stored}, not {dtype}.")
+        certificate = verify_checkpoint(baked, source, subspace_file)
+    place = parse_device(device)
+    options = {"prompts": prompts, "new_tokens": new_tokens, "seed": seed, "made": baked, "whole": whole}
+    model = certify_model(source, subspace, dtype=STORED[dtype].dtype, device=place, strength=strength, **options)
+    certificate |= {"model_id": model_id, "strength": strength, "rank": subspace.rank, "note": subspace.note}
+    certificate["faults"] = certificate["faults"] + model.pop("faults")
+    return certificate | {"model": model, "environment": environment_record(place)}

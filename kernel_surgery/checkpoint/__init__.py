@@ -1,0 +1,1 @@
+"""The edit on disk: baked checkpoints, undo, adapters."""

@@ -1,0 +1,99 @@
+"""What every applier that writes a folder shares: all of it or nothing, and a record of what it is.
+
+`provenance.json` holds what was done, to what, with what, and the SHA-256 of every file; the bases lie beside it, so
+that the folder can be checked later from itself alone.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.files.folder import PROVENANCE
+from kernel_surgery.files.hashing import sha256
+from kernel_surgery.files.tensorfile import opened
+from kernel_surgery.subspace.artifact import Subspace, check_bases
+
+BASES = Path("kernel_surgery") / "subspace.safetensors"
+
+
+def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:
+    """Keep the bases beside what was made with them, so that it can be checked from the folder alone."""
+    (folder / BASES).parent.mkdir(exist_ok=True)
+    save_file({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES)
+
+
+def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torch.Tensor]:
+    """The bases that lie beside what was made with them.
+
+    Raises ValueError where they are not the orthonormal bases of the layers, and of the rank, that the record names.
+    """
+    with opened(folder / file) as tensors:
+        named = {name: re.fullmatch(r"basis\.(\d+)", name) for name in tensors.keys()}  # noqa: SIM118
+        bases = {int(match[1]): tensors.get_tensor(name) for name, match in named.items() if match}
+    try:
+        bases = check_bases(bases)
+    except ValueError as error:
+        raise CheckpointError(f"{str(folder / file)!r}: {error}") from error
+    ranks = {basis.shape[1] for basis in bases.values()}
+    if sorted(bases) != sorted(record["layers"]) or ranks != {record["rank"]}:
+        raise CheckpointError(
+            f"{str(folder / file)!r} holds bases of layers {sorted(bases)}, rank {min(ranks)}; {PROVENANCE} says "
+            f"layers {record['layers']}, rank {record['rank']}."
+        )
+    return bases
+
+
+def edit_record(
+    kind: str, source: Path, subspace: Subspace, strength: float, model_id: str | None, command: str | None
+) -> dict:
+    """What every record says of an edit: of what, with what, how strong. kind: "baked" or "adapter"."""
+    # The commit of a checkpoint that lies in the hub's cache; else the one that the subspace was measured on.
+    revision = source.name if source.parent.name == "snapshots" else subspace.revision
+    return {
+        **{"kind": kind, "model_id": model_id or str(source), "strength": strength},
+        **{"layers": list(subspace.layers), "rank": subspace.rank, "site": subspace.site},
+        **{"revision": revision, "note": subspace.note, "fit": subspace.fit, "command": command},
+    }
+
+
+def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
+    """Write the record with the SHA-256 of every file in the folder; `hashes` holds those that are known already."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in hashes:
+            hashes[name] = sha256(file)
+    record = record | {"sha256": dict(sorted(hashes.items())), "environment": environment_record()}
+    write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+_WRITER = {
+    "baked": ("a checkpoint", "kernel_surgery.bake"),
+    "restored": ("a checkpoint", "kernel_surgery.bake --undo"),
+    "adapter": ("an adapter", "kernel_surgery.lora"),
+}
+
+
+def read_provenance(folder: Path, kind: str = "baked") -> dict:
+    """What a "baked" or "restored" checkpoint or an "adapter" says of itself. Raises ValueError for what is none."""
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        if record["kind"] != kind or not isinstance(record["sha256"], dict):
+            raise CheckpointError(f"it is of a {record['kind']!r} checkpoint")
+        if not math.isfinite(float(record["strength"])) or not record["layers"] or int(record["rank"]) < 1:
+            raise CheckpointError("it names no strength, layers or rank")
+        if not isinstance(record["model_id"], str) or not all(isinstance(i, int) for i in record["layers"]):
+            raise CheckpointError("it names no model or layers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what, writer = _WRITER[kind]
+        raise CheckpointError(
+            f"{str(folder)!r} is not {what} that python -m {writer} has written: its {PROVENANCE} is "
+            "missing or says something else. Nothing was written."
+        ) from error
+    return record

@@ -1,0 +1,74 @@
+"""What is edited of a checkpoint on disk, and whether a subspace belongs to it."""
+
+from pathlib import Path
+
+from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.files.folder import PROVENANCE, weight_files
+from kernel_surgery.files.tensorfile import Entry, Layout, opened, read_layout
+from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
+from kernel_surgery.models.load import read_config
+from kernel_surgery.numerics.precision import STORED
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.fingerprint import sample_weights
+
+EDITABLE_CODES = tuple(STORED[name].code for name in DTYPES)
+
+
+def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, force: bool = False) -> None:
+    """Refuse a checkpoint that the subspace was not fitted on, or of unknown architecture; reads a few tensors."""
+    config = read_config(folder)
+    if config.get("model_type") not in ARCHITECTURES:
+        raise CheckpointError(
+            f"cannot edit a {config.get('model_type')!r} checkpoint: known architectures are "
+            f"{', '.join(ARCHITECTURES)}.\nNothing was written."
+        )
+    n_layers = config["num_hidden_layers"]
+    where = {name: layout.path for layout in layouts for name in layout.entries}
+    wanted = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
+    if missing := [name for name in wanted if name not in where]:
+        raise CheckpointError(f"{str(folder)!r} has no tensor {missing[0]}. Nothing was written.")
+
+    def weights():
+        for name in wanted:
+            with opened(where[name]) as file:
+                yield name, file.get_tensor(name)
+
+    subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
+
+
+def original_layouts(source: Path) -> list[Layout]:
+    """The weight files of a checkpoint that was not baked before. Raises ValueError for one that was."""
+    if (source / PROVENANCE).exists():
+        raise CheckpointError(
+            f"{str(source)!r} was baked before (it holds {PROVENANCE}): the edit again would not remove anything more "
+            "at strength 1 and would compound at any other. Nothing was written. Take the original checkpoint."
+        )
+    return [read_layout(file) for file in weight_files(source)]
+
+
+def editable(layouts: list[Layout], bases: dict) -> list[Entry]:
+    """The tensors that the edit concerns: weights, and biases where there are any. Refuses what cannot be edited."""
+    found = []
+    for layout in layouts:
+        for name, entry in layout.entries.items():
+            layer = LLAMA.edited_layer(name, bases)
+            if layer is None:
+                continue
+            basis = bases[layer]
+            if entry.dtype not in EDITABLE_CODES:
+                raise CheckpointError(
+                    f"cannot edit {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
+                    "Nothing was written. Take the unquantised checkpoint, or use --mode fused, which leaves weights "
+                    "alone."
+                )
+            if entry.shape[0] != basis.shape[0]:
+                raise CheckpointError(
+                    f"cannot edit {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
+                    "Nothing was written. Fit a subspace on this model."
+                )
+            found.append(entry)
+    missing = {f"{LLAMA.site(layer)}.weight" for layer in bases} - {entry.name for entry in found}
+    if missing:
+        raise CheckpointError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}. Nothing was written.")
+    return found

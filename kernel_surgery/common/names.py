@@ -1,0 +1,10 @@
+"""The words that options, files and results share. Imports nothing, so that `--help` answers at once."""
+
+LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")
+SPLITS = ("fit", "dev", "test")
+DTYPES = ("float32", "bfloat16", "float16")
+SITES = ("mlp_out", "resid_post")
+POOLS = ("last", "mean")
+METHODS = ("deviations", "centroids")
+MODES = ("original", "hook", "baked", "fused", "lora")
+REACHES = ("output", "add", "norm")

@@ -1,0 +1,1 @@
+"""The edit in a model in memory: hook, fused, baked, lora."""

@@ -1,0 +1,1 @@
+"""Answers of the original and the edited model, compared."""

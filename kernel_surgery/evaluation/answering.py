@@ -1,0 +1,86 @@
+"""Answering: the same problems, in every language, of the original and of every edit.
+
+One loop for `eval`, `study` and the controls. A cell is the texts of one name (a mode, a setting, a control) in one
+language, in problem order. It is on disk before the next one is begun.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.edit.plan import Edit
+from kernel_surgery.evaluation.generate import generate
+from kernel_surgery.evaluation.judging import Cells, score, text_of
+from kernel_surgery.evaluation.samples import append_cell
+from kernel_surgery.problems.generator import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Makes a block in which the model is edited; the block yields the records of the edits, none for the original.
+EditBlock = Callable[[], AbstractContextManager[Sequence[Edit]]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every text of a run depends on, apart from the edit.
+
+    problems: in the order in which they are asked. budget: the most new tokens of a text.
+    """
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    problems: tuple[Problem, ...]
+    languages: tuple[str, ...]
+    budget: int
+    batch_size: int = 64
+
+    def prompts(self, language: str) -> list[str]:
+        """The problems as they are asked in a language."""
+        return [problem.prompts[language] for problem in self.problems]
+
+
+def missing_cells(context: Context, names: Sequence[str], done: Cells) -> list[tuple[str, str]]:
+    """The (name, language) that have not been answered yet, in order."""
+    return [(name, lang) for name in names for lang in context.languages if (name, lang) not in done]
+
+
+def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, samples: Path) -> Cells:
+    """The cells of every name in `edits` and every language; those in `done` are not asked again.
+
+    edits: {name: block in which the model has that edit}. samples: the file to which a finished cell is appended.
+    Raises RuntimeError if an edited layer did not run: the texts would not be the edited model's.
+    """
+    cells, missing, decode = dict(done), missing_cells(context, list(edits), done), text_of(context.tokenizer)
+    with progress_bar(len(missing) * len(context.problems), unit="text") as bar:
+        for name in dict.fromkeys(name for name, _ in missing):
+            with edits[name]() as made:
+                for language in (lang for which, lang in missing if which == name):
+                    bar.set_description(f"{name} {language}")
+                    before = [dict(edit.calls) for edit in made]
+                    texts = generate(
+                        context.model,
+                        context.tokenizer,
+                        context.prompts(language),
+                        max_new_tokens=context.budget,
+                        batch_size=context.batch_size,
+                        advance=bar.update,
+                    )
+                    _refuse_idle(name, made, before)
+                    pairs = zip(context.problems, texts, strict=True)
+                    cell = [score(problem, language, name, text, decode) for problem, text in pairs]
+                    append_cell(samples, cell)
+                    cells[name, language] = cell
+    return {(name, lang): cells[name, lang] for name in edits for lang in context.languages}
+
+
+def _refuse_idle(name: str, edits: Sequence[Edit], before: list[dict[int, int]]) -> None:
+    pairs = zip(edits, before, strict=True)
+    idle = [layer for edit, calls in pairs for layer in calls if edit.calls[layer] == calls[layer]]
+    if idle:
+        raise RuntimeError(f"{name} never ran at layers {idle}: these texts are not of the edited model")

@@ -1,0 +1,218 @@
+"""Everything from a model to a report, and a bundle that a stranger can check: python -m kernel_surgery.reproduce
+
+    --model M --out DIR   collect, fit, bake, verify, eval (with its report); what is finished is not made again
+    --check DIR           a bundle, without the model: its hashes, every text scored again, every figure made again
+
+DIR/bundle holds the configuration, versions, subspace, certificate, results, every text, the report, and manifest.json
+with the SHA-256 of each. The activations and the baked checkpoint stay beside it, in DIR.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_surgery.common.command import command_line
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.progress import progress
+from kernel_surgery.edit.modes import modes_of
+from kernel_surgery.evaluation.controls import compared
+from kernel_surgery.evaluation.judging import score_again, score_kept
+from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
+from kernel_surgery.files.folder import changed_files
+from kernel_surgery.files.hashing import sha256
+from kernel_surgery.models.load import load_tokenizer
+from kernel_surgery.problems.generator import expag_problems, problems
+
+BUNDLE = ("subspace.safetensors", "certificate.json", "certificate.svg", "provenance.json")
+RUN = ("config.json", "results.json", "samples.jsonl", "report.html")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a bundle is made of; the options of `python -m kernel_surgery.reproduce`, by the same names."""
+
+    model: str
+    out: Path
+    mode: str = "fused"
+    rank: int = 10
+    languages: str = "en,zh"
+    problems: int | None = None
+    seed: int = 0
+    controls: str | None = None
+
+    def steps(self) -> list[tuple[str, Path, list[str]]]:
+        """(command, what it leaves behind, its words) of every step, in order."""
+        out, model = self.out, self.model
+        acts, space, baked, certificate = (out / name for name in ("acts.safetensors", BUNDLE[0], "baked", BUNDLE[1]))
+        common = ["--problems", self.problems] if self.problems else []
+        evaluation = ["--mode", self.mode, "--model", model, "--subspace", space, "--certificate", certificate]
+        evaluation += ["--out", out / "eval", "--languages", self.languages, *common, "--seed", self.seed]
+        evaluation += ["--controls", self.controls] if self.controls else []
+        steps = [
+            ("collect", acts, ["--model", model, "--out", acts, *common]),
+            ("fit", space, ["--activations", acts, "--out", space, "--rank", self.rank]),
+            ("bake", baked, ["--model", model, "--subspace", space, "--out", baked]),
+            ("verify", certificate, ["--model", model, "--subspace", space, "--baked", baked, "--out", certificate]),
+            ("eval", out / "eval" / "results.json", evaluation),
+        ]
+        return [(name, left, [str(word) for word in words]) for name, left, words in steps]
+
+
+def make_bundle(
+    recipe: Recipe, command: str, run: Callable[[str, list[str]], object], say: Callable[[str], object]
+) -> bool:
+    """Run what is missing and write the bundle; whether its certificate holds.
+
+    run: runs a command by its name, with its words. say: is told what is done.
+    """
+    commands, out = [], recipe.out
+    for name, left, words in recipe.steps():
+        commands.append(command_line(name, words))
+        if left.exists():
+            say(f"{name}: {left} is there")
+            continue
+        say(f"{name}: {' '.join(words)}")
+        if name == "eval" and (left.parent / "config.json").exists():
+            words.append("--resume")
+        run(name, words)
+    bundle = out / "bundle"
+    bundle.mkdir(exist_ok=True)
+    shutil.copy(out / "baked" / "provenance.json", out / "provenance.json")
+    files = [out / name for name in BUNDLE] + [out / "eval" / name for name in RUN]
+    files += [file for file in (out / "eval" / "controls.jsonl",) if file.exists()]
+    for file in files:
+        shutil.copy(file, bundle / file.name)
+    manifest = {
+        **{"kind": "bundle", "schema": 1, "command": command, "commands": commands, "model": recipe.model},
+        **{"environment": environment_record(), "sha256": {file.name: sha256(bundle / file.name) for file in files}},
+    }
+    write_atomic(bundle / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    say(f"{bundle}: {len(files) + 1} files; check it with python -m kernel_surgery.reproduce --check {bundle}")
+    # A broken certificate does not keep the evaluation from being made; the exit status says it.
+    return not json.loads((bundle / "certificate.json").read_text(encoding="utf-8"))["faults"]
+
+
+def check_bundle(folder: Path) -> list[str]:
+    """What is wrong with a bundle, in sentences; empty if every hash, verdict and figure is what it says.
+
+    Texts are scored by the code that runs now, so a bundle of another version may differ in verdicts: those are named.
+    Of the embedded model, whose tokenizer is at hand, tokens are decoded and FAT is found again too. What no text can
+    show is `UNCHECKED`. Raises UserError for a folder that is no bundle.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["kind"] != "bundle":
+            raise KeyError("kind")
+        names = dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(folder)!r} is no bundle of kernel_surgery.reproduce ({MANIFEST}).") from error
+    faults = changed_files(folder, names, MANIFEST)
+    if missing := [name for name in ("results.json", "samples.jsonl") if not (folder / name).is_file()]:
+        return [*faults, f"without {missing[0]} nothing more can be checked"]
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    config, languages = results["config"], results["config"]["languages"]
+    strict = config["protocol"] == "strict"
+    asked = problems("test", config["problems"] // 5, seed=config["seed"]) if strict else expag_problems()
+    tokenizer = load_tokenizer("polyglot") if results["model"]["id"] == "polyglot" else None
+    cells, wrong = scored_again(folder / "samples.jsonl", {p.id: p for p in asked}, tokenizer)
+    faults += wrong
+    wanted = {(mode, language) for mode in modes_of(config["mode"]) for language in languages}
+    told = {(mode, language) for mode, by in results["modes"].items() for language in by}
+    for mode, language in sorted(wanted - cells.keys()):
+        faults.append(f"{mode} {language}: there is no text of it, and the configuration asks for it")
+    for mode, language in sorted((cells.keys() ^ told) - (wanted - cells.keys())):
+        faults.append(f"{mode} {language}: stands in only one of samples.jsonl and results.json")
+    for (mode, language), cell in cells.items():
+        if [s["id"] for s in cell] != [p.id for p in asked]:
+            faults.append(f"{mode} {language}: {len(cell)} texts, not those of the {len(asked)} problems in order")
+    if faults:
+        return faults
+    budget = config["max_new_tokens"]
+    paired = pair(cells, (results["paired"] or [{"margin": 0.05}])[0]["margin"])
+    made = {
+        "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in by} for m, by in results["modes"].items()},
+        "paired": paired,
+        "power": power(paired),
+        "expag_metrics": expag_metrics(cells),
+    }
+    for name, value in made.items():
+        faults += differences(name, json.loads(json.dumps(value)), results[name])
+    if results.get("controls"):
+        faults += check_controls(folder, results["controls"], cells, config, tokenizer)
+    return faults
+
+
+UNCHECKED = "the hashes alone hold what no text shows: damage and probes, the certificate, the subspace, report.html"
+
+
+def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
+    """({(mode, language): samples}, faults) of a file of samples, each judged from its text by the code that runs now.
+
+    known: the problems by id. tokenizer: the model's, or None; without it tokens and what is counted in them are only
+    held against each other.
+    """
+    cells, faults = {}, []
+    samples = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    fields = ("extracted", "correct", "language_passed")
+    if tokenizer is not None:
+        fields += ("text", "fat_tokens", "correct_at")
+    for sample in progress(samples, total=len(samples), desc="score"):
+        key = sample["mode"], sample["language"]
+        problem = known.get(sample["id"])
+        if problem is None or sample["prompt"] != problem.prompts[sample["language"]]:
+            faults.append(f"{' '.join(key)}: {sample['id']} is not a problem of this test set, as it is asked here")
+            continue
+        if sample["answer"] != problem.answer:
+            said = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
+            faults.append(f"{' '.join(key)}: {said}")
+        if tokenizer is None:
+            again = score_kept(problem, sample)
+        else:
+            text = tokenizer.decode(sample["tokens"], skip_special_tokens=True)
+            again = score_again(tokenizer)(problem, sample) | {"text": text}
+        for field in fields:
+            if again.get(field) != sample.get(field):
+                faults.append(
+                    f"{' '.join(key)}: {sample['id']}: {field} was {sample.get(field)}, is {again.get(field)}"
+                )
+        first = sample["fat_tokens"]
+        if (first is not None and not sample["correct"]) or not 0 < (first or 1) <= max(1, len(sample["tokens"])):
+            said = f"an answer after {first} tokens of {len(sample['tokens'])}, correct={sample['correct']}"
+            faults.append(f"{' '.join(key)}: {sample['id']}: {said}")
+        cells.setdefault(key, []).append(again)
+    return cells, faults
+
+
+def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenizer) -> list[str]:
+    """What is wrong with the controls' figures: they are made again from controls.jsonl."""
+    path = folder / "controls.jsonl"
+    if not path.is_file():
+        return ["there are figures of controls and no controls.jsonl"]
+    chosen = problems("test", said["problems"] // 5, seed=said["seed"])
+    try:
+        done, faults = scored_again(path, {p.id: p for p in chosen}, tokenizer)
+        ids, mode = {p.id for p in chosen}, said["mode"]
+        more = (config["languages"], ids, config["max_new_tokens"])
+        made = compared(done, cells, said["kind"], said["count"], mode, *more)
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"controls.jsonl does not hold the texts of the controls ({type(error).__name__}: {error})"]
+    told = {key: said[key] for key in made}
+    return faults + differences("controls", json.loads(json.dumps(made)), told)
+
+
+def differences(where: str, made, said) -> list[str]:
+    """Where two JSON values differ, numbers to nine digits, in sentences."""
+    if isinstance(made, dict) and isinstance(said, dict):
+        keys = sorted(made.keys() | said.keys())
+        return [d for key in keys for d in differences(f"{where}.{key}", made.get(key), said.get(key))]
+    if isinstance(made, list) and isinstance(said, list) and len(made) == len(said):
+        return [d for i, pair in enumerate(zip(made, said, strict=True)) for d in differences(f"{where}[{i}]", *pair)]
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (made, said))
+    if made == said or (numbers and abs(made - said) <= 1e-9 * max(1.0, abs(made))):
+        return []
+    return [f"results.json: {where} is {said}; the texts give {made}"]

@@ -1,0 +1,302 @@
+"""Null controls: what other subspaces of the same size do, edited at the same layers and site.
+
+An effect that random subspaces have as well is an effect of taking k dimensions away, not of language. Three kinds:
+
+    haar     U uniform among all k-dimensional subspaces
+    energy   the same, its strength scaled so that it takes as much energy from the activations as the real edit does
+    pca      U uniform among the k-dimensional subspaces of the first 100 principal components of the activations
+
+The activations are the outputs of `down_proj` at every token of the dev split's prompts (`moments`).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.edit.modes import applier_of
+from kernel_surgery.edit.plan import Edit
+from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
+from kernel_surgery.evaluation.judging import Cells, score_again
+from kernel_surgery.evaluation.samples import take_up
+from kernel_surgery.evaluation.stats import holm
+from kernel_surgery.evaluation.summary import summarize
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.artifact import Subspace
+
+KINDS = ("haar", "energy", "pca")
+COMPONENTS = 100
+PROBLEMS = 20  # per category, at most
+
+
+@dataclass(frozen=True)
+class Control:
+    """One random subspace: `name` such as "haar:03", a basis a layer, a strength a layer."""
+
+    name: str
+    bases: dict[int, torch.Tensor]
+    strengths: dict[int, float]
+
+
+def parse_controls(text: str | None) -> tuple[str, int] | None:
+    """`haar:20` as ("haar", 20). Raises UserError for anything else."""
+    if text is None:
+        return None
+    kind, _, count = text.partition(":")
+    if kind not in KINDS or not count.isdigit() or int(count) < 1:
+        raise UserError(f"--controls takes {', '.join(f'{k}:N' for k in KINDS)} with N of at least 1, got {text!r}.")
+    return kind, int(count)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [d_model] and second moment E[x x^T] [d_model, d_model] of a layer's MLP outputs, float64."""
+
+    mean: torch.Tensor
+    second: torch.Tensor
+
+    def energy(self, basis: torch.Tensor) -> float:
+        """E of norm(U^T x)^2: what the edit takes away at strength 1."""
+        u = basis.double().to(self.second.device)
+        return float((u * (self.second @ u)).sum())
+
+    def components(self, count: int) -> torch.Tensor:
+        """The first principal components, [d_model, count] orthonormal float64; fewer where there is no variance."""
+        values, vectors = torch.linalg.eigh(self.second - self.mean[:, None] * self.mean)
+        kept = int((values > values[-1] * len(values) * 2.0**-24).sum())
+        return vectors[:, -min(count, kept) :].flip(1)
+
+
+def moments(
+    model, tokenizer, prompts: Sequence[str], layers: Iterable[int], batch_size: int = 32
+) -> dict[int, Moments]:
+    """{layer: Moments} over every token of the prompts; padding is left out."""
+    sums: dict[int, list] = {}
+    mask = None
+
+    def catch(layer: int):
+        def hook(module, inputs, output):
+            x = output[mask.bool()].double()
+            mean, second, n = sums.get(layer, (0, 0, 0))
+            sums[layer] = (mean + x.sum(0), second + x.T @ x, n + len(x))
+
+        return hook
+
+    handles = [site.module.register_forward_hook(catch(i)) for i, site in mlp_outputs(model, layers).items()]
+    try:
+        encoded = sorted((tokenizer(prompt).input_ids for prompt in prompts), key=len)
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            width = len(batch[-1])
+            # Padded on the right: a causal model's real tokens never see it.
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: Moments(mean / n, second / n) for layer, (mean, second, n) in sums.items()}
+
+
+def uniform_basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """A basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
+
+    The Q of a Gaussian matrix's QR; the signs that QR leaves to convention do not change the subspace.
+    """
+    return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
+
+
+def names_of(kind: str, count: int) -> list[str]:
+    """The names of so many controls of a kind, in order."""
+    return [f"{kind}:{number:02d}" for number in range(count)]
+
+
+def draw(
+    kind: str, count: int, subspace: Subspace, strength: float, found: dict[int, Moments] | None, seed: int = 0
+) -> list[Control]:
+    """`count` controls of a kind. found: the moments of the activations, which "energy" and "pca" need.
+
+    Deterministic in (kind, seed, shapes), and a shorter list is the beginning of a longer one. Raises ValueError where
+    the principal components are fewer than the rank.
+    """
+    controls = []
+    for number, name in enumerate(names_of(kind, count)):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * number + KINDS.index(kind))
+        bases, strengths = {}, {}
+        for layer, basis in subspace.bases.items():
+            d, k = basis.shape
+            strengths[layer] = strength
+            if kind == "pca":
+                inside = found[layer].components(COMPONENTS).cpu()
+                if inside.shape[1] < k:
+                    raise KernelSurgeryError(
+                        f"layer {layer}: the activations span {inside.shape[1]} components, the subspace has rank {k}. "
+                        "Nothing was written. Use --controls haar:N."
+                    )
+                u = inside @ uniform_basis(inside.shape[1], k, generator)
+            else:
+                u = uniform_basis(d, k, generator)
+            if kind == "energy":
+                strengths[layer] = strength * (found[layer].energy(basis) / found[layer].energy(u)) ** 0.5
+            bases[layer] = u.float().contiguous()
+        controls.append(Control(name, bases, strengths))
+    return controls
+
+
+@contextmanager
+def controlled(applier: Callable, model, control: Control) -> Iterator[list[Edit]]:
+    """Inside the block, the model has a control's edit: one edit per layer, for each may have a strength of its own."""
+    with ExitStack() as stack:
+        edits = [
+            stack.enter_context(applier(model, {layer: basis}, control.strengths[layer]))
+            for layer, basis in control.bases.items()
+        ]
+        yield edits
+        if idle := [layer for edit in edits for layer, calls in edit.calls.items() if not calls]:
+            raise RuntimeError(f"{control.name} never ran at layers {idle}: these texts are not of the edited model")
+
+
+# What is compared and corrected for, and what is kept beside it.
+TESTED = ("accuracy", "fat_tokens", "language_fidelity")
+MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")
+
+
+def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
+    """{language: {measure: `percentile`}} of the real subspace's figures among the controls'.
+
+    real: {language: figures}; rows: {"name", "language", figures} a control and language. A measure that is not there
+    (no text could be judged) is left out.
+    """
+    found: dict[str, dict] = {}
+    for language, figures in real.items():
+        others = [row for row in rows if row["language"] == language]
+        for measure in MEASURES:
+            values = [row[measure] for row in others]
+            if figures[measure] is not None and values and None not in values:
+                found.setdefault(language, {})[measure] = percentile(figures[measure], values)
+    tested = [found[lang][measure] for lang in found for measure in TESTED if measure in found[lang]]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row |= {"holm_p": p, "comparisons": len(tested)}
+    return found
+
+
+def verdict(found: dict, alpha: float = 0.05) -> str:
+    """The words that a percentile allows, corrected for everything that is compared (Holm).
+
+    "Unlike" needs the corrected p. A value beyond all the controls that they are too few to call so is said to be just
+    that, with the number that could.
+    """
+    n, compared = found["n"], found["comparisons"]
+    if found["holm_p"] < alpha:
+        return f"unlike random subspaces (corrected p {found['holm_p']:.3f})"
+    if found["as_far"] == n:
+        return f"no further out than any of {n}" if found["spread"] else f"the same as all {n}"
+    if found["as_far"]:
+        return f"not told from random subspaces ({found['as_far']} of {n} are as far out)"
+    needed = math.floor(compared / alpha)
+    return f"beyond all {n}, which are too few to call it unlike them: {compared} comparisons need {needed}"
+
+
+def table(controls: dict) -> str:
+    """What the run prints of its controls: the real figure, the controls' range, and the words."""
+    lines = [
+        f"{controls['count']} {controls['kind']} controls at the same rank, layers and site, "
+        f"{controls['problems']} problems a language, {controls['mode']}:"
+    ]
+    for language, measures in controls["percentiles"].items():
+        original = controls["original"][language]
+        for measure in TESTED:
+            if measure not in measures:
+                continue
+            others = [row[measure] for row in controls["rows"] if row["language"] == language]
+            real = controls["real"][language][measure]
+            lines.append(
+                f"  {language} {measure:<18} real {real:>8.3f}, original {original[measure]:>8.3f}, "
+                f"controls {min(others):.3f} to {max(others):.3f}: {verdict(measures[measure])}"
+            )
+    return "\n".join(lines)
+
+
+def run_controls(
+    context: Context,
+    cells: Cells,
+    folder: Path,
+    subspace: Subspace,
+    asked_for: str,
+    mode: str,
+    strength: float,
+    seed: int,
+    pace: float | None = None,
+    say: Callable[[str], object] = print,
+) -> dict:
+    """Put the first problems of the test set to random subspaces too; what results.json says of them.
+
+    cells: the texts of the original and the real edit. asked_for: such as "haar:20". mode: "all" means fused. Every
+    finished cell is kept in controls.jsonl, so that an interrupted run goes on where it was. pace: seconds per text in
+    this run, None if no text was made. say: is told what is about to be asked, and how long it may take.
+    """
+    kind, count = parse_controls(asked_for)
+    languages, mode = context.languages, "fused" if mode == "all" else mode
+    per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
+    chosen = problems("test", per_category, seed=seed)
+    context, path = replace(context, problems=tuple(chosen)), folder / "controls.jsonl"
+    done = take_up(path, chosen, score_again(context.tokenizer))
+    # The file may hold controls of another kind too.
+    texts = len(missing_cells(context, names_of(kind, count), done)) * len(chosen)
+    about = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
+    say(f"controls: {count} {kind} x {len(languages)} languages x {len(chosen)} problems, {texts} texts{about}")
+    activations = None
+    if kind != "haar":
+        prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
+        activations = moments(context.model, context.tokenizer, prompts, subspace.layers)
+    drawn, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
+    blocks = {control.name: partial(controlled, applier, context.model, control) for control in drawn}
+    answered = answer_cells(context, blocks, done, path)
+    about = {"kind": kind, "count": count, "mode": mode, "problems": len(chosen), "seed": seed}
+    ids = {problem.id for problem in chosen}
+    return about | compared(answered, cells, kind, count, mode, languages, ids, context.budget)
+
+
+def compared(
+    done: Cells,
+    cells: Cells,
+    kind: str,
+    count: int,
+    mode: str,
+    languages: Sequence[str],
+    ids: set[str],
+    budget: int,
+) -> dict:
+    """{"rows", "real", "original", "percentiles"} from the controls' texts (`done`) and the run's own (`cells`), on the
+    problems `ids`. Raises KeyError for a control whose texts are not there."""
+
+    def figures(cell: list[dict]) -> dict:
+        made = summarize([s for s in cell if s["id"] in ids], budget)
+        return {key: made[key] for key in MEASURES}
+
+    names = names_of(kind, count)
+    rows = [{"name": name, "language": lang} | figures(done[name, lang]) for name in names for lang in languages]
+    real, original = ({lang: figures(cells[m, lang]) for lang in languages} for m in (mode, "original"))
+    return {"rows": rows, "real": real, "original": original, "percentiles": compare(real, rows)}
+
+
+def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]:
+    """Where a figure of the real subspace lies among the controls'.
+
+    {"percentile": share of controls below it, ties half; "as_far": controls at least as far from their median as it
+    is, "n"; "p": (1 + as_far) / (1 + n), the two-sided Monte Carlo p-value}.
+    """
+    n = len(controls)
+    middle = statistics.median(controls)
+    below = sum(c < real for c in controls) + sum(c == real for c in controls) / 2
+    as_far = sum(abs(c - middle) >= abs(real - middle) - 1e-12 for c in controls)
+    spread = max(abs(c - middle) for c in controls)
+    return {"percentile": below / n, "as_far": as_far, "n": n, "p": (1 + as_far) / (1 + n), "spread": spread}

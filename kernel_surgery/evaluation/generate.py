@@ -1,0 +1,102 @@
+"""Greedy answers to many prompts: batched, left-padded, the same texts whatever the batch."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.evaluation.judging import Generation
+
+
+def end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Every id that ends a text: the generation config's (a base model may list several) and the tokenizer's."""
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
+
+
+def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
+    """Greedy, with every knob that changes greedy text spelled out."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=0,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+        use_cache=True,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+    )
+
+
+@contextmanager
+def checkpoint_settings_aside(model):
+    """While the block lasts, the model has a blank generation config.
+
+    What a GenerationConfig leaves unset is filled in from the model's own: a repetition penalty, forbidden words or a
+    time limit of the checkpoint would survive do_sample=False and change the answers without a word.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Generation]:
+    """Greedy continuations, in the order of `prompts`. `advance(n)` is called as n more prompts are done.
+
+    Prompts are batched by length and padded on the left, with positions counted from the mask, so a text does not
+    depend on its neighbours but for floating-point rounding (two best logits closer than that may swap). Raises
+    ValueError for a batch size or budget below 1.
+    """
+    for name, value in (("batch size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise KernelSurgeryError(f"{name} must be at least 1, got {value}")
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or (0,))[0]
+    config = greedy_config(max_new_tokens, ends, pad)
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    if empty := [i for i, ids in enumerate(encoded) if not ids]:
+        raise KernelSurgeryError(f"prompt {empty[0]} is empty after tokenization: there is nothing to continue")
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    done: dict[int, Generation] = {}
+    with checkpoint_settings_aside(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = len(encoded[chosen[0]])
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
+            mask = torch.tensor(
+                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device
+            )
+            with torch.no_grad():
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
+                stop = next((t for t, token in enumerate(row) if token in ends), None)
+                kept = tuple(row if stop is None else row[:stop])
+                text = tokenizer.decode(kept, skip_special_tokens=True)
+                done[i] = Generation(kept, text, "length" if stop is None else "stop")
+            advance(len(chosen))
+    return [done[i] for i in range(len(prompts))]

@@ -1,0 +1,298 @@
+"""results.json as one self-contained page: plots, tables, texts side by side, and the configuration.
+
+Nothing is fetched: style and pictures are in the page. It reads on a phone, and right-to-left text runs right to left.
+"""
+
+import difflib
+import html
+import json
+import re
+from pathlib import Path
+
+from kernel_surgery.certify.render import plot, shown
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.evaluation.controls import verdict
+from kernel_surgery.evaluation.plots import accuracy, budget_curves, controls, probes, spectrum
+from kernel_surgery.evaluation.tables import answered_sooner
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;width:100%;font-size:.9rem;margin:1rem 0}
+th,td{text-align:start;padding:.35rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} th.n{text-align:right}
+.wide{overflow-x:auto} .wide svg{max-width:none;width:100%;min-width:38rem} td:last-child:not(.n){min-width:13rem}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85rem}
+details{margin:1rem 0} summary{cursor:pointer;font-weight:600} .bad{color:#a3261b} .good{color:#19692c}
+svg{max-width:100%;height:auto} .note{background:#fff6d8;padding:.6rem .8rem;border-left:4px solid #d9a400}
+mark{background:#ffe08a;color:inherit} .small{font-size:.85rem;color:#555}
+"""
+
+
+def table(head: list[str], rows: list[list], numeric_from: int = 1) -> str:
+    """An HTML table; every cell is escaped, columns from `numeric_from` on are set as numbers."""
+
+    def cells(tag: str, row: list) -> str:
+        # Words wrap where they stand; numbers do not.
+        numeric = [i >= numeric_from and (tag == "th" or not re.search("[a-z]{5}", str(c))) for i, c in enumerate(row)]
+        return "".join(
+            f"<{tag}{' class=n' if n else ''}>{html.escape(str(c))}</{tag}>" for c, n in zip(row, numeric, strict=True)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{cells('th', head)}</tr>{body}</table></div>"
+
+
+def wide(picture: str) -> str:
+    """A picture that a narrow screen scrolls rather than shrinks."""
+    return f"<div class=wide>{picture}</div>"
+
+
+def leak_table(found: dict) -> str:
+    """What is left inside the subspace, by edited layer, at the site and in the residual stream."""
+    rows = [
+        [mode, site, *(f"{value:.2g}" for _, value in sorted(by.items(), key=lambda item: int(item[0])))]
+        for mode, sites in (found.get("leak") or {}).items()
+        for site, by in sites.items()
+    ]
+    if not rows:
+        return ""
+    layers = sorted(next(iter(next(iter(found["leak"].values())).values())), key=int)
+    return (
+        "<p>Leak, norm(U<sup>T</sup> y) / norm(U<sup>T</sup> x): 0 where nothing is left inside the subspace. At "
+        "mlp_out what the edit left, in the residual stream what attention and other layers "
+        "wrote there all the same.</p>" + table(["mode", "site", *(f"layer {layer}" for layer in layers)], rows, 2)
+    )
+
+
+def summary(results: dict) -> str:
+    """One sentence a comparison: the words follow the corrected interval."""
+    if not results["paired"]:
+        return "<p>The original model alone was asked; nothing is compared.</p>"
+    items = ""
+    for r in results["paired"]:
+        where = "all languages together" if r["language"] == "all" else r["language"]
+        small = f", and the difference is within {r['margin']:g} either way" if r.get("equivalent") else ""
+        items += (
+            f"<li>{html.escape(r['mode'])}, {html.escape(where)}: {html.escape(r['verdict'])}{small} "
+            f"(difference {r['delta']:+.3f}, 95% interval {r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f}, "
+            f"Holm-corrected p {r['holm_p']:.3f})</li>"
+        )
+    could = "; ".join(
+        f"{r['language']}: " + ("nothing" if r["smallest_shown"] is None else f"{r['smallest_shown']:.3f} or more")
+        for r in results.get("power", [])
+    )
+    return (
+        f"<p>Accuracy against the original model, on the same problems:</p><ul>{items}</ul>"
+        f"<p class=small>The smallest difference that so many problems and comparisons could have shown: {could}.</p>"
+    )
+
+
+def answers(results: dict) -> str:
+    """Rates by mode and language, and the paired differences."""
+    rates = [
+        [
+            mode,
+            language,
+            f"{r['correct']}/{r['n']}",
+            f"{r['accuracy']:.3f} ({r['ci95'][0]:.3f} to {r['ci95'][1]:.3f})",
+            f"{r['fat_tokens']:.1f}",
+            "-" if r["language_fidelity"] is None else f"{r['language_fidelity']:.3f}",
+            f"{r['coverage']:.3f}",
+            f"{r['mean_tokens']:.1f}",
+            f"{r['stopped']:.3f}",
+            f"{r['repetition']:.3f}",
+        ]
+        for mode, by in results["modes"].items()
+        for language, r in by.items()
+    ]
+    head = ["mode", "language", "correct", "accuracy (95% interval)", "FAT", "fidelity", "coverage"]
+    out = table([*head, "tokens", "ended", "repeated"], rates, 2)
+    out += (
+        f"<p class=small>FAT: tokens until the right answer is complete, a problem not solved counting "
+        f"{results['config']['max_new_tokens']}. Fidelity: share of judged texts without a line in another language; "
+        "coverage: share that could be judged. Ended: share that ended by themselves. Repeated: share of four-word "
+        "runs that occurred before in the text.</p>"
+    )
+    paired = [
+        [
+            r["mode"],
+            r["language"],
+            r["n"],
+            f"{r['gained']} / {r['lost']}",
+            f"{r['delta']:+.3f} ({r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f})",
+            f"{r.get('mcnemar_p', r.get('p')):.3f}",
+            f"{r['holm_p']:.3f}",
+            answered_sooner(r).partition(f"{r['mode']} {r['language']} ")[2],
+            r["same_text"],
+            r["verdict"] + (f", within {r['margin']:g}" if r.get("equivalent") else ""),
+        ]
+        for r in results["paired"]
+    ]
+    if paired:
+        head = [
+            "mode",
+            "language",
+            "n",
+            "gained / lost",
+            "difference (95% interval)",
+            "p",
+            "Holm p",
+            "tokens later, both solved",
+            "same texts",
+            "",
+        ]
+        out += table(head, paired, 2)
+    categories = list(next(iter(next(iter(results["modes"].values())).values()))["by_category"])
+    by_category = [
+        [mode, language, *(f"{r['by_category'][c]['correct']}/{r['by_category'][c]['n']}" for c in categories)]
+        for mode, by in results["modes"].items()
+        for language, r in by.items()
+    ]
+    return out + "<h2>By category</h2>" + table(["mode", "language", *categories], by_category, 2)
+
+
+def subspace_section(results: dict) -> str:
+    """The spectrum and the variance captured, where the subspace brought them along."""
+    found = results.get("subspace") or {}
+    if not found.get("captured"):
+        return ""
+    picture = spectrum(found["captured"], found["spectrum"], found["rank"])
+    return (
+        f"<h2>The subspace</h2><p>Rank {found['rank']}, fitted at {html.escape(str(found['site']))}.</p>{wide(picture)}"
+    )
+
+
+def damage_section(results: dict) -> str:
+    """Divergence and perplexity on neutral text, and the probes."""
+    found = results.get("damage")
+    if not found or not found["neutral"]:
+        return ""
+    rows = [
+        [
+            *(mode, language, f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}"),
+            *(f"{r['original_perplexity']:.4g}", f"{r['perplexity']:.4g}", r["tokens"]),
+        ]
+        for mode, by in found["neutral"].items()
+        for language, r in by.items()
+    ]
+    head = ["mode", "language", "KL mean", "KL 99%", "perplexity, original", "edited", "tokens"]
+    return (
+        "<h2>Damage and erasure</h2><p>On eight neutral sentences a language: KL(original || edited), nats a token.</p>"
+        + table(head, rows, 2)
+        + "<p>What a linear probe reads of the language at the last prompt token, held out by problem:</p>"
+        + wide(probes(found))
+        + leak_table(found)
+    )
+
+
+def controls_section(results: dict) -> str:
+    """The controls' strip, and the words they allow."""
+    found = results.get("controls")
+    if not found:
+        return ""
+
+    rows = [
+        [
+            language,
+            measure,
+            f"{found['real'][language][measure]:.3f}",
+            f"{p['percentile']:.2f}",
+            f"{p['p']:.3f}",
+            f"{p['holm_p']:.3f}",
+            verdict(p),
+        ]
+        for language, measures in found["percentiles"].items()
+        for measure, p in measures.items()
+        if "holm_p" in p
+    ]
+    return (
+        f"<h2>Controls</h2><p>{found['count']} random subspaces ({html.escape(found['kind'])}) of the same rank, at "
+        f"the same layers and site, on {found['problems']} problems a language. Diamond: the real subspace; bar: the "
+        f"original.</p>{wide(controls(found))}"
+        + table(["language", "measure", "real", "percentile", "p", "Holm p", ""], rows, 2)
+    )
+
+
+def certificate_section(results: dict) -> str:
+    """The certificate's plot and verdict, where there is one."""
+    found = results.get("certificate")
+    if not found:
+        return ""
+
+    return (
+        f"<h2>Certificate</h2>{plot(found)}<details><summary>Figures</summary>"
+        f"<pre class=wide>{html.escape(shown(found))}</pre></details>"
+    )
+
+
+def marked(before: str, after: str) -> tuple[str, str]:
+    """Two texts as HTML, what one has and the other has not marked; by words, or characters where there are none."""
+    pieces = [
+        re.findall(r"[A-Za-z\u00c0-\u024f\u0600-\u06ff\uac00-\ud7af]+|\d+|\s+|.", text) for text in (before, after)
+    ]
+    matcher = difflib.SequenceMatcher(a=pieces[0], b=pieces[1], autojunk=False)
+    out = ["", ""]
+    for tag, a, b, c, d in matcher.get_opcodes():
+        for side, (start, stop) in enumerate(((a, b), (c, d))):
+            text = html.escape("".join(pieces[side][start:stop]))
+            out[side] += f"<mark>{text}</mark>" if tag != "equal" and text else text
+    return out[0], out[1]
+
+
+def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
+    """Original and edited text side by side, their differences marked, where one is right and the other wrong first."""
+    blocks = []
+    for mode in modes[1:]:
+        for (cell_mode, language), cell in cells.items():
+            if cell_mode != mode:
+                continue
+            pairs = list(zip(cells["original", language], cell, strict=True))
+            pairs.sort(key=lambda p: (p[0]["correct"] == p[1]["correct"], p[0]["text"] == p[1]["text"]))
+            rows = ""
+            for before, after in pairs[:limit]:
+                texts = marked(before["text"], after["text"])
+                columns = "".join(
+                    f"<td dir=auto class={'good' if s['correct'] else 'bad'}><pre dir=auto>{text}</pre></td>"
+                    for s, text in zip((before, after), texts, strict=True)
+                )
+                asked = html.escape(f"{before['prompt']}  [{before['answer']}]")
+                rows += f"<tr><td dir=auto>{asked}</td>{columns}</tr>"
+            blocks.append(
+                f"<details><summary>{html.escape(mode)}, {html.escape(language)}: texts</summary><div class=wide>"
+                f"<table><tr><th>prompt [answer]</th><th>original</th><th>{html.escape(mode)}</th></tr>{rows}</table>"
+                "</div></details>"
+            )
+    return "".join(blocks)
+
+
+def write_report(path: Path, results: dict, cells: dict) -> None:
+    """Write the page: one file, nothing fetched."""
+    config = results["config"]
+    title = f"{results['model']['id']}: {config['mode']}, {config['protocol']} protocol"
+    everything = {k: results[k] for k in ("config", "environment", "model", "subspace", "provider")}
+    command = results.get("command")
+    page = f"""<!doctype html>
+<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+{"".join(f"<p class=note>{html.escape(note)}</p>" for note in results["notes"])}
+{summary(results)}
+{accuracy(results)}
+<h2>Answers</h2>
+{answers(results)}
+<h2>Accuracy by budget</h2>
+<p class=small>What shorter budgets would have given, from the one text that there is of each problem.</p>
+{wide(budget_curves(results)) if len(results["config"]["languages"]) > 2 else budget_curves(results)}
+{controls_section(results)}
+{damage_section(results)}
+{subspace_section(results)}
+{certificate_section(results)}
+<h2>Texts</h2>
+<p class=small>Differences are marked. Green: right; red: wrong.</p>
+{changed_texts(cells, list(results["modes"]))}
+<h2>Again</h2>
+{f"<pre>{html.escape(command)}</pre>" if command else ""}
+<details><summary>Configuration</summary><pre>{html.escape(json.dumps(everything, indent=2, ensure_ascii=False))}</pre>
+</details></body></html>
+"""
+    write_atomic(path, page)

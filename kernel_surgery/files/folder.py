@@ -1,0 +1,125 @@
+"""A checkpoint's folder: which files belong to it; and folders that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kernel_surgery.common.errors import CheckpointError, ExistsError
+from kernel_surgery.common.progress import progress
+from kernel_surgery.files.hashing import sha256
+from kernel_surgery.files.tensorfile import Entry, read_layout
+
+# Weights in other formats would be the original's, unedited, in a folder that says it is edited.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return [folder / "model.safetensors"]
+
+
+def located(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """Where every tensor of a checkpoint lies: {name: (file, entry)}."""
+    layouts = [read_layout(file) for file in weight_files(folder)]
+    return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
+
+
+def others(source: Path) -> tuple[list[Path], list[str]]:
+    """(files that go along as they are, names of files that are left out)."""
+    along, left_out = [], []
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name == PROVENANCE:
+            continue
+        if file.suffix in _OTHER_WEIGHTS:
+            left_out.append(file.name)
+        else:
+            along.append(file)
+    weights = {file.name for file in weight_files(source)}
+    return along, [name for name in left_out if name not in weights]
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder, empty, and hold it: a killed process lets go of it by itself. Removed again on an exception.
+
+    Raises BlockingIOError if another process holds it.
+    """
+    import fcntl
+
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # What a killed run has left behind.
+        for old in path.iterdir():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+PROVENANCE = "provenance.json"
+
+
+def check_absent(destination: Path) -> None:
+    """Raises FileExistsError if there is something at `destination`."""
+    if destination.exists():
+        raise ExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
+
+
+@contextmanager
+def new_folder(destination: Path, size: int) -> Iterator[Path]:
+    """A temporary folder beside `destination`, renamed to it when the block ends; removed again on any exception.
+
+    size: bytes that will be written. Raises FileExistsError if the destination exists, ValueError where there is no
+    room, where another process is writing it, and for whatever the file system refuses inside the block.
+    """
+    check_absent(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(destination.parent).free
+    if free < size:
+        raise CheckpointError(
+            f"{str(destination)!r} needs {size / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
+            "left. Nothing was written. Choose another --out."
+        )
+    temporary = destination.with_name(f".{destination.name}.baking")
+    try:
+        with locked_folder(temporary):
+            yield temporary
+            os.rename(temporary, destination)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"another process is writing {str(destination)!r} (it holds {str(temporary)!r}). Nothing was written."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {str(destination)!r}: {error}. Nothing was kept.") from error
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(
+            f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept."
+        ) from error
+
+
+def changed_files(folder: Path, hashes: dict[str, str], record: str = PROVENANCE) -> list[str]:
+    """Files that are missing or whose SHA-256 is not the recorded one, in sentences."""
+    faults = []
+    for name, digest in progress(hashes.items(), total=len(hashes), desc="hash"):
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            faults.append(f"{name} is not the file that was written (its SHA-256 differs from {record})")
+    return faults

@@ -1,0 +1,57 @@
+"""SHA-256 of files, also of a file that is still being written."""
+
+import hashlib
+import threading
+from pathlib import Path
+
+CHUNK = 16 << 20
+
+
+class Follower:
+    """Hashes a file while another thread is still writing it from front to back. Hashing lets other threads run."""
+
+    def __init__(self, path: Path, size: int):
+        self._path, self._size, self._ready, self._news = path, size, 0, threading.Condition()
+        self._digest, self._error = hashlib.sha256(), None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def ready(self, upto: int) -> None:
+        """Everything before byte `upto` has been written for good."""
+        with self._news:
+            self._ready = max(self._ready, upto)
+            self._news.notify()
+
+    def _run(self) -> None:
+        done, buffer = 0, memoryview(bytearray(CHUNK))
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while done < self._size:
+                    with self._news:
+                        while self._ready <= done:
+                            self._news.wait()
+                        upto = self._ready
+                    if upto > self._size:  # given up
+                        return
+                    while done < upto and (got := file.readinto(buffer[: min(CHUNK, upto - done)])):
+                        self._digest.update(buffer[:got])
+                        done += got
+        except OSError as error:
+            self._error = error
+
+    def give_up(self) -> None:
+        self.ready(self._size + 1)
+        self._thread.join()
+
+    def hexdigest(self) -> str:
+        """Wait for the end. Raises OSError if the file could not be read."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

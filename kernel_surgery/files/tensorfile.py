@@ -1,0 +1,170 @@
+"""A safetensors file as bytes: where each tensor lies, read one, write one, copy the rest without looking at it.
+
+A baked file has the layout of its source to the byte, for an edit changes neither shapes nor dtypes. So the file is
+copied by the cheapest means the filesystem offers and the edited tensors are written over their old bytes: never more
+than one tensor is in memory, and nothing else is even decoded.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.files.hashing import CHUNK
+from kernel_surgery.numerics.precision import STORED
+
+_LARGEST_HEADER = 100 << 20  # the format's own limit
+_FICLONE = 0x40049409  # Linux: share the blocks of a whole file (btrfs, xfs)
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# {code in a file: dtype} of what can be read as a tensor of numbers.
+EDITABLE = {stored.code: stored.dtype for stored in STORED.values()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its dtype as the file names it, its shape, and where its bytes begin and end in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the header of a file says, checked against the file's size."""
+
+    path: Path
+    entries: dict[str, Entry]
+    size: int
+
+
+def read_layout(path: Path) -> Layout:
+    """Read and check a header. Raises FileNotFoundError, or ValueError for a file that is damaged or cut off."""
+
+    def damaged(why: str) -> CheckpointError:
+        return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({why}). Nothing was written.")
+
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        if len(head) < 8:
+            raise damaged("it is shorter than a header")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(_LARGEST_HEADER, size - 8):
+            raise damaged(f"its header should be {length} bytes long, the file is {size}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            start = 8 + length
+            entries = {
+                name: Entry(name, e["dtype"], tuple(e["shape"]), *(start + at for at in e["data_offsets"]))
+                for name, e in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(f"its header makes no sense: {error}") from error
+    for entry in entries.values():
+        count = 1
+        for n in entry.shape:
+            count *= n
+        width = _BYTES.get(entry.dtype)
+        if not start <= entry.begin <= entry.end or (width and entry.end - entry.begin != count * width):
+            raise damaged(f"{entry.name} lies outside its bytes")
+    end = max((entry.end for entry in entries.values()), default=start)
+    if end != size:
+        raise damaged(f"its tensors end at byte {end}, the file at {size}")
+    return Layout(path, entries, size)
+
+
+def rows_of(entry: Entry, start: int, stop: int) -> Entry:
+    """The entry of rows start .. stop of a tensor."""
+    width = (entry.end - entry.begin) // entry.shape[0]
+    return Entry(
+        f"{entry.name}[{start}:{stop}]",
+        entry.dtype,
+        (stop - start, *entry.shape[1:]),
+        entry.begin + start * width,
+        entry.begin + stop * width,
+    )
+
+
+def read_tensor(file: int, entry: Entry) -> torch.Tensor:
+    """One tensor of an open file, in memory of its own. Raises ValueError for a dtype that is no float."""
+    if entry.dtype not in EDITABLE:
+        raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, not as a float")
+    buffer = bytearray(entry.end - entry.begin)
+    view, done = memoryview(buffer), 0
+    while done < len(buffer):
+        got = os.preadv(file, [view[done:]], entry.begin + done)
+        if got == 0:
+            raise OSError(errno.EIO, f"{entry.name} ends early")
+        done += got
+    flat = torch.frombuffer(buffer, dtype=EDITABLE[entry.dtype]) if buffer else torch.empty(0)
+    return flat.reshape(entry.shape)
+
+
+def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:
+    """Write a contiguous tensor over the bytes of an entry of the same dtype and shape."""
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != EDITABLE[entry.dtype]:
+        raise CheckpointError(f"{entry.name} is {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    view, done = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), 0
+    while done < len(view):
+        done += os.pwrite(file, view[done:], entry.begin + done)
+
+
+def share_blocks(source: int, target: int) -> bool:
+    """Let an empty open file share the blocks of another, where the filesystem can: nothing is copied until written."""
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        fcntl.ioctl(target, _FICLONE, source)
+        return True
+    return False
+
+
+def copy_range(source: int, target: int, begin: int, end: int, advance: Callable[[int], object]) -> None:
+    """Copy bytes begin .. end of an open file to the same place, in the kernel where it can. Raises OSError.
+
+    advance: told where the copy has come to, every few dozen megabytes.
+    """
+    done, in_kernel = begin, hasattr(os, "copy_file_range")
+    while done < end:
+        if in_kernel:
+            try:
+                copied = os.copy_file_range(source, target, min(end - done, 4 * CHUNK), done, done)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                copied = 0
+            in_kernel = copied > 0
+            done += copied
+        else:
+            view = memoryview(os.pread(source, min(CHUNK, end - done), done))
+            if not view:
+                raise OSError(errno.EIO, "the source became shorter while it was read")
+            while view:
+                written = os.pwrite(target, view, done)
+                done, view = done + written, view[written:]
+        advance(done)
+
+
+@contextmanager
+def opened(file: Path):
+    """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read as safetensors ({error}). Nothing was written.") from error

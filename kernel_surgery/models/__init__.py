@@ -1,0 +1,1 @@
+"""Loading a model, and where in it an edit is made."""

@@ -1,0 +1,152 @@
+"""Where a model is read and edited: its decoder layers, and the projection that ends each layer's MLP.
+
+One piece of code for every Llama-shaped architecture: `model.model.layers[i].mlp.down_proj`, an `nn.Linear` whose
+output is added to the residual stream as it is. Architectures that differ there (a norm after the MLP, experts, fused
+weights) are not in the list and are refused by name: an edit in nearly the right place is worse than none.
+"""
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from kernel_surgery.common.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a causal LM are. A path names a module, and begins the name of its tensors on disk."""
+
+    layers: str = "model.layers"
+    projection: str = "mlp.down_proj"  # the module in a layer whose output is the MLP's
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    norm: str = "model.norm"  # after the last layer
+    input_norm: str = "input_layernorm"  # the first thing in a layer
+
+    def layer(self, index: int) -> str:
+        """The path of a decoder layer."""
+        return f"{self.layers}.{index}"
+
+    def site(self, index: int) -> str:
+        """The path of the module whose output is edited."""
+        return f"{self.layers}.{index}.{self.projection}"
+
+    def next_norm(self, index: int, n_layers: int) -> str:
+        """The path of the norm that reads what a layer returns."""
+        return f"{self.layer(index + 1)}.{self.input_norm}" if index + 1 < n_layers else self.norm
+
+    def edited_layer(self, tensor: str, layers: Container[int]) -> int | None:
+        """The layer of a tensor that an edit of `layers` concerns (weight or bias), else None."""
+        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.{re.escape(self.projection)}\.(?:weight|bias)", tensor)
+        return int(match[1]) if match and int(match[1]) in layers else None
+
+
+LLAMA = Layout()
+# One row an architecture: {model_type of config.json: where its parts are}.
+ARCHITECTURES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one layer. `name` is the module's path in the model."""
+
+    layer: int
+    name: str
+    module: nn.Module
+
+
+def layout_of(model) -> Layout:
+    """The layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"cannot find the MLP outputs of a {kind!r} model ({type(model).__name__}): known architectures are "
+            f"{', '.join(ARCHITECTURES)}.\nThe model was left unchanged. Its layers would have to be added to sites.py."
+        )
+    return ARCHITECTURES[kind]
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The decoder layers of a causal LM. Raises ModelError for an unknown architecture, or one without layers."""
+    layout = layout_of(model)
+    layers = submodule(model, layout.layers)
+    if layers is None or len(layers) == 0:
+        kind = model.config.model_type
+        raise ModelError(f"this {kind!r} model ({type(model).__name__}) has no {layout.layers}. It was left unchanged.")
+    return layers
+
+
+def next_norm(model, layer: int) -> nn.Module | None:
+    """The norm that reads what a layer returns: the next layer's first, or the model's last."""
+    return submodule(model, layout_of(model).next_norm(layer, len(decoder_layers(model))))
+
+
+def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
+    """The layers, sorted. Raises ValueError for none, for duplicates, and for one outside 0 .. n_layers - 1."""
+    chosen = list(layers)
+    if not chosen:
+        raise ModelError("no layers were asked for. Nothing was changed.")
+    if outside := [layer for layer in chosen if not 0 <= layer < n_layers]:
+        raise ModelError(
+            f"layer {outside[0]} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}.\n"
+            "Nothing was changed. Choose layers within that range."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ModelError(f"layers are asked for twice: {chosen}. Nothing was changed.")
+    return sorted(chosen)
+
+
+def mlp_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
+    """{layer: Site} of `down_proj` in the given layers (default: all).
+
+    Raises ValueError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
+    `nn.Linear` (quantised weights have no rows to project).
+    """
+    blocks, layout = decoder_layers(model), layout_of(model)
+    sites = {}
+    for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
+        name, module = layout.site(layer), submodule(blocks[layer], layout.projection)
+        if module is None:
+            raise ModelError(f"{name} does not exist in this {model.config.model_type!r} model. Nothing was changed.")
+        if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+            raise ModelError(
+                f"{name} is a {type(module).__name__}, not a floating-point nn.Linear. Nothing was changed.\n"
+                "Load the model without quantisation."
+            )
+        sites[layer] = Site(layer, name, module)
+    return sites
+
+
+def residual_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
+    """{layer: Site} of whole decoder layers: their output is the residual stream after the layer."""
+    blocks, layout = decoder_layers(model), layout_of(model)
+    chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
+    return {layer: Site(layer, layout.layer(layer), blocks[layer]) for layer in chosen}
+
+
+def default_layers(n_layers: int) -> range:
+    """The middle half: ceil(n/4) .. floor(3n/4) - 1, such as 9 .. 26 of 36. Raises ValueError below 2 layers."""
+    chosen = range(-(-n_layers // 4), 3 * n_layers // 4)
+    if not chosen:
+        raise ModelError(f"a model of {n_layers} layers has no middle half. Name the layers.")
+    return chosen
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """`9-26` or `2,3,5-7` as a sorted list. Raises ValueError for anything else and for layers out of range."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ModelError(f'cannot read layers {text!r}: give numbers and ranges such as "9-26" or "2,3,5-7".')
+        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return check_layers(chosen, n_layers)

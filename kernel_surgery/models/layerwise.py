@@ -1,0 +1,158 @@
+"""A causal LM with one decoder layer in memory at a time, straight from its checkpoint's files.
+
+The modules are transformers' own, made without memory (on the meta device) and filled layer by layer, so that what runs
+is what `from_pretrained` would run: in float32 on one device, the same bits. Sequences are of one length, not padded.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.files.folder import located
+from kernel_surgery.files.tensorfile import read_tensor, rows_of
+from kernel_surgery.models.architectures import decoder_layers, layout_of, next_norm, submodule
+from kernel_surgery.models.load import quiet_transformers, read_config
+from kernel_surgery.numerics.oracle import rmsnorm_oracle
+
+BLOCK = 8192  # rows of the output embedding at a time
+
+
+class Layerwise:
+    """`model` is the skeleton; `layer(i)` fills one layer of it. With `exact`, norms are computed in float64 (those of
+    transformers are float32 whatever the model's dtype).
+
+    Raises UserError for a folder whose tensors do not fit its configuration, ValueError for an unknown architecture.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", exact: bool = False):
+        quiet_transformers()
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        read_config(self.folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            # sdpa whatever the configuration says: with no mask given, it alone knows by itself that it is causal.
+            options = {"dtype": dtype, "trust_remote_code": False, "attn_implementation": "sdpa"}
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(self.config, **options).eval()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            raise UserError(f"cannot make a model of {str(folder)!r}: {str(error).splitlines()[0]}") from error
+        decoder_layers(self.model)
+        self.layout = layout_of(self.model)
+        head = f"{self.layout.head}.weight"
+        self.places = located(self.folder)
+        self.tied = head not in self.places and bool(getattr(self.config, "tie_word_embeddings", False))
+        wanted = {name: p.shape for name, p in self.model.named_parameters() if not (self.tied and name == head)}
+        for name, shape in wanted.items():
+            if name not in self.places:
+                raise UserError(f"the weights in {str(folder)!r} are incomplete: {name} is missing.")
+            if self.places[name][1].shape != tuple(shape):
+                raise UserError(
+                    f"{name} in {str(folder)!r} is {self.places[name][1].shape}; its config.json makes it "
+                    f"{tuple(shape)}."
+                )
+        # Made again on the device itself: its tables are no parameters, and on meta they hold nothing.
+        self.rotary = type(self.model.model.rotary_emb)(config=self.config).to(self.device)
+        if exact:
+            for module in self.model.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    module.forward = _exact_norm(module)
+
+    @property
+    def layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def check_length(self, length: int) -> None:
+        """Raises UserError for sequences that the model, or an attention window of it, does not reach across."""
+        window = (
+            getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
+        )
+        for limit, what in ((self.config.max_position_embeddings, "positions"), (window, "tokens of attention window")):
+            if limit is not None and length > limit:
+                raise UserError(f"sequences of {length} tokens are longer than the model's {limit} {what}.")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the checkpoint, in the dtype and on the device."""
+        path, entry = self.places[name]
+        with path.open("rb") as file:
+            return read_tensor(file.fileno(), entry).to(self.device, self.dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop of a matrix of the checkpoint."""
+        path, entry = self.places[name]
+        with path.open("rb") as file:
+            return read_tensor(file.fileno(), rows_of(entry, start, stop)).to(self.device, self.dtype)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """While the block lasts, decoder layer `index`, and the norm that follows it, have their weights."""
+        norm = next_norm(self.model, index)
+        with ExitStack() as stack:
+            stack.enter_context(self._filled(norm, self.layout.next_norm(index, self.layers)))
+            block = decoder_layers(self.model)[index]
+            stack.enter_context(self._filled(block, self.layout.layer(index)))
+            yield block
+
+    @contextmanager
+    def _filled(self, module: nn.Module, path: str) -> Iterator[None]:
+        empty = dict(module.named_parameters())
+        try:
+            for name in empty:
+                _replace(module, name, nn.Parameter(self.tensor(f"{path}.{name}"), requires_grad=False))
+            yield
+        finally:
+            for name, parameter in empty.items():
+                _replace(module, name, parameter)
+
+    @contextmanager
+    def final_norm(self) -> Iterator[nn.Module]:
+        """While the block lasts, the norm before the output embedding has its weights."""
+        norm = submodule(self.model, self.layout.norm)
+        with self._filled(norm, self.layout.norm):
+            yield norm
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [sequences, tokens] as [sequences, tokens, d_model]; only their rows are read."""
+        wanted, where = ids.unique(return_inverse=True)
+        table = torch.cat([self.rows(f"{self.layout.embedding}.weight", int(i), int(i) + 1) for i in wanted])
+        return table[where.to(self.device)]
+
+    def positions(self, start: int, stop: int) -> dict:
+        """What a decoder layer wants to know of positions start .. stop."""
+        ids = torch.arange(start, stop, device=self.device)[None]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return {"position_ids": ids, "position_embeddings": self.rotary(like, ids)}
+
+    def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [<= BLOCK, d_model]) of the output embedding, one block in memory at a time."""
+        name = f"{self.layout.embedding if self.tied else self.layout.head}.weight"
+        total = self.places[name][1].shape[0]
+        for start in range(0, total, BLOCK):
+            yield start, self.rows(name, start, min(start + BLOCK, total))
+
+    def next_tokens(self, hidden: Tensor) -> Tensor:
+        """Greedy choice after normed hidden states [sequences, d_model]: [sequences]."""
+        best = torch.full(hidden.shape[:1], -torch.inf, dtype=self.dtype, device=self.device)
+        chosen = torch.zeros(hidden.shape[:1], dtype=torch.long, device=self.device)
+        for start, rows in self.head_blocks():
+            value, at = (hidden @ rows.T).max(-1)
+            chosen = torch.where(value > best, start + at, chosen)
+            best = torch.maximum(best, value)
+        return chosen
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(module.get_submodule(path), last, parameter)
+
+
+def _exact_norm(norm: nn.Module):
+    def forward(hidden_states: Tensor) -> Tensor:
+        return rmsnorm_oracle(hidden_states, norm.weight, norm.variance_epsilon).to(hidden_states.dtype)
+
+    return forward

@@ -1,0 +1,200 @@
+"""Names turned into models: resolve, load, device and dtype."""
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from kernel_surgery.common.environment import PACKAGE
+from kernel_surgery.common.errors import ModelError, UserError
+from kernel_surgery.common.names import DTYPES
+
+POLYGLOT = PACKAGE / "polyglot" / "model"
+POLYGLOT_SUBSPACE = POLYGLOT / "subspace.safetensors"
+# Letters, digits and -_. on both sides of exactly one slash: what the hub allows as a repository's name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_TIMEOUT_S = 5.0
+
+
+def quiet_transformers() -> None:
+    """No loading bars and no advice from transformers, unless TRANSFORMERS_VERBOSITY asks for it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` should be given for `name`; checked before anything is loaded.
+
+    "polyglot" is the embedded model. A local folder must hold config.json and complete safetensors weights.
+    For a hub id (org/name) the hub is asked once, with a time limit of five seconds, instead of failing
+    after the loader's half-minute of retries; where it cannot be reached, or HF_HUB_OFFLINE is set, the
+    copy in the local cache is used. Raises UserError in every other case.
+    """
+    if name == "polyglot":
+        _check_folder(POLYGLOT, "the embedded model")
+        return str(POLYGLOT)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        _check_folder(path, "model")
+        return str(path)
+    if path.is_file():
+        raise UserError(f"model {name!r} is a file. Give the folder that holds config.json and the weights.")
+    if _HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
+        return _resolve_hub_id(name)
+    raise UserError(
+        f"no model at {name!r}: there is no such folder. "
+        'Give "polyglot" (the embedded model), a folder with config.json and weights, or a hub id org/name.'
+    )
+
+
+def _check_folder(path: Path, what: str) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{what} {str(path)!r} has no config.json: not a model folder.")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{what}: {str(index)!r} is not a safetensors index ({error}).") from error
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{what} {str(path)!r} is incomplete: {len(missing)} of {len(shards)} weight files missing, "
+                f"{missing[0]} first."
+            )
+    elif not (path / "model.safetensors").is_file():
+        pickled = next(iter(sorted(path.glob("pytorch_model*.bin"))), None)
+        found = f"only pickled weights ({pickled.name}), which are never loaded" if pickled else "no weights"
+        raise UserError(f"{what} {str(path)!r} has {found}: model.safetensors, or an index and its shards, is needed.")
+
+
+@functools.cache
+def _resolve_hub_id(name: str) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    cached = try_to_load_from_cache(name, "config.json")
+    here = f"There is no local folder {name!r} either."
+    # Transport errors descend from the first base of the hub client's HTTP error, in every HTTP library it
+    # used.
+    unreachable = (OSError, HfHubHTTPError.__bases__[0])
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise UserError(f"model {name!r} is gated: accept its terms on the hub and log in with a token.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no model {name!r} that you may read. {here}") from error
+    except unreachable as error:
+        if isinstance(cached, str):
+            _check_folder(Path(cached).parent, "cached model")
+            return str(Path(cached).parent)
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UserError(f"model {name!r} is not in the local cache, and HF_HUB_OFFLINE is set. {here}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"model {name!r} is not in the local cache, and the hub did not answer ({reason}). {here}"
+        ) from error
+    return name
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    """A causal LM from `resolve_model(name)`, in `dtype`, on `device`, in eval mode.
+
+    The dtype is given to the loader: casting afterwards (`model.to(dtype)`) would round the rotary
+    embedding's inv_freq. Runs no remote code, unpickles nothing. Raises UserError when the checkpoint
+    cannot be read or lacks a weight, which transformers would otherwise fill with random numbers.
+    """
+    source = resolve_model(name)
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights in {source!r} are incomplete: {len(missing)} tensors missing, {missing[0]} first."
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of `resolve_model(name)`. Raises UserError when there is none that can be read."""
+    source = resolve_model(name)
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+    # Where the files are missing, transformers makes an empty tokenizer of the model's class without a word.
+    if not tokenizer("0").input_ids:
+        raise UserError(f"cannot load a tokenizer from {source!r}: it has no vocabulary. Is tokenizer.json missing?")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def parse_device(name: str = "auto") -> torch.device:
+    """auto (CUDA where there is one), cpu, cuda or cuda:N as a device.
+
+    Raises UserError for any other name, and for a CUDA device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"unknown device {name!r}: choose from auto, cpu, cuda, cuda:N.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise UserError(f"device {name!r} was asked for, but this machine has {found} CUDA devices. Try --device cpu.")
+    return device
+
+
+def parse_dtype(name: str = "auto", device: torch.device | str = "cpu") -> torch.dtype:
+    """float32, bfloat16 or float16 as a dtype; auto is bfloat16 on CUDA and float32 on the CPU.
+
+    Raises UserError for any other name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}: choose from auto, {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a resolved model: itself, or the hub's files in the local cache, fetched if need be."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
+
+
+def read_config(folder: Path) -> dict:
+    """config.json. Raises ValueError for one that is missing, cannot be read, or lacks what an edit asks of it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name, kind in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):
+            if not isinstance(config[name], kind):
+                raise TypeError(f"{name} is {config[name]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ModelError(f"config.json in {str(folder)!r} cannot be used ({what}). Nothing was written.") from error
+    return config

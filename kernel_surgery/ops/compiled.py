@@ -1,0 +1,154 @@
+"""Compiles the Triton kernels ahead of time for a GPU that is not there, and reads off what they need.
+
+    python -m kernel_surgery.aot [--out FILE]     registers, spills and shared memory for sm_80 and sm_90
+
+`triton.compile` accepts a kernel that no device could launch: shared memory and spills have to be looked at, and that
+no row number or stride is multiplied in 32 bits. Needs no GPU; the ptxas in Triton's wheel does the work. Not for a
+process with TRITON_INTERPRET set (there is nothing to compile then).
+"""
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernel_surgery.kernels import project
+from kernel_surgery.kernels.project import KERNELS, form_of, launch_options
+from kernel_surgery.numerics.precision import STORED
+
+# Shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities 8.0 and 9.0).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# (rows, d, k): each form at the ends of what it is chosen for, and where no size is a multiple of 16.
+CASES = (
+    *((1, 2048, 16), (1, 896, 16), (1, 4096, 16), (1, 2048, 64), (1, 8192, 64)),
+    *((1, 2048, 10), (1, 256, 10), (1, 2049, 10), (1, 2049, 33)),
+    *((16384, 896, 16), (16384, 2048, 16), (16384, 2048, 32), (16384, 2560, 16), (16384, 4096, 16)),
+    *((16384, 2048, 10), (16384, 2048, 33), (16384, 8192, 64), (16384, 2049, 10), (16384, 2049, 33)),
+)
+# What is computed: the projection, with the residual added, and normalised too.
+OPERATIONS = {
+    "project": {"ADD": False, "NORM": False},
+    "project_add": {"ADD": True, "NORM": False},
+    "project_add_rmsnorm": {"ADD": True, "NORM": True},
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one specialisation needs: registers a thread, bytes spilled, bytes of shared memory a block.
+
+    narrow: how many products of a row number, a size or a stride are 32 bits wide. M * d may pass 2^31: it must be 0.
+    late_loads: how many loads from memory stand behind the first barrier, where a program has waited already.
+    """
+
+    sm: int
+    operation: str
+    form: str
+    dtype: str
+    rows: int
+    d: int
+    k: int
+    registers: int
+    spilled: int
+    shared: int
+    narrow: int
+    late_loads: int
+
+    def faults(self) -> list[str]:
+        """Why this could not run well, or at all; empty if it can."""
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > SHARED_LIMIT[self.sm]:
+            found.append(f"needs {self.shared} bytes of shared memory, sm_{self.sm} has {SHARED_LIMIT[self.sm]}")
+        if self.narrow:
+            found.append(f"multiplies rows or strides in 32 bits, {self.narrow} times")
+        return found
+
+
+def narrow_products(ttir: str) -> int:
+    """Products in 32 bits of anything that comes from a program id or an integer argument, in Triton's IR.
+
+    Products of columns alone are bounded by d * k and may be 32 bits wide.
+    """
+    tainted = set(re.findall(r"(%\w+): i32", ttir))
+    count = 0
+    for name, operation, rest in re.findall(r"(%\w+)(?::\d+)? = ([\w.]+) (.*)", ttir):
+        of_rows = operation == "tt.get_program_id" or any(used in tainted for used in re.findall(r"%\w+", rest))
+        kind = re.sub(r"\s*loc\(.*", "", rest).rsplit(":", 1)[-1].rsplit("->", 1)[-1]
+        if not of_rows or not re.search(r"\bi32|xi32", kind):
+            continue
+        tainted.add(name)
+        count += operation == "arith.muli"
+    return count
+
+
+def compile_project(
+    sm: int,
+    dtype: str,
+    rows: int,
+    d: int,
+    k: int,
+    operation: str = "project",
+    *,
+    form: str | None = None,
+    per_row: bool = True,
+    separate: bool = True,
+    **overrides,
+) -> Compiled:
+    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d],
+    every tensor beginning at a multiple of 16 bytes.
+
+    operation: a key of OPERATIONS. form, overrides: replace its choice of kernel and launch options. Raises what
+    Triton raises for a kernel that does not compile.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kind = getattr(torch, dtype)
+    form = form or form_of(kind, rows, d, k)
+    options = launch_options(kind, rows, d, k, form, **overrides)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    element = STORED[dtype].triton
+    constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
+    # A row-major basis has stride_basis_k = 1, which Triton specialises when it launches: so does this.
+    constants |= {"d": d} if form == "tile" else {"stride_basis_k": 1}
+    signature = {
+        **{f"{name}_ptr": f"*{element}" for name in ("x", "residual", "weight", "y", "n")},
+        **{"basis_ptr": "*fp32", "row_strength_ptr": "*fp32"},
+        **{"strength": "fp32", "eps": "fp32", "rows": "i32", "d": "i32", "k": "i32"},
+        **{name: "i32" for name in ("stride_x", "stride_residual", "stride_basis_d")},
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    # In the order of the kernel's own parameters.
+    signature = {name: signature[name] for name in KERNELS[form].arg_names}
+    # What Triton specialises at launch: aligned pointers, and sizes and strides that are multiples of 16.
+    even = {"d": d, "stride_x": d, "stride_residual": d, "rows": rows, "k": k, "stride_basis_d": k}
+    aligned = [n for n in signature if n not in constants and (n.endswith("_ptr") or even.get(n, 1) % 16 == 0)]
+    attrs = {(list(signature).index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(KERNELS[form], signature=signature, constexprs=constants, attrs=attrs)
+    done = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch)
+    ptx = done.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        # Triton compiles for sm_90a where it can; ptxas must be told what the PTX says.
+        target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)[1]
+        words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
+    late = ptx.partition("bar.sync")[2].count("ld.global")
+    needs = registers, spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
+    return Compiled(sm, operation, form, dtype, rows, d, k, *needs)
+
+
+def kernel_sha256() -> str:
+    """Of the source that is compiled: a table belongs to one."""
+    return hashlib.sha256(Path(project.__file__).read_bytes()).hexdigest()

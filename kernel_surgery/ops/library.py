@@ -1,0 +1,302 @@
+"""The edit as PyTorch operators: Triton on CUDA, ATen on the CPU, with fake and autograd.
+
+    kernel_surgery::project               y = x - a U (U^T x)
+    kernel_surgery::project_add           h = residual + y
+    kernel_surgery::project_add_rmsnorm   h, and n = rmsnorm(h) * weight
+
+Operators rather than functions so that torch.compile sees one opaque, differentiable call and CUDA graphs capture it.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.nn import Parameter
+
+from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.ops.aten import inverse_rms, project_add_aten, project_add_rmsnorm_aten, project_aten
+
+MAX_RANK = 64
+UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+_invariant = False
+
+
+def set_batch_invariant(enabled: bool) -> bool:
+    """Whether the kernels on CUDA give a row the same bits whatever rows stand beside it; returns what was set before.
+
+    Off by default: up to 64 rows take a kernel of their own, which is faster and sums in another order, so that a row's
+    last bits depend on the number of rows. On, few rows take the kernel of many. Of the whole process, read at every
+    launch; a captured graph keeps what it was captured with. It says nothing about other operations: a model's own
+    products (cuBLAS, attention) have to be invariant too for its logits to be. On the CPU it changes nothing: there a
+    BLAS library chooses by the number of rows.
+    """
+    global _invariant
+    before, _invariant = _invariant, bool(enabled)
+    return before
+
+
+def provider(where: Tensor | torch.device | str) -> str:
+    """What runs for a tensor or device: "triton/cuda" or "aten/cpu" (float64 on CUDA is "aten/cuda")."""
+    device = where.device if isinstance(where, Tensor) else torch.device(where)
+    if device.type == "cuda" and not (isinstance(where, Tensor) and where.dtype == torch.float64):
+        return "triton/cuda"
+    return f"aten/{device.type}"
+
+
+_project = torch.library.custom_op("kernel_surgery::project", project_aten, mutates_args=())
+_project_add = torch.library.custom_op("kernel_surgery::project_add", project_add_aten, mutates_args=())
+_project_add_rmsnorm = torch.library.custom_op(
+    "kernel_surgery::project_add_rmsnorm", project_add_rmsnorm_aten, mutates_args=()
+)
+
+
+def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
+    # Late: it imports triton, which is not there on every platform.
+    from kernel_surgery.kernels.project import project as launch
+
+    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not. A view may carry its
+    # minus sign as a bit beside memory that a kernel reads raw.
+    x = (x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()
+    more = {name: v.resolve_neg() if isinstance(v, Tensor) else v for name, v in more.items()}
+    row_strength = None if row_strength is None else row_strength.float().contiguous().resolve_neg()
+    # Triton launches on the current device, which need not be x's.
+    with torch.cuda.device(x.device):
+        return launch(x, basis.float().resolve_neg(), strength, row_strength, invariant=_invariant, **more)
+
+
+@_project.register_kernel("cuda")
+def _project_cuda(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
+    if x.dtype == torch.float64:
+        return project_aten(x, basis, strength, row_strength)
+    return _launch(x, basis, strength, row_strength)[0]
+
+
+@_project_add.register_kernel("cuda")
+def _project_add_cuda(x, residual, basis, strength, row_strength, separate):
+    residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+    return _launch(x, basis, strength, row_strength, residual=residual, separate=separate)[0]
+
+
+@_project_add_rmsnorm.register_kernel("cuda")
+def _project_add_rmsnorm_cuda(x, residual, weight, eps, basis, strength, row_strength, separate):
+    residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+    more = {"residual": residual, "weight": weight.contiguous(), "eps": eps, "separate": separate}
+    return _launch(x, basis, strength, row_strength, **more)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_project.register_fake
+def _project_fake(x, basis, strength, row_strength):
+    return _like(x)
+
+
+@_project_add.register_fake
+def _project_add_fake(x, residual, basis, strength, row_strength, separate):
+    return _like(x)
+
+
+@_project_add_rmsnorm.register_fake
+def _project_add_rmsnorm_fake(x, residual, weight, eps, basis, strength, row_strength, separate):
+    return _like(x), _like(x)
+
+
+def _remember_edit(ctx, basis: Tensor, strength: float, row_strength: Tensor | None, *others: Tensor) -> None:
+    if basis.requires_grad or (row_strength is not None and row_strength.requires_grad):
+        raise KernelSurgeryError(_NO_GRADIENT)
+    ctx.save_for_backward(basis, row_strength, *others)
+    ctx.strength = strength
+
+
+# I - a U U^T is symmetric: a gradient passes through the same operator.
+
+
+def _project_setup(ctx, inputs, output) -> None:
+    _, basis, strength, row_strength = inputs
+    _remember_edit(ctx, basis, strength, row_strength)
+
+
+def _project_backward(ctx, gradient: Tensor):
+    basis, row_strength = ctx.saved_tensors
+    return _project(gradient, basis, ctx.strength, row_strength), None, None, None
+
+
+def _project_add_setup(ctx, inputs, output) -> None:
+    _, _, basis, strength, row_strength, _ = inputs
+    _remember_edit(ctx, basis, strength, row_strength)
+
+
+def _project_add_backward(ctx, gradient: Tensor):
+    basis, row_strength = ctx.saved_tensors
+    return _project(gradient, basis, ctx.strength, row_strength), gradient, None, None, None, None
+
+
+def _project_add_rmsnorm_setup(ctx, inputs, output) -> None:
+    _, _, weight, ctx.eps, basis, strength, row_strength, _ = inputs
+    _remember_edit(ctx, basis, strength, row_strength, weight, output[0])
+
+
+def _project_add_rmsnorm_backward(ctx, gradient_h: Tensor, gradient_n: Tensor):
+    basis, row_strength, weight, h = ctx.saved_tensors
+    wide = h.float()
+    inverse = inverse_rms(wide, ctx.eps)
+    through = gradient_n.float() * weight.float()
+    along = (through * wide).mean(-1, keepdim=True) * inverse.square()
+    total = (gradient_h.float() + inverse * (through - wide * along)).to(h.dtype)
+    gradient_weight = (gradient_n.float() * wide * inverse).sum(0).to(weight.dtype)
+    return _project(total, basis, ctx.strength, row_strength), total, gradient_weight, None, None, None, None, None
+
+
+_project.register_autograd(_project_backward, setup_context=_project_setup)
+_project_add.register_autograd(_project_add_backward, setup_context=_project_add_setup)
+_project_add_rmsnorm.register_autograd(_project_add_rmsnorm_backward, setup_context=_project_add_rmsnorm_setup)
+_DIRECT = {
+    _project: {"cpu": project_aten, "cuda": _project_cuda},
+    _project_add: {"cpu": project_add_aten, "cuda": _project_add_cuda},
+    _project_add_rmsnorm: {"cpu": project_add_rmsnorm_aten, "cuda": _project_add_rmsnorm_cuda},
+}
+
+
+def _called(op: Callable, *tensors: Tensor | None) -> Callable:
+    """The operator, or what it would run, where nobody but that needs to see the call.
+
+    A custom operator's way through the dispatcher costs the host more than a small edit does itself (measured: 10 us of
+    24 at one row, three times that among a model's other work). It is taken where it matters: for a gradient, a
+    compiler, a tracer, a dispatch mode, a functional transform or a tensor of another class.
+    """
+    needed = torch.is_grad_enabled()
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(t is not None and (type(t) not in (Tensor, Parameter) or (needed and t.requires_grad)) for t in tensors)
+    )
+    return op if watched else _DIRECT[op].get(tensors[0].device.type, op)
+
+
+_NO_GRADIENT = (
+    "project has a gradient for x only, but the basis or the strength requires one. Detach it: an orthonormal basis "
+    "would not stay one under a gradient step."
+)
+
+
+def check_rank(basis: Tensor) -> None:
+    """Raises ValueError for a basis [d_model, k] with k outside 1 .. MAX_RANK."""
+    if not 1 <= basis.shape[1] <= MAX_RANK:
+        raise KernelSurgeryError(
+            f"the basis has k={basis.shape[1]} columns; project takes 1 to {MAX_RANK}. Fit with a smaller --rank, or "
+            "truncate: Subspace.truncate."
+        )
+
+
+def packed(basis: Tensor) -> Tensor:
+    """The basis as float32, contiguous, with zero columns up to a multiple of 16: [d_model, k] -> [d_model, k'].
+
+    The same edit, in the memory layout that the fastest kernel wants. Done once by the appliers, not at every call.
+    """
+    return torch.nn.functional.pad(basis.float(), (0, -basis.shape[1] % 16)).contiguous()
+
+
+def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> tuple[Tensor, float, Tensor | None]:
+    """Check what an operator is given; (x as [rows, d_model], strength of all rows, strength of each row or None)."""
+    if x.dtype not in dtypes:
+        raise TypeError(f"expected x of {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {x.dtype}")
+    if basis.ndim != 2 or x.ndim < 1 or basis.shape[0] != x.shape[-1]:
+        raise KernelSurgeryError(
+            f"cannot project x of shape {tuple(x.shape)} with a basis of shape {tuple(basis.shape)}: "
+            "expected x [..., d_model] and basis [d_model, k]."
+        )
+    check_rank(basis)
+    if basis.device != x.device:
+        raise KernelSurgeryError(
+            f"x is on {x.device}, the basis on {basis.device}. Move the basis: basis.to(x.device)."
+        )
+    row_strength, number = None, 1.0
+    if isinstance(strength, Tensor):
+        leading = x.shape[:-1]
+        if strength.ndim == 0 or strength.shape != leading[: strength.ndim]:
+            raise KernelSurgeryError(
+                f"strength has shape {tuple(strength.shape)}; expected a number, one a row: {tuple(leading)}, or one a "
+                f"sequence: {tuple(leading[:1])}."
+            )
+        missing = (1,) * (len(leading) - strength.ndim)
+        row_strength = strength.to(x.device).reshape(*strength.shape, *missing).expand(leading).reshape(-1)
+    else:
+        number = float(strength)
+        if not math.isfinite(number):
+            raise KernelSurgeryError(f"strength must be a finite number, got {number}.")
+    # 2-D before the operator: on 3-D activations a compiled caller specialises on batch 1 and length 1 until dynamo's
+    # recompile limit, and then runs eagerly without a word.
+    return x.reshape(-1, x.shape[-1]), number, row_strength
+
+
+def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    """y = x - a U (U^T x), as a fresh contiguous tensor of x's shape and dtype.
+
+    x [..., d_model] float32, bfloat16, float16 or float64; basis U [d_model, k], k <= 64, orthonormal columns, any
+    floating dtype (used in float32), same device; strength a: a number, or a tensor of one a row, x.shape[:-1], or of
+    one a sequence, its leading dimensions. Rows of strength 0 come back bit for bit. Float32 accumulation, one
+    rounding at the store: `reference.rule_a_bound`. On CUDA the number of rows, d_model and k choose between three
+    kernels (`kernels/project.py`, `form_of`): across a threshold the last bits of a row may differ, unless
+    `set_batch_invariant` says otherwise. Differentiable in x.
+
+    Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
+    basis or strength that requires a gradient; TypeError for an x of another dtype.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, (*UP_TO_FLOAT32, torch.float64))
+    return _called(_project, rows, basis, row_strength)(rows, basis, number, row_strength).reshape(x.shape)
+
+
+def project_add(
+    x: Tensor, residual: Tensor, basis: Tensor, strength: float | Tensor = 1.0, *, separate: bool = True
+) -> Tensor:
+    """h = residual + x - a U (U^T x), fresh and contiguous: `project` and the residual addition in one pass.
+
+    residual: of x's shape, dtype and device. separate: y is rounded to x's dtype before it is added, as it would be by
+    two operations; otherwise once, at the end. Everything else, errors too, as in `project` (no float64); residual is
+    differentiable too.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
+    _check_beside(x, "residual", residual, x.shape)
+    beside = residual.reshape(rows.shape)
+    call = _called(_project_add, rows, beside, basis, row_strength)
+    return call(rows, beside, basis, number, row_strength, separate).reshape(x.shape)
+
+
+def project_add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    basis: Tensor,
+    strength: float | Tensor = 1.0,
+    *,
+    separate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(h, n): `project_add`, and n = h / sqrt(mean(h^2) + eps) * weight, fresh and contiguous, in one pass.
+
+    weight: [d_model] of x's dtype and device. n is computed from h as it is returned, in float32. separate: rounded
+    before the multiplication by weight too, as Llama-shaped models do; otherwise once, at the end. As in
+    `project_add` otherwise; weight is differentiable too. Bound: `reference.rmsnorm_bound`.
+    """
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
+    _check_beside(x, "residual", residual, x.shape)
+    _check_beside(x, "weight", weight, x.shape[-1:])
+    beside = residual.reshape(rows.shape)
+    call = _called(_project_add_rmsnorm, rows, beside, weight, basis, row_strength)
+    h, n = call(rows, beside, weight, float(eps), basis, number, row_strength, separate)
+    return h.reshape(x.shape), n.reshape(x.shape)
+
+
+def _check_beside(x: Tensor, name: str, other: Tensor, shape: torch.Size) -> None:
+    if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
+        raise KernelSurgeryError(
+            f"{name} is {tuple(other.shape)} {other.dtype} on {other.device}; expected {tuple(shape)} {x.dtype} on "
+            f"{x.device}, as x has it."
+        )

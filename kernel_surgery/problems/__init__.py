@@ -1,0 +1,1 @@
+"""The maths problems in seven languages, their wordings, and neutral text."""

@@ -1,0 +1,255 @@
+"""The same maths problems in seven languages, in splits that share neither a problem nor a wording.
+
+Five categories over the reference script's ranges, asked in seven languages. A *problem* is a tuple of parameters; a
+*wording* is a sentence it is asked in. Three splits:
+
+    fit   the subspace is measured here          dev   choices are made here          test  results are reported here
+
+Which split a tuple belongs to is a pure function of the tuple (a hash), never of how many problems are asked for, so
+two runs that ask for 40 and for 400 problems agree on every boundary. Tuples that are the same fact share a split:
+a + b with b + a, a × b with b × a and with the rectangle of those sides, C(n, k) with C(n, n-k). The reference
+script's 20 problems (`expag_problems`) are in no split at all.
+"""
+
+import math
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.names import LANGUAGES, SPLITS
+from kernel_surgery.problems.wordings import EXPAG_WORDINGS, WORDINGS
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    """`en,zh` as ("en", "zh"), in the order given, each once; `all` is all seven.
+
+    Raises UserError for a language that there are no problems in.
+    """
+    if text.strip() == "all":
+        return tuple(LANGUAGES)
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [language for language in asked if language not in LANGUAGES]
+    if unknown or not asked:
+        raise UserError(f"unknown language {(unknown or [text])[0]!r}: choose from {', '.join(LANGUAGES)}, or all.")
+    return tuple(dict.fromkeys(asked))
+
+
+CATEGORIES = ("arithmetic", "combinatorics", "modular", "geometry", "sequences")
+EXPAG_LANGUAGES = ("en", "zh")
+# Percent of the hash range given to (test, dev); the rest is fit. The C(n, k) table has only 225 distinct facts.
+_SHARES = {"combinatorics": (24, 24)}
+_DEFAULT_SHARES = (10, 10)
+# Small enough to be listed in full whenever they are asked for, the smallest first.
+_LISTED = ("combinatorics", "geometry", "sequences")
+Parameters = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `prompts[language]` is exactly the text to tokenize; `answer` is an integer."""
+
+    id: str
+    category: str
+    kind: str
+    split: str
+    parameters: Parameters
+    answer: int
+    prompts: dict[str, str] = field(repr=False)
+
+
+def answer_of(kind: str, p: Parameters) -> int:
+    """The answer to one tuple. Raises ValueError for an unknown kind."""
+    match kind:
+        case "plus":
+            return p["a"] + p["b"]
+        case "times":
+            return p["a"] * p["b"]
+        case "combinatorics":
+            return math.comb(p["n"], p["k"])
+        case "modular":
+            return p["a"] % p["b"]
+        case "geometry":
+            return p["w"] * p["h"]
+        case "sequences":
+            return p["n"] * (2 * p["a1"] + (p["n"] - 1) * p["d"]) // 2
+    raise KernelSurgeryError(f"unknown kind of problem {kind!r}; known: {', '.join(WORDINGS)}")
+
+
+def fact(kind: str, parameters: Parameters) -> tuple:
+    """The mathematical fact that a tuple states: equal for tuples that must share a split.
+
+    A rectangle and the product of its sides are one fact, and so are C(n, k) and C(n, n-k).
+    """
+    values = tuple(parameters.values())
+    match kind:
+        case "plus":
+            return ("plus", *sorted(values))
+        case "times" | "geometry":
+            return ("times", *sorted(values))
+        case "combinatorics":
+            n, k = values
+            return ("combinatorics", n, min(k, n - k))
+    return (kind, *values)
+
+
+@cache
+def _expag_facts() -> frozenset[tuple]:
+    return frozenset(fact(p.kind, p.parameters) for p in expag_problems())
+
+
+def split_of(kind: str, parameters: Parameters) -> str:
+    """The split ("fit", "dev" or "test") of a tuple, or "expag" for the reference script's own 20."""
+    key = fact(kind, parameters)
+    if key in _expag_facts():
+        return "expag"
+    test, dev = _SHARES.get(kind, _DEFAULT_SHARES)
+    bucket = zlib.crc32(":".join(map(str, key)).encode()) % 100
+    return "test" if bucket < test else "dev" if bucket < test + dev else "fit"
+
+
+def _pairs(kind: str, x: str, y: str, xs: range, ys: range) -> Iterator[tuple[str, Parameters]]:
+    return ((kind, {x: i, y: j}) for i in xs for j in ys)
+
+
+def tuples(category: str) -> Iterator[tuple[str, Parameters]]:
+    """Every (kind, parameters) of a category, in a fixed order. The ranges are the reference script's; C(n, k)
+    goes on to n = 30 and to every 1 <= k < n.
+    """
+    match category:
+        case "arithmetic":
+            yield from _pairs("plus", "a", "b", range(10, 1000), range(10, 1000))
+            yield from _pairs("times", "a", "b", range(10, 1000), range(10, 1000))
+        case "combinatorics":
+            yield from (("combinatorics", {"n": n, "k": k}) for n in range(5, 31) for k in range(1, n))
+        case "modular":
+            yield from _pairs("modular", "a", "b", range(50, 10000), range(3, 38))
+        case "geometry":
+            yield from _pairs("geometry", "w", "h", range(2, 51), range(2, 51))
+        case "sequences":
+            yield from (
+                ("sequences", {"a1": a1, "d": d, "n": n})
+                for a1 in range(1, 21)
+                for d in range(1, 11)
+                for n in range(5, 31)
+            )
+        case _:
+            raise KernelSurgeryError(f"unknown category {category!r}; known: {', '.join(CATEGORIES)}")
+
+
+def draw(category: str, rng: random.Random) -> tuple[str, Parameters]:
+    """One (kind, parameters) of a category, uniform over the reference script's ranges."""
+    match category:
+        case "arithmetic":
+            return rng.choice(("plus", "times")), {"a": rng.randint(10, 999), "b": rng.randint(10, 999)}
+        case "combinatorics":
+            n = rng.randint(5, 30)
+            return "combinatorics", {"n": n, "k": rng.randint(1, n - 1)}
+        case "modular":
+            return "modular", {"a": rng.randint(50, 9999), "b": rng.randint(3, 37)}
+        case "geometry":
+            return "geometry", {"w": rng.randint(2, 50), "h": rng.randint(2, 50)}
+        case "sequences":
+            return "sequences", {"a1": rng.randint(1, 20), "d": rng.randint(1, 10), "n": rng.randint(5, 30)}
+    raise KernelSurgeryError(f"unknown category {category!r}; known: {', '.join(CATEGORIES)}")
+
+
+@cache
+def count(category: str, split: str) -> int:
+    """How many different problems of a category exist in a split (enumerates them all: seconds for arithmetic)."""
+    return sum(split_of(kind, parameters) == split for kind, parameters in tuples(category))
+
+
+def _make(category: str, kind: str, parameters: Parameters, split: str, index: int) -> Problem:
+    column = SPLITS.index(split)
+    prompts = {language: WORDINGS[kind][language][column].format(**parameters) for language in LANGUAGES}
+    return Problem(
+        f"{split}-{category}-{index:04d}", category, kind, split, parameters, answer_of(kind, parameters), prompts
+    )
+
+
+def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Parameters]]:
+    """The first n of a category's tuples in a random order that depends on neither n nor the other categories."""
+    # String seeds are hashed with SHA-512 by random.Random: the same on every platform and Python version.
+    rng = random.Random(f"{seed}:{split}:{category}")
+    if category in _LISTED:
+        chosen = [(kind, parameters) for kind, parameters in tuples(category) if split_of(kind, parameters) == split]
+        if len(chosen) < n:
+            raise KernelSurgeryError(
+                f"cannot take {n} {category} problems from the {split} split: only {len(chosen)} exist.\n"
+                f"Ask for at most {len(chosen)} per category."
+            )
+        rng.shuffle(chosen)
+        return chosen[:n]
+    # Two million tuples are not listed for the sake of a few; the smallest category has bounded n long before.
+    drawn: dict[tuple, tuple[str, Parameters]] = {}
+    while len(drawn) < n:
+        kind, parameters = draw(category, rng)
+        if split_of(kind, parameters) == split:
+            drawn.setdefault((kind, *parameters.values()), (kind, parameters))
+    return list(drawn.values())
+
+
+def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Problem]:
+    """`per_category` different problems of each of the five categories from one split, each in seven languages.
+
+    Deterministic in (split, per_category, seed), and a shorter list is the beginning of a longer one, category by
+    category. Raises ValueError for an unknown split, for per_category < 1, and when fewer problems exist than are
+    asked for (the message says how many do).
+    """
+    if split not in SPLITS:
+        raise KernelSurgeryError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if per_category < 1:
+        raise KernelSurgeryError(f"problems per category must be at least 1, got {per_category}")
+    # The smallest categories first: they are what there may not be enough of.
+    chosen = {category: _select(category, split, per_category, seed) for category in (*_LISTED, *CATEGORIES)}
+    return [
+        _make(category, kind, parameters, split, index)
+        for category in CATEGORIES
+        for index, (kind, parameters) in enumerate(chosen[category])
+    ]
+
+
+def expag_problems() -> list[Problem]:
+    """The reference script's own 20 problems, English and Chinese, in its order.
+
+    Replays the script's draws: 40 problems per category from `Random(42)`, shuffled with a second `Random(42)`, then
+    the first four of each category, categories in order of first appearance.
+    """
+    rng = random.Random(42)
+    drawn: list[tuple[str, str, Parameters]] = []
+    for _ in range(40):
+        a, b = rng.randint(10, 999), rng.randint(10, 999)
+        drawn.append(("arithmetic", rng.choice(["plus", "times"]), {"a": a, "b": b}))
+    for _ in range(40):
+        n = rng.randint(5, 20)
+        drawn.append(("combinatorics", "combinatorics", {"n": n, "k": rng.randint(1, min(n - 1, 8))}))
+    for _ in range(40):
+        drawn.append(("modular", "modular", {"a": rng.randint(50, 9999), "b": rng.randint(3, 37)}))
+    for _ in range(40):
+        drawn.append(("geometry", "geometry", {"w": rng.randint(2, 50), "h": rng.randint(2, 50)}))
+    for _ in range(40):
+        drawn.append(
+            ("sequences", "sequences", {"a1": rng.randint(1, 20), "d": rng.randint(1, 10), "n": rng.randint(5, 30)})
+        )
+    order = list(range(len(drawn)))
+    random.Random(42).shuffle(order)
+    first_four: dict[str, list[Problem]] = {}
+    for category, kind, parameters in (drawn[i] for i in order):
+        taken = first_four.setdefault(category, [])
+        if len(taken) < 4:
+            prompts = {lang: EXPAG_WORDINGS[kind][lang].format(**parameters) for lang in EXPAG_LANGUAGES}
+            taken.append(
+                Problem(
+                    f"expag-{category}-{len(taken)}",
+                    category,
+                    kind,
+                    "expag",
+                    parameters,
+                    answer_of(kind, parameters),
+                    prompts,
+                )
+            )
+    return [problem for taken in first_four.values() for problem in taken]

@@ -1,0 +1,115 @@
+"""Activations as a file: ours, or the reference script's .npz."""
+
+import json
+import os
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kernel_surgery.common.errors import MissingFileError, SubspaceError
+from kernel_surgery.common.names import SITES
+
+FORMAT = "kernel-surgery-activations-1"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`vectors[language][layer]` is [problems, d_model] float32; row i is the same problem in every language."""
+
+    vectors: dict[str, dict[int, torch.Tensor]]
+    provenance: dict
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.vectors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(next(iter(self.vectors.values()))))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """One safetensors file, `{lang}_L{layer}` as the reference script names them; complete or not there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{lang}_L{i}": t.contiguous() for lang, by in self.vectors.items() for i, t in by.items()}
+        metadata = {"provenance": json.dumps({"format": FORMAT} | self.provenance, ensure_ascii=False)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+_KEY = re.compile(r"([a-z]{2,3})_L(\d+)")
+
+
+def load_activations(path: Path, model_id: str | None = None, site: str | None = None) -> Activations:
+    """Our safetensors file, or the reference script's .npz (keys "{lang}_L{layer}"), which is never unpickled.
+
+    `model_id` and `site` say what an .npz cannot. Raises ValueError, naming the file and the entry, for a file that
+    is neither, that needs pickle, that holds other keys, ragged shapes, or numbers that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"no activations at {str(path)!r}. Make them with python -m kernel_surgery.collect.")
+    if site is not None and site not in SITES:
+        raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+    provenance: dict = {}
+    arrays: dict[str, torch.Tensor] = {}
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                arrays = {key: torch.from_numpy(np.asarray(data[key], dtype=np.float32)) for key in data.files}
+        # numpy raises whatever its parser meets: EOFError for an empty file, TypeError for a .npy under this name.
+        except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+            if "pickle" in str(error).lower():
+                raise SubspaceError(
+                    f"{str(path)!r} holds pickled objects, which are never loaded: they can run code.\n"
+                    "Save plain float32 arrays: np.savez(path, **{f'{lang}_L{i}': np.asarray(x, np.float32)})."
+                ) from error
+            raise SubspaceError(f"{str(path)!r} is not a readable .npz file ({error}).") from error
+    else:
+        try:
+            with safe_open(path, "pt") as file:
+                arrays = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                provenance = json.loads((file.metadata() or {}).get("provenance", "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise SubspaceError(
+                f"{str(path)!r} is neither a safetensors file of activations nor an .npz ({error})."
+            ) from error
+    for name, given in (("model_id", model_id), ("site", site)):
+        if given and provenance.get(name, given) != given:
+            raise SubspaceError(
+                f"{str(path)!r} was measured with {name} {provenance[name]!r}, not {given!r}. Leave the option out."
+            )
+        if given:
+            provenance[name] = given
+    vectors: dict[str, dict[int, torch.Tensor]] = {}
+    for key, array in arrays.items():
+        match = _KEY.fullmatch(key)
+        if not match or array.ndim != 2 or 0 in array.shape:
+            raise SubspaceError(
+                f"{str(path)!r} has an entry {key!r} of shape {tuple(array.shape)}; expected [problems, d_model] "
+                'arrays named "{lang}_L{layer}", such as "en_L9".'
+            )
+        if not torch.isfinite(array).all():
+            raise SubspaceError(f"{str(path)!r}: {key} holds NaN or Inf. Collect again, in float32 or bfloat16.")
+        vectors.setdefault(match[1], {})[int(match[2])] = array
+    shapes = {f"{lang}_L{i}": tuple(a.shape) for lang, by in vectors.items() for i, a in by.items()}
+    if len(vectors) < 2:
+        raise SubspaceError(f"{str(path)!r} holds {len(vectors)} languages; a language subspace needs at least two.")
+    if len(set(shapes.values())) > 1 or len({tuple(sorted(by)) for by in vectors.values()}) > 1:
+        first = next(iter(shapes))
+        other = next((key for key in shapes if shapes[key] != shapes[first]), "a language with other layers")
+        raise SubspaceError(
+            f"{str(path)!r} is ragged: {first} is {shapes[first]}, but {other} is {shapes.get(other, 'there')}.\n"
+            "Every language needs the same problems at the same layers."
+        )
+    return Activations(vectors, provenance)

@@ -1,0 +1,217 @@
+"""A language subspace as a frozen artefact: one orthonormal basis a layer, and where it came from.
+
+The file is safetensors: `layer.{i}.basis` [d_model, k] float32, optionally `layer.{i}.mean` [d_model] and
+`layer.{i}.spectrum`, with the provenance as JSON in the metadata. The provenance holds a *fingerprint*: a few weights
+of the model that was measured, by value. A subspace of one model is meaningless in another of the same shape, and
+nothing else would notice.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
+from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
+
+FORMAT = "kernel-surgery-subspace-1"
+ORTHONORMAL = 1e-5  # largest entry of U^T U - I that float32 storage of a float64 basis leaves room for
+_FIELDS = ("site", "pool", "model_id", "revision", "n_layers", "fingerprint", "fit")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """`bases[layer]` is [d_model, k] float32 with orthonormal columns; the rest says how it was found.
+
+    Raises ValueError for no layers, unequal shapes, numbers that are not finite, and columns that are not
+    orthonormal.
+    """
+
+    bases: Mapping[int, torch.Tensor]
+    site: str | None = None
+    pool: str | None = None
+    means: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    spectrum: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    model_id: str | None = None
+    revision: str | None = None
+    n_layers: int | None = None
+    fingerprint: dict | None = None
+    fit: dict | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "bases", dict(sorted(check_bases(self.bases).items())))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.bases)
+
+    @property
+    def d_model(self) -> int:
+        return next(iter(self.bases.values())).shape[0]
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.bases.values())).shape[1]
+
+    @property
+    def note(self) -> str | None:
+        """What every output says where the basis was fitted at another site than the one that is edited."""
+        return None if self.site in (None, "mlp_out") else f"{self.site} basis applied at mlp_out"
+
+    def truncate(self, rank: int) -> "Subspace":
+        """The leading `rank` columns of every basis. Raises ValueError beyond the rank that is there."""
+        if not 1 <= rank <= self.rank:
+            raise SubspaceError(
+                f"cannot truncate a subspace of rank {self.rank} to rank {rank}. Choose 1 to {self.rank}."
+            )
+        bases = {layer: basis[:, :rank].contiguous() for layer, basis in self.bases.items()}
+        return replace(self, bases=bases, fit=(self.fit or {}) | {"rank": rank, "truncated_from": self.rank})
+
+    def select(self, layers: Iterable[int]) -> "Subspace":
+        """The same subspace at fewer layers. Raises ValueError for a layer that it does not hold."""
+        chosen = list(layers)
+        if missing := [layer for layer in chosen if layer not in self.bases]:
+            raise SubspaceError(f"layers {missing} are not in the subspace, which holds {list(self.layers)}.")
+        return replace(self, bases={layer: self.bases[layer] for layer in chosen})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file, all of it or none."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        named = (("basis", self.bases), ("mean", self.means), ("spectrum", self.spectrum))
+        tensors = {
+            f"layer.{layer}.{name}": tensor.detach().cpu().float().contiguous()
+            for name, by_layer in named
+            for layer, tensor in by_layer.items()
+            if layer in self.bases
+        }
+        provenance = {"format": FORMAT} | {name: getattr(self, name) for name in _FIELDS}
+        # One entry: safetensors writes several in random order, and equal subspaces would not be equal files.
+        metadata = {"provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, force: bool = False) -> "Subspace":
+        """Read a file. Raises FileNotFoundError, or ValueError for what is not a subspace.
+
+        A file without provenance (bases alone) is refused unless `force`.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(f"no subspace at {str(path)!r}. Make one with python -m kernel_surgery.fit.")
+        found: dict[str, dict[int, torch.Tensor]] = {"basis": {}, "mean": {}, "spectrum": {}}
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                for key in file.keys():  # noqa: SIM118
+                    parts = key.split(".")
+                    if len(parts) != 3 or parts[0] != "layer" or not parts[1].isdigit() or parts[2] not in found:
+                        raise SubspaceError(
+                            f"{str(path)!r} is not a subspace: it holds a tensor {key!r}; expected layer.N.basis, "
+                            "layer.N.mean and layer.N.spectrum."
+                        )
+                    found[parts[2]][int(parts[1])] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise SubspaceError(f"{str(path)!r} is not a safetensors file ({error}).") from error
+        try:
+            provenance = dict(json.loads(metadata.get("provenance", "{}")))
+        except (ValueError, TypeError) as error:
+            raise SubspaceError(f"{str(path)!r} has provenance that is not a JSON object ({error}).") from error
+        if not provenance.get("fingerprint") and not force:
+            raise SubspaceError(
+                f"{str(path)!r} does not say which model it was fitted on, so nothing can tell whether it belongs to "
+                "yours.\nNothing was changed. Use --force (force=True) if you know that it does."
+            )
+        try:
+            return cls(
+                bases=found["basis"],
+                means=found["mean"],
+                spectrum=found["spectrum"],
+                **{name: provenance.get(name) for name in _FIELDS},
+            )
+        except ValueError as error:
+            raise SubspaceError(f"{str(path)!r}: {error}") from error
+
+    def check_model(self, model, *, force: bool = False) -> None:
+        """Refuse a model that the subspace was not fitted on: `check` with what the loaded model says."""
+        name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        self.check(
+            model.config.hidden_size, model.config.num_hidden_layers, lambda: fingerprint(model), name, force=force
+        )
+
+    def check(
+        self, d_model: int, n_layers: int, take_fingerprint: Callable[[], dict], name: str, *, force: bool = False
+    ) -> None:
+        """Refuse a model that the subspace was not fitted on.
+
+        Raises ValueError for another d_model or layer count, whatever `force` says, and, unless `force`, for other
+        weights than those measured: a finetuned, merged or already baked model included.
+        """
+        both = (
+            f"  subspace: fitted on {self.model_id or 'an unnamed model'} ({self.site or 'site not stated'}, "
+            f"rank {self.rank})\n  model:    {name}\n"
+        )
+        if d_model != self.d_model:
+            raise MismatchError(
+                f"the subspace has d_model={self.d_model}, the model {d_model}.\n{both}"
+                "Nothing was changed. Fit a subspace on this model."
+            )
+        if self.n_layers not in (None, n_layers):
+            raise MismatchError(
+                f"the subspace is of a model with {self.n_layers} layers, this one has {n_layers}.\n{both}"
+                "Nothing was changed. Fit a subspace on this model."
+            )
+        if force:
+            return
+        if self.fingerprint is None:
+            raise MismatchError(
+                f"the subspace does not say which model's weights it was measured on.\n{both}"
+                "Nothing was changed. Use --force (force=True) if you know that it belongs here."
+            )
+        if differing := fingerprint_differences(self.fingerprint, take_fingerprint()):
+            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+            raise MismatchError(
+                f"the subspace was measured on other weights: {differing[0]} differs{more}.\n{both}"
+                "Nothing was changed. Fit a subspace on this model, load the one it was fitted on, or use --force "
+                "(force=True)."
+            )
+
+
+def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The bases in float32, checked: at least one, of one shape, finite, orthonormal columns. ValueError otherwise."""
+    if not bases:
+        raise SubspaceError("a subspace needs a basis for at least one layer, got none.")
+    checked: dict[int, torch.Tensor] = {}
+    for layer, basis in bases.items():
+        if basis.ndim != 2 or basis.shape[1] > basis.shape[0] or basis.shape[1] < 1:
+            raise SubspaceError(
+                f"the basis of layer {layer} has shape {tuple(basis.shape)}; expected [d_model, k], k <= d_model."
+            )
+        first = checked[next(iter(checked))] if checked else basis
+        if basis.shape != first.shape:
+            raise SubspaceError(
+                f"the basis of layer {layer} is {tuple(basis.shape)}, that of layer {next(iter(checked))} "
+                f"{tuple(first.shape)}; every layer needs one shape."
+            )
+        basis = basis.detach().float()
+        if not torch.isfinite(basis).all():
+            raise SubspaceError(f"the basis of layer {layer} holds NaN or Inf.")
+        gram = basis.double().T @ basis.double()
+        worst = float((gram - torch.eye(basis.shape[1], dtype=torch.float64, device=gram.device)).abs().max())
+        if worst > ORTHONORMAL:
+            raise SubspaceError(
+                f"the basis of layer {layer} is not orthonormal: an entry of U^T U - I is {worst:.1e}, "
+                f"allowed {ORTHONORMAL}."
+            )
+        checked[int(layer)] = basis
+    return checked

@@ -1,0 +1,137 @@
+"""Activations of the same problems in several languages."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.errors import SubspaceError
+from kernel_surgery.common.names import POOLS, SITES
+from kernel_surgery.common.progress import progress
+from kernel_surgery.models.architectures import decoder_layers, mlp_outputs, parse_layers, residual_outputs
+from kernel_surgery.numerics.precision import name_of
+from kernel_surgery.problems.generator import Problem
+from kernel_surgery.subspace.activations import Activations
+from kernel_surgery.subspace.fingerprint import fingerprint
+
+
+def pool_states(states: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
+    """One vector a prompt: [batch, tokens, d_model] and a 0/1 mask [batch, tokens] to [batch, d_model] float32.
+
+    "last" is the last position the mask keeps, wherever the padding is; "mean" averages the kept ones in float32.
+    """
+    if pool == "last":
+        tokens = torch.arange(mask.shape[1], device=mask.device)
+        last = (tokens * mask).argmax(dim=1)
+        return states[torch.arange(states.shape[0], device=states.device), last].float()
+    kept = mask.unsqueeze(-1).float()
+    # Masked positions are selected away, not multiplied by zero: an Inf in the padding must not become NaN.
+    return torch.where(kept > 0, states.float(), 0.0).sum(1) / kept.sum(1)
+
+
+def collect_activations(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    layers: Sequence[int],
+    *,
+    site: str = "mlp_out",
+    pool: str = "last",
+    batch_size: int = 32,
+    desc: str = "collect",
+) -> dict[int, torch.Tensor]:
+    """One activation a prompt and layer: {layer: [prompts, d_model] float32 on the CPU}, in the order of `prompts`.
+
+    Prompts are batched by length; positions are counted from the mask, so that padding on either side changes neither
+    rotary positions nor what is read. Raises ValueError for an unknown site or pool and what `sites` raises for a
+    model or layer it does not know; RuntimeError if a requested layer did not run.
+    """
+    if site not in SITES:
+        raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+    if pool not in POOLS:
+        raise SubspaceError(f"unknown pooling {pool!r}; known: {', '.join(POOLS)}")
+    sites = (mlp_outputs if site == "mlp_out" else residual_outputs)(model, layers)
+    caught: dict[int, torch.Tensor] = {}
+    mask = None
+
+    def catch(layer: int):
+        def hook(module, inputs, output):
+            states = output[0] if isinstance(output, tuple) else output
+            caught[layer] = pool_states(states, mask, pool).cpu()
+
+        return hook
+
+    # Longest first: if memory runs out, it does so in the first batch.
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokenizer(prompts[i]).input_ids))
+    rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in sites}
+    handles = [found.module.register_forward_hook(catch(layer)) for layer, found in sites.items()]
+    try:
+        starts = range(0, len(order), batch_size)
+        for start in progress(starts, total=len(starts), desc=desc):
+            texts = [prompts[i] for i in order[start : start + batch_size]]
+            batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+            mask = batch["attention_mask"]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            caught.clear()
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
+            if silent := [layer for layer in sites if layer not in caught]:
+                raise RuntimeError(f"layers {silent} did not run: nothing was read there, nothing was written")
+            for layer, vectors in caught.items():
+                rows[layer].append(vectors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return {layer: torch.cat(parts)[back] for layer, parts in rows.items()}
+
+
+def collect_languages(
+    model, tokenizer, chosen: list, languages: Sequence[str], layers: Sequence[int], **options
+) -> dict[str, dict[int, torch.Tensor]]:
+    """`collect` for each language: {language: {layer: [problems, d_model]}}, row i the same problem in each."""
+    return {
+        language: collect_activations(
+            model, tokenizer, [p.prompts[language] for p in chosen], layers, desc=f"collect {language}", **options
+        )
+        for language in languages
+    }
+
+
+def collect_from(
+    model,
+    tokenizer,
+    asked: Sequence[Problem],
+    languages: Sequence[str],
+    layers: str = "all",
+    *,
+    site: str = "mlp_out",
+    pool: str = "last",
+    batch_size: int = 32,
+    about: dict | None = None,
+) -> Activations:
+    """The activations of a loaded model, with their provenance: what `python -m kernel_surgery.collect` saves.
+
+    layers: such as "9-26", or "all". about: what the provenance says besides (model_id, split, seed). Raises what
+    `collect_activations` raises, and ModelError for layers that the model does not have.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    n_layers = len(decoder_layers(model))
+    chosen = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
+    options = {"site": site, "pool": pool, "batch_size": batch_size}
+    vectors = collect_languages(model, tokenizer, asked, languages, chosen, **options)
+    provenance = (about or {}) | {
+        "revision": getattr(model.config, "_commit_hash", None),
+        "n_layers": n_layers,
+        "d_model": model.config.hidden_size,
+        "fingerprint": fingerprint(model),
+        "site": site,
+        "pool": pool,
+        "languages": list(languages),
+        "problems": len(asked),
+        "dtype": name_of(model.dtype),
+        "environment": environment_record(model.device),
+    }
+    return Activations(vectors, provenance)

@@ -1,0 +1,63 @@
+"""The fingerprint of a model: a few of its weights, by value."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.models.architectures import layout_of, mlp_outputs
+from kernel_surgery.numerics.precision import STORED
+from kernel_surgery.numerics.rounding import underflow, unit_roundoff
+
+SAMPLES = 16  # weights a tensor in a fingerprint
+
+
+def fingerprint(model) -> dict:
+    """A few weights by value: {"dtype", "samples": {tensor name: values}} from embedding and down_proj.
+
+    Values, not a hash, so that the same model loaded in another dtype is recognised.
+    """
+    named = [(f"{layout_of(model).embedding}.weight", model.get_input_embeddings().weight)]
+    return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
+
+
+def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict:
+    """The fingerprint of named weights, the first of which gives the dtype."""
+    samples, dtype = {}, None
+    for name, weight in named:
+        flat = weight.detach().reshape(-1)
+        dtype = dtype or str(flat.dtype).removeprefix("torch.")
+        step = max(1, flat.numel() // SAMPLES)
+        # 7 apart on top of the stride: one that divides the row length would read a single column.
+        samples[name] = flat[[(i * step + 7 * i) % flat.numel() for i in range(SAMPLES)]].double().tolist()
+    return {"dtype": dtype, "samples": samples}
+
+
+def _spacing(dtype: str) -> tuple[float, float]:
+    """What rounding to a dtype may be off by: relative to a value, and absolute below the normal range."""
+    if dtype not in DTYPES:
+        return 0.0, 0.0
+    kind = STORED[dtype].dtype
+    return unit_roundoff(kind), underflow(kind)
+
+
+def fingerprint_differences(fitted: dict, loaded: dict) -> list[str]:
+    """Names of sampled tensors that are not the same weights.
+
+    In one dtype, every value must be equal. Otherwise each may differ by one rounding to either dtype: u |value| in
+    the normal range, half a subnormal spacing below it.
+    """
+    if set(fitted["samples"]) != set(loaded["samples"]):
+        return sorted(set(fitted["samples"]) ^ set(loaded["samples"]))
+    same = fitted["dtype"] == loaded["dtype"]
+    pairs = [_spacing(kind["dtype"]) for kind in (fitted, loaded)]
+    relative, absolute = (sum(values) for values in zip(*pairs, strict=True))
+    differing = []
+    for name, values in fitted["samples"].items():
+        for a, b in zip(values, loaded["samples"][name], strict=True):
+            room = 0.0 if same else relative * max(abs(a), abs(b)) + absolute
+            if not (math.isfinite(a) and math.isfinite(b)) or abs(a - b) > room:
+                differing.append(name)
+                break
+    return differing

@@ -1,0 +1,107 @@
+"""From activations to a language subspace."""
+
+import torch
+from einops import einsum, rearrange, reduce
+
+from kernel_surgery.common.errors import SubspaceError
+from kernel_surgery.common.names import METHODS
+from kernel_surgery.common.progress import progress
+from kernel_surgery.subspace.activations import Activations
+from kernel_surgery.subspace.artifact import Subspace
+
+
+def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
+    """Vectors with the singular values and right singular vectors of the deviations (or of the centroids').
+
+    x [problems, languages, d_model]; returned [rows, d_model] float64. Of a problem's deviations from its mean, one is
+    minus the sum of the others: languages - 1 orthonormal contrasts (Helmert's) hold them exactly, D^T D = (Hx)^T (Hx).
+    """
+    from scipy.linalg import helmert
+
+    if method not in METHODS:
+        raise SubspaceError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    x = x.double()
+    if method == "centroids":
+        x = reduce(x, "problem language d_model -> 1 language d_model", "mean")
+    contrasts = torch.from_numpy(helmert(x.shape[1])).to(x.device)
+    rows = einsum(contrasts, x, "contrast language, problem language d_model -> problem contrast d_model")
+    return rearrange(rows, "problem contrast d_model -> (problem contrast) d_model")
+
+
+def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tuple[torch.Tensor, torch.Tensor]:
+    """(basis [d_model, rank] float32, all singular values float32) of rows [n, d_model].
+
+    By the eigenvectors of the smaller Gram matrix in float64, several times faster than a full SVD
+    (`python -m bench.fit`). Squaring loses nothing that float32 activations hold: singular values are resolved down to
+    s_1 sqrt(n 2^-52), and the rank ends well above that. Each basis vector's largest entry is positive, so that equal
+    data give equal files.
+
+    Raises ValueError if `rank` exceeds the numerical rank: singular values below s_1 * max(n, d_model) * 2^-24 are
+    rounding of the float32 activations, and vectors that belong to them point anywhere.
+    """
+    rows = rows.double()
+    tall = rows.shape[0] > rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows.T @ rows if tall else rows @ rows.T)
+    s, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    available = int((s > s[0] * max(rows.shape) * 2.0**-24).sum()) if len(s) else 0
+    if not 1 <= rank <= available:
+        raise SubspaceError(
+            f"cannot take rank {rank} at {what}: its {rows.shape[0]} rows span {available} dimensions.\n"
+            f"No file was written. Ask for --rank 1 to {available}, or collect more problems or languages."
+        )
+    basis = vectors[:, :rank]
+    if not tall:
+        # X^T v = s u, orthogonal but for float64's rounding times s_1 / s_k. Gram-Schmidt, strongest first, mends that.
+        basis = torch.linalg.qr(rows.T @ basis)[0]
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    return (basis * signs).float().contiguous(), s.float()
+
+
+def variance_captured(spectrum: torch.Tensor, rank: int) -> float:
+    """Share of the squared singular values that the first `rank` hold."""
+    squares = spectrum.double() ** 2
+    return float(squares[:rank].sum() / squares.sum())
+
+
+def fit_subspace(
+    activations: Activations,
+    rank: int = 10,
+    *,
+    method: str = "deviations",
+    layers: list[int] | None = None,
+    command: str | None = None,
+) -> Subspace:
+    """The language subspace of `activations` at `layers` (default: every layer they hold).
+
+    Raises ValueError for layers that were not collected, for a rank beyond the data's, and for an unknown method.
+    """
+    layers = list(activations.layers) if layers is None else list(layers)
+    if missing := [layer for layer in layers if layer not in activations.layers]:
+        raise SubspaceError(
+            f"layers {missing} were not collected: the activations hold {list(activations.layers)}.\n"
+            "No file was written. Choose --layers among them, or collect again."
+        )
+    bases, means, spectra = {}, {}, {}
+    for layer in progress(layers, total=len(layers), desc="fit"):
+        x = torch.stack([activations.vectors[lang][layer] for lang in activations.languages], dim=1)
+        bases[layer], spectra[layer] = principal_basis(language_rows(x, method), rank, f"layer {layer}")
+        means[layer] = x.double().mean((0, 1)).float()
+    found = activations.provenance
+    return Subspace(
+        bases=bases,
+        means=means,
+        spectrum=spectra,
+        site=found.get("site"),
+        pool=found.get("pool"),
+        model_id=found.get("model_id"),
+        revision=found.get("revision"),
+        n_layers=found.get("n_layers"),
+        fingerprint=found.get("fingerprint"),
+        fit_subspace={
+            "method": method,
+            "rank": rank,
+            "languages": list(activations.languages),
+            "command": command,
+            **{k: found[k] for k in ("split", "problems", "seed", "dtype", "environment") if k in found},
+        },
+    )
