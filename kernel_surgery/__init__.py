@@ -1,6 +1,6 @@
 """Kernel Surgery: measure the language subspace of a multilingual LM, remove it, and prove what that did.
 
-    from kernel_surgery import Subspace, project, hooked, baked, fused, adapted
+    from kernel_surgery import Subspace, fused, load_model
 
 The names are imported when first used (PEP 562): `import kernel_surgery` imports neither torch nor transformers,
 which together take longer than a command's `--help` may.
@@ -10,22 +10,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kernel_surgery.bake import baked
-    from kernel_surgery.fuse import fused
-    from kernel_surgery.hook import hooked
-    from kernel_surgery.lora import adapted
-    from kernel_surgery.ops import project
-    from kernel_surgery.subspace import Subspace
+    from kernel_surgery.certify.files import verify_checkpoint
+    from kernel_surgery.certify.model import certify_model
+    from kernel_surgery.checkpoint.adapter import write_adapter
+    from kernel_surgery.checkpoint.baking import bake_checkpoint
+    from kernel_surgery.common.errors import KernelSurgeryError
+    from kernel_surgery.edit.baked import baked
+    from kernel_surgery.edit.fused import fused
+    from kernel_surgery.edit.hook import hooked
+    from kernel_surgery.edit.lora import adapted
+    from kernel_surgery.evaluation.run import evaluate
+    from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
+    from kernel_surgery.ops.library import project
+    from kernel_surgery.subspace.artifact import Subspace
+    from kernel_surgery.subspace.collecting import collect_activations
+    from kernel_surgery.subspace.fitting import fit_subspace
 
 __version__ = "0.1.0"
-__all__ = ["Subspace", "__version__", "adapted", "baked", "fused", "hooked", "project"]
+__all__ = [
+    "POLYGLOT_SUBSPACE",
+    "KernelSurgeryError",
+    "Subspace",
+    "__version__",
+    "adapted",
+    "bake_checkpoint",
+    "baked",
+    "certify_model",
+    "collect_activations",
+    "evaluate",
+    "fit_subspace",
+    "fused",
+    "hooked",
+    "load_model",
+    "load_tokenizer",
+    "project",
+    "verify_checkpoint",
+    "write_adapter",
+]
+
+# Where each name lives.
 _HOME = {
-    "Subspace": "subspace",
-    "project": "ops",
-    "hooked": "hook",
-    "baked": "bake",
-    "fused": "fuse",
-    "adapted": "lora",
+    "POLYGLOT_SUBSPACE": "models.load",
+    "KernelSurgeryError": "common.errors",
+    "Subspace": "subspace.artifact",
+    "adapted": "edit.lora",
+    "bake_checkpoint": "checkpoint.baking",
+    "baked": "edit.baked",
+    "certify_model": "certify.model",
+    "collect_activations": "subspace.collecting",
+    "evaluate": "evaluation.run",
+    "fit_subspace": "subspace.fitting",
+    "fused": "edit.fused",
+    "hooked": "edit.hook",
+    "load_model": "models.load",
+    "load_tokenizer": "models.load",
+    "project": "ops.library",
+    "verify_checkpoint": "certify.files",
+    "write_adapter": "checkpoint.adapter",
 }
 
 

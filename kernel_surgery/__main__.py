@@ -1,0 +1,48 @@
+"""The commands, one line each: python -m kernel_surgery, or kernel-surgery. `kernel-surgery eval ...` runs one."""
+
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from kernel_surgery.common.command import main
+
+COMMANDS = {
+    "collect": "measure activations of the same problems in several languages",
+    "fit": "fit a language subspace to them",
+    "bake": "write a checkpoint with the edit in its weights, or undo one",
+    "lora": "write the edit as a LoRA adapter",
+    "verify": "check that an edit was made exactly",
+    "eval": "compare the original and the edited model on maths problems",
+    "score": "judge texts made by any engine",
+    "study": "choose among settings on dev, freeze the choice, report it on test",
+    "reproduce": "all of it in one bundle that a stranger can check",
+    "aot": "compile the Triton kernels for GPUs that are not here",
+}
+
+
+def listing() -> str:
+    """The commands, one line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {words}" for name, words in COMMANDS.items()]
+    return "\n".join(["usage: kernel-surgery COMMAND [options]", "", *lines, "", "COMMAND --help says more."])
+
+
+def run(argv: list[str] | None = None) -> int | None:
+    """Run the command that the first word names; without one, list the commands."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return import_module(f"kernel_surgery.{words[0]}").run(words[1:])
+
+
+def script() -> NoReturn:
+    """The console script `kernel-surgery`."""
+    main(run)
+
+
+if __name__ == "__main__":
+    main(run)
