@@ -10,13 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub 
 
 def call(stage: str, *words: object) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of `python -m kernel_surgery.<stage>` with these words."""
-    from kernel_surgery import cli
+    from kernel_surgery.common import command
 
     run = importlib.import_module(f"kernel_surgery.{stage}").run
     out, err, status = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.main(run, [str(word) for word in words])
+            command.main(run, [str(word) for word in words])
         except SystemExit as left:
             status = left.code
     return status, out.getvalue(), err.getvalue()
