@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, adapted, baked, fused, hooked
+from kernel_surgery.edit import baked as edit_baked
 from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.bounds import rule_b_bounds, worst_ratio
@@ -83,7 +84,7 @@ def test_the_model_is_itself_again_when_applying_fails_half_way(mode, bases, mon
 
     if mode == "baked":
         real = bake_weight
-        monkeypatch.setattr(bake, "bake_weight", failing)
+        monkeypatch.setattr(edit_baked, "bake_weight", failing)
     else:
         real = torch.nn.Module.register_forward_hook
         monkeypatch.setattr(torch.nn.Module, "register_forward_hook", failing)

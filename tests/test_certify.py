@@ -10,12 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from kernel_surgery import Subspace, adapted, baked, fused, hooked
 from kernel_surgery.certify.checks import LogitComparison, check_span, span_rows
-from kernel_surgery.certify.model import APPLIERS, LIMITS, Layerwise, _Certifier, certify_model, check_span
+from kernel_surgery.certify import model as certifying
+from kernel_surgery.certify.model import LIMITS, _Certifier, certify_model
 from kernel_surgery.certify.running import greedy, prompt_ids
 from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.edit.fused_layer import ops
+from kernel_surgery import ops
+from kernel_surgery.edit.modes import APPLIERS
+from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.ops.eager import project_eager
@@ -247,14 +250,14 @@ def test_a_fault_that_only_shows_with_all_layers_or_in_decoding_is_found_there(m
 
 def broken_in(monkeypatch, name, change):
     """The faults of a certificate in which `change` was made to what certify.`name` returns at layer 3."""
-    real, calls = getattr(certify, name), []
+    real, calls = getattr(certifying, name), []
 
     def wrong(*args):
         found = real(*args)
         calls.append(found)
         return change(found) if len(calls) == 2 else found
 
-    monkeypatch.setattr(certify, name, wrong)
+    monkeypatch.setattr(certifying, name, wrong)
     return certified(torch.bfloat16)["faults"]
 
 
@@ -317,7 +320,7 @@ def test_each_figure_inside_the_subspace_alone_breaks_the_certificate(key, what,
         calls.append(None)  # hook and fused, layer by layer: the fourth is fused at layer 3
         return real(*args) | ({key: 1.5} if len(calls) == 4 else {})
 
-    monkeypatch.setattr(certify, "check_span", wrong)
+    monkeypatch.setattr(certifying, "check_span", wrong)
     assert certified(torch.bfloat16)["faults"] == [f"layer 3: fused: {what} is 1.5 times its bound"]
 
 
@@ -331,7 +334,7 @@ def test_each_figure_of_the_fused_layer_alone_breaks_the_certificate(key, monkey
 
 def test_hidden_states_logits_and_decoding_are_each_held_to_the_originals_error(monkeypatch):
     """With half the original's own error allowed, everything that is compared with it must complain, once a mode."""
-    monkeypatch.setattr(certify, "BESIDE_ORIGINAL", 0.5)
+    monkeypatch.setattr(certifying, "BESIDE_ORIGINAL", 0.5)
     faults = certified(torch.bfloat16)["faults"]
     for mode in ("hook", "fused", "baked", "lora"):
         hidden = [f for f in faults if f": {mode}: hidden states err " in f]
@@ -608,7 +611,7 @@ def test_it_is_taken_with_whole_products_whatever_the_process_allows(monkeypatch
     matmul, seen = torch.backends.cuda.matmul, []
     settings = lambda: (matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction)  # noqa: E731
     real = greedy
-    monkeypatch.setattr(certify, "greedy", lambda *given: seen.append(settings()) or real(*given))
+    monkeypatch.setattr(certifying, "greedy", lambda *given: seen.append(settings()) or real(*given))
     torch.set_float32_matmul_precision("high")
     try:
         assert certified(torch.float32, prompts=1, new_tokens=1)["faults"] == []

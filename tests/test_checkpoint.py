@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import bake
+from kernel_surgery.checkpoint import baking
+from kernel_surgery.files import hashing, tensorfile
 from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256, undo_checkpoint
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.models.load import load_model
@@ -100,7 +101,7 @@ def test_nothing_that_a_layer_needed_outlives_it(source, tmp_path, monkeypatch):
         kept.extend(map(weakref.ref, made))
         return made
 
-    monkeypatch.setattr(bake, "remove", watched)
+    monkeypatch.setattr(baking, "remove", watched)
     bake_checkpoint(source, space(source), tmp_path / "baked")
     assert len(kept) == 4
 
@@ -140,7 +141,7 @@ def test_damaged_files_and_full_disks_are_named(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("write_tensor", "copy_range"):
-        monkeypatch.setattr(stream, name, full)
+        monkeypatch.setattr(baking, name, full)
         refused(source, tmp_path / "new", subspace, ValueError, r"cannot write .*new.*No space left.*Nothing was kept")
         monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -171,7 +172,7 @@ def test_a_basis_of_another_site_is_said_in_the_provenance(source, tmp_path):
 
 def test_an_exception_half_way_leaves_no_destination_and_the_next_run_is_clean(source, tmp_path, monkeypatch):
     subspace = space(source)
-    monkeypatch.setattr(cli, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(baking, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     refused(source, tmp_path / "new", subspace, KeyboardInterrupt, None)
     monkeypatch.undo()
     # What a kill leaves: the sibling with the deterministic name. A rerun replaces it.
@@ -249,14 +250,15 @@ def test_a_file_is_copied_whole_whatever_the_filesystem_offers(source, tmp_path,
             os.pwrite(other, os.pread(one, os.fstat(one).st_size, 0), 0)
             return True
 
-        monkeypatch.setattr(stream, "share_blocks", share)
+        monkeypatch.setattr(baking, "share_blocks", share)
     elif how == "read and write":
 
         def refuse(*args):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(stream, "CHUNK", 1000)
+    for module in (hashing, tensorfile):
+        monkeypatch.setattr(module, "CHUNK", 1000)
     subspace, old = space(source), tensors(source)
     bake_checkpoint(source, subspace, tmp_path / "baked")
     new, record = tensors(tmp_path / "baked"), json.loads((tmp_path / "baked" / "provenance.json").read_text())
@@ -275,9 +277,8 @@ import os, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch, safetensors.torch
-from kernel_surgery import bake, reference, stream
-from kernel_surgery.checkpoint import bake_checkpoint
-from kernel_surgery.subspace import Subspace
+from kernel_surgery.checkpoint import baking
+from kernel_surgery.subspace.artifact import Subspace
 
 source, subspace, destination = sys.argv[1:]
 subspace = Subspace.load(subspace)
@@ -290,9 +291,9 @@ for line in sys.stdin:
     if pid == 0:
         torch.set_num_threads(1)
         for name in ("copy_range", "write_tensor", "read_tensor"):
-            setattr(stream, name, slowed(getattr(stream, name), pause))
+            setattr(baking, name, slowed(getattr(baking, name), pause))
         try:
-            bake_checkpoint(Path(source), subspace, Path(destination))
+            baking.bake_checkpoint(Path(source), subspace, Path(destination))
         except BaseException as error:
             print(error, file=sys.stderr, flush=True)
             os._exit(1)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import linecache
 import os
 import pty
 import shutil
@@ -15,14 +14,22 @@ from pathlib import Path
 import pytest
 
 from kernel_surgery import __version__
+from kernel_surgery.common import environment
 from kernel_surgery.common.command import Parser, main
-from kernel_surgery.common.environment import PACKAGE, _git_state, environment_record
-from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.environment import _git_state, environment_record
+from kernel_surgery.common.errors import (
+    CheckpointError,
+    KernelSurgeryError,
+    MismatchError,
+    ModelError,
+    SubspaceError,
+    UserError,
+)
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.common.progress import progress
 from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
-from kernel_surgery.problems.generator import parse_languages
+from kernel_surgery.problems.generator import parse_languages, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,34 +77,23 @@ def test_bad_input_is_said_without_a_traceback(capsys, error, message):
     assert err.startswith(message) and "Traceback" not in err
 
 
-def test_a_value_error_that_our_code_raised_is_bad_input(capsys):
-    def run(argv=None):
-        from kernel_surgery.problems.generator import problems
+@pytest.mark.parametrize("kind", [UserError, ModelError, SubspaceError, MismatchError, CheckpointError])
+def test_an_error_of_the_package_is_bad_input(kind, capsys):
+    assert issubclass(kind, KernelSurgeryError) and issubclass(kind, ValueError)
+    status, out, err = outcome(raising(kind("what is wrong")), capsys)
+    assert (status, out, err) == (2, "", "error: what is wrong\n")
 
+
+def test_the_library_raises_errors_of_the_package():
+    with pytest.raises(KernelSurgeryError, match="^unknown split 'no such split'"):
         problems("no such split")
-
-    status, _, err = outcome(run, capsys)
-    assert status == 2 and err.startswith("error: unknown split 'no such split'")
 
 
 @pytest.mark.parametrize("error", [ValueError("from somewhere else"), TypeError("a bug"), RuntimeError("a bug")])
 def test_a_bug_keeps_its_traceback(error):
-    # A ValueError raised outside the package, here in this file, is not known to be about the input.
+    """A ValueError of torch or of the interpreter is not known to be about the input."""
     with pytest.raises(type(error), match=str(error)):
         main(raising(error))
-
-
-def test_a_value_error_that_no_raise_of_ours_made_is_a_bug(monkeypatch):
-    """Two functions as if they stood in a module of the package: `int("x")` is a bug there, a `raise` is not."""
-    lines = ["def parse(text):", "    return int(text)", "def refuse(text):", "    raise ValueError(text)"]
-    file = str(PACKAGE / "pretended.py")
-    monkeypatch.setitem(linecache.cache, file, (1, None, lines, file))
-    module = {}
-    exec(compile("\n".join(lines), file, "exec"), module)
-    with pytest.raises(ValueError, match="invalid literal"):
-        main(lambda argv: module["parse"]("x"))
-    with pytest.raises(SystemExit):
-        main(lambda argv: module["refuse"]("x"))
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):
@@ -111,7 +107,10 @@ def test_ctrl_c_is_130(capsys):
 
 
 def test_a_closed_pipe_is_quiet():
-    code = "from kernel_surgery import cli\ndef run(argv=None):\n    for i in range(100000): print(i)\ncli.main(run)\n"
+    code = (
+        "from kernel_surgery.common.command import main\n"
+        "def run(argv=None):\n    for i in range(100000): print(i)\nmain(run)\n"
+    )
     stage = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert stage.stdout.readline() == b"0\n"
     stage.stdout.close()
@@ -124,7 +123,7 @@ def test_a_closed_pipe_is_quiet():
 
 
 def parser():
-    parser = Parser(prog="python -m kernel_surgery.eval", description="Evaluate.")
+    parser = Parser("eval", description="Evaluate.")
     parser.add_argument("--mode", choices=["original", "fused"], required=True)
     parser.add_argument("--languages", type=parse_languages, default="en,zh")
     return parser
@@ -386,13 +385,13 @@ def test_an_installed_copy_does_not_report_the_commit_around_it(tmp_path, monkey
         subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("git is not usable here")
-    monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "site-packages" / "kernel_surgery")
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path.resolve() / "site-packages" / "kernel_surgery")
     (tmp_path / "site-packages").mkdir()
     assert _git_state.__wrapped__() == (None, None)
     for told, dirty in (("abc", False), ("abc-dirty", True)):  # a copy that was sent somewhere without its history
         monkeypatch.setenv("KERNEL_SURGERY_COMMIT", told)
         assert _git_state.__wrapped__() == ("abc", dirty)
-    monkeypatch.setattr(cli, "PACKAGE", tmp_path.resolve() / "kernel_surgery")  # git knows better
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path.resolve() / "kernel_surgery")  # git knows better
     commit, dirty = _git_state.__wrapped__()
     assert len(commit) == 40 and dirty is False
     (tmp_path / "new.py").touch()
@@ -419,7 +418,7 @@ def test_progress_is_for_a_terminal(capfd):
     assert list(progress(range(3), total=3, desc="items")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
-    code = "from kernel_surgery import cli; print(sum(cli.progress(range(3), desc='items')))"
+    code = "from kernel_surgery.common.progress import progress; print(sum(progress(range(3), desc='items')))"
     terminal, other_end = pty.openpty()
     termios.tcsetwinsize(other_end, (24, 80))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=other_end, text=True)

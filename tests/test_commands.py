@@ -16,6 +16,7 @@ import torch
 
 from kernel_surgery import Subspace
 from kernel_surgery.common.command import main
+from kernel_surgery.evaluation import answering
 from kernel_surgery.evaluation.generate import generate
 from kernel_surgery.models.load import POLYGLOT
 from kernel_surgery.problems.generator import problems
@@ -247,7 +248,7 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
 
     asked = []
     real = generate
-    monkeypatch.setattr(generate_module, "generate", lambda m, t, p, **k: asked.append(len(p)) or real(m, t, p, **k))
+    monkeypatch.setattr(answering, "generate", lambda m, t, p, **k: asked.append(len(p)) or real(m, t, p, **k))
     assert call("eval", capsys, *words, "--resume")[0] == 0
     assert asked == [10] and (run / "samples.jsonl").read_bytes() == kept
     page = (run / "report.html").read_text()

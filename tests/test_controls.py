@@ -7,6 +7,7 @@ import torch
 
 from kernel_surgery import Subspace, fused, hooked
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.evaluation import controls
 from kernel_surgery.evaluation.controls import (
     KINDS,
     MEASURES,

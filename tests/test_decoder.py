@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from kernel_surgery import baked, fused, hooked
+from kernel_surgery import baked, fused, hooked, ops
 from kernel_surgery.common.names import REACHES
 from kernel_surgery.edit.fused_layer import decoder_layers
 from kernel_surgery.models.architectures import ARCHITECTURES, next_norm

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.models.layerwise import Layerwise, stream
+from kernel_surgery.models import layerwise
+from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
 from tests.models import pico
 
@@ -36,7 +37,7 @@ def test_layer_by_layer_is_the_model_to_the_bit(tmp_path, kind, dtype, tied, mon
     model = pico(kind, dtype=dtype, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     layerwise = Layerwise(tmp_path, dtype)
-    monkeypatch.setattr("kernel_surgery.layerwise.BLOCK", 64)
+    monkeypatch.setattr("kernel_surgery.models.layerwise.BLOCK", 64)
     with torch.no_grad():
         assert torch.equal(run(layerwise, ids()), model(input_ids=ids(), use_cache=False).logits)
     # Nothing stays behind.
@@ -47,7 +48,7 @@ def test_blocks_of_the_vocabulary_make_the_whole(tmp_path, monkeypatch):
     model = pico("llama")
     model.save_pretrained(tmp_path)
     layerwise, hidden = Layerwise(tmp_path, torch.float32), torch.randn(5, 48)
-    monkeypatch.setattr("kernel_surgery.layerwise.BLOCK", 7)
+    monkeypatch.setattr("kernel_surgery.models.layerwise.BLOCK", 7)
     blocks = list(layerwise.head_blocks())
     assert [start for start, _ in blocks] == list(range(0, 64, 7))
     assert torch.equal(torch.cat([rows for _, rows in blocks]), model.lm_head.weight)
@@ -58,8 +59,8 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path, monkeypatch):
     model = pico("qwen2")
     model.save_pretrained(tmp_path)
 
-    read, real = [], stream.read_tensor
-    monkeypatch.setattr(stream, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
+    read, real = [], layerwise.read_tensor
+    monkeypatch.setattr(layerwise, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
     wanted = torch.tensor([[3, 60, 3], [5, 5, 3]])
     assert torch.equal(Layerwise(tmp_path, torch.float32).embed(wanted), model.model.embed_tokens(wanted))
     assert read == [48 * 4] * 3

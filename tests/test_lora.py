@@ -6,22 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import Subspace, adapted, baked
+from kernel_surgery import Subspace, adapted, baked, lora, verify
 from kernel_surgery.certify.files import verify_adapter
 from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.edit import lora
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.edit.lora import _adapted, padded_rank
-from kernel_surgery.lora import run
+from kernel_surgery.edit.lora import LoraPair, add_pair, lora_pair, padded_rank
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.bounds import adapter_bound, applied_bound, baked_element_bound, worst_ratio
 from kernel_surgery.numerics.oracle import bake_oracle, exact_output
 from kernel_surgery.numerics.rounding import ulp, underflow, unit_roundoff
 from kernel_surgery.ops.eager import project_eager
 from kernel_surgery.subspace.fingerprint import fingerprint
-from kernel_surgery.verify import run
 from tests.models import basis, pico
 
 D, D_FF, K = 2048, 11008, 10
@@ -55,7 +52,8 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     weight = (torch.randn(D, D_FF) * D_FF**-0.5).to(dtype)
     h = (torch.randn(16, D_FF) * torch.nn.functional.silu(torch.randn(16, D_FF))).to(dtype)
     u = basis(D, K)
-    a, b = lora.adapter(weight, u, strength)
+    pair = lora_pair(weight, u, strength)
+    a, b = pair.a, pair.b
     inside = u.double().T @ weight.double()
     ratio = worst_ratio((a.double() - strength * inside).abs(), adapter_bound(weight, strength))
     print(f"{dtype} a={strength} A: error/bound {ratio:.3f}")
@@ -65,7 +63,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     forms = {
         "hook": project_eager(x, u, strength),
         "baked": h @ bake_weight(weight, u, strength).T,
-        "lora": _adapted(x, torch.cat([b, a.T]), strength, h),
+        "lora": add_pair(x, pair.stacked(), h),
     }
     for mode, y in forms.items():
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds[mode])
@@ -81,7 +79,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     if dtype == torch.float32:
         wrong["A in bfloat16"] = (a.bfloat16().float(), b)
     for name, (wrong_a, wrong_b) in wrong.items():
-        y = _adapted(x, torch.cat([wrong_b, wrong_a.T]), strength, h)
+        y = add_pair(x, LoraPair(wrong_a, wrong_b).stacked(), h)
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds["lora"])
         print(f"{dtype} a={strength} {name}: error/bound {ratio:.1f}")
         assert ratio > 1
@@ -154,7 +152,7 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     saved(tmp_path)
     words = ["--model", tmp_path / "source", "--subspace", tmp_path / "subspace.safetensors", "--out"]
     adapter = tmp_path / "adapter"
-    assert run([str(w) for w in [*words, adapter]]) == 0
+    assert lora.run([str(w) for w in [*words, adapter]]) == 0
     assert "2 layers, rank 5 filled up to 8, strength 1" in capsys.readouterr().out
     assert sorted(p.name for p in adapter.rglob("*") if p.is_file()) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "subspace.safetensors")
@@ -163,7 +161,7 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     assert sorted(right) == sorted([A.format(i) for i in LAYERS] + [B.format(i) for i in LAYERS])
     assert all(t.dtype == torch.float32 for t in right.values())
     for extra in ([], ["--model", tmp_path / "source"], ["--subspace", tmp_path / "subspace.safetensors"]):
-        assert run([str(w) for w in ["--adapter", adapter, *extra]]) == 0
+        assert verify.run([str(w) for w in ["--adapter", adapter, *extra]]) == 0
     assert "leak if rounded to bfloat16" in capsys.readouterr().out
 
     def faults(change, model=True):
@@ -208,7 +206,7 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     """Without the original A is not compared, and that is said; bases that are none are refused."""
     _, subspace = saved(tmp_path)
     write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
-    assert run(["--adapter", str(tmp_path / "adapter")]) == 0
+    assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
     assert "A was not compared with a U^T W: give --model for that" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
     save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
@@ -221,7 +219,7 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"subspace\.safetensors"):
         verify_adapter(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"was made at strength 1, not 0\.5"):
-        run(["--adapter", str(tmp_path / "adapter"), "--strength", "0.5"])
+        verify.run(["--adapter", str(tmp_path / "adapter"), "--strength", "0.5"])
 
 
 def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
@@ -260,7 +258,7 @@ def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(FileExistsError, match="exists and was left as it is"):
         write_adapter(tmp_path / "source", subspace, tmp_path / "taken")
     with pytest.raises(UserError, match="finite"):
-        run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])
+        lora.run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])
 
 
 def test_the_adapter_is_of_a_given_strength(tmp_path):

@@ -8,9 +8,10 @@ import torch.fx.experimental.proxy_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_surgery.edit.lora import _adapted, adapter
+from kernel_surgery.edit.lora import add_pair, lora_pair
 from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
+from kernel_surgery.ops import library
 from kernel_surgery.ops.library import _DIRECT, project, project_add, project_add_rmsnorm, provider
 from tests.models import basis
 
@@ -128,13 +129,13 @@ def calls(monkeypatch):
     """What runs of the operators themselves: the list of their names, filled as they are called."""
     seen = []
     for name in ("_project", "_project_add", "_project_add_rmsnorm"):
-        op = getattr(ops, name)
+        op = getattr(library, name)
 
         def counted(*args, op=op, name=name):
             seen.append(name)
             return op(*args)
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(library, name, counted)
         monkeypatch.setitem(_DIRECT, counted, _DIRECT[op])
     return seen
 
@@ -193,16 +194,16 @@ def products_of_the_edit():
     from kernel_surgery.ops.eager import project_eager
 
     x, u, weight, h = torch.randn(64, 256), basis(256, 3), torch.randn(256, 512), torch.randn(64, 512)
-    a, b = adapter(weight, u)
-    stacked, output = torch.cat([b, a.T]), h @ weight.T
+    pair = lora_pair(weight, u)
+    output = h @ weight.T
     forms = {
         "project": lambda: project(x, u),
         "per row": lambda: project(x, u, torch.ones(64)),
         "eager": lambda: project_eager(x, u),
         "bake": lambda: bake_weight(weight, u),
         "undo": lambda: remove(weight, u)[1],
-        "adapter": lambda: adapter(weight, u)[0],
-        "lora": lambda: _adapted(output, stacked, 1.0, h),
+        "adapter": lambda: lora_pair(weight, u).a,
+        "lora": lambda: add_pair(output, pair.stacked(), h),
     }
     return forms, lambda: h @ weight.T, x, u, weight
 

@@ -8,10 +8,9 @@ import re
 import pytest
 import torch
 
-from kernel_surgery.collect import run
+from kernel_surgery import collect, fit
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.evaluation.generate import generate
-from kernel_surgery.fit import run
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.polyglot import train
 from kernel_surgery.polyglot.corpus import SHARES, example, training_draws
@@ -234,8 +233,8 @@ def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, caps
     from kernel_surgery import Subspace
 
     acts, made = tmp_path / "acts.safetensors", tmp_path / "subspace.safetensors"
-    assert run(["--model", "polyglot", "--out", str(acts)]) == 0
-    assert run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
+    assert collect.run(["--model", "polyglot", "--out", str(acts)]) == 0
+    assert fit.run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
     assert "lang variance captured" in capsys.readouterr().out
     shipped, again = Subspace.load(MODEL / "subspace.safetensors"), Subspace.load(made)
     assert (shipped.layers, shipped.site, shipped.pool, shipped.rank) == (again.layers, again.site, again.pool, 10)

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
+from transformers import AutoModelForCausalLM
+
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check, differences
+from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check_bundle, differences
 from kernel_surgery.reproduce import run
 
 
@@ -34,7 +36,7 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     assert certificate["faults"] == [] and certificate["model"]["providers"]["baked"] == "weights on disk"
     assert "<h2>Certificate</h2>" in (bundle / "report.html").read_text()
     # Without the model: nothing is loaded.
-    monkeypatch.setattr(cli, "load_model", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     capsys.readouterr()
     assert run(["--check", str(bundle)]) == 0
     said = capsys.readouterr().out
@@ -147,13 +149,13 @@ def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
     bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
     (bundle / "report.html").write_text("better")
     (bundle / "certificate.svg").unlink()
-    faults = check(bundle)
+    faults = check_bundle(bundle)
     assert faults == [
         "certificate.svg is missing",
         "report.html is not the file that was written (its SHA-256 differs from manifest.json)",
     ]
     (bundle / "samples.jsonl").unlink()
-    assert check(bundle)[-1] == "without samples.jsonl nothing more can be checked"
+    assert check_bundle(bundle)[-1] == "without samples.jsonl nothing more can be checked"
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel_surgery.evaluation import summary
 from kernel_surgery.evaluation.judging import score
 from kernel_surgery.evaluation.stats import (
     PairedDifference,
@@ -297,7 +298,7 @@ def real_pairs():
 def test_two_thousand_studies_without_an_effect_find_one_no_more_often_than_stated(real_pairs, monkeypatch):
     """Problems drawn again with all their languages, and original and edited swapped for half of them: no effect, and
     the clusters are the real ones. A study errs if any of its comparisons says "improved" or "worse"."""
-    monkeypatch.setattr(statistics, "clustered_difference", functools.partial(clustered_difference, resamples=999))
+    monkeypatch.setattr(summary, "clustered_difference", functools.partial(clustered_difference, resamples=999))
     moved = {language: sum(a != b for a, b in pairs) for language, pairs in real_pairs.items()}
     rng, n, false = random.Random(0), len(real_pairs["en"]), 0
     for _ in range(2000):

@@ -135,7 +135,8 @@ def test_all_cells_may_be_reported_and_a_budget_cuts_the_texts(tmp_path):
 SERVER = """
 import os, signal, sys, time
 import torch, transformers, scipy.stats
-from kernel_surgery import collect, fit, generate, language, results, study
+import kernel_surgery.evaluation.study
+from kernel_surgery import study
 grid, out = sys.argv[1:]
 print("ready", flush=True)
 for line in sys.stdin:

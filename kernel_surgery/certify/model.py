@@ -30,7 +30,6 @@ from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.subspace.artifact import Subspace
 
-APPLIERS = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 # Original and edited model make the same roundings but for one or two more in an edited layer, of a dozen: a mode that
 # errs by more than twice as much does something else. Where an edit takes most of an activation away, the rounding of
 # what was there before remains and weighs more: so the yardstick is the larger of two errors, the original's and the
