@@ -9,6 +9,8 @@ which together take longer than a command's `--help` may.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kernel_surgery.common.names import VERSION as __version__
+
 if TYPE_CHECKING:
     from kernel_surgery.certify.files import verify_checkpoint
     from kernel_surgery.certify.model import certify_model
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from kernel_surgery.subspace.collecting import collect_activations
     from kernel_surgery.subspace.fitting import fit_subspace
 
-__version__ = "0.1.0"
 __all__ = [
     "POLYGLOT_SUBSPACE",
     "KernelSurgeryError",

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from kernel_surgery.common.command import main
+from kernel_surgery.common.errors import UserError
 
 COMMANDS = {
     "collect": "measure activations of the same problems in several languages",
@@ -34,8 +35,7 @@ def run(argv: list[str] | None = None) -> int | None:
         print(listing())
         return 0
     if words[0] not in COMMANDS:
-        print(f"error: unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
+        raise UserError(f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}.")
     return import_module(f"kernel_surgery.{words[0]}").run(words[1:])
 
 

@@ -16,16 +16,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
-from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
-from kernel_surgery.ops.eager import project_eager
-
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton.language as tl
 
 from kernel_surgery.kernels import project as kernels
+from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.ops.eager import project_eager
 from tests.models import basis
 
 project = None  # of the module under test: `results` sets it

@@ -8,15 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery import Subspace, adapted, baked, fused, hooked
-from kernel_surgery.certify.checks import LogitComparison, check_span, span_rows
+from kernel_surgery import Subspace, adapted, baked, fused, hooked, ops
 from kernel_surgery.certify import model as certifying
+from kernel_surgery.certify.checks import LogitComparison, check_span, span_rows
 from kernel_surgery.certify.model import LIMITS, _Certifier, certify_model
 from kernel_surgery.certify.running import greedy, prompt_ids
 from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery import ops
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kernel_surgery import __main__ as listing
 from kernel_surgery import __version__
 from kernel_surgery.common import environment
 from kernel_surgery.common.command import Parser, main
@@ -85,7 +86,7 @@ def test_an_error_of_the_package_is_bad_input(kind, capsys):
 
 
 def test_the_library_raises_errors_of_the_package():
-    with pytest.raises(KernelSurgeryError, match="^unknown split 'no such split'"):
+    with pytest.raises(KernelSurgeryError, match=r"^unknown split 'no such split'"):
         problems("no such split")
 
 
@@ -180,10 +181,10 @@ def test_devices_and_dtypes():
 def stages() -> list[str]:
     """Modules that are run with `python -m`: those that have an `if __name__ == "__main__"`."""
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for path in sorted(environment.PACKAGE.rglob("*.py")):
+        parts = path.relative_to(environment.PACKAGE.parent).with_suffix("").parts
         tests = [node.test for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
-        if any("__main__" in ast.unparse(test) for test in tests) and "kernels" not in parts:
+        if any("__main__" in ast.unparse(test) for test in tests) and not {"kernels", "__main__"} & {*parts}:
             found.append(".".join(parts))
     return found
 
@@ -214,6 +215,22 @@ def test_help_answers_at_once_and_bad_usage_in_one_line(stage):
     modules = {line.rpartition("|")[2].strip() for line in lines}
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: "), said
     assert not modules & {"torch", "transformers", "triton", "matplotlib", "scipy"}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_without_a_command_the_commands_are_listed(words, capsys):
+    assert outcome(lambda argv: listing.run(words), capsys) == (0, listing.listing() + "\n", "")
+    named = [line.split()[0] for line in listing.listing().splitlines() if line.startswith("  ")]
+    assert {f"kernel_surgery.{name}" for name in named} == {s for s in stages() if s.count(".") == 1}
+
+
+def test_the_console_script_runs_a_command_and_names_itself(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/kernel-surgery", "fit", "--help"])
+    status, out, err = outcome(listing.run, capsys)
+    assert status == 0 and out.startswith("usage: kernel-surgery fit ") and err == ""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/kernel-surgery", "fitt"])
+    status, out, err = outcome(listing.run, capsys)
+    assert (status, out) == (2, "") and err.startswith("error: unknown command 'fitt': choose from collect, fit, ")
 
 
 # -- models by name

@@ -94,11 +94,12 @@ def test_the_counter_counts_what_an_operation_reads_and_writes():
 def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path, monkeypatch):
     """Counted by the kernel's account of this process: reads of the source, reads for the hash, writes."""
     from bench.checkpoint import make_source
+    from kernel_surgery.checkpoint import baking
     from kernel_surgery.checkpoint.baking import bake_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
     # Where a filesystem can share blocks fewer bytes move, and that is not what is counted here.
-    monkeypatch.setattr(stream, "share_blocks", lambda source, target: False)
+    monkeypatch.setattr(baking, "share_blocks", lambda source, target: False)
     small = {"hidden_size": 128, "intermediate_size": 4096, "num_attention_heads": 1, "num_key_value_heads": 1}
     make_source(tmp_path / "source", 8, **small, vocab_size=64)
     space = Subspace.load(tmp_path / "subspace.safetensors")

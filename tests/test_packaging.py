@@ -245,7 +245,8 @@ def wheel_complaints(wheel: Path, source: Path) -> list[str]:
     expected = [
         *(f"kernel_surgery/kernels/{path.name}" for path in (source / "kernels").glob("*.py")),
         *(f"kernel_surgery/{path.name}" for path in (source / "kernel_surgery").glob("*.py")),
-        *(f"kernel_surgery/polyglot/{path.name}" for path in polyglot.glob("*.py")),
+        *(path.relative_to(source).as_posix() for path in (source / "kernel_surgery").glob("[!k]*/*.py")),
+        "kernel_surgery/py.typed",
         *(f"kernel_surgery/polyglot/model/{path.name}" for path in polyglot.glob("model/*") if path.suffix in data),
     ]
     found += [f"{name} is there {names.count(name)} times" for name in expected if names.count(name) != 1]

@@ -113,7 +113,7 @@ def test_a_shorter_list_begins_a_longer_one_and_another_process_agrees():
     for category in CATEGORIES:
         pick = [[p.prompts for p in some if p.category == category] for some in (short, long)]
         assert pick[0] == pick[1][:5]
-    code = "from kernel_surgery.problems import problems; print([p.prompts['sw'] for p in problems('test', 5)])"
+    code = "from kernel_surgery.problems import generator as g; print([p.prompts['sw'] for p in g.problems('test', 5)])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == str([p.prompts["sw"] for p in short])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernel_surgery.common.names import DTYPES
 from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
 from kernel_surgery.ops.library import _launch, project_add_rmsnorm, set_batch_invariant
@@ -322,7 +323,7 @@ def test_the_choice_of_a_form_is_by_shape_alone():
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
 def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
-    from kernel_surgery.ops.compiled import CASES, DTYPES, compile_project
+    from kernel_surgery.ops.compiled import CASES, compile_project
 
     forms = set()
     # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
@@ -336,7 +337,7 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
 
 
 def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
-    from kernel_surgery.ops.compiled import CASES, DTYPES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+    from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
 
     table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
     remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json"

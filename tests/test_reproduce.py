@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-
 from transformers import AutoModelForCausalLM
 
 from kernel_surgery.common.errors import UserError

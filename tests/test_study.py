@@ -9,7 +9,7 @@ import pytest
 
 from kernel_surgery import Subspace
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.evaluation.study import cells_of, choose, digest, read_grid
+from kernel_surgery.evaluation.study import cells_of, choose, frozen_digest, read_grid
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.study import run
 
@@ -36,8 +36,8 @@ def test_the_grid_is_the_product_in_the_order_declared(tmp_path):
     assert [(c["rank"], c["strength"]) for c in cells.values()] == [(2, 1.0), (2, 2.0), (10, 1.0), (10, 2.0)]
     assert next(iter(cells)) == "rank=2 site=mlp_out pool=last strength=1.0 layers=middle"
     one, other = list(cells.values())[:2]
-    assert digest(one, made) == digest(dict(one), dict(made)) != digest(other, made)
-    assert digest(one, made) != digest(one, made | {"seed": 1})
+    assert frozen_digest(one, made) == frozen_digest(dict(one), dict(made)) != frozen_digest(other, made)
+    assert frozen_digest(one, made) != frozen_digest(one, made | {"seed": 1})
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,8 @@ from kernel_surgery.certify.checks import LogitComparison, broken, check_outputs
 from kernel_surgery.certify.running import ROWS, _instead, _sampled, _seen, exactly_edited, greedy, prompt_ids
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.baked import baked
-from kernel_surgery.edit.fused import fused
-from kernel_surgery.edit.hook import hooked
-from kernel_surgery.edit.lora import adapted, refuse_bias
+from kernel_surgery.edit.lora import refuse_bias
+from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.models.architectures import LLAMA, next_norm, submodule
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_model, load_tokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-from kernel_surgery import __version__
+from kernel_surgery.common.names import VERSION
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def environment_record(device: "torch.device | str | None" = None) -> dict[str, 
     """
     commit, dirty = _git_state()
     return {
-        "kernel_surgery": __version__,
+        "kernel_surgery": VERSION,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "transformers")},
         "platform": platform.platform(),

@@ -1,5 +1,6 @@
 """The words that options, files and results share. Imports nothing, so that `--help` answers at once."""
 
+VERSION = "0.1.0"
 LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")
 SPLITS = ("fit", "dev", "test")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,6 @@ from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import LANGUAGES
-from kernel_surgery.models.load import POLYGLOT
 from kernel_surgery.problems.generator import CATEGORIES
 
 _KEPT = ("schema", "config", "environment", "modes")
@@ -138,7 +137,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser("polyglot.card", description="Write polyglot's card from measured results.")
     p.add_argument("--results", type=Path, required=True, help="folder of an eval of the original in all languages")
-    p.add_argument("--folder", type=Path, default=POLYGLOT, help="the model's folder (default: the shipped one)")
+    shipped = Path(__file__).parent / "model"
+    p.add_argument("--folder", type=Path, default=shipped, help="the model's folder (default: the shipped one)")
     return p
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.models.load import quiet_transformers
 
 EPILOG = """\
 How long it takes: on 2 cores of a Xeon with AMX, nothing else running, 7,200 tokens a second in float32 and 9,000 with
@@ -190,13 +189,29 @@ def _started(args: argparse.Namespace, step: int) -> dict:
     return {"started_at": step, "options": options, "environment": environment_record()}
 
 
+def _new_model(folder: Path, seed: int, device: str):
+    """(tokenizer, model before training). A tokenizer that is not in `folder` yet is trained and saved there."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from kernel_surgery.polyglot.tokenizer import VOCABULARY, train_tokenizer
+
+    if not (folder / "config.json").exists():
+        train_tokenizer(folder, seed=seed)
+        Qwen2Config().save_pretrained(folder)  # AutoTokenizer reads the model type from it
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token_id
+    config = Qwen2Config(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=end, pad_token_id=end, **CONFIG)
+    # Plain attention: on a CPU the fused one has no fast backward pass in bfloat16, and sequences here are short.
+    config._attn_implementation = "eager"
+    return tokenizer, Qwen2ForCausalLM(config).to(device)
+
+
 def run(argv: list[str] | None = None) -> int:
     """Train, or go on training, until --steps or --minutes."""
     args = parser().parse_args(argv)
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from kernel_surgery.polyglot.tokenizer import VOCABULARY, train_tokenizer
+    from kernel_surgery.models.load import quiet_transformers
 
     quiet_transformers()
     if args.threads:
@@ -204,15 +219,7 @@ def run(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer_folder, state_file, log_file = args.out / "tokenizer", args.out / "state.pt", args.out / "log.jsonl"
-    if not (tokenizer_folder / "config.json").exists():
-        train_tokenizer(tokenizer_folder, seed=args.seed)
-        Qwen2Config().save_pretrained(tokenizer_folder)  # AutoTokenizer reads the model type from it
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    end = tokenizer.eos_token_id
-    config = Qwen2Config(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=end, pad_token_id=end, **CONFIG)
-    # Plain attention: on a CPU the fused one has no fast backward pass in bfloat16, and sequences here are short.
-    config._attn_implementation = "eager"
-    model = Qwen2ForCausalLM(config).to(device)
+    tokenizer, model = _new_model(tokenizer_folder, args.seed, device)
     both = optimizers(model, args.lr, args.muon_lr)
     base_lrs = [group["lr"] for optimizer in both for group in optimizer.param_groups]
     step, tokens, best, elapsed = 0, 0, -1.0, 0.0

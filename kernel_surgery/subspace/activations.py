@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import MissingFileError, SubspaceError
+from kernel_surgery.common.files import replacing
 from kernel_surgery.common.names import SITES
 
 FORMAT = "kernel-surgery-activations-1"
@@ -35,16 +36,10 @@ class Activations:
 
     def save(self, path: str | os.PathLike) -> None:
         """One safetensors file, `{lang}_L{layer}` as the reference script names them; complete or not there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{lang}_L{i}": t.contiguous() for lang, by in self.vectors.items() for i, t in by.items()}
         metadata = {"provenance": json.dumps({"format": FORMAT} | self.provenance, ensure_ascii=False)}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 _KEY = re.compile(r"([a-z]{2,3})_L(\d+)")

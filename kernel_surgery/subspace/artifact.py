@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
+from kernel_surgery.common.files import replacing
 from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
 
 FORMAT = "kernel-surgery-subspace-1"
@@ -81,8 +82,6 @@ class Subspace:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file, all of it or none."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         named = (("basis", self.bases), ("mean", self.means), ("spectrum", self.spectrum))
         tensors = {
             f"layer.{layer}.{name}": tensor.detach().cpu().float().contiguous()
@@ -93,12 +92,8 @@ class Subspace:
         provenance = {"format": FORMAT} | {name: getattr(self, name) for name in _FIELDS}
         # One entry: safetensors writes several in random order, and equal subspaces would not be equal files.
         metadata = {"provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, force: bool = False) -> "Subspace":

@@ -97,7 +97,7 @@ def fit_subspace(
         revision=found.get("revision"),
         n_layers=found.get("n_layers"),
         fingerprint=found.get("fingerprint"),
-        fit_subspace={
+        fit={
             "method": method,
             "rank": rank,
             "languages": list(activations.languages),
