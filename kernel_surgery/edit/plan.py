@@ -29,7 +29,7 @@ class Edit:
     layers: the edited layers.
     strength: a in y - a U (U^T y).
     provider: the code that runs the edit, such as "torch/eager", "aten/cpu" or "triton/cuda"; "weights" for baked.
-    note: a remark of the subspace on where it comes from, or None.
+    note: a warning if the basis was fitted at another site than the one that is edited, or None.
     norms: {layer: (before, after)}, the Frobenius norm of a baked weight.
     calls: {layer: number of forward passes that used the edit}. Calls inside a compiled graph are not counted. Empty
     for baked weights.
