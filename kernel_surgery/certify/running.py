@@ -36,17 +36,17 @@ def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tenso
             by_length.setdefault(len(ids), {}).setdefault(language, []).append(ids)
     usable = {n: group for n, group in by_length.items() if sum(map(len, group.values())) >= count} or by_length
     length = max(usable, key=lambda n: (len(usable[n]), sum(map(len, usable[n].values()))))
-    queues, sequences = [list(prompts) for prompts in usable[length].values()], []
-    while len(sequences) < count and any(queues):
+    queues, rows = [list(prompts) for prompts in usable[length].values()], []
+    while len(rows) < count and any(queues):
         for queue in queues:
-            if queue and len(sequences) < count:
-                sequences.append(queue.pop(0))
-    if max(map(max, sequences)) >= vocabulary:
+            if queue and len(rows) < count:
+                rows.append(queue.pop(0))
+    if max(map(max, rows)) >= vocabulary:
         raise UserError(
-            f"the tokenizer gives id {max(map(max, sequences))}, the model has {vocabulary}: they do not belong together."
+            f"the tokenizer gives id {max(map(max, rows))}, the model has {vocabulary}: they do not belong together."
         )
     languages = ", ".join(language for language in LANGUAGES if language in usable[length])
-    return torch.tensor(sequences), f"test problems of {length} tokens ({languages}), seed {seed}"
+    return torch.tensor(rows), f"test problems of {length} tokens ({languages}), seed {seed}"
 
 
 @contextmanager
