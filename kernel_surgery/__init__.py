@@ -1,9 +1,9 @@
-"""Kernel Surgery: measure the language subspace of a multilingual LM, remove it, and prove what that did.
+"""Kernel Surgery: measure the language subspace of a multilingual LM, remove it, and check what changed.
 
     from kernel_surgery import Subspace, fused, load_model
 
-The names are imported when first used (PEP 562): `import kernel_surgery` imports neither torch nor transformers,
-which together take longer than a command's `--help` may.
+The names are imported on first use (PEP 562). `import kernel_surgery` therefore loads neither torch nor transformers,
+which together take longer to import than a command's `--help` may take.
 """
 
 from importlib import import_module
@@ -49,7 +49,7 @@ __all__ = [
     "write_adapter",
 ]
 
-# Where each name lives.
+# {name: the module that defines it}.
 _HOME = {
     "POLYGLOT_SUBSPACE": "models.load",
     "KernelSurgeryError": "common.errors",

@@ -1,4 +1,7 @@
-"""The commands, one line each: python -m kernel_surgery, or kernel-surgery. `kernel-surgery eval ...` runs one."""
+"""The entry point: `python -m kernel_surgery` or `kernel-surgery` lists the commands.
+
+`kernel-surgery eval ...` runs one of them, as `python -m kernel_surgery.eval ...` does.
+"""
 
 import sys
 from importlib import import_module
@@ -22,14 +25,17 @@ COMMANDS = {
 
 
 def listing() -> str:
-    """The commands, one line each."""
+    """Return the usage text, with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {words}" for name, words in COMMANDS.items()]
     return "\n".join(["usage: kernel-surgery COMMAND [options]", "", *lines, "", "COMMAND --help says more."])
 
 
 def run(argv: list[str] | None = None) -> int | None:
-    """Run the command that the first word names; without one, list the commands."""
+    """Run the command that the first word names. Without a word, list the commands.
+
+    Returns the exit status: the command's, or 2 for an unknown command.
+    """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(listing())
@@ -40,7 +46,7 @@ def run(argv: list[str] | None = None) -> int | None:
 
 
 def script() -> NoReturn:
-    """The console script `kernel-surgery`."""
+    """Run the console script `kernel-surgery`."""
     main(run)
 
 

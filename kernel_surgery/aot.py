@@ -1,4 +1,7 @@
-"""The Triton kernels compiled ahead of time, for GPUs that are not here: python -m kernel_surgery.aot [--out FILE]"""
+"""Command: compile the Triton kernels ahead of time for GPUs that are not present.
+
+python -m kernel_surgery.aot [--out FILE]
+"""
 
 import argparse
 import json
@@ -9,14 +12,14 @@ from kernel_surgery.common.command import Parser, main
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("aot", description="Compile the Triton kernels for GPUs that are not here and show what they need.")
     p.add_argument("--out", type=Path, help="JSON file for the table")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if anything spills or does not fit."""
+    """Print the table of compiled kernels. Return 1 if one spills registers or does not fit, else 0."""
     args = parser().parse_args(argv)
     import triton
 
@@ -38,7 +41,7 @@ def run(argv: list[str] | None = None) -> int:
                         flush=True,
                     )
     if args.out:
-        # One row a line: the differences between two tables are then lines.
+        # Write one row per line, so that a diff of two tables shows the rows that changed.
         lines = ",\n".join(f"  {json.dumps(row)}" for row in table)
         head = json.dumps({"triton": triton.__version__, "kernel_sha256": kernel_sha256()})[:-1]
         write_atomic(args.out, f'{head}, "rows": [\n{lines}\n]}}\n')

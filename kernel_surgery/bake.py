@@ -1,7 +1,9 @@
-"""A checkpoint with the edit in its weights (weight orthogonalization): W <- W - a U (U^T W).
+"""Command: write a checkpoint with the edit in its weights (weight orthogonalization), or undo one.
 
-python -m kernel_surgery.bake --model SRC --subspace S --out DST
-python -m kernel_surgery.bake --undo --model BAKED --out RESTORED
+    python -m kernel_surgery.bake --model SRC --subspace S --out DST
+    python -m kernel_surgery.bake --undo --model BAKED --out RESTORED
+
+The edit is W <- W - a U (U^T W). The work is done in `checkpoint.baking`.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from kernel_surgery.common.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("bake", description="Write a checkpoint with the edit in its weights.")
     p.add_argument("--model", required=True, help='"polyglot", a folder, or a hub id')
     p.add_argument("--subspace", type=Path, help="subspace file (safetensors)")
@@ -24,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Check that the subspace belongs to the checkpoint, bake (or undo), print the norm change of every layer."""
+    """Bake or undo, and print the change of every tensor's norm. Return 0.
+
+    Raises UserError for options that do not go together, and what `checkpoint.baking` raises. The subspace must belong
+    to the checkpoint.
+    """
     args = parser().parse_args(argv)
     check_finite_strength(args.strength)
     if args.undo == (args.subspace is not None):
@@ -50,7 +56,7 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def show(norms: dict[str, tuple[float, float]]) -> None:
-    """One line per tensor."""
+    """Print one line per tensor."""
     for name, (before, after) in norms.items():
         print(f"  {name}: norm {before:.3f} -> {after:.3f}")
 

@@ -1,9 +1,11 @@
-"""Activations of the same problems in several languages: python -m kernel_surgery.collect --model M --out FILE
+"""Command: measure activations of the same problems in several languages.
 
-Every problem of a split is put to the model in every language, as a raw prompt. Each layer gives one vector per prompt,
-in float32: what the MLP adds to the residual stream (`mlp_out`, the space that the surgery edits) or the residual
-stream after the layer (`resid_post`, what the reference script used), at the last prompt token or as the mean over the
-prompt's tokens. Padding is never read, on whichever side it is.
+    python -m kernel_surgery.collect --model M --out FILE
+
+The model reads every problem of a split in every language, as a raw prompt. Each layer gives one float32 vector per
+prompt. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream; the edit is made there.
+`resid_post` is the residual stream after the layer; the reference script that this project began with used it. `--pool`
+takes the last prompt token, or the mean over the prompt's tokens. Padding is never read, on either side.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from kernel_surgery.common.names import DTYPES, POOLS, SITES, SPLITS
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("collect", description="Measure activations of the same problems in several languages.")
     p.add_argument("--model", default="polyglot", help='"polyglot" (default), a folder, or a hub id')
     p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Collect and save."""
+    """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
 
     from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
@@ -45,14 +47,14 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError("a language subspace needs at least two languages; --languages names one.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    asked = problems(args.split, args.problems, seed=args.seed)
+    chosen_problems = problems(args.split, args.problems, seed=args.seed)
     source, device = resolve_model(args.model), parse_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
     activations = collect_from(
         model,
         tokenizer,
-        asked,
+        chosen_problems,
         languages,
         args.layers,
         site=args.site,
@@ -63,7 +65,7 @@ def run(argv: list[str] | None = None) -> int:
     activations.save(args.out)
     size = args.out.stat().st_size / 1e6
     print(
-        f"{args.out}: {len(asked)} problems x {len(languages)} languages x {len(activations.layers)} layers, "
+        f"{args.out}: {len(chosen_problems)} problems x {len(languages)} languages x {len(activations.layers)} layers, "
         f"d_model {activations.provenance['d_model']}, {args.site}, {args.pool} ({size:.1f} MB)"
     )
     return 0

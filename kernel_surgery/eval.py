@@ -1,8 +1,10 @@
-"""What the edit did to the answers: python -m kernel_surgery.eval --mode fused
+"""Command: compare the answers of the original and the edited model.
 
-Puts the same problems to the original model and to the edited one, in the same process, and compares them problem by
-problem. Writes DIR/results.json, DIR/samples.jsonl (every text in full) and DIR/report.html. A run that was cut short
-goes on with --resume and the same options.
+    python -m kernel_surgery.eval --mode fused
+
+Both models answer the same problems in the same process, and are compared problem by problem. Writes DIR/results.json,
+DIR/samples.jsonl (every text in full) and DIR/report.html. An interrupted run continues with --resume and the same
+options.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from kernel_surgery.common.names import DTYPES, MODES
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("eval", description="Compare a model with and without its language subspace on maths problems.")
     p.add_argument("--mode", choices=(*MODES, "all"), default="fused", help="where the edit is made (default: fused)")
     p.add_argument("--model", default="polyglot", help='"polyglot" (default), a folder, or a hub id')
@@ -38,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Evaluate, and print the tables."""
+    """Run the evaluation and print the tables. Return 0. Raises what `evaluation.run.evaluate` raises."""
     args = parser().parse_args(argv)
 
     from kernel_surgery.evaluation.run import Options, evaluate

@@ -1,13 +1,16 @@
-"""From activations to a language subspace: python -m kernel_surgery.fit --activations F --out subspace.safetensors
+"""Command: fit a language subspace to collected activations.
 
-Per layer, with x[p, l] the activation of problem p in language l:
+    python -m kernel_surgery.fit --activations F --out subspace.safetensors
 
-    deviations   the right singular vectors of x[p, l] - mean over l of x[p, l]: what changes when only the language
-                 does. The mathematics of a problem is common to its seven prompts and drops out. (The reference
-                 script's way.)
-    centroids    the same of the languages' mean vectors: at most (languages - 1) dimensions, less noisy.
+Two methods, for each layer, with x[p, l] the activation of problem p in language l:
 
-The k leading right singular vectors are the basis U [d_model, k]. Computed in float64, stored in float32.
+    deviations   the right singular vectors of x[p, l] - mean over l of x[p, l]. Only the language changes between the
+                 prompts of one problem, so the mathematics drops out. The reference script that this project began with
+                 used this method.
+    centroids    the same for the mean vectors of the languages. It has at most (languages - 1) dimensions and is less
+                 noisy.
+
+The k leading right singular vectors are the basis U [d_model, k]. They are computed in float64 and stored in float32.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from kernel_surgery.common.names import METHODS
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("fit", description="Fit a language subspace to collected activations.")
     p.add_argument("--activations", type=Path, required=True, help="collect's safetensors, or the script's .npz")
     p.add_argument("--out", type=Path, required=True, help="subspace file to write (safetensors)")
@@ -31,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Fit, print the variance captured per layer, save."""
+    """Fit, print the captured variance per layer, and save. Return 0.
+
+    Raises what `subspace.activations.load_activations` and `subspace.fitting.fit_subspace` raise.
+    """
     args = parser().parse_args(argv)
 
     from kernel_surgery.models.architectures import default_layers, parse_layers

@@ -1,11 +1,13 @@
-"""The edit as an exact low-rank adapter, for engines that switch adapters by request.
+"""Command: write the edit as an exact low-rank adapter, for engines that switch adapters per request.
 
     python -m kernel_surgery.lora --model SRC --subspace S --out DIR
 
-W + B A with A = a U^T W and B = -U, as a LoRA adapter in PEFT's format, float32, with alpha = r so that its scaling is
-1. Its rank is the subspace's, padded with zeros to one that serving engines accept. In exact arithmetic the adapter is
-the edit. In floating point it differs from the other forms in one place: it subtracts what W h *would* hold of the
-subspace, not what the rounded output of `down_proj` holds (`numerics.bounds.applied_bound`).
+The adapter is W + B A with A = a U^T W and B = -U, in PEFT's LoRA format, in float32. alpha = r makes its scaling 1.
+The rank is the subspace's, padded with zeros to one that serving engines accept.
+
+In exact arithmetic the adapter is the edit. In floating point it differs from hook and fused in one place. It subtracts
+the component of the exact W h in the subspace; they subtract that of the rounded output of `down_proj`
+(`numerics.bounds.applied_bound`).
 """
 
 import argparse
@@ -15,7 +17,7 @@ from kernel_surgery.common.command import Parser, check_finite_strength, command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("lora", description="Write the edit as a LoRA adapter that serving engines can switch by request.")
     p.add_argument("--model", required=True, help='"polyglot", a folder, or a hub id')
     p.add_argument("--subspace", type=Path, required=True, help="subspace file (safetensors)")
@@ -26,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Check that the subspace belongs to the checkpoint, write the adapter, print its rank."""
+    """Write the adapter and print its rank. Return 0. The subspace must belong to the checkpoint.
+
+    Raises what `checkpoint.adapter.write_adapter` raises.
+    """
     args = parser().parse_args(argv)
     check_finite_strength(args.strength)
 

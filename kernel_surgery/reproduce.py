@@ -1,10 +1,11 @@
-"""Everything from a model to a report, and a bundle that a stranger can check: python -m kernel_surgery.reproduce
+"""Command: make a bundle from a model, from collection to report, or check a bundle.
 
-    --model M --out DIR   collect, fit, bake, verify, eval (with its report); what is finished is not made again
-    --check DIR           a bundle, without the model: its hashes, every text scored again, every figure made again
+    python -m kernel_surgery.reproduce --model M --out DIR
+    python -m kernel_surgery.reproduce --check DIR
 
-DIR/bundle holds the configuration, versions, subspace, certificate, results, every text, the report, and manifest.json
-with the SHA-256 of each. The activations and the baked checkpoint stay beside it, in DIR.
+The first form runs collect, fit, bake, verify and eval (with its report). Steps that are finished are not run again.
+The second form checks a bundle without the model: it checks the hashes, scores every text again, and computes every
+figure again. See `evaluation.bundle` for the contents.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from kernel_surgery.common.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("reproduce", description="From a model to a report, and a bundle that can be checked without the model.")
     p.add_argument("--model", help='"polyglot", a folder, or a hub id')
     p.add_argument("--out", type=Path, help="folder for everything; the same command goes on in it")
@@ -40,7 +41,10 @@ def say(line: str) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Make, or check; 1 if something is broken."""
+    """Make or check a bundle. Return 1 if the certificate or the check fails, else 0.
+
+    Raises UserError for options that do not go together.
+    """
     args = parser().parse_args(argv)
     if (args.check is None) == (args.out is None) or (args.out is not None and args.model is None):
         raise UserError("give --model and --out to make a bundle, or --check to check one. Nothing was written.")

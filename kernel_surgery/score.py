@@ -1,10 +1,14 @@
-"""Texts made by any engine, scored as `eval` scores its own: python -m kernel_surgery.score FILE.jsonl
+"""Command: score texts that any engine generated, with the scorer that `eval` uses.
 
-Lines {"text", "answer", "language", "prompt"} in ("prompt" may be missing; whatever else a line holds is kept); the
-same lines plus {"extracted", "correct", "language_found"} out, on stdout. A summary goes to stderr.
+    python -m kernel_surgery.score FILE.jsonl
 
-    --labels   the lines carry a reader's verdict ("correct", and "value" or null): print, instead of the lines, how
-               often the scorer agrees: its precision and recall, and those of the reference script's rule beside it
+Input lines are JSON: {"text", "answer", "language", "prompt"}. "prompt" may be missing, and other fields are preserved.
+The same lines go to stdout with {"extracted", "correct", "language_found"} added. A summary goes to stderr.
+
+    --labels   The lines carry a reader's verdict ("correct", and "value" or null). Instead of the lines, print how
+    often
+               the scorer agrees with it: precision and recall, beside those of the reference script's rule
+               (`scoring.expag`).
 """
 
 import argparse
@@ -16,7 +20,7 @@ from kernel_surgery.common.command import Parser, main
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     description = 'Score texts: JSON lines {"text", "answer", "language", "prompt"}, made by any engine.'
     p = Parser("score", description=description)
     p.add_argument("file", type=Path, help="the lines; samples.jsonl of an evaluation has them too")
@@ -25,7 +29,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the lines with their verdicts, or the table of agreement."""
+    """Print the lines with their verdicts, or the table of agreement. Return 0.
+
+    Raises UserError for a line that cannot be used.
+    """
     args = parser().parse_args(argv)
 
     from kernel_surgery.common.progress import progress

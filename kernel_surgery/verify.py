@@ -1,15 +1,15 @@
-"""The equivalence certificate: what an edit does, in every mode, and what an applier has left on disk.
+"""Command: certify the edit, of a model in every mode or of files on disk.
 
     python -m kernel_surgery.verify --model SRC --subspace S [--baked DST] [--out certificate.json]
     python -m kernel_surgery.verify --baked DST [--model SRC]
     python -m kernel_surgery.verify --adapter DIR [--model SRC]
     python -m kernel_surgery.verify --restored DIR [--model SRC]
 
-The first form checks a model: hook, fused, baked and lora are compared, layer by layer and end to end, with the exact
-edit and with each other (`certify/model.py`). The others check files (`certify/files.py`); with SRC every edited
-element is held to its bound.
+The first form checks a model (`certify.model`). It compares hook, fused, baked and lora with the exact edit and with
+each other, layer by layer and end to end. The other forms check files (`certify.files`). With SRC, every edited element
+is checked against its error bound.
 
-Exit status 0 if everything holds; 1 if not, with the layer named; 2 for input that cannot be verified.
+Exit status: 0 if everything holds; 1 if a check fails, with the layer named; 2 for input that cannot be verified.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from kernel_surgery.common.names import DTYPES
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line parser."""
     p = Parser("verify", description="Check the edit: of a model in every mode, of a baked checkpoint, of an adapter.")
     p.add_argument("--model", help='the original: "polyglot", a folder, or a hub id')
     p.add_argument("--subspace", type=Path, help="subspace file (default with --model polyglot: the one shipped)")
@@ -43,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
-    """Raises UserError for options that do not go together. folders: those of --baked, --adapter, --restored given."""
+    """Check options that depend on each other.
+
+    folders: {name: folder} of --baked, --adapter and --restored, if given. Raises UserError.
+    """
     if not folders and args.model is None:
         raise UserError("give --model, --baked, --adapter or --restored. Nothing was verified.")
     if len(folders) > 1:
@@ -53,8 +56,8 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
             raise UserError(f"no folder at {str(folder)!r}. Nothing was verified.")
     for name, least, most in (("prompts", 1, 256), ("new_tokens", 0, 1024)):
         if not least <= getattr(args, name) <= most:
-            given = getattr(args, name)
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {given}.")
+            value = getattr(args, name)
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {value}.")
     check_finite_strength(args.strength)
     if args.subspace is None and not folders and args.model != "polyglot":
         raise UserError(f"--model {args.model} needs --subspace, or --baked. Nothing was verified.")
@@ -63,7 +66,7 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if something is broken."""
+    """Print the certificate. Return 1 if a check fails, else 0. Raises UserError for unusable options."""
     args = parser().parse_args(argv)
     folders = {name: getattr(args, name) for name in ("baked", "adapter", "restored") if getattr(args, name)}
     check(args, folders)
@@ -79,9 +82,9 @@ def run(argv: list[str] | None = None) -> int:
         subspace = POLYGLOT_SUBSPACE
     source = None if args.model is None else local_folder(resolve_model(args.model))
     for kind, folder in folders.items():
-        made_with = float(read_provenance(folder, kind)["strength"])
-        if args.strength not in (None, made_with):
-            raise UserError(f"{str(folder)!r} was made at strength {made_with:g}, not {args.strength:g}.")
+        recorded_strength = float(read_provenance(folder, kind)["strength"])
+        if args.strength not in (None, recorded_strength):
+            raise UserError(f"{str(folder)!r} was made at strength {recorded_strength:g}, not {args.strength:g}.")
     if args.adapter is not None:
         certificate = verify_adapter(args.adapter, source, subspace)
     elif args.restored is not None:

@@ -1,1 +1,1 @@
-"""Checks that an edit was made exactly."""
+"""Certify that an edit was made exactly: in a model in every mode, and in files on disk."""

@@ -1,6 +1,10 @@
-"""The checks of a certificate: of one tensor on disk, of one layer's outputs, of the logits. float64, no files.
+"""The checks of a certificate: one tensor on disk, the outputs of one layer, the logits.
 
-Each returns figures that are an error over its derived bound (`reference.py`), so that 1 is where it breaks.
+Everything here is computed in float64 and reads no files. Most figures are an error divided by its derived bound
+(`numerics.bounds`), so a check fails above 1.
+
+Two bounds have names in the certificate. Rule A bounds an edit of an output that is already rounded (`rule_a_bound`).
+Rule B bounds the difference between editing the outputs and editing the weights (`rule_b_bounds`).
 """
 
 import itertools
@@ -20,86 +24,100 @@ from kernel_surgery.numerics.bounds import (
 from kernel_surgery.numerics.oracle import bake_oracle, exact_output, leak, project_oracle
 from kernel_surgery.numerics.rounding import ulp
 
-LEAK_GATE = 1.1  # leak over floor, for a weight; `leak_gate` for anything smaller
-COLUMNS = 1024  # of a weight, in float64, at a time: 16 MB at d_model 2048
-ON_OUTPUTS = ("hook", "fused")  # the modes that edit what down_proj has already rounded: Rule A is theirs
+LEAK_GATE = 1.1  # limit of leak / floor for a weight; `leak_gate` gives the limit for smaller tensors
+COLUMNS = 1024  # of a weight that are in float64 at a time: 16 MB at d_model 2048
+ON_OUTPUTS = ("hook", "fused")  # the modes that edit the rounded output of down_proj: Rule A applies to them
 
 
 def check_tensor(
     after: Tensor, before: Tensor | None, inside: Tensor, basis: Tensor, strength: float
 ) -> dict[str, float | None]:
-    """One edited tensor: {"error_over_bound", "leak", "leak_floor", "leak_over_floor", "leak_gate", "finite"}.
+    """Check one edited tensor on disk.
 
-    after, before [d_model, columns] as stored; without `before` (None) the first is None. inside: U^T W [k, columns];
-    from `before` where there is one. The floor is what the exact edit of the original leaks once it is rounded, plus,
-    for float32 arithmetic, |a| 2^-22 (sqrt(d) + 2 sqrt(k/d) norm(W) / norm(U^T W)); without the original, of the
-    original as `inside` and a dithered `after` restore it. (A model of rounding as noise of ulp / sqrt(12),
-    `reference.leak_floor`, falls far short of it where the edit changes elements by less than an ulp: small strengths,
-    low ranks, wide models.) Everything infinite where something is not finite.
+    after, before: the edited and the original tensor, [d_model, columns], as stored. `before` may be None.
+    inside: U^T W [k, columns], used only without `before`.
+    basis: U [d_model, k]. strength: a.
+
+    Returns these figures; a figure is infinite if the tensor is not finite:
+        "error_over_bound": the largest error of an element over `baked_element_bound`; None without `before`.
+        "leak": norm(U^T W' - (1 - a) U^T W) / norm(U^T W), how much of the subspace is left that should be gone.
+        "leak_floor": the leak that correct rounding causes by itself.
+        "leak_over_floor": their ratio.
+        "leak_gate": the limit of that ratio.
+        "finite": whether every element is finite.
+
+    The floor is the leak of the exact edit after rounding. For float32 arithmetic, |a| 2^-22 (sqrt(d) + 2 sqrt(k/d)
+    norm(W) / norm(U^T W)) is added. Without the original, W is restored from `inside` and a dithered `after`. A model
+    of rounding as noise of ulp / sqrt(12) (`numerics.bounds.leak_floor`) would be much too low if the edit changes
+    elements by less than an ulp. That happens at small strengths, at low ranks and in wide models.
+
+    Numerics: float64, COLUMNS columns at a time.
     """
-    u, worst, kept, whole, size, columns = basis.double(), 0.0, 0.0, 0.0, 0.0, []
+    u, worst, kept_energy, inside_energy, weight_energy, column_energies = basis.double(), 0.0, 0.0, 0.0, 0.0, []
     generator, throws = torch.Generator().manual_seed(0), 1 if before is not None else max(1, 64 // after.shape[1])
     for start in range(0, after.shape[1], COLUMNS):
-        part = slice(start, start + COLUMNS)
-        new = after[:, part].double()
+        block = slice(start, start + COLUMNS)
+        new = after[:, block].double()
         if before is not None:
-            old = before[:, part]
-            held = u.T @ old.double()
+            old = before[:, block]
+            u_t_w = u.T @ old.double()
         else:
-            held = inside[:, part].double()
-            # Dithered: restored as it is, it would round back to where it came from and show its own leak as the floor.
-            # A bias has too few elements for one throw.
-            wide = new.repeat(1, throws)
-            dither = torch.rand(wide.shape, generator=generator, dtype=torch.float64).to(new.device) - 0.5
-            spacing = ulp(after[:, part]).repeat(1, throws)
-            old = (wide + dither * spacing + strength * (u @ held).repeat(1, throws)).to(after.dtype)
+            u_t_w = inside[:, block].double()
+            # Without dither, the restored W would round back to `after`, and the floor would be the leak itself.
+            # A bias has too few elements for one random draw, so it is dithered several times.
+            repeated = new.repeat(1, throws)
+            dither = torch.rand(repeated.shape, generator=generator, dtype=torch.float64).to(new.device) - 0.5
+            spacing = ulp(after[:, block]).repeat(1, throws)
+            old = (repeated + dither * spacing + strength * (u @ u_t_w).repeat(1, throws)).to(after.dtype)
         exact = bake_oracle(old, basis, strength)
         if before is not None:
             worst = max(worst, worst_ratio((new - exact).abs(), baked_element_bound(old, basis, strength)))
-        kept += float((u.T @ new - (1 - strength) * held).square().sum())
-        whole += float(held.square().sum())
-        size += float(old.double().square().sum()) / throws
+        kept_energy += float((u.T @ new - (1 - strength) * u_t_w).square().sum())
+        inside_energy += float(u_t_w.square().sum())
+        weight_energy += float(old.double().square().sum()) / throws
         energy = (u.T @ (exact.to(after.dtype).double() - exact)).square().sum(0)
-        columns.append(energy.reshape(throws, -1).mean(0))
-    energies = torch.cat(columns)
+        column_energies.append(energy.reshape(throws, -1).mean(0))
+    energies = torch.cat(column_energies)
     noise, fourth = float(energies.sum()), float(energies.square().sum())
-    # A bias of zeros holds nothing of the subspace and leaks nothing.
-    leak = math.sqrt(kept / whole) if whole else math.inf if kept else 0.0
+    # A bias of zeros has no component in the subspace, so it cannot leak.
+    leak = math.sqrt(kept_energy / inside_energy) if inside_energy else math.inf if kept_energy else 0.0
     floor = 0.0
-    if whole:
-        spread = math.sqrt(basis.shape[1] / len(u) * size / whole)
-        floor = math.sqrt(noise / whole) + abs(strength) * 2.0**-22 * (math.sqrt(len(u)) + 2 * spread)
-    over = leak / floor if floor else math.inf if leak else 0.0
+    if inside_energy:
+        spread = math.sqrt(basis.shape[1] / len(u) * weight_energy / inside_energy)
+        floor = math.sqrt(noise / inside_energy) + abs(strength) * 2.0**-22 * (math.sqrt(len(u)) + 2 * spread)
+    leak_over_floor = leak / floor if floor else math.inf if leak else 0.0
     return {
         "error_over_bound": None if before is None else worst,
         "leak": leak if math.isfinite(leak) else math.inf,
         "leak_floor": floor,
-        "leak_over_floor": over if math.isfinite(over) else math.inf,
+        "leak_over_floor": leak_over_floor if math.isfinite(leak_over_floor) else math.inf,
         "leak_gate": LEAK_GATE if before is not None or not fourth else leak_gate(basis.shape[1] * noise**2 / fourth),
         "finite": bool(torch.isfinite(after).all()),
     }
 
 
 def leak_gate(samples: float) -> float:
-    """How far the leak may lie above a floor that is not of the same roundings: 1.1, and more for few samples.
+    """Return how far the leak may exceed a floor that was estimated from other roundings.
 
-    leak^2 / floor^2 is a mean of k * columns squares of mean 1 and variance 2 (sums of many roundings), counted by
-    their weight: seven of its standard deviations are 7 sqrt(2 / samples). For a weight that is nothing, for a bias it
-    is most of the gate.
+    samples: the effective number of elements behind the estimate, k * columns counted by their weight.
+
+    leak^2 / floor^2 is a mean of squares with mean 1 and variance 2, because each is a sum of many roundings. Seven
+    standard deviations of that mean are 7 sqrt(2 / samples). The limit is 1.1 or that, whichever is larger. For a
+    weight the second is negligible; for a bias it dominates.
     """
     return max(LEAK_GATE, math.sqrt(1 + 7 * math.sqrt(2 / samples)))
 
 
 def broken(row: dict) -> list[str]:
-    """What a tensor breaks, in words; empty if nothing."""
-    found = []
+    """Return the limits that a tensor's figures exceed, in words. The list is empty if all hold."""
+    faults = []
     if not row["finite"]:
-        found.append("it holds NaN or Inf")
+        faults.append("it holds NaN or Inf")
     if row["error_over_bound"] is not None and not row["error_over_bound"] <= 1:
-        found.append(f"an element is {row['error_over_bound']:.3g} times its bound away from what the edit gives")
+        faults.append(f"an element is {row['error_over_bound']:.3g} times its bound away from what the edit gives")
     if not row["leak_over_floor"] <= row["leak_gate"]:
-        found.append(f"it leaks {row['leak_over_floor']:.3g} times its floor (allowed: {row['leak_gate']:.3g})")
-    return found
+        faults.append(f"it leaks {row['leak_over_floor']:.3g} times its floor (allowed: {row['leak_gate']:.3g})")
+    return faults
 
 
 def check_outputs(
@@ -111,13 +129,25 @@ def check_outputs(
     basis: Tensor,
     strength: float,
 ) -> tuple[dict[str, dict], list[dict]]:
-    """What the modes made of the same h: (a row a mode, a row a pair of modes).
+    """Check the outputs that the modes give for the same input h. Return one row per mode, and one per pair of modes.
 
-    outputs: {mode: [rows, d_model]}; rounded: the unedited output of `down_proj`, in the dtype; h [rows, d_ff]. A
-    mode's row: "error_over_bound" against the exact edit (`applied_bound`); "rule_a" for those that edit the rounded
-    output; "leak", norm(U^T (y - (1-a) x)) over norm(U^T x), root mean squares. A pair's: "error_over_bound", of hook
-    or fused against baked by Rule B, its "row_over_bound", and in 16 bits, at a = 1, "of_expected": the median of
-    norm(difference) over 0.88 u norm(x), which is what random roundings give.
+    outputs: {mode: [rows, d_model]}.
+    rounded: the unedited output of `down_proj`, in the dtype.
+    weight [d_model, d_ff], bias [d_model] or None, h [rows, d_ff], basis U [d_model, k], strength a.
+
+    The row of a mode, {mode: figures}:
+        "error_over_bound": against the exact edit (`applied_bound`).
+        "leak": norm(U^T (y - (1-a) x)) / norm(U^T x), with root mean squares over the rows.
+        "rule_a": error over `rule_a_bound`, for the modes that edit the rounded output.
+    The row of a pair:
+        "pair": the two modes.
+        "error_over_bound": their difference over its bound. For hook or fused against baked it is Rule B
+        (`rule_b_bounds`).
+        "row_over_bound": Rule B for whole rows.
+        "of_expected": the median of norm(difference) / (0.88 u norm(x)), for 16-bit dtypes at a = 1. Random roundings
+        give about 1.
+
+    Numerics: float64 from the stored inputs.
     """
     exact = exact_output(weight, h, basis, strength, bias)
     d_ff, dtype, u = weight.shape[1], weight.dtype, basis.double()
@@ -125,10 +155,10 @@ def check_outputs(
     inside = exact.x @ u
     modes = {}
     for mode, y in outputs.items():
-        left = y.double() @ u - (1 - strength) * inside
+        leaked = y.double() @ u - (1 - strength) * inside
         modes[mode] = {
             "error_over_bound": worst_ratio((y.double() - exact.y).abs(), bounds[mode]),
-            "leak": float(left.square().mean().sqrt() / inside.square().mean().sqrt()),
+            "leak": float(leaked.square().mean().sqrt() / inside.square().mean().sqrt()),
         }
         if mode in ON_OUTPUTS:
             error = (y.double() - project_oracle(rounded, basis, strength)).abs()
@@ -152,26 +182,34 @@ def check_outputs(
 
 
 def span_rows(basis: Tensor, dtype: torch.dtype, rows: int = 64, seed: int = 0) -> Tensor:
-    """Rows inside span(U), in the dtype: [rows, d_model]. Random rows hide an edit that is too coarse there."""
+    """Return random rows inside span(U), in the dtype: [rows, d_model].
+
+    Ordinary random rows would hide an edit that is too coarse inside the subspace.
+    """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, basis.shape[1], generator=generator, dtype=torch.float64)
     return (z.to(basis.device) @ basis.double().T).to(dtype)
 
 
 def check_span(y: Tensor, x: Tensor, basis: Tensor, strength: float) -> dict[str, float]:
-    """An edit of rows inside span(U): Rule A there and, at strength 1, the leak rule."""
+    """Check an edit of rows inside span(U).
+
+    y: the edited rows [rows, d_model]. x: the rows before. Returns "span_rule_a", the error over `rule_a_bound`, and at
+    strength 1 also "span_leak", norm(U^T y) over `leak_bound`.
+    """
     error = (y.double() - project_oracle(x, basis, strength)).abs()
-    found = {"span_rule_a": worst_ratio(error, rule_a_bound(x, basis, strength))}
+    figures = {"span_rule_a": worst_ratio(error, rule_a_bound(x, basis, strength))}
     if strength == 1:
-        found["span_leak"] = worst_ratio(leak(y, basis), leak_bound(y, x, basis))
-    return found
+        figures["span_leak"] = worst_ratio(leak(y, basis), leak_bound(y, x, basis))
+    return figures
 
 
 class LogitComparison:
-    """Two sets of logits, the oracle's and a mode's, compared block of vocabulary by block, every position at once.
+    """Compare the logits of a mode with the oracle's, for every position at once.
 
-    `add` is given [positions, words] of both; `figures` is asked at the end. Kullback-Leibler divergence is
-    KL(oracle || mode) in nats.
+    The vocabulary comes in blocks: call `add` with [positions, words] of both, then `figures` at the end. The
+    Kullback-Leibler divergence is KL(oracle || mode) in nats, accumulated over the blocks with a running maximum.
+    Numerics: float64.
     """
 
     def __init__(self, positions: int, device: torch.device | str):
@@ -206,9 +244,13 @@ class LogitComparison:
         self.words += p.shape[-1]
 
     def figures(self) -> dict[str, float]:
-        """{"rms", "relative" (to the spread of the oracle's logits), "max", "kl_mean", "kl_p99", "kl_max", "top1"}."""
+        """Return the figures over all positions.
+
+        "rms": root mean square difference. "relative": that over the spread of the oracle's logits. "max": the largest
+        difference. "kl_mean", "kl_p99", "kl_max": KL per position. "top1": share of positions with the same best word.
+        """
         kl = self.moved / self.mass - (self.top + self.mass.log()) + (self.other_top + self.other_mass.log())
-        kl = kl.clamp_min(0)  # it is not negative but for the rounding of float64
+        kl = kl.clamp_min(0)  # below 0 only by float64 rounding
         rms = float((self.squares.mean() / self.words).sqrt())
         spread = self.oracle_squares / self.words - (self.oracle_sum / self.words).square()
         return {
@@ -222,10 +264,12 @@ class LogitComparison:
         }
 
     def divergence(self, sequences: int, start: int) -> dict:
-        """Where greedy text of the mode would first part from the oracle's, counted in new tokens.
+        """Find where the mode's own greedy text would first differ from the oracle's.
 
-        Positions are those of `sequences` of one length, each of the oracle's greedy text from position `start` on: up
-        to where the two first choose differently, a mode's own greedy text is the same. {"diverged", "first"}.
+        The positions are `sequences` texts of one length. From position `start` on they are the oracle's own greedy
+        text. Up to the first position with another best word, the mode's greedy text would be the same.
+
+        Returns {"diverged": number of texts that differ, "first": earliest new token that differs, or None}.
         """
         same = (self.best == self.other_best).reshape(sequences, -1)[:, start:]
         firsts = [int(row.logical_not().nonzero()[0]) for row in same if not bool(row.all())]

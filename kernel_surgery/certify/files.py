@@ -1,7 +1,8 @@
-"""Certificates of what lies on disk: a baked checkpoint, an adapter, a restored checkpoint.
+"""The certificates of files on disk: a baked checkpoint, an adapter, a restored checkpoint.
 
-Each verifier hashes every file again, reads what it needs of one tensor at a time, and returns the certificate as a
-dict: "tensors" (a row each), "faults" (sentences, empty if everything holds), and what it is a certificate of.
+Each verifier hashes every file again and reads one tensor at a time. It returns the certificate as a dict: "tensors"
+has one row per tensor, "faults" holds sentences and is empty if everything holds, and "of" says which folder was
+checked.
 """
 
 import json
@@ -31,7 +32,7 @@ Place = tuple[Path, Entry]
 
 
 def same_bytes(one: Place, other: Place) -> bool:
-    """Whether two tensors, each in its file, are the same to the byte."""
+    """Return whether two tensors, each in its own file, have the same dtype, shape and bytes."""
     (path, first), (path_2, second) = one, other
     size, done = first.end - first.begin, 0
     if (first.dtype, first.shape) != (second.dtype, second.shape):
@@ -46,7 +47,7 @@ def same_bytes(one: Place, other: Place) -> bool:
 
 
 def check_files(folder: Path, record: dict) -> list[str]:
-    """Files whose hash is not the recorded one, that are missing, or that nobody recorded."""
+    """Return the files that have changed since they were recorded, are missing, or were never recorded."""
     faults = changed_files(folder, record["sha256"])
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     unknown = sorted(there - record["sha256"].keys() - {PROVENANCE})
@@ -54,7 +55,11 @@ def check_files(folder: Path, record: dict) -> list[str]:
 
 
 def check_others(folder: Path, source: Path | None) -> list[str]:
-    """What lies in a baked or restored folder beside its weights: each file the original's, to the byte, or our own."""
+    """Check the files beside the weights of a baked or restored folder.
+
+    Each must be byte for byte the original's, or one of ours. Without `source` only the safetensors files are checked.
+    Returns faults.
+    """
     weights = {file.name for file in weight_files(folder)}
     there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     faults = [
@@ -77,7 +82,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
 
 
 def read(place: Place) -> Tensor:
-    """One tensor, as [rows, columns]."""
+    """Read one tensor as [rows, columns]; a bias has one column."""
     path, entry = place
     with path.open("rb") as file:
         tensor = read_tensor(file.fileno(), entry)
@@ -85,20 +90,23 @@ def read(place: Place) -> Tensor:
 
 
 def basis_faults(bases: dict, subspace: Path, folder: Path) -> tuple[dict, list[str]]:
-    """(the bases of a subspace file, where they are not those that the checkpoint was baked with)."""
-    given = dict(Subspace.load(subspace, force=True).bases)
-    if given.keys() != bases.keys() or any(given[i].shape != bases[i].shape for i in given):
+    """Return the bases of a subspace file, and a fault for each that differs from the checkpoint's.
+
+    Raises CheckpointError if the layers or the rank differ.
+    """
+    expected = dict(Subspace.load(subspace, force=True).bases)
+    if expected.keys() != bases.keys() or any(expected[i].shape != bases[i].shape for i in expected):
         raise CheckpointError(
             f"{str(folder)!r} was baked with a subspace of layers {sorted(bases)}, {str(subspace)!r} has "
-            f"{sorted(given)} (or another rank). Nothing was verified."
+            f"{sorted(expected)} (or another rank). Nothing was verified."
         )
-    other = [i for i in given if not torch.equal(given[i], bases[i])]
-    return given, [f"layer {i}: baked with another basis than {str(subspace)!r} has" for i in other]
+    different = [i for i in expected if not torch.equal(expected[i], bases[i])]
+    return expected, [f"layer {i}: baked with another basis than {str(subspace)!r} has" for i in different]
 
 
 @dataclass
 class _Certificate:
-    """A certificate of a folder under way: what its record says, its bases, and the faults and rows so far."""
+    """A certificate in progress: the record, the bases, and the faults and rows so far."""
 
     kind: str
     folder: Path
@@ -112,22 +120,25 @@ class _Certificate:
     def of(
         cls, kind: str, folder: Path, source: Path | None, subspace: Path | None, record: dict, bases_file: Path = BASES
     ) -> "_Certificate":
-        """The head of every verifier: hashes, and the bases (those of `subspace` where it is given)."""
-        made = cls(kind, folder, source, record, read_bases(folder, record, bases_file))
-        made.faults += check_files(folder, record)
+        """Begin a certificate: check the hashes, and read the bases (from `subspace` if it is given)."""
+        certificate = cls(kind, folder, source, record, read_bases(folder, record, bases_file))
+        certificate.faults += check_files(folder, record)
         if kind != "adapter":
-            made.faults += check_others(folder, source)
+            certificate.faults += check_others(folder, source)
         if subspace is not None:
-            made.bases, wrong = basis_faults(made.bases, subspace, folder)
-            made.faults += wrong
-        return made
+            certificate.bases, wrong = basis_faults(certificate.bases, subspace, folder)
+            certificate.faults += wrong
+        return certificate
 
     @property
     def strength(self) -> float:
         return float(self.record["strength"])
 
     def places(self) -> tuple[dict[str, Place], dict[str, Place]]:
-        """Where the tensors of the folder, and of the original, lie; a fault for each that only one of them has."""
+        """Return where the tensors of the folder, and those of the original, are stored.
+
+        Adds a fault for every tensor that only one of them has.
+        """
         new, old = located(self.folder), {} if self.source is None else located(self.source)
         if self.source is not None:
             alone = sorted(new.keys() ^ old.keys())
@@ -135,7 +146,7 @@ class _Certificate:
         return new, old
 
     def done(self, note: str | None = None) -> dict:
-        """The tail of every verifier: the certificate as a dict."""
+        """Finish a certificate and return it as a dict."""
         source = None if self.source is None else str(self.source)
         return {
             "kind": "certificate",
@@ -147,53 +158,64 @@ class _Certificate:
 
 
 def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
-    """The certificate of a baked checkpoint.
+    """Certify a baked checkpoint.
 
-    source: the original checkpoint. subspace: the one it is said to be baked with (its bases replace those that were
-    kept beside the weights). For every edited tensor the leak, norm(U^T W' - (1-a) U^T W) / norm(U^T W), is computed in
-    float64 from the file and held to its floor; with `source`, every edited element is held to
-    `bounds.baked_element_bound` and every other tensor must be equal to the byte.
+    folder: the baked checkpoint.
+    source: the original checkpoint, if it is at hand.
+    subspace: the subspace file that it should have been baked with. Its bases then replace those stored in the folder.
+
+    For every edited tensor the leak is computed from the file: norm(U^T W' - (1-a) U^T W) / norm(U^T W). It must not
+    exceed what rounding causes (`certify.checks.check_tensor`). With `source`, every edited element must be within
+    `numerics.bounds.baked_element_bound`, and every other tensor must be byte for byte the original's.
+
+    Numerics: float64 from the stored tensors.
 
     Raises CheckpointError for a folder that is not a baked checkpoint, a subspace that does not fit it, and files that
     cannot be read.
     """
-    found = _Certificate.of("baked", folder, source, subspace, read_provenance(folder), UNDO)
+    certificate = _Certificate.of("baked", folder, source, subspace, read_provenance(folder), UNDO)
     with opened(folder / UNDO) as file:
-        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    new, old = found.places()
+        undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    new, old = certificate.places()
     for name in progress(sorted(new), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, found.bases)
+        layer = LLAMA.edited_layer(name, certificate.bases)
         if layer is None:
             if name in old and not same_bytes(new[name], old[name]):
-                found.faults.append(f"{name} was not to be edited, and differs from the original")
+                certificate.faults.append(f"{name} was not to be edited, and differs from the original")
             continue
-        after, before, inside = read(new[name]), None, kept.get(f"inside.{name}")
+        after, before, inside = read(new[name]), None, undo_tensors.get(f"inside.{name}")
         if name in old:
             before = read(old[name])
             if (before.shape, before.dtype) != (after.shape, after.dtype):
-                found.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
+                certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
                 continue
         elif inside is None:
             missing = "what was removed is not on record, and without --model not known"
-            found.faults.append(f"layer {layer}: {name}: {missing}")
+            certificate.faults.append(f"layer {layer}: {name}: {missing}")
             continue
         row = {"layer": layer, "tensor": name, "dtype": new[name][1].dtype}
-        row |= check_tensor(after, before, inside, found.bases[layer], found.strength)
-        found.rows.append(row)
-        found.faults += [f"layer {layer}: {name}: {what}" for what in broken(row)]
-    for layer in found.bases:
+        row |= check_tensor(after, before, inside, certificate.bases[layer], certificate.strength)
+        certificate.rows.append(row)
+        certificate.faults += [f"layer {layer}: {name}: {what}" for what in broken(row)]
+    for layer in certificate.bases:
         name = f"{LLAMA.site(layer)}.weight"
         if name not in new:
-            found.faults.append(f"layer {layer}: {name} is missing")
-    return found.done()
+            certificate.faults.append(f"layer {layer}: {name} is missing")
+    return certificate.done()
 
 
 def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
-    """The certificate of an adapter's files.
+    """Certify the files of an adapter.
 
-    B must be -U to the bit, the padding of the rank zero, and the scaling 1. With the original, A is held to
-    `bounds.adapter_bound`, and "leak_bfloat16" says what is left of U^T W in an engine that rounds A and B to bfloat16.
-    Raises CheckpointError for a folder that is not an adapter of ours.
+    folder: the adapter. source: the original checkpoint, if it is at hand. subspace: as in `verify_checkpoint`.
+
+    B must be exactly -U, the padding of the rank must be zero, and the scaling 1. With `source`, A must be within
+    `numerics.bounds.adapter_bound`. "leak_bfloat16" then says how much of U^T W is left in an engine that rounds A and
+    B to bfloat16.
+
+    Numerics: float64 from the stored tensors.
+
+    Raises CheckpointError for a folder that is not one of our adapters.
     """
     record = read_provenance(folder, "adapter")
     try:
@@ -201,39 +223,39 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         expected_rank = int(record["padded_rank"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{str(folder / CONFIG)!r} is no configuration of an adapter ({error}).") from error
-    found = _Certificate.of("adapter", folder, source, subspace, record)
+    certificate = _Certificate.of("adapter", folder, source, subspace, record)
     expected = configuration(record)
     for key in sorted(config.keys() | expected.keys()):
         if config.get(key) != expected.get(key) or (key in config) != (key in expected):
-            found.faults.append(f"{CONFIG}: {key} is {config.get(key)!r}, not {expected.get(key)!r}")
+            certificate.faults.append(f"{CONFIG}: {key} is {config.get(key)!r}, not {expected.get(key)!r}")
     old = {} if source is None else located(source)
     with opened(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for layer, basis in progress(found.bases.items(), total=len(found.bases), desc="verify"):
+    for layer, basis in progress(certificate.bases.items(), total=len(certificate.bases), desc="verify"):
         module = LLAMA.site(layer)
         a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
         k, d = basis.shape[1], basis.shape[0]
         if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != expected_rank:
-            found.faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
+            certificate.faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
             continue
         weight = None
         if source is not None:
-            place = old.get(f"{module}.weight")
-            if place is None or place[1].shape != (d, a.shape[1]):
-                found.faults += _pair_faults(layer, a, b, basis, None)
+            location = old.get(f"{module}.weight")
+            if location is None or location[1].shape != (d, a.shape[1]):
+                certificate.faults += _pair_faults(layer, a, b, basis, None)
                 shape = (d, a.shape[1])
-                found.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
+                certificate.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
                 continue
-            weight = read(place)
-        row = _pair_row(layer, a, b, basis, weight, found.strength)
-        found.rows.append(row)
-        found.faults += _pair_faults(layer, a, b, basis, row)
-    found.faults += [f"{name} is of no layer of the subspace" for name in sorted(tensors)]
-    return found.done("A was not compared with a U^T W: give --model for that" if source is None else None)
+            weight = read(location)
+        row = _pair_row(layer, a, b, basis, weight, certificate.strength)
+        certificate.rows.append(row)
+        certificate.faults += _pair_faults(layer, a, b, basis, row)
+    certificate.faults += [f"{name} is of no layer of the subspace" for name in sorted(tensors)]
+    return certificate.done("A was not compared with a U^T W: give --model for that" if source is None else None)
 
 
 def _pair_row(layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | None, strength: float) -> dict:
-    """The figures of one adapted layer; without the original's weight only whether they are finite."""
+    """Return the figures of one adapted layer. Without the original weight, only whether they are finite."""
     row = {"layer": layer, "tensor": f"{LLAMA.site(layer)}.lora_A", "dtype": str(a.dtype).removeprefix("torch.")}
     row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
     if weight is not None:
@@ -246,7 +268,7 @@ def _pair_row(layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | 
 
 
 def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict | None) -> list[str]:
-    """What is wrong with one adapted layer, in sentences; `row`: its figures, where there are any."""
+    """Return the faults of one adapted layer. row: its figures, or None."""
     where, k, faults = f"layer {layer}: {LLAMA.site(layer)}", basis.shape[1], []
     if not torch.equal(b[:, :k], -basis):
         faults.append(f"{where}: B is not -U")
@@ -264,31 +286,39 @@ def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict | No
 
 
 def verify_restored(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
-    """The certificate of a checkpoint whose edit was taken back.
+    """Certify a checkpoint whose edit was undone.
 
-    With the original, every tensor that was edited is within `bounds.undo_bound` of it, and every other is equal to
-    the byte. Without it, hashes alone. Raises CheckpointError for a folder that is not a restored checkpoint.
+    folder: the restored checkpoint. source: the original, if it is at hand. subspace: as in `verify_checkpoint`.
+
+    With `source`, every tensor that was edited must be within `numerics.bounds.undo_bound` of the original, and every
+    other tensor byte for byte equal. Without it, only hashes are checked.
+
+    Numerics: float64 from the stored tensors.
+
+    Raises CheckpointError for a folder that is not a restored checkpoint.
     """
-    found = _Certificate.of("restored", folder, source, subspace, read_provenance(folder, "restored"))
-    new, old = found.places()
+    certificate = _Certificate.of("restored", folder, source, subspace, read_provenance(folder, "restored"))
+    new, old = certificate.places()
     for name in progress(sorted(new.keys() & old.keys()), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, found.bases)
+        layer = LLAMA.edited_layer(name, certificate.bases)
         if layer is None:
             if not same_bytes(new[name], old[name]):
-                found.faults.append(f"{name} was never edited, and differs from the original")
+                certificate.faults.append(f"{name} was never edited, and differs from the original")
             continue
-        back, weight = read(new[name]), read(old[name])
-        if (back.shape, back.dtype) != (weight.shape, weight.dtype):
-            found.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
+        restored, weight = read(new[name]), read(old[name])
+        if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
+            certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
             continue
-        basis, worst = found.bases[layer], 0.0
+        basis, worst = certificate.bases[layer], 0.0
         for start in range(0, weight.shape[1], 1024):
-            part = weight[:, start : start + 1024]
-            off = (back[:, start : start + 1024].double() - part.double()).abs()
-            bound = undo_bound(part, bake_weight(part, basis, found.strength), basis, found.strength)
-            worst = max(worst, worst_ratio(off, bound))
-        found.rows.append({"layer": layer, "tensor": name, "dtype": new[name][1].dtype, "error_over_bound": worst})
+            block = weight[:, start : start + 1024]
+            error = (restored[:, start : start + 1024].double() - block.double()).abs()
+            bound = undo_bound(block, bake_weight(block, basis, certificate.strength), basis, certificate.strength)
+            worst = max(worst, worst_ratio(error, bound))
+        certificate.rows.append(
+            {"layer": layer, "tensor": name, "dtype": new[name][1].dtype, "error_over_bound": worst}
+        )
         if not worst <= 1:
             where = f"layer {layer}: {name}"
-            found.faults.append(f"{where}: an element is {worst:.3g} times its bound away from the original")
-    return found.done()
+            certificate.faults.append(f"{where}: an element is {worst:.3g} times its bound away from the original")
+    return certificate.done()

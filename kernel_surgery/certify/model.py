@@ -1,10 +1,12 @@
 """The equivalence certificate of a model: every mode against the exact edit and against each other.
 
-The model is run layer by layer from its files (`layerwise.py`), all streams side by side: the original and every mode
-in the dtype that is certified, the original and the edited model as oracle in float64 (float32 where the dtype is a
-16-bit one). At every edited layer the modes are given the same activations and held to their bounds (`checks.py`);
-along the way the hidden states, and at the end the logits, are compared with the oracle's, beside what the original
-model itself loses in that dtype.
+The model is run layer by layer from its files (`models.layerwise`), with several streams of hidden states side by side.
+The original and every mode run in the dtype that is certified. The oracle runs the original and the edited model in
+higher precision: float64, or float32 if the dtype has 16 bits.
+
+At every edited layer the modes get the same activations, and their errors are compared with bounds (`certify.checks`).
+The hidden states after each layer, and the logits at the end, are compared with the oracle's. There the yardstick is
+the error that the original model itself makes in that dtype.
 """
 
 import math
@@ -28,17 +30,17 @@ from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.subspace.artifact import Subspace
 
-# Original and edited model make the same roundings but for one or two more in an edited layer, of a dozen: a mode that
-# errs by more than twice as much does something else. Where an edit takes most of an activation away, the rounding of
-# what was there before remains and weighs more: so the yardstick is the larger of two errors, the original's and the
-# `IDEAL`'s, the model in the same dtype with the edit made in float64 and rounded once.
+# The original makes about a dozen roundings per layer. An edited layer makes one or two more. So a mode whose error is
+# more than twice the original's is not just rounding. There is one complication: if an edit removes most of an
+# activation, the earlier rounding errors stay and weigh more. So the yardstick is the larger of two errors: the
+# original's, and that of `IDEAL`, the model in the same dtype with the edit made in float64 and rounded once.
 BESIDE_ORIGINAL = 2.0
 IDEAL = "ideal"
-WHOLE = 2e9  # bytes: a model of no more is also loaded whole
+WHOLE = 2e9  # bytes: models up to this size are also loaded whole
 
 
 class _Certifier:
-    """One certificate under way."""
+    """Collect the figures and faults of one certificate."""
 
     def __init__(self, source, bases, strength, dtype, device, made: Path | None):
         self.low = Layerwise(source, dtype, device)
@@ -63,7 +65,7 @@ class _Certifier:
         self.faults.append(f"layer {layer}: {mode}: {what}")
 
     def run_layer(self, index: int, streams: dict, oracles: dict, where: dict, wide_where: dict) -> None:
-        """All streams through one layer, and the checks if it is an edited one."""
+        """Run all streams through one layer, and check the layer if it is edited."""
         basis = self.bases.get(index)
         with self.wide.layer(index) as block:
             oracles["original"] = block(oracles["original"], **wide_where)
@@ -80,7 +82,7 @@ class _Certifier:
                 self.edited_layer(block, index, basis, streams, where)
 
     def plain(self, block: nn.Module, index: int, mode: str, stream: tuple, where: dict) -> tuple:
-        """A layer that is not edited; a baked checkpoint's comes from its own files."""
+        """Run one mode through an unedited layer. A baked checkpoint uses the layer from its own files."""
         hidden, normed = stream
         with _instead(block.input_layernorm, normed):
             if mode == "baked" and self.made is not None:
@@ -108,7 +110,7 @@ class _Certifier:
                     out = run(hidden, **where)
                 if h is None:
                     h = _sampled(entered[0])
-                # Three dimensions, as in the model.
+                # With a batch dimension, as in the model.
                 outputs[mode] = site(h[None])[0]
                 after = [p.detach().clone() for p in (site.weight, site.bias) if p is not None]
                 normed = None
@@ -128,8 +130,8 @@ class _Certifier:
                 rows[mode] |= self.check_fused(norm, basis, down(_sampled(entered[0])), residual[0], out, normed)
         rounded = down(h)
         modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, basis, self.strength)
-        for mode, found in modes.items():
-            rows[mode] |= found
+        for mode, figures in modes.items():
+            rows[mode] |= figures
             self.layers.append(rows[mode])
             for key, what in LIMITS.items():
                 if key in rows[mode] and not rows[mode][key] <= 1:
@@ -144,7 +146,7 @@ class _Certifier:
         return APPLIERS[mode](self.low.model, {index: basis}, self.strength)
 
     def check_weights(self, index: int, basis: Tensor, after: list[Tensor], down: nn.Module) -> None:
-        """The edited weight, and bias, element by element."""
+        """Check the edited weight, and the bias if there is one, element by element."""
         kind = STORED[name_of(self.low.dtype)].code
         before = [p for p in (down.weight, down.bias) if p is not None]
         for part, new, old in zip(("weight", "bias"), after, before, strict=False):
@@ -155,7 +157,7 @@ class _Certifier:
             self.faults += [f"layer {index}: baked {part}: {what}" for what in broken(row)]
 
     def check_fused(self, norm, basis, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor) -> dict[str, float]:
-        """What the fused layer returns, and the norm it hands over, against `add_bound` and `rmsnorm_bound`."""
+        """Check the fused layer's output against `add_bound`, and its norm against `rmsnorm_bound`."""
         residual, out, normed = (_sampled(t) for t in (residual, out, normed))
         exact = residual.double() + project_oracle(x, basis, self.strength)
         eps, w = norm.variance_epsilon, norm.weight
@@ -165,7 +167,7 @@ class _Certifier:
         }
 
     def compare_hidden(self, index: int, streams: dict, oracles: dict) -> None:
-        """How far the hidden states after a layer are from the oracle's, relative to them."""
+        """Record the relative error of the hidden states after a layer, against the oracle's."""
 
         def relative(mode: str, oracle: str) -> float:
             exact = oracles[oracle].double()
@@ -175,41 +177,53 @@ class _Certifier:
         own = row["yardstick"] = max(row["original"], row[IDEAL])
         for mode in self.modes:
             row[mode] = relative(mode, "edited")
-            # Once a mode: what errs at one layer errs at all that follow.
+            # Report a mode once: an error at one layer carries on through all later layers.
             if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
                 self.astray.add(mode)
                 self.fault(index, mode, f"hidden states err {row[mode] / own:.3g} times as much as the original's")
         self.hidden.append(row)
 
     def compare_logits(self, streams: dict, oracles: dict, prompt: int, decoded: dict) -> dict[str, dict]:
-        """decoded: {mode: logits [sequences, new tokens + 1, words]} of the whole model, from the last prompt token on;
-        empty where it was not loaded."""
+        """Return the figures of the logits by mode, against the oracle's.
+
+        decoded: {mode: logits [sequences, new tokens + 1, words]} of the whole model, from the last prompt token on. It
+        is empty if the model was not loaded whole.
+        """
         sequences, length = streams["original"][0].shape[:2]
         with self.low.final_norm() as norm:
             ends = {m: (norm(h) if n is None else n).flatten(0, 1) for m, (h, n) in streams.items()}
         with self.wide.final_norm() as norm:
             exact = {name: norm(h).flatten(0, 1) for name, h in oracles.items()}
-        found = {mode: LogitComparison(len(ends[mode]), self.low.device) for mode in ends}
-        later = {mode: LogitComparison(sequences * (length - prompt + 1), self.low.device) for mode in decoded}
+        comparisons = {mode: LogitComparison(len(ends[mode]), self.low.device) for mode in ends}
+        decoded_comparisons = {
+            mode: LogitComparison(sequences * (length - prompt + 1), self.low.device) for mode in decoded
+        }
         for (start, rows), (_, wide) in zip(self.low.head_blocks(), self.wide.head_blocks(), strict=True):
             logits = {name: h @ wide.T for name, h in exact.items()}
-            for mode, comparison in found.items():
+            for mode, comparison in comparisons.items():
                 oracle = logits["original" if mode == "original" else "edited"]
                 comparison.add(oracle, ends[mode] @ rows.T)
-                if mode in later:
+                if mode in decoded_comparisons:
                     oracle = oracle.unflatten(0, (sequences, length))[:, prompt - 1 :].flatten(0, 1)
-                    later[mode].add(oracle, decoded[mode][..., start : start + len(rows)].flatten(0, 1))
-        figures = self.beside_original(found, "the logits err")
+                    decoded_comparisons[mode].add(oracle, decoded[mode][..., start : start + len(rows)].flatten(0, 1))
+        figures = self.beside_original(comparisons, "the logits err")
         words = "decoded with all layers edited at once, the logits err"
-        whole = self.beside_original(later | {IDEAL: found[IDEAL]}, words) if later else {}
+        whole = (
+            self.beside_original(decoded_comparisons | {IDEAL: comparisons[IDEAL]}, words)
+            if decoded_comparisons
+            else {}
+        )
         for mode, figure in figures.items():
             figure["decoded"] = whole.get(mode)
             if mode not in ("original", IDEAL):
-                figure |= found[mode].divergence(sequences, prompt - 1)
+                figure |= comparisons[mode].divergence(sequences, prompt - 1)
         return figures
 
     def beside_original(self, found: dict[str, LogitComparison], words: str) -> dict[str, dict]:
-        """The figures of every mode, "of_original" among them; a fault where it errs too much."""
+        """Return the figures of every mode, with "of_original": its error over the original's.
+
+        Adds a fault for every mode whose error is too large.
+        """
         figures = {mode: comparison.figures() for mode, comparison in found.items()}
         own = max(figures["original"]["relative"], figures[IDEAL]["relative"])
         for mode in self.modes:
@@ -220,27 +234,30 @@ class _Certifier:
         return figures
 
     def decode(self, ids: Tensor, prompt: int) -> dict[str, Tensor]:
-        """{mode: logits [sequences, new tokens + 1, words]}: the model loaded whole, every layer of the subspace edited
-        at once, and the text fed to it token by token with a cache, as when it generates."""
-        model, found = load_model(str(self.low.folder), self.low.dtype, self.low.device), {}
+        """Decode with the model loaded whole and every layer of the subspace edited at once.
+
+        The text is given; it is fed token by token with a cache, as in generation. Returns {mode: logits [sequences,
+        new tokens + 1, words]}.
+        """
+        model, logits_by_mode = load_model(str(self.low.folder), self.low.dtype, self.low.device), {}
         ids = ids.to(self.low.device)
         for mode in ("original", *self.modes):
-            here, edit = model, nullcontext()
+            running, edit = model, nullcontext()
             if mode == "baked" and self.made is not None:
-                here = load_model(str(self.made.folder), self.low.dtype, self.low.device)
+                running = load_model(str(self.made.folder), self.low.dtype, self.low.device)
             elif mode != "original":
                 edit = APPLIERS[mode](model, self.bases, self.strength)
             with edit:
-                out = here(ids[:, :prompt], use_cache=True)
+                out = running(ids[:, :prompt], use_cache=True)
                 logits = [out.logits[:, -1:]]
                 for at in range(prompt, ids.shape[1]):
-                    out = here(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+                    out = running(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
                     logits.append(out.logits)
-            found[mode] = torch.cat(logits, 1)
-        return found
+            logits_by_mode[mode] = torch.cat(logits, 1)
+        return logits_by_mode
 
 
-# What a mode's row holds to 1, in words.
+# The figures of a mode's row that must not exceed 1, with the words that name them in a fault.
 LIMITS = {
     "error_over_bound": "the error against the exact edit",
     "rule_a": "the error of the projection (Rule A)",
@@ -266,27 +283,41 @@ def certify_model(
     seed: int = 0,
     whole: bool | None = None,
 ) -> dict:
-    """The certificate of a model, as a dict.
+    """Certify a model in every mode. Return the certificate as a dict.
 
-    source: folder of the original. made: a baked checkpoint of it, whose weights are then the baked mode's. dtype: in
-    which the modes run (float32, bfloat16, float16). prompts, new_tokens, seed: what is sampled. whole: load the model
-    whole as well, edit all layers at once and decode token by token (None: where that takes 2 GB or less).
+    source: folder of the original.
+    subspace: its bases; the edited layers are its layers.
+    dtype: the dtype of the modes: float32, bfloat16 or float16.
+    device: where everything runs.
+    strength: a.
+    made: a baked checkpoint of `source`. The baked mode then uses its weights.
+    prompts, new_tokens, seed: how many sequences are sampled, how many greedy tokens follow each, and which they are.
+    whole: also load the whole model, edit all layers at once and decode token by token. None does so up to 2 GB.
 
-    "layers": a row a layer and mode; "pairs": a row a layer and pair; "tensors": the baked weights; "hidden": relative
-    errors by layer; "logits": by mode; "faults": sentences, empty if everything holds; "sampled": on what. Runs
-    under `reference.whole_products`. Raises ValueError where the subspace does not fit, and UserError where the model
-    overflows in the dtype.
+    Keys of the result:
+        "layers": one row per edited layer and mode. "pairs": one row per layer and pair of modes.
+        "tensors": one row per baked tensor. "hidden": relative errors of the hidden states by layer.
+        "logits": figures by mode. "faults": sentences; the list is empty if everything holds.
+        "modes", "left_out": the modes that were checked, and {mode: reason} for the others.
+        "sampled": the text and the number of positions. "providers": {mode: the code that ran the edit}.
+        "dtype", "oracle", "device": where and in which precision it ran.
+
+    Numerics: runs under `numerics.precision.whole_products`. The bounds and the exact edit are float64; the oracle
+    model is float64, or float32 for a 16-bit dtype.
+
+    Raises KernelSurgeryError if the subspace does not fit. Raises UserError if the original model overflows in the
+    dtype.
     """
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     run = _Certifier(source, subspace.bases, strength, dtype, device, made)
-    ids, about = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
+    ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)
     with progress_bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
         ids = greedy(run.wide, ids, run.bases, strength, new_tokens, bar.update)
-        hidden, wide = run.low.embed(ids), run.wide.embed(ids)
+        hidden, oracle_hidden = run.low.embed(ids), run.wide.embed(ids)
         streams = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
-        oracles = {"original": wide, "edited": wide}
+        oracles = {"original": oracle_hidden, "edited": oracle_hidden}
         where, wide_where = (m.positions(0, ids.shape[1]) for m in (run.low, run.wide))
         for index in range(run.low.layers):
             run.run_layer(index, streams, oracles, where, wide_where)
@@ -308,7 +339,13 @@ def certify_model(
         "device": str(device),
         "providers": run.providers,
         "sampled": {
-            **{"prompts": len(ids), "prompt_tokens": length, "new_tokens": new_tokens, "text": about, "seed": seed},
+            **{
+                "prompts": len(ids),
+                "prompt_tokens": length,
+                "new_tokens": new_tokens,
+                "text": description,
+                "seed": seed,
+            },
             **{"positions": ids.numel(), "rows_per_layer": min(ROWS, ids.numel()), "decoded_whole": whole},
         },
         **{"modes": run.modes, "left_out": run.left_out, "layers": run.layers, "pairs": run.pairs},

@@ -1,4 +1,4 @@
-"""A certificate as people read it: the table in the terminal, the JSON file, the plot beside it."""
+"""Certificates for people: the table in the terminal, the JSON file, and the plot beside it."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.plotting import COLOURS, svg
 
-# What the plot of error/bound shows of a mode's row, in words.
+# The figures of a mode's row that the plot of error/bound shows, with their labels.
 CHECKS = {
     "error_over_bound": "against the exact edit",
     "rule_a": "Rule A",
@@ -19,12 +19,12 @@ CHECKS = {
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A figure for a table; a dash for what is not there."""
+    """Format a figure for a table. None is a dash."""
     return "-" if value is None else format(value, form)
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
-    """Rows as lines, their columns aligned: the first `left` to the left, the others to the right."""
+    """Return table rows as lines with aligned columns: the first `left` columns to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -35,7 +35,7 @@ def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
 
 
 def tensor_table(rows: list[dict]) -> list[str]:
-    """One line an edited tensor on disk."""
+    """Return one line per edited tensor on disk."""
     head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
     keys = (("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f"))
     keys = (*keys, ("leak_bfloat16", ".2e"))
@@ -43,13 +43,17 @@ def tensor_table(rows: list[dict]) -> list[str]:
         [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
     ]
     table = [head, *lines]
-    # A column that says nothing of any row is left out.
-    keep = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in lines)]
-    return aligned([[row[i] for i in keep] for row in table], left=3)
+    # Leave out columns that are empty in every row.
+    columns = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in lines)]
+    return aligned([[row[i] for i in columns] for row in table], left=3)
 
 
 def layer_table(model: dict) -> list[str]:
-    """One line an edited layer: every figure an error over its bound but the last two."""
+    """Return one line per edited layer.
+
+    Every figure is an error over its bound, except the last two columns: leak / floor, and the hidden states' error
+    over the original's.
+    """
     modes, by_layer = model["modes"], {}
     for row in model["layers"]:
         by_layer.setdefault(row["layer"], {})[row["mode"]] = row
@@ -66,30 +70,30 @@ def layer_table(model: dict) -> list[str]:
             return max((r[key] for r in rows if r.get(key) is not None), default=None)
 
         every = list(rows.values())
-        here = hidden[layer]
+        errors = hidden[layer]
         lines.append(
             [str(layer)]
             + [number(rows[mode]["error_over_bound"]) for mode in modes]
             + [number(largest(key, every)) for key in ("rule_a", "span_rule_a", "span_leak", "add", "norm")]
             + ([number(worst["error_over_bound"]), "-".join(worst["pair"])] if worst else ["-", ""])
             + [number(largest("error_over_bound", weights)), number(largest("leak_over_floor", weights))]
-            + [number(max(here[mode] for mode in modes) / here["original"])]
+            + [number(max(errors[mode] for mode in modes) / errors["original"])]
         )
     return aligned(lines)
 
 
 def logit_table(model: dict) -> list[str]:
-    """One line a mode: what its logits lose against the oracle's."""
+    """Return one line per mode: the error of its logits against the oracle's."""
     head = ["mode", "provider", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
     head.append("greedy text")
     lines = [head]
     for mode, r in model["logits"].items():
-        if mode == "ideal":  # a yardstick, no mode
+        if mode == "ideal":  # a yardstick, not a mode
             continue
         text = "-"
         if mode != "original":
-            parted = f"{r['diverged']} of {model['sampled']['prompts']} part"
-            text = "the same" if not r["diverged"] else f"{parted}, first at token {r['first']}"
+            differing = f"{r['diverged']} of {model['sampled']['prompts']} part"
+            text = "the same" if not r["diverged"] else f"{differing}, first at token {r['first']}"
         errors = (number(r["relative"], ".2e"), number(r.get("of_original")), number(r["max"], ".2e"))
         spread = (number(r["kl_mean"], ".1e"), number(r["kl_p99"], ".1e"), number(r["top1"], ".4f"))
         decoded = number((r["decoded"] or {}).get("of_original"))
@@ -98,7 +102,7 @@ def logit_table(model: dict) -> list[str]:
 
 
 def sampled(model: dict) -> str:
-    """What was run, in a sentence."""
+    """Return one sentence that says what was run."""
     s = model["sampled"]
     return (
         f"{model['dtype']} against {model['oracle']} on {model['device']}; {s['prompts']} sequences: {s['text']}, each "
@@ -110,7 +114,7 @@ def sampled(model: dict) -> str:
 
 
 def shown(certificate: dict) -> str:
-    """The tables, and the verdict in the last line."""
+    """Return the tables as text, with the verdict in the last line."""
     lines, faults = [], certificate["faults"]
     if certificate["tensors"]:
         lines += [*tensor_table(certificate["tensors"]), ""]
@@ -129,7 +133,7 @@ def shown(certificate: dict) -> str:
 
 
 def _limit(axes, limit: float, label: str) -> None:
-    """A red line at the limit; a linear axis while everything is below it, else a logarithmic one."""
+    """Draw a red line at the limit. The axis is linear while everything is below it, else logarithmic."""
     axes.axhline(limit, color="#a3261b", lw=1)
     axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color="#a3261b", va="center")
     axes.set_ylabel(label)
@@ -140,7 +144,11 @@ def _limit(axes, limit: float, label: str) -> None:
 
 
 def plot(certificate: dict) -> str:
-    """Error/bound by layer; leak over floor; relative error of the hidden states beside the original's. SVG."""
+    """Plot a certificate. Return the figure as SVG.
+
+    The panels are: error / bound by layer; leak / floor of the weights; relative error of the hidden states by mode.
+    The second and third are left out if there is no data for them.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -158,12 +166,14 @@ def plot(certificate: dict) -> str:
     for i, mode in enumerate(model["modes"] if model else []):
         rows = [r for r in model["layers"] if r["mode"] == mode]
         for key, words in CHECKS.items():
-            # Side by side: hook and fused often agree to the bit.
+            # Shift the modes sideways: hook and fused are often identical and would hide each other.
             if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
                 label = f"{mode}: {words}"
                 top.plot(*zip(*points, strict=True), markers[key], color=COLOURS[mode], ms=4, alpha=0.8, label=label)
-    if held := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
-        top.plot(*zip(*held, strict=True), "*", color=COLOURS["baked"], ms=6, label="tensors, element by element")
+    if element_errors := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
+        top.plot(
+            *zip(*element_errors, strict=True), "*", color=COLOURS["baked"], ms=6, label="tensors, element by element"
+        )
     _limit(top, 1.0, "error / bound")
     if leaks:
         panel = axes.pop(0)
@@ -186,7 +196,10 @@ def plot(certificate: dict) -> str:
 
 
 def write(path: Path, certificate: dict) -> None:
-    """The JSON file, and the plot beside it. What is not a finite number is null: JSON knows no infinity."""
+    """Write the certificate as JSON, and its plot beside it as SVG.
+
+    A number that is not finite becomes null, because JSON cannot express it.
+    """
     write_atomic(path, json.dumps(_finite(certificate), indent=2, allow_nan=False) + "\n")
     write_atomic(path.with_suffix(".svg"), plot(_finite(certificate)))
 

@@ -1,4 +1,4 @@
-"""Running a model layer by layer for a certificate: prompts, greedy text, replaced modules."""
+"""Running a model layer by layer for a certificate: prompts, greedy text, and replaced modules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +13,18 @@ from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.problems.generator import problems
 
-ROWS = 256  # activations a layer that are held to bounds; more are spread evenly
+ROWS = 256  # activations per layer that are checked against bounds; more are sampled at even intervals
 
 
 def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tensor, str]:
-    """(ids [count, tokens], what they are): test problems of one length in tokens, in as many languages as have that
-    length; without a tokenizer, random ids."""
+    """Return token ids [count, tokens] to certify on, and a description of them.
+
+    They are test problems that all have the same number of tokens, in as many languages as possible. Without a
+    tokenizer they are random. seed: of the problems, or of the random ids. vocabulary: the number of tokens that the
+    model knows.
+
+    Raises UserError if the tokenizer gives an id that the model does not have.
+    """
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary, (count, 32), generator=generator), f"random ids, seed {seed}"
@@ -28,24 +34,27 @@ def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tenso
         for language in LANGUAGES:
             ids = tokenizer(problem.prompts[language]).input_ids
             by_length.setdefault(len(ids), {}).setdefault(language, []).append(ids)
-    enough = {n: found for n, found in by_length.items() if sum(map(len, found.values())) >= count} or by_length
-    length = max(enough, key=lambda n: (len(enough[n]), sum(map(len, enough[n].values()))))
-    queues, chosen = [list(prompts) for prompts in enough[length].values()], []
-    while len(chosen) < count and any(queues):
+    usable = {n: group for n, group in by_length.items() if sum(map(len, group.values())) >= count} or by_length
+    length = max(usable, key=lambda n: (len(usable[n]), sum(map(len, usable[n].values()))))
+    queues, rows = [list(prompts) for prompts in usable[length].values()], []
+    while len(rows) < count and any(queues):
         for queue in queues:
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
-    if max(map(max, chosen)) >= vocabulary:
+            if queue and len(rows) < count:
+                rows.append(queue.pop(0))
+    if max(map(max, rows)) >= vocabulary:
         raise UserError(
-            f"the tokenizer gives id {max(map(max, chosen))}, the model has {vocabulary}: they do not belong together."
+            f"the tokenizer gives id {max(map(max, rows))}, the model has {vocabulary}: they do not belong together."
         )
-    languages = ", ".join(language for language in LANGUAGES if language in enough[length])
-    return torch.tensor(chosen), f"test problems of {length} tokens ({languages}), seed {seed}"
+    languages = ", ".join(language for language in LANGUAGES if language in usable[length])
+    return torch.tensor(rows), f"test problems of {length} tokens ({languages}), seed {seed}"
 
 
 @contextmanager
 def exactly_edited(block: nn.Module, basis: Tensor | None, strength: float) -> Iterator[None]:
-    """The oracle's edit: float64, on the output of `down_proj`."""
+    """Edit the output of `down_proj` in float64 while the block runs, with one rounding to its dtype.
+
+    This is the exact edit that the modes are compared with. basis: U [d_model, k]; None leaves the layer unedited.
+    """
     if basis is None:
         yield
         return
@@ -60,7 +69,7 @@ def exactly_edited(block: nn.Module, basis: Tensor | None, strength: float) -> I
 
 @contextmanager
 def _instead(module: nn.Module, value: Tensor | None) -> Iterator[None]:
-    """While the block lasts, the module gives `value` whatever it is given (None: what it always gives)."""
+    """Make the module return `value` for any input while the block runs. None changes nothing."""
     if value is None:
         yield
         return
@@ -76,7 +85,7 @@ def _instead(module: nn.Module, value: Tensor | None) -> Iterator[None]:
 
 @contextmanager
 def _seen(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What enters the module while the block lasts."""
+    """Record the module's inputs while the block runs."""
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     try:
@@ -86,8 +95,11 @@ def _seen(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def greedy(oracle: Layerwise, ids: Tensor, bases: dict, strength: float, tokens: int, advance: Callable) -> Tensor:
-    """ids with the edited oracle's own greedy continuation; end tokens do not end it. One pass through the files a
-    token, with a cache."""
+    """Return `ids` followed by `tokens` greedy tokens of the oracle, the edited model in higher precision.
+
+    End-of-text tokens do not stop the text. Every new token takes one pass through the files, with a key-value cache.
+    advance: called after every layer.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=oracle.config)
@@ -106,6 +118,6 @@ def greedy(oracle: Layerwise, ids: Tensor, bases: dict, strength: float, tokens:
 
 
 def _sampled(x: Tensor) -> Tensor:
-    """At most ROWS rows, spread evenly."""
+    """Return at most ROWS rows of x, taken at even intervals."""
     rows = x.flatten(0, -2)
     return rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=x.device).round().long()]

@@ -1,4 +1,4 @@
-"""The certificate of a model in every mode, with a baked checkpoint of it where there is one."""
+"""The certificate of a model in every mode, together with a baked checkpoint of it if there is one."""
 
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from kernel_surgery.subspace.artifact import Subspace
 
 
 def stored_dtype(folder: Path, layer: int) -> str:
-    """The dtype of a layer's down_proj in the files, by its name in torch. Raises UserError if it is not a float."""
+    """Return the dtype of a layer's `down_proj` in the files, by its name in torch.
+
+    Raises UserError if the tensor is missing or has a dtype that cannot be certified.
+    """
     name = f"{LLAMA.site(layer)}.weight"
-    place = located(folder).get(name)
-    dtype = None if place is None else EDITABLE.get(place[1].dtype)
+    location = located(folder).get(name)
+    dtype = None if location is None else EDITABLE.get(location[1].dtype)
     if dtype is None or name_of(dtype) not in DTYPES:
-        stored = "missing" if place is None else f"stored as {place[1].dtype}"
+        stored = "missing" if location is None else f"stored as {location[1].dtype}"
         raise UserError(f"{name} in {str(folder)!r} is {stored}: only {', '.join(DTYPES)} can be certified.")
     return name_of(dtype)
 
@@ -43,11 +46,21 @@ def verify_model(
     whole: bool | None = None,
     force: bool = False,
 ) -> dict:
-    """The certificate of the checkpoint `source` in every mode, as a dict; `certify_model` with what the files say.
+    """Certify the checkpoint `source` in every mode. Return the certificate as a dict.
 
-    baked: a baked checkpoint of it, which is verified too and whose weights are then the baked mode's. strength: 1
-    where it is None, or what `baked` was made with. dtype: a name, or "auto" for the one that the files are stored in.
-    Raises what `check_source`, `verify_checkpoint` and `certify_model` raise.
+    source: folder of the original.
+    subspace_file: the subspace.
+    model_id: name of the model, for the record.
+    baked: a baked checkpoint of `source`. Its files are verified too, and the baked mode uses its weights.
+    strength: by default 1, or the strength of `baked`.
+    dtype: the name of a dtype, or "auto" for the dtype of the files.
+    prompts, new_tokens, seed, whole: as in `certify.model.certify_model`.
+    force: accept a subspace of unknown origin, or one fitted on another model.
+
+    Numerics: as in `certify.model.certify_model`.
+
+    Raises what `check_source`, `verify_checkpoint` and `certify_model` raise. Raises UserError for a dtype that cannot
+    be certified.
     """
     subspace = Subspace.load(subspace_file, force=force)
     check_source(source, [read_layout(file) for file in weight_files(source)], subspace, force=force)
@@ -60,9 +73,11 @@ def verify_model(
         if dtype != stored:
             raise UserError(f"a baked checkpoint is certified in the dtype it is stored in, {stored}, not {dtype}.")
         certificate = verify_checkpoint(baked, source, subspace_file)
-    place = parse_device(device)
+    torch_device = parse_device(device)
     options = {"prompts": prompts, "new_tokens": new_tokens, "seed": seed, "made": baked, "whole": whole}
-    model = certify_model(source, subspace, dtype=STORED[dtype].dtype, device=place, strength=strength, **options)
+    model = certify_model(
+        source, subspace, dtype=STORED[dtype].dtype, device=torch_device, strength=strength, **options
+    )
     certificate |= {"model_id": model_id, "strength": strength, "rank": subspace.rank, "note": subspace.note}
     certificate["faults"] = certificate["faults"] + model.pop("faults")
-    return certificate | {"model": model, "environment": environment_record(place)}
+    return certificate | {"model": model, "environment": environment_record(torch_device)}

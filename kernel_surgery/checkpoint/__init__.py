@@ -1,1 +1,1 @@
-"""The edit on disk: baked checkpoints, undo, adapters."""
+"""Apply the edit to a checkpoint on disk: bake it into the weights, undo it, or write an adapter."""

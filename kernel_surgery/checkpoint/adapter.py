@@ -18,7 +18,7 @@ from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
+PREFIX = "base_model.model."  # PEFT puts this before a module's name
 
 
 def write_adapter(
@@ -31,11 +31,23 @@ def write_adapter(
     force: bool = False,
     command: str | None = None,
 ) -> int:
-    """Write the adapter of the checkpoint `source` to the new folder `destination`; its rank.
+    """Write the edit of the checkpoint `source` as an adapter to the new folder `destination`. Return its rank.
 
-    One weight in memory at a time. Raises what `checkpoint.check_source` raises, FileExistsError if `destination`
-    exists, ValueError for a bias that is not zero, a rank that no engine takes, a source that was baked, and for
-    what cannot be read or written; on any exception `destination` does not exist.
+    source: folder of a checkpoint that was not baked.
+    subspace: its bases; the edited layers are its layers.
+    strength: a in A = a U^T W, B = -U.
+    model_id: name of the base model for the records, by default the folder.
+    force: accept a subspace of unknown origin, or one fitted on another model.
+    command: the command line, for the record.
+
+    The rank is the subspace's, padded with zeros to one that serving engines accept (`edit.lora.padded_rank`). One
+    weight is in memory at a time.
+
+    Numerics: as in `edit.lora.lora_pair`; A and B are stored in float32.
+
+    Raises what `checkpoint.source.check_source` raises, and FileExistsError if `destination` exists. Raises
+    KernelSurgeryError for a bias that is not zero, a rank that no engine takes, a source that was baked, a weight that
+    is not finite, and files that cannot be read or written. After any exception `destination` does not exist.
     """
     source, destination = Path(source), Path(destination)
     check_absent(destination)
@@ -44,8 +56,8 @@ def write_adapter(
     check_source(source, layouts, subspace, force=force)
     files = {name: layout.path for layout in layouts for name in layout.entries}
     tensors = {}
-    found = editable(layouts, subspace.bases)
-    for entry in progress(found, total=len(found), desc=destination.name):
+    entries = editable(layouts, subspace.bases)
+    for entry in progress(entries, total=len(entries), desc=destination.name):
         with files[entry.name].open("rb") as file:
             weight = read_tensor(file.fileno(), entry)
         if weight.ndim == 1:
@@ -53,15 +65,15 @@ def write_adapter(
             continue
         basis = subspace.bases[LLAMA.edited_layer(entry.name, subspace.bases)]
         pair = lora_pair(weight, basis, strength)
-        # One NaN or Inf in a column makes all of that column's A NaN or Inf.
+        # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
             raise CheckpointError(f"{entry.name} holds NaN or Inf. Nothing was written.")
-        missing = rank - subspace.rank
+        padding = rank - subspace.rank
         module = PREFIX + entry.name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, missing)).contiguous()
-        tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, missing)).contiguous()
+        tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
+        tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, padding)).contiguous()
     record = edit_record("adapter", source, subspace, strength, model_id, command) | {"padded_rank": rank}
-    # PEFT looks the base model up under this name: a folder by its path, whatever it was called on the command line.
+    # PEFT loads the base model by this name. A folder needs its full path, whatever the command line called it.
     is_id = model_id is not None and not Path(model_id).exists() and model_id != "polyglot"
     record["base"] = model_id if is_id else str(source.resolve())
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -75,7 +87,11 @@ def write_adapter(
 
 
 def configuration(record: dict) -> dict:
-    """The adapter's configuration, as PEFT reads it: every field that changes what it computes is spelled out."""
+    """Return adapter_config.json as a dict, in the form that PEFT reads.
+
+    Every field that changes PEFT's arithmetic is set explicitly, so that no default of PEFT matters. record: the
+    provenance, with "padded_rank", "layers" and "base" (name or path of the base model).
+    """
     rank = record["padded_rank"]
     return {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": record["base"]},
@@ -86,7 +102,7 @@ def configuration(record: dict) -> dict:
 
 
 def _card(record: dict) -> str:
-    """A model card: what the adapter does, and what it does not."""
+    """Return the model card, which says what the adapter does."""
     model, layers = record["model_id"], record["layers"]
     lines = [
         *("---", f"base_model: {json.dumps(model)}", "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),

@@ -1,9 +1,12 @@
-"""The edit in a checkpoint's files: safetensors in, safetensors out, nothing else changed; and back again.
+"""The edit in the files of a checkpoint: bake it into the weights, and undo it.
 
-One tensor is in memory at a time, the rest is copied by the kernel (`stream.py`). The new folder is built under a
-temporary name beside its destination and renamed when it is complete: a destination that exists is whole. In it,
-`provenance.json` says what was done, to what, with what; `kernel_surgery/undo.safetensors` holds what was removed,
-U^T W of every edited tensor, from which `--undo` restores the weights to within a rounding.
+Only the edited tensors change. One tensor is in memory at a time; the rest is copied by the operating system
+(`files.tensorfile`). The new folder is built under a temporary name beside its destination and renamed when it is
+complete. So a destination that exists is complete.
+
+The new folder also holds two files of ours. `provenance.json` records what was done, to which checkpoint, and with
+which subspace. `kernel_surgery/undo.safetensors` holds the part that was removed, U^T W of every edited tensor.
+`--undo` restores the weights from it to within a rounding.
 """
 
 import json
@@ -41,14 +44,17 @@ from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
 from kernel_surgery.subspace.artifact import Subspace
 
-# In a folder of its own: some engines load every *.safetensors that lies beside the weights.
+# In a subfolder, because some engines load every *.safetensors beside the weights.
 UNDO = Path("kernel_surgery") / "undo.safetensors"
 BASE_CARD = "README.base.md"
 TensorEdit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
 
 
 def _write_file(layout: Layout, target: Path, edits: dict[str, TensorEdit], advance) -> Follower:
-    """One weight file, front to back: edited tensors computed, everything between them copied. Its hash, under way."""
+    """Write one weight file from front to back: compute the edited tensors, copy the bytes between them.
+
+    Return a `Follower`, which is still hashing the file. advance: called with the number of bytes that were finished.
+    """
     edited = sorted((layout.entries[name] for name in edits if name in layout.entries), key=lambda e: e.begin)
     with layout.path.open("rb") as source, target.open("w+b") as out:
         shared = share_blocks(source.fileno(), out.fileno())
@@ -87,9 +93,12 @@ def _rewrite(
     rename: Callable[[str], str | None],
     finish: Callable[[Path], dict],
 ) -> None:
-    """`source` with some tensors edited as the new folder `destination`; `rename` gives the names under which
-    other files go along (None: not at all); `finish(folder)` adds files and returns the record, to which the hash of
-    every file is added. All of it or nothing."""
+    """Write `source` with some tensors edited to the new folder `destination`, completely or not at all.
+
+    edits: {tensor name: function that returns the edited tensor}.
+    rename: maps the name of a file that is not a weight file to its name in the new folder; None leaves the file out.
+    finish: adds files to the folder and returns the record. The hash of every file is added to that record.
+    """
     total = sum(layout.size for layout in layouts)
     with (
         new_folder(destination, total) as temporary,
@@ -99,8 +108,8 @@ def _rewrite(
         for layout in layouts:
             name = layout.path.name
             followers[name] = _write_file(layout, temporary / name, edits, bar.update)
-        along, left_out = others(source)
-        for file in along:
+        other_files, left_out = others(source)
+        for file in other_files:
             if name := rename(file.name):
                 shutil.copy(file, temporary / name)
         record = finish(temporary) | {"left_out": left_out}
@@ -108,7 +117,7 @@ def _rewrite(
 
 
 def _card(record: dict) -> str:
-    """A model card: what the weights are, and how to take the edit back."""
+    """Return the model card, which says what the weights are and how to undo the edit."""
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
         *("---", f"base_model: {json.dumps(model)}", "tags: [kernel-surgery]", "---", ""),
@@ -129,12 +138,15 @@ def _card(record: dict) -> str:
 
 
 class _Removal:
-    """The edit of a checkpoint's tensors under way: what was removed, U^T W, and the norms before and after."""
+    """Edit the tensors of a checkpoint one by one.
+
+    Collects U^T W of every tensor (`inside`), and its norm before and after (`norms`).
+    """
 
     def __init__(self, entries: list[Entry], bases: Mapping[int, torch.Tensor], strength: float):
         self.bases, self.strength = bases, strength
         self.norms: dict[str, tuple[float, float]] = {}
-        # Allocated before the first weight is read: small tensors that stay, between large ones that come and go, would
+        # Allocate these before the first weight is read. Small long-lived tensors between large short-lived ones would
         # keep the heap from shrinking (500 MB after 32 layers of 8 MB).
         self.inside: dict[str, torch.Tensor] = {}
         for entry in entries:
@@ -143,21 +155,28 @@ class _Removal:
             self.inside[entry.name] = torch.empty(rank, *(entry.shape[1:] or (1,)), dtype=wide)
 
     def basis(self, name: str) -> torch.Tensor:
-        """The basis of a tensor's layer."""
+        """Return the basis of the layer that a tensor belongs to."""
         layer = LLAMA.edited_layer(name, self.bases)
         assert layer is not None, name
         return self.bases[layer]
 
     def edit(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """One edited tensor. Raises CheckpointError for one that is not finite, or that was baked before."""
+        """Return one edited tensor.
+
+        Raises CheckpointError if the tensor is not finite, or if it was baked with this subspace before.
+        """
         basis = self.basis(name)
         edited, inside = remove(weight, basis, self.strength)
-        # One NaN or Inf in a column makes all of that column's inside NaN or Inf.
+        # A NaN or Inf in a column makes the whole column of U^T W NaN or Inf, so checking U^T W is enough.
         if not torch.isfinite(inside).all():
             raise CheckpointError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
-        # Element by element the noise takes as long as the edit: computed only where its bound does not settle it.
-        held, matrix = float(inside.norm()), self.strength == 1 and weight.ndim == 2
-        if matrix and held < 3 * storage_noise_at_most(weight, basis) and held < 3 * storage_noise(weight, basis):
+        # The exact noise takes as long as the edit. Compute it only if its cheap upper bound leaves the case open.
+        inside_norm, checkable = float(inside.norm()), self.strength == 1 and weight.ndim == 2
+        if (
+            checkable
+            and inside_norm < 3 * storage_noise_at_most(weight, basis)
+            and inside_norm < 3 * storage_noise(weight, basis)
+        ):
             raise CheckpointError(
                 f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
                 f"{float(inside.norm()):.3g}): it was baked with this subspace before. Nothing was written. "
@@ -168,7 +187,7 @@ class _Removal:
         return edited
 
     def save(self, path: Path) -> None:
-        """What `--undo` needs, as one safetensors file."""
+        """Write the data that `--undo` needs to one safetensors file."""
         path.parent.mkdir()
         tensors = {f"basis.{layer}": basis.contiguous() for layer, basis in self.bases.items()}
         tensors |= {f"inside.{name}": inside.contiguous() for name, inside in self.inside.items()}
@@ -185,12 +204,24 @@ def bake_checkpoint(
     force: bool = False,
     command: str | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Write `source` with the edit in its weights to the new folder `destination`; {tensor: (norm before, after)}.
+    """Write `source` with the edit in its weights to the new folder `destination`.
 
-    Float32 arithmetic, one rounding: `reference.baked_element_bound`. Raises what `check_source` raises,
-    FileExistsError if `destination` exists, ValueError for a source that was baked before (by its provenance; at
-    strength 1 also by its weights), for a layer whose down_proj is not in the files, and for what cannot be edited,
-    read or written; on any exception `destination` does not exist and `source` is as it was.
+    source: folder of a checkpoint that was not baked.
+    subspace: its bases U [d_model, k]; the edited layers are its layers.
+    strength: a in W <- W - a U (U^T W).
+    model_id: name of the model for the records, by default the folder.
+    force: accept a subspace of unknown origin, or one fitted on another model.
+    command: the command line, for the record.
+
+    Returns {tensor name: (Frobenius norm before, after)}.
+
+    Numerics: float32 arithmetic with one rounding at the end (`edit.baked.remove`). The error bound is
+    `numerics.bounds.baked_element_bound`.
+
+    Raises what `checkpoint.source.check_source` raises, and FileExistsError if `destination` exists. Raises
+    KernelSurgeryError for a source that was baked before, a layer without a `down_proj` in the files, and tensors or
+    files that cannot be edited, read or written. An earlier bake is recognised by its provenance file; at strength 1
+    also by the weights. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
     check_absent(destination)
@@ -210,12 +241,16 @@ def bake_checkpoint(
 
 
 def undo_checkpoint(source: Path, destination: Path, *, command: str | None = None) -> dict[str, tuple[float, float]]:
-    """Write a baked checkpoint with its edit taken back to the new folder `destination`; {tensor: (norm before,
-    after)}.
+    """Write the baked checkpoint `source` with its edit undone to the new folder `destination`.
 
-    W = W' + a U (U^T W), from what was kept beside the weights; within 1.01 u (|W| + |W'|) and float32's own errors,
-    not bit for bit. Raises FileExistsError, or ValueError for a folder that is not a baked checkpoint or whose files
-    are not those that were written; on any exception `destination` does not exist and `source` is as it was.
+    Computes W = W' + a U (U^T W) from the U^T W that was saved when W' was baked. Returns {tensor name: (norm before,
+    after)}. command: the command line, for the record.
+
+    Numerics: float32 arithmetic. The result is not bit-identical to the original. It is within 1.01 u (|W| + |W'|) plus
+    float32's own error, where u is the unit roundoff of the stored dtype (`numerics.bounds.undo_bound`).
+
+    Raises FileExistsError if `destination` exists. Raises CheckpointError if `source` is not a baked checkpoint, or if
+    its files have changed since. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
     check_absent(destination)
@@ -228,26 +263,26 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
             )
     layouts = [read_layout(file) for file in weight_files(source)]
     with opened(source / UNDO) as file:
-        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    layers = [int(name.removeprefix("basis.")) for name in kept if name.startswith("basis.")]
+        undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    layers = [int(name.removeprefix("basis.")) for name in undo_tensors if name.startswith("basis.")]
     norms: dict[str, tuple[float, float]] = {}
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        basis, inside = kept[f"basis.{LLAMA.edited_layer(name, layers)}"], kept[f"inside.{name}"]
+        basis, inside = undo_tensors[f"basis.{LLAMA.edited_layer(name, layers)}"], undo_tensors[f"inside.{name}"]
         wide = computed_in(weight)
         columns = weight.to(wide).reshape(weight.shape[0], -1)
         with in_full(weight):
-            back = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=record["strength"])
-        back = back.reshape(weight.shape).to(weight.dtype)
-        norms[name] = float(weight.norm(dtype=torch.float32)), float(back.norm(dtype=torch.float32))
-        return back
+            restored = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=record["strength"])
+        restored = restored.reshape(weight.shape).to(weight.dtype)
+        norms[name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
+        return restored
 
     def finish(folder: Path) -> dict:
-        write_bases(folder, {int(name[6:]): basis for name, basis in kept.items() if name.startswith("basis.")})
-        about = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
-        return about | {"rank": record["rank"], "layers": record["layers"], "command": command}
+        write_bases(folder, {int(name[6:]): basis for name, basis in undo_tensors.items() if name.startswith("basis.")})
+        header = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
+        return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names = {"README.md": None, BASE_CARD: "README.md"}
-    edits = {name.removeprefix("inside."): edit for name in kept if name.startswith("inside.")}
+    edits = {name.removeprefix("inside."): edit for name in undo_tensors if name.startswith("inside.")}
     _rewrite(source, destination, layouts, edits, lambda n: names.get(n, n), finish)
     return norms

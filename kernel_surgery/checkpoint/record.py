@@ -1,7 +1,7 @@
-"""What every applier that writes a folder shares: all of it or nothing, and a record of what it is.
+"""The record that lies beside a baked checkpoint, a restored checkpoint or an adapter.
 
-`provenance.json` holds what was done, to what, with what, and the SHA-256 of every file; the bases lie beside it, so
-that the folder can be checked later from itself alone.
+`provenance.json` says what was done, to which model, with which subspace, and holds the SHA-256 of every file. The
+bases are stored beside it, so that the folder can be checked without any other file.
 """
 
 import json
@@ -24,15 +24,15 @@ BASES = Path("kernel_surgery") / "subspace.safetensors"
 
 
 def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:
-    """Keep the bases beside what was made with them, so that it can be checked from the folder alone."""
+    """Store the bases in the folder, so that it can be checked without the subspace file."""
     (folder / BASES).parent.mkdir(exist_ok=True)
     save_file({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES)
 
 
 def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torch.Tensor]:
-    """The bases that lie beside what was made with them.
+    """Return the bases {layer: U [d_model, k]} that are stored in a folder.
 
-    Raises ValueError where they are not the orthonormal bases of the layers, and of the rank, that the record names.
+    Raises CheckpointError unless they are orthonormal and have the layers and the rank that the record names.
     """
     with opened(folder / file) as tensors:
         named = {name: re.fullmatch(r"basis\.(\d+)", name) for name in tensors.keys()}  # noqa: SIM118
@@ -53,8 +53,11 @@ def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torc
 def edit_record(
     kind: str, source: Path, subspace: Subspace, strength: float, model_id: str | None, command: str | None
 ) -> dict:
-    """What every record says of an edit: of what, with what, how strong. kind: "baked" or "adapter"."""
-    # The commit of a checkpoint that lies in the hub's cache; else the one that the subspace was measured on.
+    """Return the fields that every record of an edit has: the model, the subspace and the strength.
+
+    kind: "baked" or "adapter".
+    """
+    # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
     return {
         **{"kind": kind, "model_id": model_id or str(source), "strength": strength},
@@ -64,7 +67,10 @@ def edit_record(
 
 
 def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
-    """Write the record with the SHA-256 of every file in the folder; `hashes` holds those that are known already."""
+    """Write provenance.json: the record, the environment, and the SHA-256 of every file in the folder.
+
+    hashes: the hashes that are already known. The others are added to it.
+    """
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in hashes:
@@ -81,7 +87,10 @@ _WRITER = {
 
 
 def read_provenance(folder: Path, kind: str = "baked") -> dict:
-    """What a "baked" or "restored" checkpoint or an "adapter" says of itself. Raises ValueError for what is none."""
+    """Return the record of a folder. kind: "baked", "restored" or "adapter".
+
+    Raises CheckpointError if the folder has no valid record of that kind.
+    """
     try:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         if record["kind"] != kind or not isinstance(record["sha256"], dict):

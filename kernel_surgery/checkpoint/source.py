@@ -1,4 +1,4 @@
-"""What is edited of a checkpoint on disk, and whether a subspace belongs to it."""
+"""The checkpoint before the edit: its editable tensors, and whether a subspace belongs to it."""
 
 from pathlib import Path
 
@@ -16,7 +16,14 @@ EDITABLE_CODES = tuple(STORED[name].code for name in DTYPES)
 
 
 def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, force: bool = False) -> None:
-    """Refuse a checkpoint that the subspace was not fitted on, or of unknown architecture; reads a few tensors."""
+    """Refuse a checkpoint of unknown architecture, and one that the subspace was not fitted on.
+
+    layouts: the headers of its weight files. force: accept a subspace of unknown origin, or one fitted on another
+    model. Reads only a few tensors, to compare with the weights that the subspace recorded.
+
+    Raises CheckpointError for an unknown architecture or a missing tensor, and MismatchError if the subspace does not
+    belong to the checkpoint.
+    """
     config = read_config(folder)
     if config.get("model_type") not in ARCHITECTURES:
         raise CheckpointError(
@@ -24,21 +31,24 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
             f"{', '.join(ARCHITECTURES)}.\nNothing was written."
         )
     n_layers = config["num_hidden_layers"]
-    where = {name: layout.path for layout in layouts for name in layout.entries}
-    wanted = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
-    if missing := [name for name in wanted if name not in where]:
+    file_of = {name: layout.path for layout in layouts for name in layout.entries}
+    required = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
+    if missing := [name for name in required if name not in file_of]:
         raise CheckpointError(f"{str(folder)!r} has no tensor {missing[0]}. Nothing was written.")
 
     def weights():
-        for name in wanted:
-            with opened(where[name]) as file:
+        for name in required:
+            with opened(file_of[name]) as file:
                 yield name, file.get_tensor(name)
 
     subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
 
 
 def original_layouts(source: Path) -> list[Layout]:
-    """The weight files of a checkpoint that was not baked before. Raises ValueError for one that was."""
+    """Return the headers of the weight files of an original checkpoint.
+
+    Raises CheckpointError for a checkpoint that was already baked.
+    """
     if (source / PROVENANCE).exists():
         raise CheckpointError(
             f"{str(source)!r} was baked before (it holds {PROVENANCE}): the edit again would not remove anything more "
@@ -48,8 +58,11 @@ def original_layouts(source: Path) -> list[Layout]:
 
 
 def editable(layouts: list[Layout], bases: dict) -> list[Entry]:
-    """The tensors that the edit concerns: weights, and biases where there are any. Refuses what cannot be edited."""
-    found = []
+    """Return the tensors to edit: the `down_proj` weight of every layer in `bases`, and its bias if there is one.
+
+    Raises CheckpointError for a missing weight, a wrong shape, and a dtype that cannot be edited.
+    """
+    matches = []
     for layout in layouts:
         for name, entry in layout.entries.items():
             layer = LLAMA.edited_layer(name, bases)
@@ -67,8 +80,8 @@ def editable(layouts: list[Layout], bases: dict) -> list[Entry]:
                     f"cannot edit {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
                     "Nothing was written. Fit a subspace on this model."
                 )
-            found.append(entry)
-    missing = {f"{LLAMA.site(layer)}.weight" for layer in bases} - {entry.name for entry in found}
+            matches.append(entry)
+    missing = {f"{LLAMA.site(layer)}.weight" for layer in bases} - {entry.name for entry in matches}
     if missing:
         raise CheckpointError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}. Nothing was written.")
-    return found
+    return matches

@@ -1,1 +1,1 @@
-"""The edit in a model in memory: hook, fused, baked, lora."""
+"""Apply the edit to a model in memory, as a hook, a fused operator, new weights or an adapter."""

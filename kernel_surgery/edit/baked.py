@@ -1,4 +1,7 @@
-"""The edit in the weights of a model in memory (weight orthogonalization): W <- W - a U (U^T W)."""
+"""The edit in the weights of a model in memory (weight orthogonalization): W <- W - a U (U^T W).
+
+Baking a checkpoint on disk uses the same arithmetic: see `checkpoint.baking`.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,30 +17,39 @@ ROWS_AT_ONCE = 256
 
 
 def remove(weight: Tensor, basis: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(W - a U (U^T W) as a new tensor of W's dtype, U^T W in float32 [k, columns]).
+    """Return W - a U (U^T W) in W's dtype, and U^T W in float32.
 
-    weight [d_model, d_ff], or a bias [d_model]; basis [d_model, k]. Float32 arithmetic (float64 for a float64 weight),
-    one rounding at the end: `reference.baked_element_bound`. P = I - U U^T is never formed: rounded to bfloat16 it
-    would leave a fifth of the elements wrong.
+    weight: W [d_model, d_ff], or a bias [d_model].
+    basis: U [d_model, k].
+    strength: a.
+
+    The first tensor is new and has W's shape. The second is [k, columns], where a bias counts as one column.
+
+    Numerics: float32 arithmetic (float64 for a float64 weight, whose U^T W is float64 too), with one rounding at the
+    end. The error bound is `numerics.bounds.baked_element_bound`. P = I - U U^T is never formed, because rounding P to
+    bfloat16 would leave a fifth of the elements wrong.
     """
     wide = computed_in(weight)
     w, u = weight.detach().reshape(weight.shape[0], -1), basis.to(weight.device, wide)
-    # On a CPU some rows at a time: float32 copies of a whole large weight are fresh pages again and again, which took
-    # two thirds of the time. In a cache they cost little, and the sums over rows stay float32.
+    # On a CPU, take a few rows at a time. A float32 copy of a whole large weight needs fresh memory pages each time,
+    # which took two thirds of the time. Small copies stay in the cache. The sums over rows are float32 either way.
     step = ROWS_AT_ONCE if w.device.type == "cpu" else max(1, w.shape[0])
-    parts = [slice(start, start + step) for start in range(0, w.shape[0], step)]
+    row_slices = [slice(start, start + step) for start in range(0, w.shape[0], step)]
     inside = torch.zeros(u.shape[1], w.shape[1], dtype=wide, device=w.device)
-    made = torch.empty_like(w, memory_format=torch.contiguous_format)
+    edited = torch.empty_like(w, memory_format=torch.contiguous_format)
     with in_full(weight):
-        for part in parts:
-            inside.addmm_(u[part].T, w[part].to(wide))
-        for part in parts:
-            made[part] = torch.addmm(w[part].to(wide), u[part], inside, alpha=-strength)
-    return made.reshape(weight.shape), inside.to(torch.promote_types(weight.dtype, torch.float32))
+        for rows in row_slices:
+            inside.addmm_(u[rows].T, w[rows].to(wide))
+        for rows in row_slices:
+            edited[rows] = torch.addmm(w[rows].to(wide), u[rows], inside, alpha=-strength)
+    return edited.reshape(weight.shape), inside.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def bake_weight(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """W - a U (U^T W) as a new tensor of W's dtype: the first of what `remove` returns."""
+    """Return W - a U (U^T W) as a new tensor of W's dtype.
+
+    Shapes and numerics are those of `remove`; this is the first tensor that it returns.
+    """
     return remove(weight, basis, strength)[0]
 
 
@@ -50,12 +62,18 @@ def baked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """While the block lasts, `down_proj` of every layer of `subspace` holds W - a U (U^T W); its bias likewise.
+    """Replace W of `down_proj` by W - a U (U^T W) while the block runs, and its bias likewise.
 
-    The parameters stay the same objects (optimizers and compiled code see the edit). Their original values are kept
-    beside them, on their device, and put back bit for bit when the block ends, by an exception too. layers, force: as
-    in `hook.hooked`. Raises what `edit.plan_edit` raises, and ValueError for a weight shared by two of the layers,
-    before anything is changed.
+    model, subspace, strength, layers, force: as in `edit.hook.hooked`.
+
+    The parameters stay the same objects, so optimizers and compiled code see the edit. A copy of each original is kept
+    on the same device. When the block ends, normally or by an exception, the originals are put back and are
+    bit-identical. Yields the record of the edit, with the weight norms before and after.
+
+    Numerics: as in `remove`.
+
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight. Both come before
+    anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     owners: dict[int, str] = {}
@@ -68,7 +86,7 @@ def baked(
                 "No weight was changed. Use the fused mode, which leaves weights alone."
             )
         owners[pointer] = site.name
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    originals: list[tuple[nn.Parameter, Tensor]] = []
     norms: dict[int, tuple[float, float]] = {}
     try:
         with torch.no_grad():
@@ -76,11 +94,11 @@ def baked(
                 before = float(site.module.weight.float().norm())
                 for parameter in (site.module.weight, site.module.bias):
                     if parameter is not None:
-                        kept.append((parameter, parameter.detach().clone()))
+                        originals.append((parameter, parameter.detach().clone()))
                         parameter.copy_(bake_weight(parameter, plan.bases[layer], plan.strength))
                 norms[layer] = (before, float(site.module.weight.float().norm()))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms)
     finally:
         with torch.no_grad():
-            for parameter, original in reversed(kept):
+            for parameter, original in reversed(originals):
                 parameter.copy_(original)

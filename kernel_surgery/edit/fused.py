@@ -1,7 +1,7 @@
-"""The edit as one operator: after `down_proj`, and where it can be, with what follows in the layer. Weights untouched.
+"""The edit as one operator after `down_proj`, fused with the operations that follow where possible.
 
-On CUDA the operators are Triton kernels, on the CPU plain ATen: `Edit.provider` names the one that ran, `Edit.reach`
-how much of each layer it took in.
+The weights are not changed. The operators are Triton kernels on CUDA and plain ATen on the CPU. `Edit.provider` names
+the one that ran, such as "triton/cuda". `Edit.reach` says how much of each layer was fused.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,19 +27,28 @@ def fused(
     force: bool = False,
     reach: str = "norm",
 ) -> Iterator[Edit]:
-    """Inside the block, the output of `down_proj` is edited by `ops.project` in every layer of `subspace`.
+    """Edit the output of `down_proj` with `ops.project` while the block runs, in every layer of `subspace`.
 
-    strength: a number, or a floating tensor [batch] with one strength per sequence. The tensor is read at every call,
-    also by a replayed graph: write to it in place to turn the edit on and off per request. Rows of strength 0 pass bit
-    for bit (at reach "norm" on CUDA the residual stream does; its norm is another float32 sum).
-    layers: only these layers of the subspace. force: accept a subspace of unknown or foreign provenance (never of
-    another shape). reach: how much becomes one operator with the edit. "output": nothing more. "add": the residual
-    addition too. "norm" (default): and the norm that follows. Where a layer does not allow it, less is fused and
-    `Edit.fallbacks` says why. All give the same bits on the CPU.
+    strength: a number, or a floating-point tensor [batch] with one value per sequence. The tensor is read at every
+    call, including calls of a captured CUDA graph. Write to it in place to switch the edit on and off per request. At
+    strength 0 a row is bit-identical to the unedited one. One exception: at reach "norm" on CUDA this holds for the
+    residual stream, but the fused norm sums in another order.
+    reach: how much of the layer becomes one operator with the edit.
+        "output": only the edit.
+        "add": the residual addition too.
+        "norm" (default): the residual addition and the norm that follows it.
+        If a layer does not allow this, less is fused and `Edit.fallbacks` says why. On the CPU all three give the same
+        bits.
+    model, subspace, layers, force: as in `edit.hook.hooked`.
 
-    Numerics: Rule A of `bounds.rule_a_bound`, then the roundings of the separate operations. Survives
-    torch.compile(fullgraph=True) inside the block. Raises what `plan.plan_edit` raises, and KernelSurgeryError for
-    another reach, before anything is changed. The model is restored when the block ends, also by an exception.
+    Works under torch.compile(fullgraph=True) inside the block. When the block ends, normally or by an exception, the
+    model is restored. Yields the record of the edit.
+
+    Numerics: the edit itself is within `numerics.bounds.rule_a_bound`. The fused operators then make the same roundings
+    as the separate operations.
+
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError for an unknown reach or a rank that the operators
+    do not take (`ops.check_rank`). All of these come before anything is changed.
     """
     if reach not in REACHES:
         raise KernelSurgeryError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}. Nothing was changed.")
@@ -49,9 +58,9 @@ def fused(
     provider = ops.provider(next(iter(plan.bases.values())))
     if provider == "triton/cuda":
         plan = replace(plan, bases={layer: ops.packed(basis) for layer, basis in plan.bases.items()})
-    possible = {layer: reach_of(model, layer, reach) for layer in plan.sites}
-    reaches = {layer: how_far for layer, (how_far, _) in possible.items()}
-    reasons = {layer: why for layer, (_, why) in possible.items() if why}
+    reach_and_reason = {layer: reach_of(model, layer, reach) for layer in plan.sites}
+    reaches = {layer: how_far for layer, (how_far, _) in reach_and_reason.items()}
+    reasons = {layer: why for layer, (_, why) in reach_and_reason.items() if why}
     edit = new_edit("fused", plan, provider, reach=reaches, fallbacks=reasons)
     with ExitStack() as stack:
         buffer = stack.enter_context(buffers(plan, plan.bases))

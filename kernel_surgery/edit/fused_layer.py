@@ -1,13 +1,15 @@
-"""The edit inside the decoder layer: with the residual addition that follows it, and with the norm after that.
+"""The edit inside a decoder layer, fused with the residual addition and the norm that follow it.
 
-A hook on `down_proj` ends where the module ends. What follows is `residual + output`, in the layer, and then a norm
-that belongs to the next layer (the last layer's: to the model). Here the layer's forward is replaced for as long as
-the edit lasts, by one that computes the same from the same submodules but for its end: one operator, `project_add` or
-`project_add_rmsnorm`. In the latter case the next norm finds its result waiting and passes it on.
+A hook on `down_proj` cannot go beyond that module. Two steps follow it. The layer computes `residual + output`. Then
+the next layer's first norm reads the sum; after the last layer it is the model's final norm.
 
-One piece of code for every architecture of `architectures.ARCHITECTURES`. A layer that it does not know exactly it
-leaves alone, and `reach_of` says why. Another hook on the MLP's output sees the output edited: in that layer the hook
-on `down_proj` makes the edit at once, and the layer only adds.
+While the edit lasts, this module replaces the layer's forward. The replacement calls the same submodules, but its end
+is one operator: `project_add`, or `project_add_rmsnorm`. In the second case the next norm's forward is replaced too. It
+returns the result that the operator has already computed.
+
+The same code serves every architecture in `models.architectures.ARCHITECTURES`. If it does not recognise a layer
+exactly, it fuses less, and `reach_of` says why. If another hook reads the MLP's output, that hook must see the edited
+output. In that layer the hook on `down_proj` makes the edit, and the layer only adds.
 """
 
 import inspect
@@ -24,27 +26,30 @@ from kernel_surgery.models.architectures import decoder_layers, layout_of, next_
 
 
 def _own_class(module: nn.Module | None, kind: str, ending: str) -> bool:
-    """Whether a module is of the class that transformers defines for an architecture, and not one derived from it."""
+    """Return whether a module has exactly the class that transformers defines for an architecture.
+
+    A subclass does not count. kind: the model type, such as "qwen2". ending: of the class name, such as "MLP".
+    """
     name = type(module).__name__
     return type(module).__module__ == f"transformers.models.{kind}.modeling_{kind}" and name.endswith(ending)
 
 
 def _replaced(module: nn.Module) -> bool:
-    """Whether someone else has replaced this module's forward (accelerate's hooks, kernels from the hub, we)."""
+    """Return whether this module's forward was replaced: by accelerate, by hub kernels, or by us."""
     return "forward" in vars(module)
 
 
 def _readers(model: nn.Module, layer: int) -> list[nn.Module]:
-    """The modules that are given what a layer returns."""
+    """Return the modules that read a layer's output: the next norm, and the next layer if there is one."""
     blocks = decoder_layers(model)
     return [next_norm(model, layer), *blocks[layer + 1 : layer + 2]]
 
 
 def _watched(block: nn.Module, readers: list[nn.Module]) -> bool:
-    """Whether a hook sees the tensor between a layer and its `_readers`: it may change it in place.
+    """Return whether a hook sees the tensor between a layer and its `_readers`. Such a hook may change it in place.
 
-    Those with which transformers records hidden states stay in place after the first time they were asked for; they
-    change nothing.
+    The hooks that transformers uses to record hidden states do not count. They stay installed after their first use,
+    but they change nothing.
     """
     recorder = "transformers.utils.output_capturing"
     hooks = [*block._forward_hooks.values(), *(hook for m in readers for hook in m._forward_pre_hooks.values())]
@@ -52,10 +57,14 @@ def _watched(block: nn.Module, readers: list[nn.Module]) -> bool:
 
 
 def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]:
-    """How far the edit of a layer can reach, at most `asked` ("output", "add" or "norm"), and why no further.
+    """Return how much of a layer can be fused with the edit, and the reason if it is less than asked.
 
-    "output": an operator after `down_proj`. "add": it takes in the residual addition. "norm": and the norm that
-    follows. Looks at the model as it is now; changes nothing.
+    asked: "output", "add" or "norm", as in `edit.fused.fused`. The result is at most that:
+        "output": an operator after `down_proj`.
+        "add": the operator includes the residual addition.
+        "norm": it also includes the norm that follows.
+
+    Looks at the model as it is now, and changes nothing.
     """
     kind, block = model.config.model_type, decoder_layers(model)[layer]
     weight = submodule(block, layout_of(model).projection).weight
@@ -86,11 +95,14 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
 
 
 class EditedLayer:
-    """One decoder layer in fused mode: its hook on `down_proj`, its own forward, and what it hands to the next norm.
+    """Edit one decoder layer in fused mode.
 
-    In a forward pass the edit is made in one of two places. The layer's forward decides before it runs the MLP:
-    further on, together with the residual addition (`further_on` is True while the MLP runs, and the hook lets the
-    output pass), or at once, by the hook. The hook counts the call in both.
+    It owns the hook on `down_proj`, the layer's forward, and the result that it passes to the next norm.
+
+    Each forward pass makes the edit in one of two places. The layer's forward chooses before it runs the MLP. Either
+    the hook makes the edit at once, or the edit comes later, together with the residual addition. In the second case
+    `further_on` is True while the MLP runs, and the hook lets the output pass unchanged. The hook counts the call in
+    both cases.
     """
 
     def __init__(self, model: nn.Module, layer: int, plan: Plan, edit: Edit, buffer: str):
@@ -99,26 +111,26 @@ class EditedLayer:
         self.block, self.down = decoder_layers(model)[layer], plan.sites[layer].module
         self.norm, self.readers = next_norm(model, layer), _readers(model, layer)
         self.further_on = False
-        # The norm of the tensor that the layer returned, valid only for that tensor object.
+        # The tensor that the layer returned last, and its norm. The norm is valid only for that tensor object.
         self.returned: Tensor | None = None
         self.normed: Tensor | None = None
 
     def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        """The forward hook on `down_proj`."""
+        """Edit the output of `down_proj`, unless the layer's forward will do it later."""
         self.edit.count(self.layer)
-        # A deep copy of the model has this hook too, and a `down_proj` of its own: there the hook edits.
+        # A deep copy of the model shares this hook but has its own `down_proj`. There the hook makes the edit.
         if self.further_on and module is self.down:
             return None
         return ops.project(output, getattr(module, self.buffer), self.plan.strength)
 
     def output_watched(self) -> bool:
-        """Whether another hook than our own sees the MLP's output."""
+        """Return whether a hook other than ours sees the MLP's output."""
         own = len(self.down._forward_hooks) == 1
         return not own or bool(self.block.mlp._forward_hooks) or bool(hooks_of_all._global_forward_hooks)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside the block, the layer's forward, and with reach "norm" the next norm's, are ours."""
+        """Replace the layer's forward while the block runs; at reach "norm" the next norm's too."""
         if self.reach == "output":
             yield
             return
@@ -136,13 +148,13 @@ class EditedLayer:
     def _layer_forward(self) -> Callable[..., Tensor]:
         parameters = list(inspect.signature(type(self.block).forward).parameters.values())[2:]
         names = [p.name for p in parameters]
-        # The layer hands every parameter of its own on to attention, those that were left out too.
+        # The layer passes all its parameters on to attention, including those the caller left at their defaults.
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         block = self.block
 
         def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-            # A deep copy has layers of its own. A checkpointed layer has its checkpoint in the class's forward, and is
-            # run again from its input alone. In both the hook edits.
+            # Two cases go to the class's own forward, where the hook makes the edit. A deep copy has its own layers.
+            # With gradient checkpointing, that forward runs the layer again from its input alone.
             if module is not block or (block.training and getattr(block, "gradient_checkpointing", False)):
                 return type(module).forward(module, hidden_states, *args, **kwargs)
             kwargs = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
@@ -152,7 +164,10 @@ class EditedLayer:
         return MethodType(forward, block)
 
     def _end(self, residual: Tensor) -> Tensor:
-        """The layer from its MLP on: residual + the edited output, and with reach "norm" the norm of that."""
+        """Run the layer from its MLP on: residual + edited output.
+
+        At reach "norm" the next norm is computed as well, and kept for it.
+        """
         at_once = self.output_watched() or residual.dtype not in ops.UP_TO_FLOAT32
         self.further_on = not at_once
         try:
@@ -176,7 +191,7 @@ class EditedLayer:
 
         def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
             n = self.normed if self.returned is hidden_states else None
-            self.returned = self.normed = None  # nothing is kept alive, and nothing is taken twice
+            self.returned = self.normed = None  # frees the tensors, and no result is used twice
             return own(module, hidden_states) if n is None else n
 
         return MethodType(forward, self.norm)

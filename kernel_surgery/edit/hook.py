@@ -1,4 +1,7 @@
-"""The edit as a forward hook in plain PyTorch: the form to read first, and the one the others are compared with."""
+"""The edit as a forward hook in plain PyTorch.
+
+This is the simplest form. Read it first; the other modes are compared with it.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +21,19 @@ def hooked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Inside the block, `down_proj` of every layer of `subspace` returns y - a U (U^T y) instead of y.
+    """Hook `down_proj` so that it returns y - a U (U^T y) instead of y while the block runs.
 
-    layers: only these layers of the subspace. force: accept a subspace of unknown or foreign provenance (never of
-    another shape). Numerics: float32 arithmetic, one rounding to the activations' dtype. Raises what `plan.plan_edit`
-    raises, before anything is changed. The model is restored when the block ends, also by an exception.
+    model: a causal LM of a known architecture (`models.architectures.ARCHITECTURES`).
+    subspace: a `Subspace`, or a mapping of layers to bases U [d_model, k].
+    strength: a in the formula. 1 removes the subspace, 2 reflects it.
+    layers: edit only these layers of the subspace.
+    force: accept a subspace of unknown origin, or one fitted on another model. The shape must still match.
+
+    Yields the record of the edit. When the block ends, normally or by an exception, the model is restored.
+
+    Numerics: float32 arithmetic (`numerics.precision.computed_in`), then one rounding to the dtype of the activations.
+
+    Raises what `edit.plan.plan_edit` raises, before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     edit = new_edit("hook", plan, "torch/eager")

@@ -1,4 +1,7 @@
-"""The edit as an exact low-rank adapter in a model in memory: W + B A with A = a U^T W, B = -U."""
+"""The edit as an exact low-rank adapter in a model in memory: W + B A with A = a U^T W and B = -U.
+
+The form is LoRA's (Hu et al. 2021, arXiv:2106.09685), but nothing is trained.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +14,14 @@ from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank takes these; its default is 16
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes; its default is 16
 
 
 def padded_rank(k: int) -> int:
-    """The smallest rank in RANKS that holds k. Raises ValueError beyond the largest."""
+    """Return the smallest rank in RANKS that is at least k.
+
+    Raises KernelSurgeryError if k is larger than all of them.
+    """
     for rank in RANKS:
         if k <= rank:
             return rank
@@ -24,25 +30,28 @@ def padded_rank(k: int) -> int:
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The two factors of a low-rank addition to a weight: W + B A. a: A [k, d_ff]; b: B [d_model, k]; float32."""
+    """The two factors of W + B A, in float32: a is A [k, d_ff], b is B [d_model, k]."""
 
     a: Tensor
     b: Tensor
 
     def stacked(self) -> Tensor:
-        """[d_model + d_ff, k]: B above A^T, as one tensor that a module can hold as a buffer."""
+        """Return B above A^T, [d_model + d_ff, k]: one tensor, so that a module can hold it as a buffer."""
         return torch.cat([self.b, self.a.T])
 
     @staticmethod
     def unstacked(stacked: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
-        """(A^T [d_ff, k], B [d_model, k]) of what `stacked` made."""
+        """Split the result of `stacked` into A^T [d_ff, k] and B [d_model, k]."""
         return stacked[d_model:], stacked[:d_model]
 
 
 def lora_pair(weight: Tensor, basis: Tensor, strength: float = 1.0) -> LoraPair:
-    """A = a U^T W and B = -U, so that (W + B A) h = W h - a U (U^T W h).
+    """Return A = a U^T W and B = -U, so that (W + B A) h = W h - a U (U^T W h).
 
-    weight [d_model, d_ff] of any floating dtype, basis [d_model, k]. Float32 arithmetic: `bounds.adapter_bound`.
+    weight: W [d_model, d_ff], any floating dtype. basis: U [d_model, k]. strength: a.
+
+    Numerics: float32 arithmetic (`numerics.precision.computed_in`). The error bound of A is
+    `numerics.bounds.adapter_bound`.
     """
     wide = computed_in(weight)
     u = basis.to(weight.device, torch.float32)
@@ -51,7 +60,10 @@ def lora_pair(weight: Tensor, basis: Tensor, strength: float = 1.0) -> LoraPair:
 
 
 def refuse_bias(name: str, bias: Tensor | None) -> None:
-    """Raises ValueError for a bias that is not zero: an adapter adds B A h, which knows nothing of it."""
+    """Refuse a bias that is not zero.
+
+    An adapter adds B A h, which depends on the input alone, so it cannot edit a bias. Raises KernelSurgeryError.
+    """
     if bias is not None and bool((bias != 0).any()):
         raise KernelSurgeryError(
             f"{name} has a bias, and an adapter cannot edit a bias: what it adds depends on the input alone. Nothing "
@@ -60,9 +72,9 @@ def refuse_bias(name: str, bias: Tensor | None) -> None:
 
 
 def add_pair(output: Tensor, stacked: Tensor, h: Tensor) -> Tensor:
-    """What PEFT computes with a float32 adapter: output + B (A h), in float32, one rounding.
+    """Return output + B (A h), computed in float32 and rounded once, as PEFT does with a float32 adapter.
 
-    output [..., d_model], h [..., d_ff]; stacked: of a `LoraPair`.
+    output: [..., d_model]. h: [..., d_ff]. stacked: from `LoraPair.stacked`. The result has output's shape and dtype.
     """
     wide = computed_in(output)
     a_transposed, b = (t.to(wide) for t in LoraPair.unstacked(stacked, output.shape[-1]))
@@ -79,11 +91,17 @@ def adapted(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Inside the block, `down_proj` of every layer of `subspace` returns W h + B (A h), the adapter's arithmetic.
+    """Make `down_proj` return W h + B (A h) while the block runs, in every layer of `subspace`.
 
-    The weights are untouched. layers, force: as in `hook.hooked`. Raises what `plan.plan_edit` raises, and
-    KernelSurgeryError for a bias that is not zero, before anything is changed. The model is restored when the block
-    ends, also by an exception.
+    This is the arithmetic of the LoRA adapter that `checkpoint.adapter` writes. The weights are not changed.
+
+    model, subspace, strength, layers, force: as in `edit.hook.hooked`. When the block ends, normally or by an
+    exception, the model is restored. Yields the record of the edit.
+
+    Numerics: as in `lora_pair` and `add_pair`.
+
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError for a bias that is not zero. Both come before
+    anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     pairs = {}

@@ -1,4 +1,7 @@
-"""The modes by name: the original, and the four places where the edit can be made."""
+"""The modes by name: "original", and the four ways to make the edit.
+
+"hook" is plain PyTorch, "fused" an operator, "baked" changes the weights, "lora" adds an adapter.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +19,12 @@ APPLIERS = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 
 
 def modes_of(name: str) -> list[str]:
-    """The modes that a run of `--mode name` compares: the original, and the one named or all."""
+    """Return the modes that `--mode name` compares: the original and the named one, or all of them."""
     return list(MODES) if name == "all" else list(dict.fromkeys(["original", name]))
 
 
 def applier_of(mode: str) -> Callable:
-    """The context manager that makes a mode's edit."""
+    """Return the context manager that makes a mode's edit. Raises KeyError for "original"."""
     return APPLIERS[mode]
 
 
@@ -29,7 +32,11 @@ def applier_of(mode: str) -> Callable:
 def applied(
     mode: str, model: nn.Module, subspace: SubspaceLike | None, strength: float, force: bool = False
 ) -> Iterator[tuple[Edit, ...]]:
-    """Inside the block, the model has the edit of a mode. Yields its record; nothing for "original"."""
+    """Edit the model by the named mode while the block runs.
+
+    Yields a tuple with the record of the edit, or an empty tuple for "original". subspace, strength, force: as in
+    `edit.hook.hooked`. Raises what the mode's context manager raises.
+    """
     if mode == "original":
         yield ()
         return
@@ -38,7 +45,7 @@ def applied(
 
 
 def describe_edit(edit: Edit) -> dict:
-    """What results.json says of one applied edit."""
+    """Return the JSON form of an edit's record, as results.json holds it."""
     return {
         "provider": edit.provider,
         "layers": list(edit.layers),

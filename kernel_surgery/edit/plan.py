@@ -1,4 +1,7 @@
-"""What the appliers share: everything is checked before anything is changed, and every layer is accounted for."""
+"""The steps that all four modes share: check the edit, install it, record it.
+
+Everything is checked before anything is changed, and every requested layer is accounted for.
+"""
 
 import itertools
 import math
@@ -20,10 +23,18 @@ _names = itertools.count()
 
 @dataclass(frozen=True)
 class Edit:
-    """One applied edit. `calls[layer]` counts the forward passes that went through it (not those inside a compiled
-    graph); it is empty for baked weights. `norms[layer]` is the weight's Frobenius norm (before, after) baking.
-    `reach[layer]`, of the fused mode alone, is how much of the layer is one operator with the edit, and
-    `fallbacks[layer]` why it is less than was asked for (`fused_layer.reach_of`).
+    """The record of one edit that is in force.
+
+    mode: "hook", "fused", "baked" or "lora".
+    layers: the edited layers.
+    strength: a in y - a U (U^T y).
+    provider: the code that runs the edit, such as "torch/eager", "aten/cpu" or "triton/cuda"; "weights" for baked.
+    note: a warning if the basis was fitted at another site than the one that is edited, or None.
+    norms: {layer: (before, after)}, the Frobenius norm of a baked weight.
+    calls: {layer: number of forward passes that used the edit}. Calls inside a compiled graph are not counted. Empty
+    for baked weights.
+    reach: {layer: how much of the layer is fused with the edit}, for the fused mode only (`edit.fused_layer.reach_of`).
+    fallbacks: {layer: why less was fused than asked}.
     """
 
     mode: str
@@ -37,14 +48,17 @@ class Edit:
     fallbacks: dict[int, str] = field(default_factory=dict)
 
     def count(self, layer: int) -> None:
-        """One more call of a layer; inside a compiled graph nothing is counted."""
+        """Count one call of a layer. Does nothing inside a compiled graph."""
         if not torch.compiler.is_compiling():
             self.calls[layer] += 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked edit that has not been made yet."""
+    """An edit that was checked but not made yet.
+
+    sites: {layer: the `down_proj` to edit}. bases: {layer: U [d_model, k]}, each on its module's device.
+    """
 
     sites: dict[int, Site]
     bases: dict[int, Tensor]
@@ -53,12 +67,16 @@ class Plan:
 
 
 def buffer_name() -> str:
-    """A name for a basis among a module's buffers, never given out twice."""
+    """Return a buffer name that was not returned before."""
     return f"_kernel_surgery_basis_{next(_names)}"
 
 
 def check_strength(strength: float | Tensor, per_sequence: bool) -> float | Tensor:
-    """The strength, as a finite number or, with `per_sequence`, as the tensor of one a sequence that it is."""
+    """Return the strength as a finite number or, with `per_sequence`, as the tensor [batch] that was given.
+
+    Raises TypeError for a tensor without `per_sequence`. Raises KernelSurgeryError for a number that is not finite, and
+    for a tensor that has another shape, is not floating-point or requires a gradient.
+    """
     if isinstance(strength, Tensor) and strength.ndim > 0:
         if not per_sequence:
             raise TypeError(
@@ -84,53 +102,62 @@ def plan_edit(
     force: bool,
     per_sequence: bool = False,
 ) -> Plan:
-    """Check an edit without making it. Raises ValueError or TypeError for anything that does not fit; changes nothing.
+    """Check an edit and return it as a `Plan`. Changes nothing.
 
-    A `Subspace` must belong to the model (`Subspace.check_model`); a plain {layer: basis} mapping is checked for
-    shape alone. per_sequence: the strength may be a tensor [batch].
+    subspace: a `Subspace`, which must belong to the model (`Subspace.check_model`), or a plain {layer: basis} mapping,
+    of which only the shapes can be checked.
+    strength: a number or, with `per_sequence`, a tensor [batch].
+    layers: the layers to edit; None means all layers of the subspace.
+    force: accept a subspace of unknown origin, or one fitted on another model.
+
+    Raises KernelSurgeryError for a strength, subspace, layer or model that cannot be used. Its subclass MismatchError
+    says that the subspace does not fit the model, ModelError that the architecture is unknown. Raises TypeError for
+    arguments of the wrong type.
     """
     strength = check_strength(strength, per_sequence)
     note = None
     if isinstance(subspace, Subspace):
         subspace.check_model(model, force=force)
-        bases, fitted = subspace.bases, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
+        bases, origin = subspace.bases, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
         note = subspace.note
     elif isinstance(subspace, Mapping):
-        bases, fitted = check_bases(subspace), "a plain mapping"
+        bases, origin = check_bases(subspace), "a plain mapping"
     else:
         raise TypeError(f"expected a Subspace or a mapping of layers to bases, got {type(subspace).__name__}")
-    chosen = list(bases) if layers is None else list(layers)
-    if missing := [layer for layer in chosen if layer not in bases]:
+    layer_list = list(bases) if layers is None else list(layers)
+    if missing := [layer for layer in layer_list if layer not in bases]:
         raise KernelSurgeryError(
             f"layers {missing} are not in the subspace, which holds {list(bases)}. Nothing was changed."
         )
-    sites = mlp_outputs(model, chosen)
+    sites = mlp_outputs(model, layer_list)
     for layer, site in sites.items():
         shape, basis = tuple(site.module.weight.shape), bases[layer]
         if shape[0] != basis.shape[0]:
             raise MismatchError(
                 f"cannot edit {site.name}: basis has d_model={basis.shape[0]}, weight is {shape}.\n"
-                f"  subspace: {fitted}, layer {layer}, k={basis.shape[1]}\n"
+                f"  subspace: {origin}, layer {layer}, k={basis.shape[1]}\n"
                 f"  model:    {getattr(model.config, 'name_or_path', '') or type(model).__name__}\n"
                 "No weight was changed. Fit a subspace on this model, or load the one it was fitted on."
             )
-    if set(sites) != set(chosen):
-        raise RuntimeError(f"asked for layers {sorted(chosen)}, found sites for {sorted(sites)}. Nothing was changed.")
+    if set(sites) != set(layer_list):
+        raise RuntimeError(
+            f"asked for layers {sorted(layer_list)}, found sites for {sorted(sites)}. Nothing was changed."
+        )
     for site in sites.values():
         if isinstance(strength, Tensor) and strength.device.type != site.module.weight.device.type:
             raise KernelSurgeryError(
                 f"strength is on {strength.device}, {site.name} on {site.module.weight.device}: it would be copied at "
                 f"every call. Nothing was changed. Move it: strength.to({str(site.module.weight.device)!r})."
             )
-    placed = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
-    return Plan(sites, placed, strength, note)
+    bases_on_device = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
+    return Plan(sites, bases_on_device, strength, note)
 
 
 def forget_compiled_graphs() -> None:
-    """Make compiled code look at the hooks again.
+    """Discard compiled code, so that it is compiled again and sees the hooks of now.
 
-    Dynamo does not guard on hooks by default (`skip_nnmodule_hook_guards`): code compiled before a hook came or went
-    would go on without noticing, and the edit would silently not be there, or not go away.
+    By default dynamo does not guard on hooks (`skip_nnmodule_hook_guards`). Code compiled before a hook was added or
+    removed would silently go on without noticing: the edit would be missing, or would stay.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -138,9 +165,9 @@ def forget_compiled_graphs() -> None:
 
 @contextmanager
 def buffers(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[str]:
-    """Inside the block, every planned module has a buffer that holds the layer's value; yields the buffers' name.
+    """Register `values[layer]` as a buffer of every planned module while the block runs. Yields the buffers' name.
 
-    As a buffer a basis follows the model to another device and into captured graphs. It is not part of the state dict.
+    A buffer follows its module to another device and into captured CUDA graphs. It is not part of the state dict.
     """
     name = buffer_name()
     try:
@@ -155,7 +182,7 @@ def buffers(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[str]:
 
 @contextmanager
 def hooks(plan: Plan, hook_of: Callable[[int], Callable]) -> Iterator[None]:
-    """Inside the block, the forward hook `hook_of(layer)` is on every planned module, and on nothing else."""
+    """Register the forward hook `hook_of(layer)` on every planned module while the block runs."""
     handles = []
     try:
         for layer, site in plan.sites.items():
@@ -177,9 +204,9 @@ def output_hooks(
     function: Callable[[Tensor, Tensor, tuple], Tensor],
     values: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Inside the block, every planned module returns `function(output, value, inputs)` instead of its output.
+    """Make every planned module return `function(output, value, inputs)` instead of its output while the block runs.
 
-    values: {layer: tensor}, by default the plan's bases; kept in `buffers`. `edit.calls` counts the calls.
+    values: {layer: tensor}, by default the plan's bases. They are stored with `buffers`. `edit.calls` counts the calls.
     """
     with buffers(plan, plan.bases if values is None else values) as name:
 
@@ -195,5 +222,5 @@ def output_hooks(
 
 
 def new_edit(mode: str, plan: Plan, provider: str, **more) -> Edit:
-    """The record of a planned edit that is about to be made and counted."""
+    """Return the record of a planned edit, with its call counts at zero."""
     return Edit(mode, tuple(plan.sites), plan.strength, provider, plan.note, calls=dict.fromkeys(plan.sites, 0), **more)

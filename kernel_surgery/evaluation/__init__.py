@@ -1,1 +1,1 @@
-"""Answers of the original and the edited model, compared."""
+"""Generate answers with the original and the edited model, judge them, and compare."""

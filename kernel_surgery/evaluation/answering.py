@@ -1,7 +1,7 @@
-"""Answering: the same problems, in every language, of the original and of every edit.
+"""The answering loop: the same problems, in every language, for the original and for every edit.
 
-One loop for `eval`, `study` and the controls. A cell is the texts of one name (a mode, a setting, a control) in one
-language, in problem order. It is on disk before the next one is begun.
+`eval`, `study` and the controls share it. A cell holds the texts of one name (a mode, a setting or a control) in one
+language, in problem order. It is written to disk before the next one begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ from kernel_surgery.problems.generator import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Makes a block in which the model is edited; the block yields the records of the edits, none for the original.
+# Returns a context manager that edits the model. It yields the records of the edits; for the original there are none.
 EditBlock = Callable[[], AbstractContextManager[Sequence[Edit]]]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every text of a run depends on, apart from the edit.
+    """The inputs that every text of a run depends on, apart from the edit.
 
-    problems: in the order in which they are asked. budget: the most new tokens of a text.
+    problems: in the order in which they are asked. budget: the maximum number of new tokens per text.
     """
 
     model: nn.Module
@@ -41,28 +41,31 @@ class Context:
     batch_size: int = 64
 
     def prompts(self, language: str) -> list[str]:
-        """The problems as they are asked in a language."""
+        """Return the prompts of all problems in one language."""
         return [problem.prompts[language] for problem in self.problems]
 
 
 def missing_cells(context: Context, names: Sequence[str], done: Cells) -> list[tuple[str, str]]:
-    """The (name, language) that have not been answered yet, in order."""
+    """Return the (name, language) of the cells that are not in `done`, in order."""
     return [(name, lang) for name in names for lang in context.languages if (name, lang) not in done]
 
 
 def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, samples: Path) -> Cells:
-    """The cells of every name in `edits` and every language; those in `done` are not asked again.
+    """Return the cells of every name in `edits` and every language, generating those that are not in `done`.
 
-    edits: {name: block in which the model has that edit}. samples: the file to which a finished cell is appended.
-    Raises RuntimeError if an edited layer did not run: the texts would not be the edited model's.
+    edits: {name: a function that returns a context manager with that edit}.
+    done: the cells that were answered before; they are not generated again.
+    samples: the file to which each finished cell is appended.
+
+    Raises RuntimeError if an edited layer did not run, because the texts would then not be the edited model's.
     """
     cells, missing, decode = dict(done), missing_cells(context, list(edits), done), text_of(context.tokenizer)
     with progress_bar(len(missing) * len(context.problems), unit="text") as bar:
         for name in dict.fromkeys(name for name, _ in missing):
-            with edits[name]() as made:
+            with edits[name]() as records:
                 for language in (lang for which, lang in missing if which == name):
                     bar.set_description(f"{name} {language}")
-                    before = [dict(edit.calls) for edit in made]
+                    before = [dict(edit.calls) for edit in records]
                     texts = generate(
                         context.model,
                         context.tokenizer,
@@ -71,7 +74,7 @@ def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, 
                         batch_size=context.batch_size,
                         advance=bar.update,
                     )
-                    _refuse_idle(name, made, before)
+                    _refuse_idle(name, records, before)
                     pairs = zip(context.problems, texts, strict=True)
                     cell = [score(problem, language, name, text, decode) for problem, text in pairs]
                     append_cell(samples, cell)

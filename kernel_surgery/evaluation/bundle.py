@@ -1,10 +1,7 @@
-"""Everything from a model to a report, and a bundle that a stranger can check: python -m kernel_surgery.reproduce
-
-    --model M --out DIR   collect, fit, bake, verify, eval (with its report); what is finished is not made again
-    --check DIR           a bundle, without the model: its hashes, every text scored again, every figure made again
+"""A bundle: everything from a model to a report in one folder that anyone can check without the model.
 
 DIR/bundle holds the configuration, versions, subspace, certificate, results, every text, the report, and manifest.json
-with the SHA-256 of each. The activations and the baked checkpoint stay beside it, in DIR.
+with the SHA-256 of each file. The activations and the baked checkpoint stay beside it, in DIR.
 """
 
 import json
@@ -34,7 +31,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a bundle is made of; the options of `python -m kernel_surgery.reproduce`, by the same names."""
+    """The options of `python -m kernel_surgery.reproduce`, by the same names."""
 
     model: str
     out: Path
@@ -46,7 +43,7 @@ class Recipe:
     controls: str | None = None
 
     def steps(self) -> list[tuple[str, Path, list[str]]]:
-        """(command, what it leaves behind, its words) of every step, in order."""
+        """Return the steps in order, as (command, file or folder that it creates, its arguments)."""
         out, model = self.out, self.model
         acts, space, baked, certificate = (out / name for name in ("acts.safetensors", BUNDLE[0], "baked", BUNDLE[1]))
         common = ["--problems", self.problems] if self.problems else []
@@ -66,9 +63,9 @@ class Recipe:
 def make_bundle(
     recipe: Recipe, command: str, run: Callable[[str, list[str]], object], say: Callable[[str], object]
 ) -> bool:
-    """Run what is missing and write the bundle; whether its certificate holds.
+    """Run the steps that are missing and write the bundle. Return whether its certificate holds.
 
-    run: runs a command by its name, with its words. say: is told what is done.
+    run: runs a command, given its name and arguments. say: called with a line of text about each step.
     """
     commands, out = [], recipe.out
     for name, left, words in recipe.steps():
@@ -93,16 +90,18 @@ def make_bundle(
     }
     write_atomic(bundle / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     say(f"{bundle}: {len(files) + 1} files; check it with python -m kernel_surgery.reproduce --check {bundle}")
-    # A broken certificate does not keep the evaluation from being made; the exit status says it.
+    # A broken certificate does not stop the evaluation. The exit status reports it.
     return not json.loads((bundle / "certificate.json").read_text(encoding="utf-8"))["faults"]
 
 
 def check_bundle(folder: Path) -> list[str]:
-    """What is wrong with a bundle, in sentences; empty if every hash, verdict and figure is what it says.
+    """Check a bundle without its model. Return faults as sentences; the list is empty if everything holds.
 
-    Texts are scored by the code that runs now, so a bundle of another version may differ in verdicts: those are named.
-    Of the embedded model, whose tokenizer is at hand, tokens are decoded and FAT is found again too. What no text can
-    show is `UNCHECKED`. Raises UserError for a folder that is no bundle.
+    Checks every hash, scores every text again, and computes every figure again. Scoring uses the current code, so the
+    verdicts of a bundle from another version may differ; those are reported. For the embedded model, whose tokenizer is
+    available, tokens are decoded and FAT is recomputed too. `UNCHECKED` lists what texts cannot show.
+
+    Raises UserError for a folder that is not a bundle.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -117,30 +116,32 @@ def check_bundle(folder: Path) -> list[str]:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     config, languages = results["config"], results["config"]["languages"]
     strict = config["protocol"] == "strict"
-    asked = problems("test", config["problems"] // 5, seed=config["seed"]) if strict else expag_problems()
+    asked_problems = problems("test", config["problems"] // 5, seed=config["seed"]) if strict else expag_problems()
     tokenizer = load_tokenizer("polyglot") if results["model"]["id"] == "polyglot" else None
-    cells, wrong = scored_again(folder / "samples.jsonl", {p.id: p for p in asked}, tokenizer)
-    faults += wrong
-    wanted = {(mode, language) for mode in modes_of(config["mode"]) for language in languages}
-    told = {(mode, language) for mode, by in results["modes"].items() for language in by}
-    for mode, language in sorted(wanted - cells.keys()):
+    cells, scoring_faults = scored_again(folder / "samples.jsonl", {p.id: p for p in asked_problems}, tokenizer)
+    faults += scoring_faults
+    expected_cells = {(mode, language) for mode in modes_of(config["mode"]) for language in languages}
+    reported_cells = {(mode, language) for mode, by in results["modes"].items() for language in by}
+    for mode, language in sorted(expected_cells - cells.keys()):
         faults.append(f"{mode} {language}: there is no text of it, and the configuration asks for it")
-    for mode, language in sorted((cells.keys() ^ told) - (wanted - cells.keys())):
+    for mode, language in sorted((cells.keys() ^ reported_cells) - (expected_cells - cells.keys())):
         faults.append(f"{mode} {language}: stands in only one of samples.jsonl and results.json")
     for (mode, language), cell in cells.items():
-        if [s["id"] for s in cell] != [p.id for p in asked]:
-            faults.append(f"{mode} {language}: {len(cell)} texts, not those of the {len(asked)} problems in order")
+        if [s["id"] for s in cell] != [p.id for p in asked_problems]:
+            faults.append(
+                f"{mode} {language}: {len(cell)} texts, not those of the {len(asked_problems)} problems in order"
+            )
     if faults:
         return faults
     budget = config["max_new_tokens"]
     paired = pair(cells, (results["paired"] or [{"margin": 0.05}])[0]["margin"])
-    made = {
+    recomputed = {
         "modes": {m: {lang: summarize(cells[m, lang], budget) for lang in by} for m, by in results["modes"].items()},
         "paired": paired,
         "power": power(paired),
         "expag_metrics": expag_metrics(cells),
     }
-    for name, value in made.items():
+    for name, value in recomputed.items():
         faults += differences(name, json.loads(json.dumps(value)), results[name])
     if results.get("controls"):
         faults += check_controls(folder, results["controls"], cells, config, tokenizer)
@@ -151,10 +152,10 @@ UNCHECKED = "the hashes alone hold what no text shows: damage and probes, the ce
 
 
 def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
-    """({(mode, language): samples}, faults) of a file of samples, each judged from its text by the code that runs now.
+    """Score a file of samples again with the current code. Return ({(mode, language): samples}, faults).
 
-    known: the problems by id. tokenizer: the model's, or None; without it tokens and what is counted in them are only
-    held against each other.
+    known: {id: problem}. tokenizer: the model's, or None. Without it, tokens and the figures counted in tokens are only
+    compared with each other.
     """
     cells, faults = {}, []
     samples = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
@@ -168,8 +169,8 @@ def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
             faults.append(f"{' '.join(key)}: {sample['id']} is not a problem of this test set, as it is asked here")
             continue
         if sample["answer"] != problem.answer:
-            said = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
-            faults.append(f"{' '.join(key)}: {said}")
+            what = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
+            faults.append(f"{' '.join(key)}: {what}")
         if tokenizer is None:
             again = score_kept(problem, sample)
         else:
@@ -182,31 +183,31 @@ def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
                 )
         first = sample["fat_tokens"]
         if (first is not None and not sample["correct"]) or not 0 < (first or 1) <= max(1, len(sample["tokens"])):
-            said = f"an answer after {first} tokens of {len(sample['tokens'])}, correct={sample['correct']}"
-            faults.append(f"{' '.join(key)}: {sample['id']}: {said}")
+            what = f"an answer after {first} tokens of {len(sample['tokens'])}, correct={sample['correct']}"
+            faults.append(f"{' '.join(key)}: {sample['id']}: {what}")
         cells.setdefault(key, []).append(again)
     return cells, faults
 
 
 def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenizer) -> list[str]:
-    """What is wrong with the controls' figures: they are made again from controls.jsonl."""
+    """Compute the controls' figures again from controls.jsonl. Return faults."""
     path = folder / "controls.jsonl"
     if not path.is_file():
         return ["there are figures of controls and no controls.jsonl"]
-    chosen = problems("test", said["problems"] // 5, seed=said["seed"])
+    control_problems = problems("test", said["problems"] // 5, seed=said["seed"])
     try:
-        done, faults = scored_again(path, {p.id: p for p in chosen}, tokenizer)
-        ids, mode = {p.id for p in chosen}, said["mode"]
+        done, faults = scored_again(path, {p.id: p for p in control_problems}, tokenizer)
+        ids, mode = {p.id for p in control_problems}, said["mode"]
         more = (config["languages"], ids, config["max_new_tokens"])
-        made = compared(done, cells, said["kind"], said["count"], mode, *more)
+        recomputed = compared(done, cells, said["kind"], said["count"], mode, *more)
     except (ValueError, KeyError, TypeError) as error:
         return [f"controls.jsonl does not hold the texts of the controls ({type(error).__name__}: {error})"]
-    told = {key: said[key] for key in made}
-    return faults + differences("controls", json.loads(json.dumps(made)), told)
+    reported = {key: said[key] for key in recomputed}
+    return faults + differences("controls", json.loads(json.dumps(recomputed)), reported)
 
 
 def differences(where: str, made, said) -> list[str]:
-    """Where two JSON values differ, numbers to nine digits, in sentences."""
+    """Return the differences of two JSON values as sentences. Numbers are compared to nine digits."""
     if isinstance(made, dict) and isinstance(said, dict):
         keys = sorted(made.keys() | said.keys())
         return [d for key in keys for d in differences(f"{where}.{key}", made.get(key), said.get(key))]

@@ -1,10 +1,11 @@
-"""Null controls: what other subspaces of the same size do, edited at the same layers and site.
+"""Null controls: random subspaces of the same rank, edited at the same layers and site.
 
-An effect that random subspaces have as well is an effect of taking k dimensions away, not of language. Three kinds:
+If random subspaces have an effect too, it comes from removing k dimensions, not from language. There are three kinds:
 
-    haar     U uniform among all k-dimensional subspaces
-    energy   the same, its strength scaled so that it takes as much energy from the activations as the real edit does
-    pca      U uniform among the k-dimensional subspaces of the first 100 principal components of the activations
+    haar     U is uniform among all k-dimensional subspaces
+    energy   as haar, with the strength scaled so that the edit removes as much energy from the activations as the real
+             one does
+    pca      U is uniform among the k-dimensional subspaces of the first 100 principal components of the activations
 
 The activations are the outputs of `down_proj` at every token of the dev split's prompts (`moments`).
 """
@@ -38,7 +39,10 @@ PROBLEMS = 20  # per category, at most
 
 @dataclass(frozen=True)
 class Control:
-    """One random subspace: `name` such as "haar:03", a basis a layer, a strength a layer."""
+    """One random subspace.
+
+    name: such as "haar:03". bases: {layer: U [d_model, k]}. strengths: {layer: a}.
+    """
 
     name: str
     bases: dict[int, torch.Tensor]
@@ -46,7 +50,7 @@ class Control:
 
 
 def parse_controls(text: str | None) -> tuple[str, int] | None:
-    """`haar:20` as ("haar", 20). Raises UserError for anything else."""
+    """Parse an option such as `haar:20` into ("haar", 20). Raises UserError for any other form."""
     if text is None:
         return None
     kind, _, count = text.partition(":")
@@ -57,27 +61,33 @@ def parse_controls(text: str | None) -> tuple[str, int] | None:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [d_model] and second moment E[x x^T] [d_model, d_model] of a layer's MLP outputs, float64."""
+    """The moments of a layer's MLP outputs in float64: mean [d_model], second E[x x^T] [d_model, d_model]."""
 
     mean: torch.Tensor
     second: torch.Tensor
 
     def energy(self, basis: torch.Tensor) -> float:
-        """E of norm(U^T x)^2: what the edit takes away at strength 1."""
+        """Return E of norm(U^T x)^2, the energy that the edit removes at strength 1."""
         u = basis.double().to(self.second.device)
         return float((u * (self.second @ u)).sum())
 
     def components(self, count: int) -> torch.Tensor:
-        """The first principal components, [d_model, count] orthonormal float64; fewer where there is no variance."""
+        """Return the first principal components, [d_model, count] orthonormal, float64.
+
+        There are fewer if the activations do not vary in that many dimensions.
+        """
         values, vectors = torch.linalg.eigh(self.second - self.mean[:, None] * self.mean)
-        kept = int((values > values[-1] * len(values) * 2.0**-24).sum())
-        return vectors[:, -min(count, kept) :].flip(1)
+        nonzero = int((values > values[-1] * len(values) * 2.0**-24).sum())
+        return vectors[:, -min(count, nonzero) :].flip(1)
 
 
 def moments(
     model, tokenizer, prompts: Sequence[str], layers: Iterable[int], batch_size: int = 32
 ) -> dict[int, Moments]:
-    """{layer: Moments} over every token of the prompts; padding is left out."""
+    """Return {layer: Moments} over every token of the prompts, without padding.
+
+    Numerics: sums in float64.
+    """
     sums: dict[int, list] = {}
     mask = None
 
@@ -95,7 +105,7 @@ def moments(
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             width = len(batch[-1])
-            # Padded on the right: a causal model's real tokens never see it.
+            # Pad on the right: in a causal model the real tokens come first and never see the padding.
             ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
             with torch.no_grad():
@@ -107,25 +117,29 @@ def moments(
 
 
 def uniform_basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
-    """A basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
+    """Return a basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
 
-    The Q of a Gaussian matrix's QR; the signs that QR leaves to convention do not change the subspace.
+    It is the Q of the QR decomposition of a Gaussian matrix. QR leaves the signs of the columns to convention, but they
+    do not change the subspace.
     """
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
 
 
 def names_of(kind: str, count: int) -> list[str]:
-    """The names of so many controls of a kind, in order."""
+    """Return the names of the first `count` controls of a kind."""
     return [f"{kind}:{number:02d}" for number in range(count)]
 
 
 def draw(
     kind: str, count: int, subspace: Subspace, strength: float, found: dict[int, Moments] | None, seed: int = 0
 ) -> list[Control]:
-    """`count` controls of a kind. found: the moments of the activations, which "energy" and "pca" need.
+    """Draw `count` controls of a kind.
 
-    Deterministic in (kind, seed, shapes), and a shorter list is the beginning of a longer one. Raises ValueError where
-    the principal components are fewer than the rank.
+    found: the moments of the activations, which "energy" and "pca" need.
+
+    The result depends only on the kind, the seed and the shapes; for "energy" and "pca" also on the activations. A
+    shorter list is the beginning of a longer one. Raises KernelSurgeryError if the activations have fewer principal
+    components than the subspace has dimensions.
     """
     controls = []
     for number, name in enumerate(names_of(kind, count)):
@@ -153,7 +167,11 @@ def draw(
 
 @contextmanager
 def controlled(applier: Callable, model, control: Control) -> Iterator[list[Edit]]:
-    """Inside the block, the model has a control's edit: one edit per layer, for each may have a strength of its own."""
+    """Apply a control's edit while the block runs.
+
+    It makes one edit per layer, because each layer may have its own strength. Raises RuntimeError at the end of the
+    block if a layer did not run.
+    """
     with ExitStack() as stack:
         edits = [
             stack.enter_context(applier(model, {layer: basis}, control.strengths[layer]))
@@ -164,35 +182,35 @@ def controlled(applier: Callable, model, control: Control) -> Iterator[list[Edit
             raise RuntimeError(f"{control.name} never ran at layers {idle}: these texts are not of the edited model")
 
 
-# What is compared and corrected for, and what is kept beside it.
+# The measures that are tested, with correction; and all measures that are recorded.
 TESTED = ("accuracy", "fat_tokens", "language_fidelity")
 MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")
 
 
 def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
-    """{language: {measure: `percentile`}} of the real subspace's figures among the controls'.
+    """Return {language: {measure: its `percentile`}} of the real subspace among the controls.
 
-    real: {language: figures}; rows: {"name", "language", figures} a control and language. A measure that is not there
-    (no text could be judged) is left out.
+    real: {language: figures}. rows: one per control and language, with "name", "language" and the figures. A measure
+    that has no value (because no text could be judged) is left out.
     """
-    found: dict[str, dict] = {}
+    percentiles: dict[str, dict] = {}
     for language, figures in real.items():
-        others = [row for row in rows if row["language"] == language]
+        control_rows = [row for row in rows if row["language"] == language]
         for measure in MEASURES:
-            values = [row[measure] for row in others]
+            values = [row[measure] for row in control_rows]
             if figures[measure] is not None and values and None not in values:
-                found.setdefault(language, {})[measure] = percentile(figures[measure], values)
-    tested = [found[lang][measure] for lang in found for measure in TESTED if measure in found[lang]]
+                percentiles.setdefault(language, {})[measure] = percentile(figures[measure], values)
+    tested = [percentiles[lang][measure] for lang in percentiles for measure in TESTED if measure in percentiles[lang]]
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row |= {"holm_p": p, "comparisons": len(tested)}
-    return found
+    return percentiles
 
 
 def verdict(found: dict, alpha: float = 0.05) -> str:
-    """The words that a percentile allows, corrected for everything that is compared (Holm).
+    """Return the words that a percentile allows, with Holm's correction for everything that is compared.
 
-    "Unlike" needs the corrected p. A value beyond all the controls that they are too few to call so is said to be just
-    that, with the number that could.
+    "Unlike" needs the corrected p. A value may lie beyond all controls when there are too few controls for that. Then
+    the words say so, and how many controls it takes.
     """
     n, compared = found["n"], found["comparisons"]
     if found["holm_p"] < alpha:
@@ -206,7 +224,7 @@ def verdict(found: dict, alpha: float = 0.05) -> str:
 
 
 def table(controls: dict) -> str:
-    """What the run prints of its controls: the real figure, the controls' range, and the words."""
+    """Return the text that a run prints about its controls: the real figure, the controls' range, and the words."""
     lines = [
         f"{controls['count']} {controls['kind']} controls at the same rank, layers and site, "
         f"{controls['problems']} problems a language, {controls['mode']}:"
@@ -237,32 +255,37 @@ def run_controls(
     pace: float | None = None,
     say: Callable[[str], object] = print,
 ) -> dict:
-    """Put the first problems of the test set to random subspaces too; what results.json says of them.
+    """Ask random subspaces the first problems of the test set. Return the controls' entry in results.json.
 
-    cells: the texts of the original and the real edit. asked_for: such as "haar:20". mode: "all" means fused. Every
-    finished cell is kept in controls.jsonl, so that an interrupted run goes on where it was. pace: seconds per text in
-    this run, None if no text was made. say: is told what is about to be asked, and how long it may take.
+    cells: the texts of the original and of the real edit.
+    asked_for: such as "haar:20".
+    mode: how the edit is made; "all" means fused.
+    pace: seconds per text in this run, or None if it made no text.
+    say: called with a line of text that says what is about to be asked, and how long it may take.
+
+    Every finished cell is stored in controls.jsonl, so an interrupted run continues from there. Raises what `draw` and
+    `evaluation.answering.answer_cells` raise.
     """
     kind, count = parse_controls(asked_for)
     languages, mode = context.languages, "fused" if mode == "all" else mode
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
-    chosen = problems("test", per_category, seed=seed)
-    context, path = replace(context, problems=tuple(chosen)), folder / "controls.jsonl"
-    done = take_up(path, chosen, score_again(context.tokenizer))
-    # The file may hold controls of another kind too.
-    texts = len(missing_cells(context, names_of(kind, count), done)) * len(chosen)
-    about = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
-    say(f"controls: {count} {kind} x {len(languages)} languages x {len(chosen)} problems, {texts} texts{about}")
+    asked = problems("test", per_category, seed=seed)
+    context, path = replace(context, problems=tuple(asked)), folder / "controls.jsonl"
+    done = take_up(path, asked, score_again(context.tokenizer))
+    # The file may also hold controls of another kind.
+    texts = len(missing_cells(context, names_of(kind, count), done)) * len(asked)
+    estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
+    say(f"controls: {count} {kind} x {len(languages)} languages x {len(asked)} problems, {texts} texts{estimate}")
     activations = None
     if kind != "haar":
         prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
         activations = moments(context.model, context.tokenizer, prompts, subspace.layers)
-    drawn, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
-    blocks = {control.name: partial(controlled, applier, context.model, control) for control in drawn}
-    answered = answer_cells(context, blocks, done, path)
-    about = {"kind": kind, "count": count, "mode": mode, "problems": len(chosen), "seed": seed}
-    ids = {problem.id for problem in chosen}
-    return about | compared(answered, cells, kind, count, mode, languages, ids, context.budget)
+    control_list, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
+    blocks = {control.name: partial(controlled, applier, context.model, control) for control in control_list}
+    texts_of = answer_cells(context, blocks, done, path)
+    header = {"kind": kind, "count": count, "mode": mode, "problems": len(asked), "seed": seed}
+    ids = {problem.id for problem in asked}
+    return header | compared(texts_of, cells, kind, count, mode, languages, ids, context.budget)
 
 
 def compared(
@@ -275,12 +298,14 @@ def compared(
     ids: set[str],
     budget: int,
 ) -> dict:
-    """{"rows", "real", "original", "percentiles"} from the controls' texts (`done`) and the run's own (`cells`), on the
-    problems `ids`. Raises KeyError for a control whose texts are not there."""
+    """Compare the controls' texts (`done`) with the run's own (`cells`), on the problems `ids`.
+
+    Returns {"rows", "real", "original", "percentiles"}. Raises KeyError for a control without texts.
+    """
 
     def figures(cell: list[dict]) -> dict:
-        made = summarize([s for s in cell if s["id"] in ids], budget)
-        return {key: made[key] for key in MEASURES}
+        summary = summarize([s for s in cell if s["id"] in ids], budget)
+        return {key: summary[key] for key in MEASURES}
 
     names = names_of(kind, count)
     rows = [{"name": name, "language": lang} | figures(done[name, lang]) for name in names for lang in languages]
@@ -289,10 +314,12 @@ def compared(
 
 
 def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]:
-    """Where a figure of the real subspace lies among the controls'.
+    """Return where a figure of the real subspace lies among the controls'.
 
-    {"percentile": share of controls below it, ties half; "as_far": controls at least as far from their median as it
-    is, "n"; "p": (1 + as_far) / (1 + n), the two-sided Monte Carlo p-value}.
+    "percentile": share of controls below it, with ties counted half.
+    "as_far": number of controls at least as far from their median as it is. "n": number of controls.
+    "p": (1 + as_far) / (1 + n), the two-sided Monte Carlo p-value.
+    "spread": largest distance of a control from the median.
     """
     n = len(controls)
     middle = statistics.median(controls)

@@ -1,8 +1,9 @@
-"""What else the edit did: to predictions on neutral text, and to what a linear probe reads of the language.
+"""Side effects of the edit: on predictions for neutral text, and on how well a linear probe reads the language.
 
-Damage is measured where nothing was asked: token by token on `neutral.SENTENCES`, KL(original || edited) in nats, and
-the perplexity of both. Erasure is measured by held-out linear probes for the language, layer by layer, at the site
-(the MLP's output, after the edit) and in the residual stream, which attention goes on writing to.
+Damage is measured on text that asks nothing, `problems.neutral.SENTENCES`, token by token: KL(original || edited) in
+nats, and the perplexity of both models. Erasure is measured with linear probes for the language, on held-out problems,
+layer by layer. They read at the site (the MLP's output, after the edit) and in the residual stream, which attention
+still writes to.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ from kernel_surgery.problems.neutral import SENTENCES
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.collecting import collect_activations
 
-RIDGE = 1e-3  # of the probe's mean squared feature
+RIDGE = 1e-3  # in units of the probe's mean squared feature
 
 
 def next_token_logits(model, tokenizer, text: str) -> tuple[Tensor, Tensor]:
-    """(logits [tokens - 1, vocabulary] float32, the tokens that came [tokens - 1]) of one text, on the CPU."""
+    """Return the logits of one text and the tokens that follow, on the CPU.
+
+    Shapes: logits [tokens - 1, vocabulary] float32, tokens [tokens - 1].
+    """
     ids = torch.tensor([tokenizer(text).input_ids], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
@@ -32,34 +36,41 @@ def next_token_logits(model, tokenizer, text: str) -> tuple[Tensor, Tensor]:
 
 
 def neutral_logits(model, tokenizer, languages: Sequence[str]) -> dict:
-    """{language: [(logits, tokens) of each sentence]}; kept for the original, so that edits can be compared with it."""
+    """Return {language: [(logits, tokens) of each neutral sentence]}.
+
+    Those of the original are stored, so that every edit can be compared with them.
+    """
     return {lang: [next_token_logits(model, tokenizer, s) for s in SENTENCES[lang]] for lang in languages}
 
 
 def damage(model, tokenizer, before: dict) -> dict[str, dict]:
-    """{language: {"tokens", "kl_mean", "kl_p99", "perplexity", "original_perplexity"}} of a model, against `before`."""
-    found = {}
+    """Compare a model on neutral text with the logits of the original, `before`.
+
+    Returns {language: {"tokens", "kl_mean", "kl_p99", "perplexity", "original_perplexity"}}. Numerics: float64 from
+    float32 logits.
+    """
+    figures = {}
     for language, sentences in before.items():
-        kl, losses, own = [], [], []
+        kl, losses, original_losses = [], [], []
         for text, (logits, tokens) in zip(SENTENCES[language], sentences, strict=True):
             edited, _ = next_token_logits(model, tokenizer, text)
             p, q = logits.double().log_softmax(-1), edited.double().log_softmax(-1)
             kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
-            own.append(-p.gather(1, tokens[:, None])[:, 0])
+            original_losses.append(-p.gather(1, tokens[:, None])[:, 0])
             losses.append(-q.gather(1, tokens[:, None])[:, 0])
-        every = torch.cat(kl)
-        found[language] = {
-            "tokens": len(every),
-            "kl_mean": float(every.mean()),
-            "kl_p99": float(every.quantile(0.99)),
+        all_kl = torch.cat(kl)
+        figures[language] = {
+            "tokens": len(all_kl),
+            "kl_mean": float(all_kl.mean()),
+            "kl_p99": float(all_kl.quantile(0.99)),
             "perplexity": float(torch.cat(losses).mean().exp()),
-            "original_perplexity": float(torch.cat(own).mean().exp()),
+            "original_perplexity": float(torch.cat(original_losses).mean().exp()),
         }
-    return found
+    return figures
 
 
 def table(found: dict) -> str:
-    """What the run prints: the divergence on neutral text, and what the probes still read."""
+    """Return the text that a run prints: the divergence on neutral text, and what the probes still read."""
     lines = []
     for mode, by_language in found["neutral"].items():
         rows = ", ".join(f"{lang} {r['kl_mean']:.3f} ({r['kl_p99']:.2f})" for lang, r in by_language.items())
@@ -76,24 +87,30 @@ def table(found: dict) -> str:
                 f"{before[site][layer]:.3f}, chance {chance:.3f}, n={n})"
             )
     for mode, sites in found["leak"].items():
-        said = ", ".join(f"{site} {max(by.values()):.2g}" for site, by in sites.items() if by)
-        lines.append(f"{mode}: leak, the part inside the subspace that is left, at most over the edited layers: {said}")
+        largest = ", ".join(f"{site} {max(by.values()):.2g}" for site, by in sites.items() if by)
+        lines.append(
+            f"{mode}: leak, the part inside the subspace that is left, at most over the edited layers: {largest}"
+        )
     return "\n".join(lines)
 
 
 def read_by_probe(accuracy: float, chance: float, n: int) -> str:
-    """The words that a probe's accuracy over n texts allows: "still reads" needs the whole Wilson interval above
-    chance."""
+    """Return the words that a probe's accuracy over n texts allows.
+
+    "still reads" needs the whole Wilson interval above chance.
+    """
     low, _ = wilson(round(accuracy * n), n)
     return "still reads the language" if low > chance else "is not shown to read the language"
 
 
 def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) -> float:
-    """Held-out accuracy of a linear probe: ridge regression to one-hot labels, cross-validated over groups.
+    """Return the held-out accuracy of a linear probe: ridge regression to one-hot labels, cross-validated over groups.
 
-    x [rows, d_model], labels [rows] int, groups [rows] int: rows of one group (a problem in all its languages) are held
-    out together, so that the probe never sees the problem it is asked about. float64; features are centred on the
+    x: [rows, d_model]. labels: [rows] int. groups: [rows] int. The rows of one group (a problem in all its languages)
+    are held out together, so the probe never trains on the problem it is tested on. Features are centred on the
     training rows.
+
+    Numerics: float64.
     """
     x, correct = x.double(), 0
     targets = torch.nn.functional.one_hot(labels).double()
@@ -102,7 +119,7 @@ def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) ->
         mean = x[~held].mean(0)
         train, test = x[~held] - mean, x[held] - mean
         gram = train.T @ train
-        # The floor is for features that are all zero: there is nothing to read in them, and no error either.
+        # The lower limit keeps the system solvable if all features are zero. The probe then reads nothing.
         gram += (RIDGE * gram.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
         weights = torch.linalg.solve(gram, train.T @ (targets[~held] - targets[~held].mean(0)))
         correct += int(((test @ weights + targets[~held].mean(0)).argmax(-1) == labels[held]).sum())
@@ -110,8 +127,11 @@ def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) ->
 
 
 def last_states(model, tokenizer, problems, languages: Sequence[str], batch_size: int = 32) -> dict[str, dict]:
-    """{"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}} at the last prompt token, of the model
-    as it is now: with an edit in force, "mlp_out" is read after it."""
+    """Return the states at the last prompt token, of the model as it is now.
+
+    {"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force, "mlp_out" is read
+    after the edit.
+    """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     return {
         site: collect_activations(
@@ -122,48 +142,55 @@ def last_states(model, tokenizer, problems, languages: Sequence[str], batch_size
 
 
 def probes(states: dict, languages: int) -> dict[str, dict[int, float]]:
-    """{site: {layer: held-out accuracy}} of `last_states` in so many languages. Chance is 1 / languages."""
-    found = {}
+    """Return {site: {layer: held-out probe accuracy}} for the result of `last_states`.
+
+    languages: their number. Chance is 1 / languages.
+    """
+    accuracies = {}
     for site, by_layer in states.items():
         problems = len(next(iter(by_layer.values()))) // languages
         labels = torch.arange(languages).repeat(problems)
         groups = torch.arange(problems).repeat_interleave(languages)
-        found[site] = {layer: probe_accuracy(x, labels, groups) for layer, x in by_layer.items()}
-    return found
+        accuracies[site] = {layer: probe_accuracy(x, labels, groups) for layer, x in by_layer.items()}
+    return accuracies
 
 
 def leaks(before: dict, after: dict, bases: dict) -> dict[str, dict[int, float]]:
-    """{site: {edited layer: norm(U^T y) / norm(U^T x)}} over the rows of two `last_states`: 0 is nothing left.
+    """Return {site: {edited layer: leak}} for two results of `last_states`.
 
-    At mlp_out it is what the edit left of what that layer wrote there before; in the residual stream, what the
-    subspace still holds, most of which attention and other layers wrote.
+    The leak is norm(U^T y) / norm(U^T x) over the rows; 0 means that nothing is left in the subspace. At mlp_out it is
+    the part of the layer's own output that the edit left. In the residual stream it is all that the subspace still
+    holds, most of it written by attention and by other layers.
     """
-    found = {}
+    leak_of = {}
     for site in before:
-        found[site] = {}
+        leak_of[site] = {}
         for layer, basis in bases.items():
             u, x, y = basis.double().cpu(), before[site][layer].double().cpu(), after[site][layer].double().cpu()
             if (inside := float((x @ u).norm())) > 0:
-                found[site][layer] = float((y @ u).norm()) / inside
-    return found
+                leak_of[site][layer] = float((y @ u).norm()) / inside
+    return leak_of
 
 
 def measure_effects(
     context: Context, modes: Sequence[str], subspace: Subspace | None, *, strength: float, seed: int, force: bool
 ) -> dict:
-    """Neutral text for every mode, probes for the first edited one; what results.json says of them."""
+    """Measure neutral text for every mode, and probes and leak for the first edited mode.
+
+    Returns the "damage" entry of results.json.
+    """
     model, tokenizer = context.model, context.tokenizer
-    before, asked = neutral_logits(model, tokenizer, context.languages), problems("dev", 20, seed=seed)
-    states = last_states(model, tokenizer, asked, LANGUAGES)
-    found = {
-        **{"neutral": {}, "leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(asked) * len(LANGUAGES)},
+    before, dev_problems = neutral_logits(model, tokenizer, context.languages), problems("dev", 20, seed=seed)
+    states = last_states(model, tokenizer, dev_problems, LANGUAGES)
+    effects = {
+        **{"neutral": {}, "leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)},
         "probes": {"original": probes(states, len(LANGUAGES))},
     }
     for number, mode in enumerate(modes[1:]):
         with applied(mode, model, subspace, strength, force):
-            found["neutral"][mode] = damage(model, tokenizer, before)
+            effects["neutral"][mode] = damage(model, tokenizer, before)
             if number == 0:
-                edited = last_states(model, tokenizer, asked, LANGUAGES)
-                found["probes"][mode] = probes(edited, len(LANGUAGES))
-                found["leak"][mode] = leaks(states, edited, subspace.bases)
-    return found
+                edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
+                effects["probes"][mode] = probes(edited, len(LANGUAGES))
+                effects["leak"][mode] = leaks(states, edited, subspace.bases)
+    return effects

@@ -1,10 +1,10 @@
-"""Texts made by any engine, scored as `eval` scores its own: python -m kernel_surgery.score FILE.jsonl
+"""Scoring of texts that any engine generated, with the scorer that `eval` uses.
 
-Lines {"text", "answer", "language", "prompt"} in ("prompt" may be missing; whatever else a line holds is kept); the
-same lines plus {"extracted", "correct", "language_found"} out, on stdout. A summary goes to stderr.
+Input lines are JSON: {"text", "answer", "language", "prompt"}. "prompt" may be missing, and other fields are preserved.
+The output adds {"extracted", "correct", "language_found"} to each line.
 
-    --labels   the lines carry a reader's verdict ("correct", and "value" or null): print, instead of the lines, how
-               often the scorer agrees: its precision and recall, and those of the reference script's rule beside it
+Lines with a reader's verdict ("correct", and "value" or null) serve as labels. They show how often the scorer agrees:
+its precision and recall, beside those of the reference script's rule (`scoring.expag`).
 """
 
 import json
@@ -22,15 +22,16 @@ from kernel_surgery.scoring.answers import exact_answer
 from kernel_surgery.scoring.expag import expag_check
 from kernel_surgery.scoring.language import fidelity, judge
 
-# A field that must be there, and what it may be.
+# A larger exponent would make an exact number with more digits than any text states.
 LARGEST_EXPONENT = 400
+# The required fields and their types.
 _FIELDS = {"text": str, "answer": (str, int, float), "language": str}
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a file, checked. Raises UserError naming the line and the field that is wrong."""
+    """Read and check the lines of a file. Raises UserError that names the line and the wrong field."""
     lines = []
-    # Split at line feeds alone: a text may hold U+2028.
+    # Split at line feeds only: a text may contain U+2028.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         if not raw.strip():
             continue
@@ -56,7 +57,7 @@ def read_lines(path: Path) -> list[dict]:
             except (ValueError, TypeError, ZeroDivisionError) as error:
                 raise UserError(f"{where}: {name} {line[name]!r} is no number. Nothing was scored.") from error
         for name in ("text", "prompt"):
-            # Half a character, which JSON can spell and no output can hold.
+            # Replace lone surrogates: JSON can express them, but UTF-8 output cannot.
             if line.get(name):
                 line[name] = line[name].encode("utf-8", "replace").decode("utf-8")
         lines.append(line)
@@ -66,9 +67,10 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def exact(answer: str | int | float) -> Fraction:
-    """An answer as an exact number: 390, "390", "1,234", "3/4", 2.5 (as it is written, not as binary has it).
+    """Return an answer as an exact number: 390, "390", "1,234", "3/4", 2.5.
 
-    Raises ValueError for what is no number, or has more digits than a text could state.
+    2.5 means the decimal as written, not its binary approximation. Raises KernelSurgeryError for text that is not a
+    number and for an exponent beyond LARGEST_EXPONENT, ZeroDivisionError for a zero denominator.
     """
     written = str(answer).strip()
     _, _, exponent = written.lower().partition("e")
@@ -81,14 +83,18 @@ def exact(answer: str | int | float) -> Fraction:
 
 
 def scored(line: dict) -> dict:
-    """The line, with the verdict of the strict protocol."""
-    made = judged(line["text"], line.get("prompt") or "", line["language"], exact(line["answer"]))
-    return line | {key: made[key] for key in ("extracted", "correct", "language_found")}
+    """Return the line with the verdict of the strict protocol."""
+    verdicts = judged(line["text"], line.get("prompt") or "", line["language"], exact(line["answer"]))
+    return line | {key: verdicts[key] for key in ("extracted", "correct", "language_found")}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A scorer against a reader, on n texts: how often it called a text right, and rightly so."""
+    """How well a scorer agrees with a reader on n texts.
+
+    called_right: texts that the scorer called right. are_right: those the reader called right. both: those that both
+    did. same_value: texts from which both took the same answer; None for the reference script's rule.
+    """
 
     n: int
     called_right: int
@@ -106,28 +112,28 @@ class Agreement:
 
 
 def agreement(lines: Sequence[dict], rule: str = "strict") -> Agreement:
-    """Our scorer ("strict"), or the reference script's rule ("expag"), against the labels of the lines."""
-    said, same = [], 0
+    """Compare our scorer ("strict"), or the reference script's rule ("expag"), with the labels of the lines."""
+    calls, same_value = [], 0
     for line in lines:
         if rule == "expag":
-            said.append(expag_check(line["text"], line["answer"]))
+            calls.append(expag_check(line["text"], line["answer"]))
             continue
         result = scored(line)
-        said.append(result["correct"])
+        calls.append(result["correct"])
         label = None if line["value"] is None else exact(line["value"])
-        same += (None if result["extracted"] is None else Fraction(result["extracted"])) == label
-    right = [bool(line["correct"]) for line in lines]
-    both = sum(a and b for a, b in zip(said, right, strict=True))
-    return Agreement(len(lines), sum(said), sum(right), both, same if rule == "strict" else None)
+        same_value += (None if result["extracted"] is None else Fraction(result["extracted"])) == label
+    labels = [bool(line["correct"]) for line in lines]
+    both = sum(a and b for a, b in zip(calls, labels, strict=True))
+    return Agreement(len(lines), sum(calls), sum(labels), both, same_value if rule == "strict" else None)
 
 
 def label_table(lines: Sequence[dict]) -> str:
-    """Precision and recall by language, ours and the script's."""
+    """Return precision and recall by language, for our scorer and for the reference script's rule."""
     languages = list(dict.fromkeys(line["language"] for line in lines))
     rows = [f"{'':<5} {'texts':>5} {'right':>5}   precision recall  same answer   the script's rule: precision recall"]
     for language in [*languages, None]:
-        chosen = [line for line in lines if language in (None, line["language"])]
-        ours, script = agreement(chosen), agreement(chosen, "expag")
+        subset = [line for line in lines if language in (None, line["language"])]
+        ours, script = agreement(subset), agreement(subset, "expag")
         rows.append(
             f"{language or 'all':<5} {ours.n:>5} {ours.are_right:>5}   {ours.precision:>9.3f} {ours.recall:>6.3f}"
             f"  {ours.same_value / ours.n:>11.3f}   {script.precision:>28.3f} {script.recall:>6.3f}"
@@ -136,7 +142,7 @@ def label_table(lines: Sequence[dict]) -> str:
 
 
 def check_labels(path: Path, lines: Sequence[dict]) -> None:
-    """Raises UserError for a line without a reader's verdict, or with one that contradicts itself."""
+    """Check the labels. Raises UserError for a line without a reader's verdict, or with a contradictory one."""
     for number, line in enumerate(lines, 1):
         if not isinstance(line.get("correct"), bool) or "value" not in line:
             raise UserError(f'{str(path)!r}, text {number}: --labels needs "correct" and "value" in every line.')
@@ -149,16 +155,19 @@ def check_labels(path: Path, lines: Sequence[dict]) -> None:
 
 
 def summary_table(lines: Sequence[dict]) -> str:
-    """Accuracy, language fidelity and coverage by language."""
+    """Return accuracy, language fidelity and coverage by language, one line each.
+
+    Fidelity is the share of judged texts with no line in another language. Coverage is the share that could be judged.
+    """
     rows = []
     for name in dict.fromkeys(line["language"] for line in lines):
-        chosen = [line for line in lines if line["language"] == name]
-        right = sum(line["correct"] for line in chosen)
-        low, high = wilson(right, len(chosen))
-        kept = fidelity([judge(line["text"], name) for line in chosen])
-        rate = "-" if kept["language_fidelity"] is None else f"{kept['language_fidelity']:.3f}"
+        subset = [line for line in lines if line["language"] == name]
+        right = sum(line["correct"] for line in subset)
+        low, high = wilson(right, len(subset))
+        language_rates = fidelity([judge(line["text"], name) for line in subset])
+        rate = "-" if language_rates["language_fidelity"] is None else f"{language_rates['language_fidelity']:.3f}"
         rows.append(
-            f"{name}: {right}/{len(chosen)} right, {right / len(chosen):.3f} ({low:.3f} to {high:.3f}), fidelity "
-            f"{rate}, coverage {kept['coverage']:.3f}"
+            f"{name}: {right}/{len(subset)} right, {right / len(subset):.3f} ({low:.3f} to {high:.3f}), fidelity "
+            f"{rate}, coverage {language_rates['coverage']:.3f}"
         )
     return "\n".join(rows)

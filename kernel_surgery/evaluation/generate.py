@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: batched, left-padded, the same texts whatever the batch."""
+"""Greedy generation for many prompts: batched and left-padded, with texts that do not depend on the batch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -10,14 +10,17 @@ from kernel_surgery.evaluation.judging import Generation
 
 
 def end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Every id that ends a text: the generation config's (a base model may list several) and the tokenizer's."""
+    """Return every token id that ends a text.
+
+    These are the generation config's ids (a base model may list several) and the tokenizer's.
+    """
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
     return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
 
 
 def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
-    """Greedy, with every knob that changes greedy text spelled out."""
+    """Return a greedy GenerationConfig that sets every option that can change greedy text."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -43,10 +46,11 @@ def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
 
 @contextmanager
 def checkpoint_settings_aside(model):
-    """While the block lasts, the model has a blank generation config.
+    """Give the model a blank generation config while the block runs.
 
-    What a GenerationConfig leaves unset is filled in from the model's own: a repetition penalty, forbidden words or a
-    time limit of the checkpoint would survive do_sample=False and change the answers without a word.
+    `generate` fills options that a GenerationConfig leaves unset from the model's own config. Otherwise a repetition
+    penalty, forbidden words or a time limit of the checkpoint would stay in force despite do_sample=False, and silently
+    change the answers.
     """
     from transformers import GenerationConfig
 
@@ -66,11 +70,15 @@ def generate(
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Generation]:
-    """Greedy continuations, in the order of `prompts`. `advance(n)` is called as n more prompts are done.
+    """Generate greedy continuations, in the order of `prompts`.
 
-    Prompts are batched by length and padded on the left, with positions counted from the mask, so a text does not
-    depend on its neighbours but for floating-point rounding (two best logits closer than that may swap). Raises
-    ValueError for a batch size or budget below 1.
+    max_new_tokens: the budget per text. advance: called with the number of prompts that were just finished.
+
+    Prompts are sorted by length, batched and padded on the left. Positions are counted from the attention mask, so a
+    text does not depend on its batch, except for floating-point rounding. Rounding can swap two logits that are almost
+    equal.
+
+    Raises KernelSurgeryError for a batch size or budget below 1, and for a prompt without tokens.
     """
     for name, value in (("batch size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -85,18 +93,18 @@ def generate(
     done: dict[int, Generation] = {}
     with checkpoint_settings_aside(model):
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = len(encoded[chosen[0]])
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
+            batch = order[start : start + batch_size]
+            width = len(encoded[batch[0]])
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=model.device)
             mask = torch.tensor(
-                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device
+                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=model.device
             )
             with torch.no_grad():
                 out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
+            for i, row in zip(batch, out[:, width:].tolist(), strict=True):
                 stop = next((t for t, token in enumerate(row) if token in ends), None)
-                kept = tuple(row if stop is None else row[:stop])
-                text = tokenizer.decode(kept, skip_special_tokens=True)
-                done[i] = Generation(kept, text, "length" if stop is None else "stop")
-            advance(len(chosen))
+                new_ids = tuple(row if stop is None else row[:stop])
+                text = tokenizer.decode(new_ids, skip_special_tokens=True)
+                done[i] = Generation(new_ids, text, "length" if stop is None else "stop")
+            advance(len(batch))
     return [done[i] for i in range(len(prompts))]

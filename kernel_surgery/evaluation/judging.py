@@ -1,4 +1,4 @@
-"""One text judged: a sample, which is one line of samples.jsonl."""
+"""Judging one text. The result is a sample: one line of samples.jsonl."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ Cells = dict[tuple[str, str], list[Sample]]
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote after one prompt: ids without the end token, their text, and "stop" or "length"."""
+    """One generated text: its token ids without the end token, the text, and "stop" or "length"."""
 
     ids: tuple[int, ...]
     text: str
@@ -20,22 +20,29 @@ class Generation:
 
 
 def judged(text: str, prompt: str, language: str, answer: Answer) -> dict:
-    """What the text alone tells: its answer, whether that is right, and what language it is in."""
-    found, verdict = extract_answer(text, prompt, language=language), judge(text, language)
+    """Judge a text alone: the answer it gives, whether that is right, and which languages it uses."""
+    extraction, verdict = extract_answer(text, prompt, language=language), judge(text, language)
     return {
-        **{"extracted": None if found.value is None else str(found.value), "correct": found.value == answer},
+        **{
+            "extracted": None if extraction.value is None else str(extraction.value),
+            "correct": extraction.value == answer,
+        },
         **{"language_judged": verdict.judged, "language_passed": verdict.passed, "language_found": list(verdict.found)},
     }
 
 
 def score(problem: Problem, language: str, mode: str, generation: Generation, decode) -> Sample:
-    """One text, scored by the strict protocol. `decode` turns token ids into text (for FAT)."""
+    """Score one text by the strict protocol: one final answer, compared exactly. Return the sample.
+
+    decode: turns token ids into text. It is needed for FAT, the first answer token: the number of tokens until the
+    right answer is complete.
+    """
     prompt = problem.prompts[language]
     verdicts = judged(generation.text, prompt, language, problem.answer)
-    first = characters = None
+    fat_tokens = fat_characters = None
     if verdicts["correct"]:
-        first = first_answer_token(generation.ids, decode, problem.answer, prompt, language=language)
-        characters = first_answer_character(generation.text, problem.answer, prompt, language=language)
+        fat_tokens = first_answer_token(generation.ids, decode, problem.answer, prompt, language=language)
+        fat_characters = first_answer_character(generation.text, problem.answer, prompt, language=language)
     return {
         "id": problem.id,
         "mode": mode,
@@ -46,8 +53,8 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
         "text": generation.text,
         "extracted": verdicts["extracted"],
         "correct": verdicts["correct"],
-        "fat_tokens": first,
-        "fat_characters": characters,
+        "fat_tokens": fat_tokens,
+        "fat_characters": fat_characters,
         "finish": generation.finish,
         "tokens": list(generation.ids),
         "language_judged": verdicts["language_judged"],
@@ -58,12 +65,12 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
 
 
 def text_of(tokenizer):
-    """Token ids to text, as samples hold it."""
+    """Return a function that decodes token ids to text, without special tokens."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def score_again(tokenizer):
-    """A kept sample judged by the code that runs now."""
+    """Return a function that scores a stored sample again with the current code."""
 
     def again(problem: Problem, sample: dict) -> dict:
         generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
@@ -73,7 +80,10 @@ def score_again(tokenizer):
 
 
 def score_kept(problem: Problem, sample: Sample) -> Sample:
-    """A kept sample judged again from its text alone: what needs the tokenizer stays as it was."""
+    """Score a stored sample again from its text alone.
+
+    The fields that need the tokenizer keep their stored values.
+    """
     return sample | judged(sample["text"], sample["prompt"], sample["language"], problem.answer)
 
 
@@ -81,13 +91,13 @@ BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def correct_at(answer: int, prompt: str, language: str, generation: Generation, decode) -> dict[str, bool]:
-    """{budget: whether the text, cut off there, gives the right answer}, for budgets shorter than the text.
+    """Return {budget: whether the text gives the right answer if it is cut off there}.
 
-    At any longer budget the verdict is that of the whole text.
+    Only the BUDGETS shorter than the text are included. At any longer budget the verdict is that of the whole text.
     """
-    found = {}
+    verdicts = {}
     for budget in BUDGETS:
         if budget < len(generation.ids):
-            cut = extract_answer(decode(generation.ids[:budget]), prompt, language=language)
-            found[str(budget)] = cut.value == answer
-    return found
+            extraction = extract_answer(decode(generation.ids[:budget]), prompt, language=language)
+            verdicts[str(budget)] = extraction.value == answer
+    return verdicts

@@ -1,6 +1,7 @@
-"""results.json as one self-contained page: plots, tables, texts side by side, and the configuration.
+"""results.json as one self-contained HTML page: plots, tables, texts side by side, and the configuration.
 
-Nothing is fetched: style and pictures are in the page. It reads on a phone, and right-to-left text runs right to left.
+Nothing is loaded from the network: the style and the plots are in the page. It is readable on a phone, and
+right-to-left text runs right to left.
 """
 
 import difflib
@@ -29,10 +30,10 @@ mark{background:#ffe08a;color:inherit} .small{font-size:.85rem;color:#555}
 
 
 def table(head: list[str], rows: list[list], numeric_from: int = 1) -> str:
-    """An HTML table; every cell is escaped, columns from `numeric_from` on are set as numbers."""
+    """Return an HTML table. Every cell is escaped; columns from `numeric_from` on are set as numbers."""
 
     def cells(tag: str, row: list) -> str:
-        # Words wrap where they stand; numbers do not.
+        # Cells with words may wrap; cells with numbers may not.
         numeric = [i >= numeric_from and (tag == "th" or not re.search("[a-z]{5}", str(c))) for i, c in enumerate(row)]
         return "".join(
             f"<{tag}{' class=n' if n else ''}>{html.escape(str(c))}</{tag}>" for c, n in zip(row, numeric, strict=True)
@@ -43,12 +44,15 @@ def table(head: list[str], rows: list[list], numeric_from: int = 1) -> str:
 
 
 def wide(picture: str) -> str:
-    """A picture that a narrow screen scrolls rather than shrinks."""
+    """Wrap a picture so that a narrow screen scrolls it instead of shrinking it."""
     return f"<div class=wide>{picture}</div>"
 
 
 def leak_table(found: dict) -> str:
-    """What is left inside the subspace, by edited layer, at the site and in the residual stream."""
+    """Return the leak as a table: what is left in the subspace, by edited layer and site.
+
+    See `evaluation.effects.leaks`.
+    """
     rows = [
         [mode, site, *(f"{value:.2g}" for _, value in sorted(by.items(), key=lambda item: int(item[0])))]
         for mode, sites in (found.get("leak") or {}).items()
@@ -65,7 +69,7 @@ def leak_table(found: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """One sentence a comparison: the words follow the corrected interval."""
+    """Return one sentence per comparison. The words follow the corrected interval."""
     if not results["paired"]:
         return "<p>The original model alone was asked; nothing is compared.</p>"
     items = ""
@@ -88,7 +92,7 @@ def summary(results: dict) -> str:
 
 
 def answers(results: dict) -> str:
-    """Rates by mode and language, and the paired differences."""
+    """Return the rates by mode and language, and the paired differences."""
     rates = [
         [
             mode,
@@ -152,27 +156,27 @@ def answers(results: dict) -> str:
 
 
 def subspace_section(results: dict) -> str:
-    """The spectrum and the variance captured, where the subspace brought them along."""
-    found = results.get("subspace") or {}
-    if not found.get("captured"):
+    """Return the spectrum and the captured variance, if the subspace records them."""
+    info = results.get("subspace") or {}
+    if not info.get("captured"):
         return ""
-    picture = spectrum(found["captured"], found["spectrum"], found["rank"])
+    picture = spectrum(info["captured"], info["spectrum"], info["rank"])
     return (
-        f"<h2>The subspace</h2><p>Rank {found['rank']}, fitted at {html.escape(str(found['site']))}.</p>{wide(picture)}"
+        f"<h2>The subspace</h2><p>Rank {info['rank']}, fitted at {html.escape(str(info['site']))}.</p>{wide(picture)}"
     )
 
 
 def damage_section(results: dict) -> str:
-    """Divergence and perplexity on neutral text, and the probes."""
-    found = results.get("damage")
-    if not found or not found["neutral"]:
+    """Return the divergence and perplexity on neutral text, and the probes."""
+    effects = results.get("damage")
+    if not effects or not effects["neutral"]:
         return ""
     rows = [
         [
             *(mode, language, f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}"),
             *(f"{r['original_perplexity']:.4g}", f"{r['perplexity']:.4g}", r["tokens"]),
         ]
-        for mode, by in found["neutral"].items()
+        for mode, by in effects["neutral"].items()
         for language, r in by.items()
     ]
     head = ["mode", "language", "KL mean", "KL 99%", "perplexity, original", "edited", "tokens"]
@@ -180,53 +184,56 @@ def damage_section(results: dict) -> str:
         "<h2>Damage and erasure</h2><p>On eight neutral sentences a language: KL(original || edited), nats a token.</p>"
         + table(head, rows, 2)
         + "<p>What a linear probe reads of the language at the last prompt token, held out by problem:</p>"
-        + wide(probes(found))
-        + leak_table(found)
+        + wide(probes(effects))
+        + leak_table(effects)
     )
 
 
 def controls_section(results: dict) -> str:
-    """The controls' strip, and the words they allow."""
-    found = results.get("controls")
-    if not found:
+    """Return the plot of the controls and the verdicts on them."""
+    data = results.get("controls")
+    if not data:
         return ""
 
     rows = [
         [
             language,
             measure,
-            f"{found['real'][language][measure]:.3f}",
+            f"{data['real'][language][measure]:.3f}",
             f"{p['percentile']:.2f}",
             f"{p['p']:.3f}",
             f"{p['holm_p']:.3f}",
             verdict(p),
         ]
-        for language, measures in found["percentiles"].items()
+        for language, measures in data["percentiles"].items()
         for measure, p in measures.items()
         if "holm_p" in p
     ]
     return (
-        f"<h2>Controls</h2><p>{found['count']} random subspaces ({html.escape(found['kind'])}) of the same rank, at "
-        f"the same layers and site, on {found['problems']} problems a language. Diamond: the real subspace; bar: the "
-        f"original.</p>{wide(controls(found))}"
+        f"<h2>Controls</h2><p>{data['count']} random subspaces ({html.escape(data['kind'])}) of the same rank, at "
+        f"the same layers and site, on {data['problems']} problems a language. Diamond: the real subspace; bar: the "
+        f"original.</p>{wide(controls(data))}"
         + table(["language", "measure", "real", "percentile", "p", "Holm p", ""], rows, 2)
     )
 
 
 def certificate_section(results: dict) -> str:
-    """The certificate's plot and verdict, where there is one."""
-    found = results.get("certificate")
-    if not found:
+    """Return the certificate's plot and verdict, if there is a certificate."""
+    certificate = results.get("certificate")
+    if not certificate:
         return ""
 
     return (
-        f"<h2>Certificate</h2>{plot(found)}<details><summary>Figures</summary>"
-        f"<pre class=wide>{html.escape(shown(found))}</pre></details>"
+        f"<h2>Certificate</h2>{plot(certificate)}<details><summary>Figures</summary>"
+        f"<pre class=wide>{html.escape(shown(certificate))}</pre></details>"
     )
 
 
 def marked(before: str, after: str) -> tuple[str, str]:
-    """Two texts as HTML, what one has and the other has not marked; by words, or characters where there are none."""
+    """Return two texts as HTML with their differences marked.
+
+    They are compared by words, or by characters in scripts without spaces.
+    """
     pieces = [
         re.findall(r"[A-Za-z\u00c0-\u024f\u0600-\u06ff\uac00-\ud7af]+|\d+|\s+|.", text) for text in (before, after)
     ]
@@ -240,7 +247,10 @@ def marked(before: str, after: str) -> tuple[str, str]:
 
 
 def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
-    """Original and edited text side by side, their differences marked, where one is right and the other wrong first."""
+    """Return the original and the edited texts side by side, with their differences marked.
+
+    Pairs in which only one text is right come first. limit: pairs per mode and language.
+    """
     blocks = []
     for mode in modes[1:]:
         for (cell_mode, language), cell in cells.items():
@@ -255,8 +265,8 @@ def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
                     f"<td dir=auto class={'good' if s['correct'] else 'bad'}><pre dir=auto>{text}</pre></td>"
                     for s, text in zip((before, after), texts, strict=True)
                 )
-                asked = html.escape(f"{before['prompt']}  [{before['answer']}]")
-                rows += f"<tr><td dir=auto>{asked}</td>{columns}</tr>"
+                prompt = html.escape(f"{before['prompt']}  [{before['answer']}]")
+                rows += f"<tr><td dir=auto>{prompt}</td>{columns}</tr>"
             blocks.append(
                 f"<details><summary>{html.escape(mode)}, {html.escape(language)}: texts</summary><div class=wide>"
                 f"<table><tr><th>prompt [answer]</th><th>original</th><th>{html.escape(mode)}</th></tr>{rows}</table>"
@@ -266,7 +276,7 @@ def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
 
 
 def write_report(path: Path, results: dict, cells: dict) -> None:
-    """Write the page: one file, nothing fetched."""
+    """Write the page as one file that loads nothing else."""
     config = results["config"]
     title = f"{results['model']['id']}: {config['mode']}, {config['protocol']} protocol"
     everything = {k: results[k] for k in ("config", "environment", "model", "subspace", "provider")}

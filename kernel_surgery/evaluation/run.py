@@ -1,10 +1,11 @@
 """One evaluation, from its options to results.json, samples.jsonl and report.html.
 
-The same problems are put to the original model and to the edited one, in the same process, and compared problem by
-problem.
+The original and the edited model answer the same problems in the same process. They are compared problem by problem, by
+one of two protocols:
 
     strict   (default) the test split, one final answer per text, exact comparison, intervals and corrected tests
-    expag    the reference script's 20 problems and its own scoring, for continuity with its figures; nothing else
+    expag    the 20 problems and the scoring of the reference script that this project began with (`scoring.expag`),
+             only to continue its figures
 """
 
 import hashlib
@@ -48,16 +49,28 @@ from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import variance_captured
 
-# No text depends on these: they may change when a run goes on.
+# No text depends on these options, so they may change when a run is resumed.
 LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an evaluation is asked for; the options of `python -m kernel_surgery.eval`, by the same names.
+    """The options of an evaluation, with the names that `python -m kernel_surgery.eval` uses.
 
-    problems: per category (None: 40). max_new_tokens: None is 256, or the script's 128 with protocol "expag".
-    out: folder for the results (None: results/<date>-<mode>-<protocol>).
+    mode: how the edit is made, or "all".
+    model: "polyglot" (the embedded model), a folder, or a hub id.
+    subspace: the subspace file (None: the one shipped with polyglot).
+    protocol: "strict" or "expag" (see the module).
+    languages: comma-separated, or "all".
+    problems: number per category (None: 40). seed: selects the problems.
+    max_new_tokens: the budget per text (None: 256, or the reference script's 128 with protocol "expag").
+    strength: a in the edit y - a U (U^T y).
+    controls: such as "haar:20": also ask that many random subspaces.
+    margin: accuracies that differ by less than this are equivalent.
+    certificate: JSON file from `verify`, shown in the report.
+    no_damage: skip neutral text and language probes.
+    out: folder for the results (None: results/<date>-<mode>-<protocol>). resume: continue the run in it.
+    force: accept a subspace of unknown origin, or one fitted on another model or on the test split.
     """
 
     mode: str = "fused"
@@ -86,11 +99,11 @@ class Options:
 
     @property
     def budget(self) -> int:
-        """Most new tokens of a text."""
+        """The maximum number of new tokens per text."""
         return self.max_new_tokens if self.max_new_tokens is not None else 256 if self.strict else 128
 
     def check(self) -> None:
-        """Raises UserError for what cannot be asked."""
+        """Check the options. Raises UserError for values that cannot be used."""
         for name, value in (("--max-new-tokens", self.budget), ("--batch-size", self.batch_size)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
@@ -102,7 +115,10 @@ class Options:
         parse_controls(self.controls)
 
     def asked(self, languages: tuple[str, ...]) -> list[Problem]:
-        """The problems that the protocol asks. Raises UserError for options that do not go with it."""
+        """Return the problems that the protocol asks.
+
+        Raises UserError for options that the protocol does not allow.
+        """
         if self.strict:
             return problems("test", 40 if self.problems is None else self.problems, seed=self.seed)
         if foreign := [language for language in languages if language not in EXPAG_LANGUAGES]:
@@ -116,7 +132,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its folder, what results.json holds, and the samples of every (mode, language)."""
+    """A finished evaluation.
+
+    results: the contents of results.json. cells: the samples of every (mode, language).
+    """
 
     folder: Path
     results: dict
@@ -124,7 +143,10 @@ class Evaluation:
 
 
 def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
-    """(Subspace, path) for the modes that need one, else (None, None). Raises UserError where it is missing."""
+    """Load the subspace. Return it with its path, or (None, None) for mode "original".
+
+    Raises UserError if the model needs a subspace file and none was named.
+    """
     if options.mode == "original":
         return None, None
     if options.subspace is None and options.model != "polyglot":
@@ -137,7 +159,7 @@ def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
 
 
 def read_certificate(path: Path | None) -> dict | None:
-    """A certificate of `verify`, for the report. Raises UserError for a file that is not one."""
+    """Read a certificate from `verify`. Raises UserError for a file that is not one."""
     if path is None:
         return None
     try:
@@ -150,17 +172,23 @@ def read_certificate(path: Path | None) -> dict | None:
 
 
 def check_edits(modes: list[str], model, subspace: Subspace | None, options: Options) -> dict[str, dict]:
-    """Make and undo every edit once; {mode: its record}. What cannot be done is found before anything is written."""
+    """Make and undo every edit once. Return {mode: its record as JSON}.
+
+    An edit that cannot be made is thus found before anything is written.
+    """
     edits = {}
     for mode in modes:
-        with applied(mode, model, subspace, options.strength, options.force) as made:
-            for edit in made:
+        with applied(mode, model, subspace, options.strength, options.force) as records:
+            for edit in records:
                 edits[mode] = describe_edit(edit)
     return edits
 
 
 def notes_of(subspace: Subspace | None, edits: dict[str, dict], options: Options) -> list[str]:
-    """What every output says beside the figures. Raises UserError for a subspace fitted on the problems asked."""
+    """Return the notes that every output shows beside the figures.
+
+    Raises UserError if the subspace was fitted on the problems that are asked, unless `force` is set.
+    """
     notes = [edit["note"] for edit in edits.values() if edit["note"]]
     for edit in edits.values():
         for reason in dict.fromkeys(edit["fallbacks"].values()):
@@ -184,7 +212,10 @@ def notes_of(subspace: Subspace | None, edits: dict[str, dict], options: Options
 
 
 def configuration(options: Options, context: Context, subspace_path: Path | None, environment: dict) -> dict:
-    """config.json: everything that a text depends on. The same options with other weights are another run."""
+    """Return config.json: everything that a text depends on.
+
+    The weights are included by a digest, so the same options with other weights are a different run.
+    """
     config = {key: value for key, value in asdict(options).items() if key not in LATER}
     return config | {
         "languages": list(context.languages),
@@ -200,7 +231,7 @@ def configuration(options: Options, context: Context, subspace_path: Path | None
 
 
 def describe_model(name: str, model) -> dict:
-    """What results.json says of the model."""
+    """Return the model's entry in results.json."""
     return {
         "id": name,
         "revision": getattr(model.config, "_commit_hash", None),
@@ -212,7 +243,11 @@ def describe_model(name: str, model) -> dict:
 
 
 def describe_subspace(subspace: Subspace, path: Path, sha256: str) -> dict:
-    """What results.json says of the subspace: where it comes from, the variance it captures, its singular values."""
+    """Return the subspace's entry in results.json.
+
+    "captured" is the share of the language variance that the basis holds, by layer. "spectrum" holds the leading
+    singular values.
+    """
     spectrum = {str(layer): values for layer, values in subspace.spectrum.items() if layer in subspace.bases}
     leading = max(40, 2 * subspace.rank)
     return {
@@ -236,17 +271,20 @@ def evaluate(
     say: Callable[[str], object] = lambda line: None,
     **settings,
 ) -> Evaluation:
-    """Answer, judge, compare, and write results.json, samples.jsonl and report.html.
+    """Run an evaluation: generate, judge, compare, and write results.json, samples.jsonl and report.html.
 
-    options: or, as keywords, what differs from the defaults of `Options`: `evaluate(mode="hook", problems=4)`.
-    command: the command line, for the record. say: is told what is about to take long. A run that was cut short goes
-    on with `resume`: every finished mode and language is kept.
+    options: or, as keywords, the fields of `Options` that are not at their defaults: `evaluate(mode="hook",
+    problems=4)`.
+    command: the command line, for the record.
+    say: called with a line of text before a step that takes long.
 
-    Raises KernelSurgeryError for what cannot be asked or loaded, before anything is written.
+    With `resume`, an interrupted run continues. Every mode and language that was finished is kept.
+
+    Raises KernelSurgeryError for options, models and subspaces that cannot be used. Nothing was written then.
     """
     options = options or Options(**settings)
     languages = parse_languages(options.languages)
-    asked = options.asked(languages)
+    problem_list = options.asked(languages)
     options.check()
     certificate = read_certificate(options.certificate)
     source, device = resolve_model(options.model), parse_device(options.device)
@@ -258,22 +296,31 @@ def evaluate(
     default = Path("results") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.mode}-{options.protocol}"
     folder, environment = options.out or default, environment_record(device)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-    context = Context(model, tokenizer, tuple(asked), languages, options.budget, options.batch_size)
+    context = Context(model, tokenizer, tuple(problem_list), languages, options.budget, options.batch_size)
     edits = check_edits(modes, model, subspace, options)
     notes = notes_of(subspace, edits, options)
     config = configuration(options, context, subspace_path, environment)
     open_run(folder, config, resume=options.resume)
 
     samples, started = folder / "samples.jsonl", time.monotonic()
-    done = take_up(samples, asked, score_again(tokenizer))
+    done = take_up(samples, problem_list, score_again(tokenizer))
     blocks = {mode: partial(applied, mode, model, subspace, options.strength, options.force) for mode in modes}
     cells = answer_cells(context, blocks, done, samples)
-    made = len(cells.keys() - done.keys()) * len(asked)
-    pace = (time.monotonic() - started) / made if made else None
+    new_texts = len(cells.keys() - done.keys()) * len(problem_list)
+    seconds_per_text = (time.monotonic() - started) / new_texts if new_texts else None
     controls = damage = None
     if options.controls:
         controls = run_controls(
-            context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed, pace, say
+            context,
+            cells,
+            folder,
+            subspace,
+            options.controls,
+            options.mode,
+            options.strength,
+            options.seed,
+            seconds_per_text,
+            say,
         )
     if options.strict and not options.no_damage:
         damage = measure_effects(
@@ -288,7 +335,7 @@ def evaluate(
         "subspace": None if subspace is None else describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,
         "command": command,
-        # What ran the edit: the operator's provider where it was used, else PyTorch's own operations.
+        # The code that ran the edit: the fused operator's if it was used, else PyTorch's own operations.
         "provider": edits["fused"]["provider"] if "fused" in edits else f"aten/{device.type}",
         "edits": edits,
         "notes": notes,

@@ -1,8 +1,10 @@
-"""An evaluation's folder: what was asked (config.json), every text as it is finished (samples.jsonl), and going on.
+"""The folder of an evaluation: its configuration, its texts, and how an interrupted run continues.
 
-A *cell* is the texts of one mode in one language, in problem order. It is appended as a whole when it is finished, so
-a kill loses the cell it fell into and no other. Going on is refused unless everything that a text depends on is the
-same: options, weights, subspace, prompts, versions.
+config.json holds everything that the texts depend on. samples.jsonl holds the texts. A *cell* is the texts of one mode
+in one language, in problem order. It is appended as a whole when it is finished, so a killed run loses only the cell it
+was working on.
+
+A run continues only if everything that a text depends on is unchanged: options, weights, subspace, prompts, versions.
 """
 
 import contextlib
@@ -21,21 +23,21 @@ Cell = list[dict]
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a value's JSON, for recognising it again."""
+    """Return the SHA-256 of a value's JSON, to recognise the value later."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def open_run(folder: Path, config: dict, *, resume: bool) -> None:
-    """Make `folder` the run's, with config.json in it, or find that run there if `resume`.
+    """Create the folder of a run with its config.json or, with `resume`, check that the folder holds this run.
 
-    Raises UserError, with nothing changed, for a folder that holds another run, a run that `resume` did not ask for,
-    or files of ours without a run.
+    Raises UserError, with nothing changed, for a folder that holds another run, that holds a run although `resume` is
+    not set, or that holds our output files without a config.json.
     """
     file = folder / "config.json"
     if not file.exists():
-        if found := [name for name in OUTPUTS if (folder / name).exists()]:
+        if strays := [name for name in OUTPUTS if (folder / name).exists()]:
             raise UserError(
-                f"{str(folder)!r} holds {found[0]} but no config.json: not a run of this command. It was left as it "
+                f"{str(folder)!r} holds {strays[0]} but no config.json: not a run of this command. It was left as it "
                 "is. Choose another --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,28 +61,31 @@ def open_run(folder: Path, config: dict, *, resume: bool) -> None:
 
 
 def read_cells(samples: Path, asked: Sequence[Problem]) -> dict[tuple[str, str], Cell]:
-    """The whole cells of a samples.jsonl: exactly the prompts of `asked`, in order. What a kill cut off is dropped."""
+    """Return the complete cells of a samples.jsonl: those with exactly the prompts of `asked`, in order.
+
+    Cells that a kill left incomplete are dropped.
+    """
     cells: dict[tuple[str, str], Cell] = {}
-    # Bytes, and split at line feeds alone: a kill may cut a character in half, and a text may hold U+2028.
+    # Read bytes: a kill may have cut a character in half. Split at line feeds only: a text may contain U+2028.
     for line in samples.read_bytes().split(b"\n") if samples.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             sample = json.loads(line)
             cells.setdefault((sample["mode"], sample["language"]), []).append(sample)
 
     def whole(language: str, cell: Cell) -> bool:
-        wanted = [(p.id, p.prompts.get(language)) for p in asked]
-        return [(s.get("id"), s.get("prompt")) for s in cell] == wanted
+        expected = [(p.id, p.prompts.get(language)) for p in asked]
+        return [(s.get("id"), s.get("prompt")) for s in cell] == expected
 
     return {key: cell for key, cell in cells.items() if whole(key[1], cell)}
 
 
 def write_cells(samples: Path, cells: dict[tuple[str, str], Cell]) -> None:
-    """The file with these cells and nothing else, replaced as a whole."""
+    """Replace the file with one that holds exactly these cells."""
     write_atomic(samples, "".join(map(_line, (s for cell in cells.values() for s in cell))))
 
 
 def append_cell(samples: Path, cell: Cell) -> None:
-    """Add one finished cell, on disk before anything else happens."""
+    """Append one finished cell and wait until it is on disk."""
     with samples.open("a", encoding="utf-8") as file:
         file.writelines(map(_line, cell))
         file.flush()
@@ -90,9 +95,10 @@ def append_cell(samples: Path, cell: Cell) -> None:
 def take_up(
     samples: Path, asked: Sequence[Problem], score: Callable[[Problem, dict], dict]
 ) -> dict[tuple[str, str], Cell]:
-    """The whole cells of an interrupted run, scored again by `score(problem, sample)`; the file holds only them then.
+    """Return the complete cells of an interrupted run, scored again. The file then holds only those.
 
-    Scored again because a verdict belongs to the code that runs now; the texts are what was kept.
+    score: called as `score(problem, sample)`. The stored texts are kept, but their verdicts must come from the current
+    code.
     """
     cells = {
         key: [score(problem, sample) for problem, sample in zip(asked, cell, strict=True)]

@@ -1,25 +1,26 @@
-"""What a difference is worth: intervals and exact tests for paired right/wrong answers, and the words they allow.
+"""Intervals and exact tests for paired right/wrong answers, and the words that they allow.
 
-The same problems are put to the original and to the edited model, so differences are paired: only the problems on
-which the two disagree (the discordant pairs) say anything about a change. With b gained and c lost of n problems:
+The original and the edited model answer the same problems, so the differences are paired. Only the problems on which
+the two disagree (the discordant pairs) carry information about a change. With b gained and c lost of n problems:
 
     delta        (b - c) / n
-    p            exact McNemar: b ~ Binomial(b + c, 1/2) if the edit changed nothing; with b + c = 0 it is 1
-    interval     Newcombe's square-and-add of two Wilson intervals (1998b, method 10), not a bootstrap: resampling a
-                 set without discordant pairs returns [0, 0], a certainty that n problems cannot give
-    correction   Holm over all comparisons of a run
-    pooled       over languages, a problem and its translations are one cluster: bootstrap of the problems for the
-                 interval, widened where few problems moved; sign flips of whole problems for the test
+    p            exact McNemar test: b ~ Binomial(b + c, 1/2) if the edit changed nothing; p = 1 if b + c = 0
+    interval     Newcombe's square-and-add of two Wilson intervals (1998b, method 10). A bootstrap is not used: without
+                 discordant pairs it would return [0, 0], a certainty that n problems cannot give
+    correction   Holm, over all comparisons of a run
+    pooled       over languages, with a problem and its translations as one cluster. The interval is a bootstrap over
+                 problems, widened if few problems changed. The test flips the signs of whole problems
                  (`clustered_difference`)
-    equivalence  two one-sided tests: the interval of 1 - 2 alpha (alpha divided by the comparisons) lies within the
-                 margin on both sides (`equivalent`)
+    equivalence  two one-sided tests (Schuirmann 1987): the interval at level 1 - 2 alpha lies within the margin on both
+                 sides, with alpha divided by the number of comparisons (`equivalent`)
 
-`verdict` turns them into words, and it alone does: "improved" and "worse" need the interval and the corrected test.
-"No difference shown" is not "no difference"; `smallest_shown` says what n problems could have shown at best, and only
-`equivalent` says that a difference, if there is one, is small.
+Only `verdict` turns numbers into words. "improved" and "worse" need both the interval and the corrected test. "No
+difference shown" does not mean "no difference": `smallest_shown` says which difference n problems could have shown at
+best. Only `equivalent` can say that a difference, if there is one, is small.
 
 Newcombe, R. G. (1998a), Statistics in Medicine 17:857-872 (Wilson); (1998b) 17:2635-2650 (paired).
 Holm, S. (1979), Scandinavian Journal of Statistics 6:65-70.
+Schuirmann, D. J. (1987), Journal of Pharmacokinetics and Biopharmaceutics 15:657-680.
 """
 
 import math
@@ -32,9 +33,10 @@ from kernel_surgery.common.errors import KernelSurgeryError
 
 
 def restricted_mean(values: Sequence[float | None], budget: float) -> float | None:
-    """Mean over all problems of min(value, budget), a miss (None) counting as the budget; None for no values.
+    """Return the mean over all problems of min(value, budget), where None (not solved) counts as the budget.
 
-    The restricted mean time to the answer: a mean over the solved alone would reward failing at what takes long.
+    This is the restricted mean time to the answer. A mean over the solved problems alone would reward failing at the
+    problems that take long. Returns None for no values.
     """
     if not values:
         return None
@@ -45,10 +47,10 @@ def restricted_mean(values: Sequence[float | None], budget: float) -> float | No
 class PairedDifference:
     """Edited minus original on the same n problems.
 
-    delta: difference of the two accuracies, None where n is 0.
-    ci95: 95% interval of delta (Newcombe 1998b, method 10); (-1, 1) where n is 0.
-    mcnemar_p: exact two-sided p, before any correction; 1 where no pair is discordant.
-    gained, lost: discordant pairs (only the edited model right; only the original right).
+    delta: difference of the two accuracies; None if n is 0.
+    ci95: 95% interval of delta (Newcombe 1998b, method 10); (-1, 1) if n is 0.
+    mcnemar_p: exact two-sided p, before any correction; 1 without discordant pairs.
+    gained: problems that only the edited model solved. lost: problems that only the original solved.
     """
 
     n: int
@@ -60,9 +62,9 @@ class PairedDifference:
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a rate, 95% by default; (0, 1) where n is 0, because nothing was learned.
+    """Return the Wilson score interval of a rate (Newcombe 1998a), by default at 95%.
 
-    Raises ValueError unless 0 <= correct <= n.
+    It is (0, 1) if n is 0, because nothing is known then. Raises KernelSurgeryError unless 0 <= correct <= n.
     """
     if not 0 <= correct <= n:
         raise KernelSurgeryError(f"cannot give an interval for {correct} correct of {n}: it takes 0 <= correct <= n.")
@@ -71,14 +73,14 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     from scipy.stats import binomtest
 
     interval = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
-    # At the ends the exact bound is the end itself; rounding may leave it 1e-17 away.
+    # At 0 and n correct the exact bound is 0 or 1, but rounding may leave it 1e-17 away.
     return (0.0 if correct == 0 else float(interval.low)), (1.0 if correct == n else float(interval.high))
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Exact two-sided McNemar p of b and c discordant pairs; 1 where there are none (no evidence either way).
+    """Return the exact two-sided McNemar p for b and c discordant pairs.
 
-    Raises ValueError for a negative count.
+    It is 1 without discordant pairs, which are no evidence either way. Raises KernelSurgeryError for a negative count.
     """
     if b < 0 or c < 0:
         raise KernelSurgeryError(f"cannot test {b} and {c} discordant pairs: counts are not negative.")
@@ -90,27 +92,27 @@ def mcnemar_exact(b: int, c: int) -> float:
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given: each p times the tests not yet rejected, at most 1.
+    """Return Holm's step-down adjusted p-values, in the order given (Holm 1979).
 
-    Raises ValueError for a value outside [0, 1], NaN included.
+    Each p is multiplied by the number of tests that are not yet rejected, and limited to 1. Raises KernelSurgeryError
+    for a value outside [0, 1], including NaN.
     """
     for place, p in enumerate(pvalues):
         if not 0 <= p <= 1:
             raise KernelSurgeryError(f"cannot correct p-value number {place}: got {p}, it takes a number from 0 to 1.")
     adjusted, largest = [0.0] * len(pvalues), 0.0
     for rank, place in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
-        # Never below the adjusted value of a smaller p: a test is rejected only if those before it were.
+        # Keep the values monotone: a test is rejected only if all tests with a smaller p were rejected.
         largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[place]))
         adjusted[place] = largest
     return adjusted
 
 
 def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of (gained - lost) / n for paired proportions, 95% by default (Newcombe 1998b, method 10); (-1, 1) for
-    n = 0.
+    """Return the interval of (gained - lost) / n for paired proportions, by default at 95%.
 
-    Two Wilson intervals, combined with the correlation phi of the pairs (corrected by n/2 towards 0).
-    Raises ValueError for a negative count.
+    Method 10 of Newcombe (1998b): two Wilson intervals, combined with the correlation phi of the pairs, which is
+    corrected by n/2 towards 0. It is (-1, 1) if n is 0. Raises KernelSurgeryError for a negative count.
     """
     if min(both, gained, lost, neither) < 0:
         raise KernelSurgeryError(
@@ -133,7 +135,10 @@ def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence:
 def _square_and_add(
     one: float, one_ends: tuple[float, float], other: float, other_ends: tuple[float, float], phi: float
 ) -> tuple[float, float]:
-    """Newcombe's interval of one - other from the interval of each and their correlation phi; within (-1, 1)."""
+    """Return Newcombe's interval of one - other, limited to (-1, 1).
+
+    one_ends, other_ends: the interval of each. phi: their correlation.
+    """
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
@@ -144,9 +149,9 @@ def _square_and_add(
 
 
 def paired_difference(original: Sequence[bool], edited: Sequence[bool]) -> PairedDifference:
-    """Compare right and wrong answers [n] of two models to the same problems, in the same order.
+    """Compare the right and wrong answers [n] of two models to the same problems, in the same order.
 
-    Raises ValueError where the lengths differ.
+    Raises KernelSurgeryError if the lengths differ.
     """
     if len(original) != len(edited):
         raise KernelSurgeryError(
@@ -169,11 +174,13 @@ def paired_difference(original: Sequence[bool], edited: Sequence[bool]) -> Paire
 
 @dataclass(frozen=True)
 class ClusteredDifference:
-    """Edited minus original over problems asked in several languages, a problem being one cluster.
+    """Edited minus original over problems asked in several languages, with each problem as one cluster.
 
-    delta: mean over problems of the mean over languages. ci95: bootstrap of the problems, 10,000 times, percentiles,
-    and no narrower than `gains_and_losses`.
-    p: exact or Monte Carlo two-sided test that flips the sign of whole problems. moved: problems that differ at all.
+    n: number of problems.
+    delta: mean over problems of the mean over languages; None if n is 0.
+    ci95: percentile bootstrap over the problems (10,000 resamples), at least as wide as `gains_and_losses`.
+    p: two-sided test that flips the sign of whole problems, exact or by Monte Carlo.
+    moved: problems whose answers changed in any language.
     """
 
     n: int
@@ -184,19 +191,20 @@ class ClusteredDifference:
 
 
 def gains_and_losses(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean of n values in [-1, 1], 95% by default, that stays honest where few of them are not 0.
+    """Return an interval of the mean of n values in [-1, 1] that is still valid if few of them are not 0.
 
-    What was gained and what was lost, each a rate with a Wilson interval (with n over sum x^2 / sum x trials, a rate of
-    values below 1 varying so much less), put together by Newcombe's square-and-add; a value is never both, which is
-    their correlation. Where all or none moved a bootstrap gives a single point, this does not.
+    The gains and the losses are two rates, each with a Wilson interval. Values below 1 vary less, so a rate counts as n
+    over (sum x^2 / sum x) trials. Newcombe's square-and-add combines the two. Their correlation follows from the fact
+    that a value is never both a gain and a loss. If all values changed, or none, a bootstrap would give a single point;
+    this does not. Returns (-1, 1) for no values. The default level is 95%.
     """
     n = len(means)
     if not n:
         return -1.0, 1.0
     rates, ends = [], []
-    for part in ([max(m, 0.0) for m in means], [max(-m, 0.0) for m in means]):
-        total = sum(part)
-        trials = n * total / sum(x * x for x in part) if total else n
+    for values in ([max(m, 0.0) for m in means], [max(-m, 0.0) for m in means]):
+        total = sum(values)
+        trials = n * total / sum(x * x for x in values) if total else n
         rates.append(total / n)
         ends.append(_wilson_of(total / n, trials, confidence))
     gain, loss = rates
@@ -206,7 +214,7 @@ def gains_and_losses(means: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def _wilson_of(rate: float, trials: float, confidence: float) -> tuple[float, float]:
-    """Wilson's interval of a rate in a number of trials that need not be whole."""
+    """Return Wilson's interval of a rate. The number of trials need not be an integer."""
     from scipy.stats import norm
 
     z = float(norm.ppf(0.5 + confidence / 2))
@@ -216,11 +224,17 @@ def _wilson_of(rate: float, trials: float, confidence: float) -> tuple[float, fl
 
 
 def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 10_000) -> ClusteredDifference:
-    """differences [problems][languages]: 1 gained, -1 lost, 0 the same. Seeded: the same figures every time.
+    """Pool paired differences over languages, with each problem as one cluster.
 
-    Where few problems moved, resampling gives an interval that is too narrow (of none [0, 0], of one an end at 0), a
-    certainty that n problems cannot give: it is never narrower than `gains_and_losses`. Raises ValueError for rows of
-    different lengths.
+    differences: [problems][languages], 1 for gained, -1 for lost, 0 for no change.
+    resamples: of the bootstrap, and of the test if it cannot be exact. Both are seeded, so the figures are
+    reproducible.
+
+    If few problems changed, a bootstrap interval is too narrow: [0, 0] if none did, and one end at 0 if one did. So the
+    interval is never narrower than `gains_and_losses`.
+
+    Uses scipy.stats.bootstrap and scipy.stats.permutation_test. Raises KernelSurgeryError for rows of different
+    lengths.
     """
     from scipy.stats import bootstrap, permutation_test
 
@@ -234,7 +248,7 @@ def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 
         return ClusteredDifference(n, 0.0 if n else None, floor, 1.0, moved)
     options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0)}
     interval = bootstrap((means,), np.mean, method="percentile", **options).confidence_interval
-    # Problems that did not move contribute nothing under any sign. One that did is as likely to have gone either way.
+    # Problems that did not change contribute nothing under any sign. With one that did, both signs are equally likely.
     signed, p = means[means != 0], 1.0
     if len(signed) > 1:
         p = float(min(1.0, permutation_test((signed,), np.sum, permutation_type="samples", **options).pvalue))
@@ -243,27 +257,29 @@ def clustered_difference(differences: Sequence[Sequence[int]], resamples: int = 
 
 
 def mean_difference(differences: Sequence[float], resamples: int = 10_000) -> dict:
-    """{"n", "mean_difference", "ci95"} of paired differences: bootstrap of the pairs, percentiles, seeded.
+    """Return {"n", "mean_difference", "ci95"} of paired differences.
 
-    ci95 is None for fewer than two pairs, or where all are equal: resampling says nothing about those.
+    ci95 is a seeded percentile bootstrap over the pairs (scipy.stats.bootstrap). It is None for fewer than two pairs,
+    or if all are equal, because resampling says nothing then.
     """
     from scipy.stats import bootstrap
 
     n, values = len(differences), np.asarray(differences, dtype=float)
-    found = {"n": n, "mean_difference": float(values.mean()) if n else None, "ci95": None}
+    summary = {"n": n, "mean_difference": float(values.mean()) if n else None, "ci95": None}
     if n < 2 or np.ptp(values) == 0:
-        return found
+        return summary
     options = {"n_resamples": resamples, "vectorized": True, "rng": np.random.default_rng(0), "method": "percentile"}
     interval = bootstrap((values,), np.mean, **options).confidence_interval
-    return found | {"ci95": [float(interval.low), float(interval.high)]}
+    return summary | {"ci95": [float(interval.low), float(interval.high)]}
 
 
 def equivalent(
     both: int, gained: int, lost: int, neither: int, margin: float, comparisons: int = 1, alpha: float = 0.05
 ) -> bool:
-    """Whether the accuracies differ by less than `margin` either way: both one-sided tests at alpha / comparisons.
+    """Return whether the accuracies differ by less than `margin` in both directions.
 
-    Raises ValueError for a margin that is not positive.
+    Two one-sided tests, each at alpha / comparisons, with the interval of `newcombe_paired`. Raises KernelSurgeryError
+    for a margin that is not positive.
     """
     if not margin > 0:
         raise KernelSurgeryError(f"an equivalence test needs a positive margin, got {margin}.")
@@ -272,9 +288,10 @@ def equivalent(
 
 
 def verdict(delta: float | None, ci: Sequence[float], holm_p: float, n: int, alpha: float = 0.05) -> str:
-    """The words that the numbers allow: "improved", "worse", or "no difference shown (n=...)".
+    """Return the words that the numbers allow: "improved", "worse", or "no difference shown (n=...)".
 
-    A direction needs both: the interval `ci` (low, high) excludes 0 on the side of `delta`, and `holm_p` < `alpha`.
+    A direction needs two things: the interval `ci` (low, high) excludes 0 on the side of `delta`, and `holm_p` <
+    `alpha`.
     """
     low, high = ci
     if delta is not None and holm_p < alpha:
@@ -286,12 +303,13 @@ def verdict(delta: float | None, ci: Sequence[float], holm_p: float, n: int, alp
 
 
 def smallest_shown(n: int, alpha: float = 0.05, comparisons: int = 1) -> float | None:
-    """The smallest |delta| that n problems can show: every discordant pair goes one way, and p survives Holm.
+    """Return the smallest |delta| that n problems can show, or None if they can show no difference.
 
-    m one-sided discordant pairs have p = 2^(1-m), which the first of `comparisons` tests must bring below
-    alpha / comparisons. None where even m = n does not. With alpha = 0.05 and one comparison m is 6: a difference
-    of 5 problems of 20 cannot be told from chance, whatever its direction.
-    Raises ValueError for an alpha outside (0, 1) or less than one comparison.
+    At best every discordant pair goes the same way. m such pairs have p = 2^(1-m). The first of `comparisons` tests
+    must bring that below alpha / comparisons. With alpha = 0.05 and one comparison m is 6, so a difference of 5
+    problems out of 20 is indistinguishable from chance.
+
+    Raises KernelSurgeryError for an alpha outside (0, 1) or for less than one comparison.
     """
     if not 0 < alpha < 1 or comparisons < 1:
         raise KernelSurgeryError(

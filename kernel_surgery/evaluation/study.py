@@ -1,24 +1,13 @@
-"""A declared grid, chosen from on dev, frozen, reported on test: python -m kernel_surgery.study GRID.toml --out DIR
+"""A study: try a declared grid of settings on dev, freeze the best, report it on test.
 
-    model = "polyglot"                   # every line but [grid] may be left out; these are the defaults
-    mode = "fused"
-    languages = ["en", "zh"]
-    problems = 40                        # per category, on dev and on test alike
-    max_new_tokens = 256
-    budget = 256                         # at which cells are compared: the texts are cut there
-    seed = 0
-    test = "chosen"                      # or "all": every cell is put to the test problems, all of them corrected for
+`kernel_surgery.study` shows the declaration, a TOML file.
 
-    [grid]                               # each a list; their product is the cells
-    rank = [1, 3, 6, 10]
-    site = ["mlp_out", "resid_post"]
-    pool = ["last"]
-    strength = [1.0, 2.0]
-    layers = ["middle"]                  # or "2-5"
+Bases are fitted on the fit split. The setting with the highest accuracy on dev (mean over languages; ties go to the
+first declared) is chosen. Its hash is written to frozen.json before any test problem is asked. A cell here is one
+setting of the grid.
 
-Bases are fitted on the fit split. The cell with the highest accuracy on dev (mean over languages; of equals the first)
-is chosen, and its hash is written to frozen.json before a test problem is asked. Every text is kept as its cell is
-finished (dev.jsonl, test.jsonl): the same command goes on where it was killed. study.json has everything else.
+Each finished set of texts is stored at once (dev.jsonl, test.jsonl), so the same command continues an interrupted
+study. study.json holds everything else.
 """
 
 import hashlib
@@ -60,40 +49,45 @@ _KINDS = {"rank": int, "site": str, "pool": str, "strength": (int, float), "laye
 
 
 def read_grid(path: Path) -> dict:
-    """The declaration with its defaults filled in. Raises UserError for what it does not know or cannot use."""
+    """Read a declaration and fill in the defaults.
+
+    Raises UserError for unknown settings and for values that cannot be used.
+    """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        declaration = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} is not TOML ({error}). Nothing was written.") from error
-    grid = given.pop("grid", {})
+    grid = declaration.pop("grid", {})
     known = {*DEFAULTS, "budget"}
-    for name in [*(given.keys() - known), *(f"grid.{key}" for key in grid.keys() - GRID.keys())]:
+    for name in [*(declaration.keys() - known), *(f"grid.{key}" for key in grid.keys() - GRID.keys())]:
         raise UserError(f"{str(path)!r}: unknown setting {name!r}. Nothing was written.")
-    made = DEFAULTS | given
-    made["budget"] = given.get("budget", made["max_new_tokens"])
-    made["grid"] = GRID | grid
-    for name, values in made["grid"].items():
+    settings = DEFAULTS | declaration
+    settings["budget"] = declaration.get("budget", settings["max_new_tokens"])
+    settings["grid"] = GRID | grid
+    for name, values in settings["grid"].items():
         listed = values if isinstance(values, list) else []
         if not listed or any(not isinstance(v, _KINDS[name]) or isinstance(v, bool) for v in listed):
             raise UserError(f"{str(path)!r}: grid.{name} is {values!r}, not a list of such values.")
     for name, choices in (("site", SITES), ("pool", POOLS)):
-        for value in made["grid"][name]:
+        for value in settings["grid"][name]:
             if value not in choices:
                 raise UserError(f"{str(path)!r}: grid.{name} has {value!r}; known: {', '.join(choices)}.")
     for name, choices in (("mode", MODES[1:]), ("test", ("chosen", "all"))):
-        if made[name] not in choices:
-            raise UserError(f"{str(path)!r}: {name} is {made[name]!r}; known: {', '.join(choices)}.")
+        if settings[name] not in choices:
+            raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}; known: {', '.join(choices)}.")
     for name in ("problems", "max_new_tokens", "budget", "batch_size"):
-        if not isinstance(made[name], int) or made[name] < 1:
-            raise UserError(f"{str(path)!r}: {name} is {made[name]!r}, not a number of at least 1.")
-    if made["budget"] > made["max_new_tokens"]:
-        raise UserError(f"{str(path)!r}: budget {made['budget']} is beyond max_new_tokens {made['max_new_tokens']}.")
-    made["languages"] = list(parse_languages(",".join(made["languages"])))
-    return made
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a number of at least 1.")
+    if settings["budget"] > settings["max_new_tokens"]:
+        raise UserError(
+            f"{str(path)!r}: budget {settings['budget']} is beyond max_new_tokens {settings['max_new_tokens']}."
+        )
+    settings["languages"] = list(parse_languages(",".join(settings["languages"])))
+    return settings
 
 
 def cells_of(grid: dict) -> dict[str, dict]:
-    """{name: setting} of every cell, in the order of the declaration; the name says all of it."""
+    """Return {name: setting} of every cell, in the order of the declaration. The name spells out the setting."""
     cells = {}
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))
@@ -102,33 +96,42 @@ def cells_of(grid: dict) -> dict[str, dict]:
 
 
 def frozen_digest(setting: dict, declared: dict) -> str:
-    """SHA-256 of a chosen cell with everything else that its texts depend on."""
+    """Return the SHA-256 of a chosen setting with everything else that its texts depend on."""
     rest = {key: value for key, value in declared.items() if key != "grid"}
     return hashlib.sha256(json.dumps([setting, rest], sort_keys=True).encode()).hexdigest()
 
 
 def subspaces(model, tokenizer, declared: dict, cells: dict[str, dict], folder: Path) -> Iterator[tuple[str, object]]:
-    """(name, Subspace) of every cell. Activations are collected once a site and pool, and kept."""
+    """Fit the subspace of every cell. Yields (name, Subspace).
+
+    Activations are collected once per site and pooling, and stored in the folder.
+    """
     layers = range(len(decoder_layers(model)))
-    kept: dict[tuple[str, str], Activations] = {}
+    activations: dict[tuple[str, str], Activations] = {}
     for name, setting in cells.items():
         site, pool = setting["site"], setting["pool"]
-        if (site, pool) not in kept:
+        if (site, pool) not in activations:
             file = folder / f"activations-{site}-{pool}.safetensors"
             if not file.exists():
-                chosen = problems("fit", declared["problems"], seed=declared["seed"])
-                vectors = collect_languages(model, tokenizer, chosen, LANGUAGES, layers, site=site, pool=pool)
-                about = {"model_id": declared["model"], "n_layers": len(layers), "fingerprint": fingerprint(model)}
-                about |= {"site": site, "pool": pool, "split": "fit", "problems": len(chosen), "seed": declared["seed"]}
-                Activations(vectors, about).save(file)
-            kept[site, pool] = load_activations(file)
-        wanted = setting["layers"]
-        at = default_layers(len(layers)) if wanted == "middle" else parse_layers(wanted, len(layers))
-        yield name, fit_subspace(kept[site, pool], setting["rank"], layers=list(at))
+                fit_problems = problems("fit", declared["problems"], seed=declared["seed"])
+                vectors = collect_languages(model, tokenizer, fit_problems, LANGUAGES, layers, site=site, pool=pool)
+                provenance = {"model_id": declared["model"], "n_layers": len(layers), "fingerprint": fingerprint(model)}
+                provenance |= {
+                    "site": site,
+                    "pool": pool,
+                    "split": "fit",
+                    "problems": len(fit_problems),
+                    "seed": declared["seed"],
+                }
+                Activations(vectors, provenance).save(file)
+            activations[site, pool] = load_activations(file)
+        layers_text = setting["layers"]
+        fit_layers = default_layers(len(layers)) if layers_text == "middle" else parse_layers(layers_text, len(layers))
+        yield name, fit_subspace(activations[site, pool], setting["rank"], layers=list(fit_layers))
 
 
 def edit_blocks(model, declared: dict, settings: Mapping[str, tuple[dict, Subspace]]) -> dict[str, EditBlock]:
-    """The edits that are asked: the original's, and one of every (setting, subspace)."""
+    """Return the edits to ask: the original's, and one for every (setting, subspace)."""
     blocks: dict[str, EditBlock] = {"original": partial(applied, "original", model, None, 1.0)}
     for name, (setting, subspace) in settings.items():
         blocks[name] = partial(applied, declared["mode"], model, subspace, setting["strength"])
@@ -136,35 +139,35 @@ def edit_blocks(model, declared: dict, settings: Mapping[str, tuple[dict, Subspa
 
 
 def at_budget(cells: dict, budget: int, tokenizer) -> dict:
-    """The cells as a budget of so many tokens would have left them."""
-    decode, cut = text_of(tokenizer), {}
+    """Return the cells as a budget of `budget` tokens would have left them, scored again."""
+    decode, shortened = text_of(tokenizer), {}
     for (name, language), cell in cells.items():
-        cut[name, language] = []
+        shortened[name, language] = []
         for sample in cell:
             if len(sample["tokens"]) <= budget:
-                cut[name, language].append(sample)
+                shortened[name, language].append(sample)
                 continue
             ids = tuple(sample["tokens"][:budget])
             problem = Problem(
                 sample["id"], sample["category"], "", "", {}, sample["answer"], {language: sample["prompt"]}
             )
-            made = score(problem, language, name, Generation(ids, decode(ids), "length"), decode)
-            cut[name, language].append(made)
-    return cut
+            sample_at_budget = score(problem, language, name, Generation(ids, decode(ids), "length"), decode)
+            shortened[name, language].append(sample_at_budget)
+    return shortened
 
 
 def figures(cells: dict, names: list[str], languages: list[str], budget: int) -> dict[str, dict]:
-    """{name: {language: summary}}."""
+    """Return {name: {language: summary}}."""
     return {name: {lang: summarize(cells[name, lang], budget) for lang in languages} for name in names}
 
 
 def choose(dev: dict[str, dict], names: list[str]) -> str:
-    """The cell with the highest mean accuracy on dev; of equals the first declared."""
+    """Return the name of the cell with the highest mean accuracy on dev. Ties go to the first declared."""
     return max(names, key=lambda name: sum(r["accuracy"] for r in dev[name].values()))
 
 
 def table(dev: dict[str, dict], chosen: str) -> str:
-    """Every cell on dev, and which was chosen."""
+    """Return the table of all cells on dev, with the chosen one marked."""
     width = max(map(len, dev))
     lines = ["dev, from which the choice is made:"]
     for name, by in dev.items():
@@ -174,10 +177,14 @@ def table(dev: dict[str, dict], chosen: str) -> str:
 
 
 def run_study(declared: dict, folder: Path, *, controls: str | None = None, command: str | None = None) -> dict:
-    """Fit, ask on dev, choose, freeze, ask on test, compare; what study.json holds.
+    """Run a study: fit, ask on dev, choose, freeze, ask on test, compare. Return the contents of study.json.
 
-    declared: of `read_grid`. folder: of the study; what is finished in it is not done again. controls: such as
-    "haar:20". Raises KernelSurgeryError for what cannot be asked, and UserError where dev gives another choice than
+    declared: the result of `read_grid`.
+    folder: of the study. Whatever is finished in it is not done again.
+    controls: such as "haar:20", random subspaces beside the chosen one, on test.
+    command: the command line, for the record.
+
+    Raises KernelSurgeryError for settings that cannot be used. Raises UserError if dev now gives another choice than
     frozen.json holds.
     """
     parse_controls(controls)
@@ -187,8 +194,8 @@ def run_study(declared: dict, folder: Path, *, controls: str | None = None, comm
     config = declared | {"weights": digest(fingerprint(model)), "resolved_dtype": str(dtype)}
     open_run(folder, config, resume=(folder / "config.json").exists())
     cells, languages, budget = cells_of(declared["grid"]), declared["languages"], declared["budget"]
-    fitted = dict(subspaces(model, tokenizer, declared, cells, folder))
-    every = {name: (setting, fitted[name]) for name, setting in cells.items()}
+    subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder))
+    settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
     def ask(split: str, settings: Mapping[str, tuple[dict, Subspace]]) -> tuple[Context, Cells]:
         asked = tuple(problems(split, declared["problems"], seed=declared["seed"]))
@@ -198,31 +205,33 @@ def run_study(declared: dict, folder: Path, *, controls: str | None = None, comm
         texts = answer_cells(context, edit_blocks(model, declared, settings), done, samples)
         return context, at_budget(texts, budget, tokenizer)
 
-    dev = figures(ask("dev", every)[1], ["original", *cells], languages, budget)
+    dev = figures(ask("dev", settings_of)[1], ["original", *cells], languages, budget)
     chosen = choose(dev, list(cells))
     frozen = freeze(folder, chosen, cells, declared)
-    fitted[chosen].save(folder / "chosen.safetensors")
-    reported = {chosen: every[chosen]} if declared["test"] == "chosen" else every
+    subspace_of[chosen].save(folder / "chosen.safetensors")
+    reported = {chosen: settings_of[chosen]} if declared["test"] == "chosen" else settings_of
     context, texts = ask("test", reported)
     paired, mode = pair(texts), declared["mode"]
-    found = None
+    control_results = None
     if controls:
         own = {(mode if name == chosen else name, lang): cell for (name, lang), cell in texts.items()}
         context, strength = replace(context, budget=budget), cells[chosen]["strength"]
-        found = run_controls(context, own, folder, fitted[chosen], controls, mode, strength, declared["seed"])
+        control_results = run_controls(
+            context, own, folder, subspace_of[chosen], controls, mode, strength, declared["seed"]
+        )
     study = {
         **{"schema": 1, "command": command, "declared": declared, "environment": environment_record(device)},
         **{"dev": dev, "frozen": frozen, "test": figures(texts, ["original", *reported], languages, budget)},
-        **{"paired": paired, "power": power(paired), "controls": found},
+        **{"paired": paired, "power": power(paired), "controls": control_results},
     }
     write_atomic(folder / "study.json", json.dumps(study, indent=2, ensure_ascii=False) + "\n")
     return study
 
 
 def freeze(folder: Path, chosen: str, cells: dict[str, dict], declared: dict) -> dict:
-    """Write the choice to frozen.json, before a test problem is asked; the same again if the study goes on.
+    """Write the choice to frozen.json, before any test problem is asked. Return its contents.
 
-    Raises UserError where the file holds another choice.
+    A continued study writes the same file again. Raises UserError if the file holds another choice.
     """
     digest_of = frozen_digest(cells[chosen], declared)
     frozen = {"cell": chosen, "setting": cells[chosen], "sha256": digest_of, "of": len(cells)}
@@ -234,11 +243,11 @@ def freeze(folder: Path, chosen: str, cells: dict[str, dict], declared: dict) ->
 
 
 def shown(study: dict) -> str:
-    """What the command prints of a study."""
+    """Return the text that the command prints about a study."""
     frozen, declared = study["frozen"], study["declared"]
     lines = [table(study["dev"], frozen["cell"])]
-    asked = 5 * declared["problems"]
-    lines.append(f"frozen: {frozen['sha256'][:16]}, one of {frozen['of']}; test, {asked} problems a language:")
+    count = 5 * declared["problems"]
+    lines.append(f"frozen: {frozen['sha256'][:16]}, one of {frozen['of']}; test, {count} problems a language:")
     lines.append(strict_table(study["test"], study["paired"]))
     if study["controls"]:
         lines.append(control_table(study["controls"]))

@@ -1,7 +1,6 @@
-"""From scored texts to results: rates with intervals, paired differences with corrected tests, tables.
+"""From scored texts to results: rates with intervals, and paired differences with corrected tests.
 
-A *sample* is one line of samples.jsonl (a dict); a *cell* is the samples of one mode in one language, in problem
-order.
+A *sample* is one line of samples.jsonl (a dict). A *cell* is the samples of one mode in one language, in problem order.
 """
 
 from collections.abc import Sequence
@@ -23,15 +22,20 @@ from kernel_surgery.scoring.expag import expag_check, expag_fat, expag_language
 
 
 def budget_curve(cell: Sequence[Sample], budget: int) -> list[list[float]]:
-    """[[budget, accuracy]]: what shorter budgets would have given, from the one generation that there is."""
+    """Return [[budget, accuracy], ...]: the accuracy if the texts were cut off at shorter budgets.
+
+    All points come from the same generated texts.
+    """
     points = [b for b in BUDGETS if b < budget]
     right = [sum(s["correct_at"].get(str(b), s["correct"]) for s in cell) / len(cell) for b in points]
     return [*map(list, zip(points, right, strict=True)), [budget, sum(s["correct"] for s in cell) / len(cell)]]
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of the n-grams of a text's words (of its characters, where it is written without spaces) that repeat an
-    earlier one; 0 for a text shorter than n."""
+    """Return the share of a text's n-grams that repeat an earlier one; 0 for a text shorter than n.
+
+    The n-grams are of words, or of characters if the text is written without spaces.
+    """
     words = text.split()
     if len("".join(words)) > 9 * len(words):
         words = list("".join(words))
@@ -40,7 +44,12 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def summarize(cell: Sequence[Sample], budget: int) -> dict:
-    """Accuracy with its Wilson interval, FAT censored at `budget` tokens, language fidelity with coverage."""
+    """Summarise one cell.
+
+    "accuracy" has a Wilson interval, "ci95". "fat_tokens" is the mean number of tokens until the right answer is
+    complete, where a problem that was not solved counts as `budget`. "language_fidelity" is the share of judged texts
+    with no line in another language. "coverage" is the share of texts whose language could be judged.
+    """
     n, correct = len(cell), sum(s["correct"] for s in cell)
     categories = {}
     for sample in cell:
@@ -54,8 +63,8 @@ def summarize(cell: Sequence[Sample], budget: int) -> dict:
         "correct": correct,
         "accuracy": correct / n,
         "ci95": list(wilson(correct, n)),
-        # A problem that was not solved counts with the whole budget: a mean over survivors alone would
-        # reward a model for failing at whatever takes long.
+        # A problem that was not solved counts as the whole budget. A mean over the solved problems alone would
+        # reward a model for failing at the problems that take long.
         "fat_tokens": restricted_mean([s["fat_tokens"] for s in cell], budget),
         "fat_budget": budget,
         "language_fidelity": passes / len(judged) if judged else None,
@@ -69,11 +78,16 @@ def summarize(cell: Sequence[Sample], budget: int) -> dict:
 
 
 def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
-    """Every edited cell against the original's in that language: same problems, exact McNemar, Holm over all pairs.
+    """Compare every edited cell with the original's in the same language. Return one row per comparison.
 
-    Where a mode answered in several languages, a row with the language "all" pools them, each problem with its
-    translations one cluster. "equivalent": the difference is within `margin`, both ways, corrected for the number of
-    comparisons too.
+    Both models answered the same problems, so the test is McNemar's exact test, with Holm's correction over all rows
+    (`evaluation.stats`). If a mode answered in several languages, a row with the language "all" pools them, with each
+    problem and its translations as one cluster.
+
+    "equivalent" says whether the difference lies within `margin` in both directions, also corrected for the number of
+    comparisons. It is None for a pooled row.
+
+    Raises RuntimeError if the cells hold different problems.
     """
     rows, pooled = [], {}
     for (mode, language), cell in cells.items():
@@ -84,14 +98,14 @@ def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
             raise RuntimeError(f"{mode} and original were not asked the same problems in {language}")
         difference = paired_difference([s["correct"] for s in original], [s["correct"] for s in cell])
         same = sum(a["text"] == b["text"] for a, b in zip(original, cell, strict=True))
-        both = [
+        fat_differences = [
             b["fat_tokens"] - a["fat_tokens"]
             for a, b in zip(original, cell, strict=True)
             if a["fat_tokens"] is not None and b["fat_tokens"] is not None
         ]
         rows.append(
             {"mode": mode, "language": language, "n": len(cell), **asdict(difference), "same_text": same}
-            | {"fat_both_solved": mean_difference(both)}
+            | {"fat_both_solved": mean_difference(fat_differences)}
             | {"both": sum(a["correct"] and b["correct"] for a, b in zip(original, cell, strict=True))}
         )
         moves = [b["correct"] - a["correct"] for a, b in zip(original, cell, strict=True)]
@@ -117,38 +131,45 @@ POOLED = "all"
 
 
 def _pooled_row(mode: str, rows: list[dict], moves: list[list[int]]) -> dict:
-    """The row of a mode over all its languages; n counts problems."""
-    found = clustered_difference(list(zip(*moves, strict=True)))
-    return {"mode": mode, "language": POOLED, **asdict(found), "languages": [row["language"] for row in rows]} | {
+    """Return the row of a mode over all its languages. n counts problems."""
+    difference = clustered_difference(list(zip(*moves, strict=True)))
+    return {"mode": mode, "language": POOLED, **asdict(difference), "languages": [row["language"] for row in rows]} | {
         key: sum(row[key] for row in rows) for key in ("gained", "lost", "both", "same_text")
     }
 
 
 def power(paired: list[dict]) -> list[dict]:
-    """What the comparisons could have shown at best: {"language", "n", "comparisons", "smallest_shown"} a language."""
-    found = {row["language"]: row["n"] for row in paired if row["language"] != POOLED}
+    """Return, per language, the smallest difference that the comparisons could have detected.
+
+    Rows: {"language", "n", "comparisons", "smallest_shown"}; see `evaluation.stats.smallest_shown`.
+    """
+    problems_by_language = {row["language"]: row["n"] for row in paired if row["language"] != POOLED}
     return [
         {"language": language, "n": n, "comparisons": len(paired)}
         | {"smallest_shown": smallest_shown(n, comparisons=len(paired))}
-        for language, n in found.items()
+        for language, n in problems_by_language.items()
     ]
 
 
 def expag_metrics(cells: Cells) -> dict:
-    """The reference script's figures, by its own rules, of whatever was generated. For continuity only."""
-    out: dict[str, dict[str, dict]] = {}
+    """Score the texts by the reference script's own rules (`scoring.expag`), only to continue its figures.
+
+    Returns {mode: {language: figures}}. "mean_fat" is the mean index of the first word that holds the answer, over the
+    solved texts; -1 if there is none.
+    """
+    metrics: dict[str, dict[str, dict]] = {}
     for (mode, language), cell in cells.items():
         solved = [s for s in cell if expag_check(s["text"], s["answer"])]
         positions = [expag_fat(s["text"], s["answer"]) for s in solved]
-        kept = [p for p in positions if p >= 0]
+        answer_positions = [p for p in positions if p >= 0]
         counts = {"zh": 0, "en": 0, "unknown": 0}
         for sample in cell:
             counts[expag_language(sample["text"])] += 1
-        out.setdefault(mode, {})[language] = {
+        metrics.setdefault(mode, {})[language] = {
             "correct": len(solved),
             "total": len(cell),
             "accuracy": len(solved) / len(cell),
-            "mean_fat": sum(kept) / len(kept) if kept else -1.0,
+            "mean_fat": sum(answer_positions) / len(answer_positions) if answer_positions else -1.0,
             "languages": counts,
         }
-    return out
+    return metrics

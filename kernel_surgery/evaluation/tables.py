@@ -6,13 +6,13 @@ from kernel_surgery.evaluation.summary import POOLED, power
 
 
 def strict_table(modes: dict, paired: list[dict]) -> str:
-    """The table that a run prints: one line a mode and language."""
+    """Return the table of the strict protocol, with one line per mode and language."""
     width = max(9, *map(len, modes))
     lines = [
         f"{'mode':<{width}} {'lang':<4} {'correct':>9}  {'accuracy (95% CI)':<22} "
         f"{'FAT':>6} {'fidelity':>8} {'coverage':>8}" + _COMPARED
     ]
-    beside = {(row["mode"], row["language"]): row for row in paired}
+    comparisons_of = {(row["mode"], row["language"]): row for row in paired}
     for mode, by_language in modes.items():
         for language, r in by_language.items():
             low, high = r["ci95"]
@@ -22,34 +22,37 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
                 f"{r['accuracy']:.3f} ({low:.3f} to {high:.3f})  "
                 f"{r['fat_tokens']:>6.1f} {fidelity:>8} {r['coverage']:>8.3f}"
             )
-            if row := beside.get((mode, language)):
+            if row := comparisons_of.get((mode, language)):
                 line += compared(row)
             lines.append(line.rstrip())
-        if row := beside.get((mode, POOLED)):
+        if row := comparisons_of.get((mode, POOLED)):
             lines.append(f"{mode:<{width}} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
-    if sooner := [words for row in paired if (words := answered_sooner(row))]:
-        lines.append("tokens until the answer, problems that both solved: " + "; ".join(sooner))
-    shown = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
-    for (n, comparisons), least in shown.items():
+    if delays := [words for row in paired if (words := answered_sooner(row))]:
+        lines.append("tokens until the answer, problems that both solved: " + "; ".join(delays))
+    smallest = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
+    for (n, comparisons), least in smallest.items():
         could = "no difference at all" if least is None else f"a difference of {least:.3f} or more"
         lines.append(f"{n} problems a language and {comparisons} comparisons could have shown {could}.")
     return "\n".join(lines)
 
 
 def answered_sooner(row: dict) -> str:
-    """How many tokens later (+) or sooner the answer came, on the problems that both solved; empty for a pooled row."""
-    found = row.get("fat_both_solved")
-    if not found or found["mean_difference"] is None:
+    """Return how many tokens later (+) or earlier (-) the answer came, in words.
+
+    Only problems that both models solved count. The result is empty for a pooled row.
+    """
+    change = row.get("fat_both_solved")
+    if not change or change["mean_difference"] is None:
         return ""
-    interval = "all alike" if found["ci95"] is None else "{:+.2f} to {:+.2f}".format(*found["ci95"])
-    return f"{row['mode']} {row['language']} {found['mean_difference']:+.2f} ({interval}, n={found['n']})"
+    interval = "all alike" if change["ci95"] is None else "{:+.2f} to {:+.2f}".format(*change["ci95"])
+    return f"{row['mode']} {row['language']} {change['mean_difference']:+.2f} ({interval}, n={change['n']})"
 
 
 _COMPARED = "   difference (95% CI)          Holm p  verdict"
 
 
 def compared(row: dict) -> str:
-    """The end of a table's line: difference, interval, corrected p, and the words they allow."""
+    """Return the end of a table line: difference, interval, corrected p, and the verdict in words."""
     low, high = row["ci95"]
     words = row["verdict"]
     if row["equivalent"] and words.startswith("no difference"):
@@ -58,7 +61,10 @@ def compared(row: dict) -> str:
 
 
 def expag_table(metrics: dict, mode: str) -> str:
-    """The reference script's own summary, in its own words ("baseline" is the original, "surgery" the edit)."""
+    """Return the summary in the reference script's own form and words.
+
+    "baseline" is the original, "surgery" the edit.
+    """
     lines = [
         "=" * 70,
         "RESULTS SUMMARY",
@@ -75,7 +81,7 @@ def expag_table(metrics: dict, mode: str) -> str:
 
 
 def expag_lines(results: dict, mode: str) -> list[str]:
-    """What the reference script prints, in its order."""
+    """Return the lines that the reference script prints, in its order."""
     norms = results["edits"].get(mode, {}).get("norms", {})
     lines = [
         f"  L{layer}: W_down modified. Norm change: {before:.1f} -> {after:.1f}"
@@ -93,7 +99,7 @@ def expag_lines(results: dict, mode: str) -> list[str]:
 
 
 def shown(results: dict) -> str:
-    """What `eval` prints of its results: what was asked, the notes, and the tables."""
+    """Return the text that `eval` prints: the settings, the notes, and the tables."""
     config, strict = results["config"], results["config"]["protocol"] == "strict"
     lines = [
         f"{results['model']['id']}: {config['problems']} {'test ' * strict}problems a language, greedy, "
