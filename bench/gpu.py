@@ -61,7 +61,7 @@ def parts(out: Path) -> list[Part]:
     tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-rP", "-o", "faulthandler_timeout=90"]
     if importlib.util.find_spec("xdist"):  # most of these tests' time is compiling, on one core each
         tests += ["-n", "6"]
-    kernels = "tests/test_project_kernel.py"
+    kernels = "tests/ops/test_kernels.py"
     sanitize = ["compute-sanitizer", "--error-exitcode", str(FOUND_ERRORS), "--tool"]
     # Not what a library's probing of the driver returns, and no hazards that are only possible.
     memcheck, racecheck = ["memcheck", "--report-api-errors", "no"], ["racecheck", "--racecheck-detect-level", "error"]

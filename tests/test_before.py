@@ -9,7 +9,7 @@ import pytest
 
 import kernel_surgery
 from kernel_surgery import Subspace
-from tests.calls import call, one_thread
+from tests.support.calls import call, one_thread
 
 BEFORE = Path(__file__).resolve().parent / "data" / "before"
 

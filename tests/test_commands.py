@@ -59,7 +59,7 @@ def test_help_imports_no_torch():
 @pytest.fixture
 def foreign(tmp_path):
     """A subspace of the right shape that was fitted on another model."""
-    from tests.models import pico
+    from tests.support.models import pico
 
     config = json.loads((POLYGLOT / "config.json").read_text())
     other = Subspace.load(POLYGLOT / "subspace.safetensors")

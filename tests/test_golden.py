@@ -32,7 +32,7 @@ from pathlib import Path
 import pytest
 
 import kernel_surgery
-from tests.calls import call, one_thread
+from tests.support.calls import call, one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN, BEFORE = ROOT / "tests" / "golden", ROOT / "tests" / "data" / "before"

@@ -2,7 +2,7 @@
 
 For a model of type qwen2, transformers replaces whatever normalizer and pre-tokenizer a saved tokenizer carries with
 Qwen2's own. Training with those same two (NFC; the split that isolates every digit) is therefore the only way to get
-the training ids back from `AutoTokenizer`; tests/test_polyglot.py checks that in all seven languages.
+the training ids back from `AutoTokenizer`; tests/polyglot/test_polyglot.py checks that in all seven languages.
 """
 
 import json

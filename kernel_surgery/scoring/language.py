@@ -2,8 +2,8 @@
 
 Script decides first (kana: ja, hangul: ko, Arabic script: ar, Han without kana: zh); only a line in Latin script is
 put to an identifier, restricted to en, es and sw. That identifier is py3langid and not lingua: of the 383 fragments of
-two to five words that 36 short maths sentences hold (tests/test_language.py), at a confidence of 0.8 py3langid judges
-360 and lingua 322, neither gets one wrong, and py3langid is 4.5 MB where lingua is 96 MB.
+two to five words that 36 short maths sentences hold (tests/scoring/test_language.py), at a confidence of 0.8 py3langid
+judges 360 and lingua 322, neither gets one wrong, and py3langid is 4.5 MB where lingua is 96 MB.
 
 A response passes if no judged line is in a wrong language: the line-level pass rate of the language confusion benchmark
 (Marchisio et al. 2024, arXiv:2406.20052). Lines too short to judge are not judged, so `fidelity` always reports

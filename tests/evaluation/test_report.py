@@ -1,0 +1,213 @@
+"""The report: one well-formed page with everything in it, that fetches nothing and says what the numbers say."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from kernel_surgery.evaluation.controls import MEASURES, compare
+from kernel_surgery.evaluation.report import marked, write_report
+from kernel_surgery.evaluation.summary import pair, power, summarize
+from tests.evaluation.test_summary import cells
+
+
+class Page(HTMLParser):
+    """Open tags are closed in order; addresses are collected."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "hr"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "action") and v and not v.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def whole(made, **more):
+    """results.json of these cells, with everything that a run can bring along."""
+    modes = {}
+    for (mode, language), cell in made.items():
+        modes.setdefault(mode, {})[language] = summarize(cell, 100)
+    languages = list(modes["original"])
+    paired = pair(made)
+    return {
+        **{
+            "modes": modes,
+            "paired": paired,
+            "power": power(paired),
+            "edits": {},
+            "environment": {"torch": "2"},
+        },
+        "config": {"languages": languages, "mode": "fused", "protocol": "strict", "max_new_tokens": 100},
+        **{"model": {"id": "pico & co"}, "notes": ["fitted on <mlp_out>"], "provider": "aten/cpu"},
+        "command": "python -m kernel_surgery.eval --mode fused --out 'a & b'",
+        "subspace": {
+            **{"rank": 2, "site": "mlp_out", "captured": {"1": 0.9, "2": 0.8}},
+            "spectrum": {"1": [3.0, 2.0, 1.0], "2": [4.0, 2.0, 0.5]},
+        },
+        "damage": {
+            "neutral": {
+                "fused": {
+                    "ar": {"tokens": 9, "kl_mean": 0.1, "kl_p99": 0.5, "perplexity": 12.5, "original_perplexity": 11.0}
+                }
+            },
+            "chance": 0.5,
+            "probes": {
+                m: {"mlp_out": {"0": 1.0, "1": v}, "resid_post": {"0": 1.0, "1": 1.0}}
+                for m, v in (("original", 0.99), ("fused", 0.5))
+            },
+        },
+        "controls": control_figures(modes, languages),
+    } | more
+
+
+def control_figures(modes, languages):
+    figures = {m: {lang: {k: modes[m][lang][k] for k in MEASURES} for lang in languages} for m in modes}
+    rows = [
+        {"name": f"haar:{i:02d}", "language": lang} | figures["original"][lang] for i in range(3) for lang in languages
+    ]
+    about = {"kind": "haar", "count": 3, "mode": "fused", "problems": 4, "seed": 0, "rows": rows}
+    return about | {
+        "real": figures["fused"],
+        "original": figures["original"],
+        "percentiles": compare(figures["fused"], rows),
+    }
+
+
+@pytest.fixture
+def made():
+    both = cells([True, False, True, True], [True, True, True, False], language="ar")
+    both |= cells([True] * 4, [False] * 4, language="en")
+    both["fused", "ar"][3]["text"] = "<script>alert(1)</script> الجواب هو 5"
+    both["original", "ar"][3]["text"] = "الجواب هو 4"
+    return both
+
+
+def written(tmp_path, made, **more):
+    write_report(tmp_path / "report.html", whole(made, **more), made)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def parsed(text):
+    page = Page()
+    page.feed(re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+    return page
+
+
+def test_the_report_is_one_well_formed_page_that_fetches_nothing_and_escapes_texts(tmp_path, made):
+    text = written(tmp_path, made)
+    page = parsed(text)
+    assert page.open == [] and page.addresses == []
+    assert "<script" not in text and "@import" not in text and "url(http" not in text
+    assert "no difference shown" in page.text and "fitted on <mlp_out>" in page.text
+    assert "<script>alert(1)</script> الجواب" in page.text and "dir=auto" in text
+    assert "python -m kernel_surgery.eval --mode fused --out 'a & b'" in page.text
+
+
+def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, made):
+    text = written(tmp_path, made)
+    for head in ("Answers", "By category", "Accuracy by budget", "Controls", "Damage and erasure", "The subspace"):
+        assert f"<h2>{head}</h2>" in text
+    assert text.count("<svg") == 5
+    page = parsed(text)
+    for row in whole(made)["paired"]:
+        assert row["verdict"] in page.text
+    assert "fused, all languages together: no difference shown (n=4)" in page.text
+    assert "3 random subspaces (haar) of the same rank" in page.text and "0.1000" in page.text and "12.5" in page.text
+    assert "The smallest difference that so many problems and comparisons could have shown: ar: nothing" in page.text
+    # What a narrow screen would shrink to nothing scrolls instead.
+    assert text.count("<div class=wide><svg") == 3 and ".wide svg{max-width:none;width:100%;min-width:38rem}" in text
+    damage = whole(made)["damage"] | {"leak": {"fused": {"mlp_out": {"10": 1e-7, "9": 0.25}, "resid_post": {"9": 0.5}}}}
+    page = parsed(written(tmp_path, made, damage=damage))
+    assert "layer 9" in page.text and page.text.index("0.25") < page.text.index("1e-07") and "0.5" in page.text
+    # A run without them has none of them.
+    bare = written(tmp_path, made, damage=None, controls=None, subspace={}, command=None)
+    assert bare.count("<svg") == 2 and "Controls" not in bare and "Damage" not in bare and "The subspace" not in bare
+
+
+def test_a_certificate_is_shown_where_there_is_one(tmp_path, made):
+    tensors = [
+        {"layer": 2, "tensor": "model.layers.2.mlp.down_proj.weight", "dtype": "BF16", "finite": True, "leak_gate": 1.1}
+        | {"error_over_bound": 0.98, "leak": 1e-3, "leak_floor": 1e-3, "leak_over_floor": 1.002}
+    ]
+    text = written(tmp_path, made, certificate={"tensors": tensors, "faults": [], "kind": "certificate"})
+    assert "<h2>Certificate</h2>" in text and "1 edited layers (2): everything holds" in parsed(text).text
+    assert text.count("<svg") == 6
+
+
+@pytest.mark.parametrize(
+    "before, after, one, other",
+    [
+        ("The answer is 12.", "The answer is 13.", "The answer is <mark>12</mark>.", "The answer is <mark>13</mark>."),
+        ("答案是12", "答案是12", "答案是12", "答案是12"),
+        ("答案是五", "答案为五", "答案<mark>是</mark>五", "答案<mark>为</mark>五"),
+        ("a < b", "a", "a<mark> &lt; b</mark>", "a"),
+        ("الجواب هو 4", "الجواب هو 5", "الجواب هو <mark>4</mark>", "الجواب هو <mark>5</mark>"),
+    ],
+)
+def test_differences_are_marked_by_word(before, after, one, other):
+    assert marked(before, after) == (one, other)
+
+
+# Starts Chromium on the page, with every address but the page's own answered by a local server that counts.
+BROWSE = """
+import http.server, pathlib, subprocess, sys, tempfile, threading
+browser, page = sys.argv[1:]
+asked = []
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked.append(self.path)
+        self.send_response(404)
+        self.end_headers()
+    do_CONNECT = do_POST = do_GET
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tempfile.mkdtemp()}",
+    f"--proxy-server=http://127.0.0.1:{server.server_port}", "--window-size=390,844", "--dump-dom"]
+done = subprocess.run([browser, *options, pathlib.Path(page).as_uri()], capture_output=True, text=True, timeout=120)
+asked = [path for path in asked if "google" not in path]  # the browser's own, at every start
+print(len(asked), *asked, file=sys.stderr)
+print(done.stdout)
+"""
+
+
+def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
+    """In headless Chromium where there is one, at a phone's size; what a page without scripts can ask for stands in
+    its text, and that is read here in any case (what the browser itself asks of its maker does not count)."""
+    text = written(tmp_path, made)
+    assert not re.findall(
+        r"""(?:src|href|action|poster|srcset)\s*=\s*["']?(?!#)[^\s>]""", re.sub(r"xlink:href=.#", "", text)
+    )
+    assert not re.findall(r"@import|url\((?!#)", text) and "<script" not in text and "<iframe" not in text
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    print(f"browser: {browser}")
+    if browser is None:
+        return
+    words = [sys.executable, "-c", BROWSE, browser, str(tmp_path / "report.html")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=150)
+    asked = done.stderr.splitlines()[-1]
+    print(f"asked for: {asked}")
+    assert asked.split()[0] == "0", asked
+    assert "Damage and erasure" in done.stdout and done.stdout.count("<svg") == 5
+    # Teeth: a picture from elsewhere is seen.
+    page = text.replace("</body>", '<img src="http://pictures.invalid/x.png"></body>')
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=150)
+    assert "pictures.invalid" in done.stderr.splitlines()[-1]

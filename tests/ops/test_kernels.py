@@ -1,0 +1,492 @@
+"""The Triton kernel interpreted, emulated in bfloat16 and compiled ahead of time; on a GPU, the real thing."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_surgery.common.names import DTYPES
+from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
+from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.ops.library import _launch, project_add_rmsnorm, set_batch_invariant
+from tests.support.models import basis
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def interpret(*words):
+    """The lines of `python -m tests.support.interpreter`, from JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.interpreter", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_interpreted_kernels_meet_every_bound_on_awkward_shapes():
+    paths = (
+        ("float32", "float16 pieces", "float16 tile pieces"),
+        ("float16", "float32 row", "float16 row", "float32 row chunks", "float32 tile"),
+    )
+    with ThreadPoolExecutor(2) as pool:
+        results = [r for part in pool.map(lambda some: interpret("shapes", *some), paths) for r in part]
+    worst = {}
+    for r in results:
+        for what, ratio in r.get("over_bound", {}).items():
+            worst[what] = max(worst.get(what, (0.0, "")), (ratio, r["case"]))
+    for what, (ratio, case) in worst.items():
+        print(f"{what}: at most {ratio:.3f} of its bound ({case})")
+    assert len(results) == 143
+    assert [r["broken"] for r in results if r["broken"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group, cases", [("memory", 55), ("rows", 41)])
+def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, cases):
+    results = interpret(group)
+    assert len(results) == cases
+    assert [r["broken"] for r in results if r["broken"]] == []
+
+
+def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for():
+    results = interpret("batches", "float32", "float16")
+    assert len(results) == 4
+    assert [r["broken"] for r in results if r["broken"]] == []
+
+
+def test_batch_invariance_is_off_by_default_and_reaches_the_launch(monkeypatch):
+    from kernel_surgery.kernels import project as kernels
+
+    seen = []
+    monkeypatch.setattr(kernels, "project", lambda x, *more, invariant, **rest: (seen.append(invariant), x))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    x, u = torch.randn(2, 32), basis(32, 4)
+    for enabled in (True, False):
+        _launch(x, u, 1.0, None)
+        assert set_batch_invariant(enabled) != enabled
+    _launch(x, u, 1.0, None)
+    assert seen == [False, True, False]
+
+
+# name: (what stands in kernels/project.py, what a plausible mistake would make of it). A name that begins with a form
+# is a fault of that form alone.
+FORMS = ("row", "tile", "two-pass")
+MUTATIONS = {
+    "sign": ("wide - a * removed", "wide + a * removed"),
+    "strength ignored": ("wide - a * removed", "wide - removed"),
+    "strength 0 computed": ("tl.where(a == 0.0, wide, wide - a * removed)", "wide - a * removed"),
+    "z in one piece": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
+    "low piece of the basis lost": ("removed = tl.dot(z_hi, u_lo)", "removed = tl.dot(z_hi, u_lo) * 0.0"),
+    "basis taken for row-major": (
+        "column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k",
+        "column[:, None].to(tl.int64) * k + column_k[None, :]",
+    ),
+    "columns beyond k unmasked": ("mask=(column < d)[:, None] & (column_k < k)[None, :]", "mask=(column < d)[:, None]"),
+    "residual forgotten": ("wide += residual.to(tl.float32)", "wide += 0.0"),
+    "residual added twice": ("wide += residual.to(tl.float32)", "wide += 2.0 * residual.to(tl.float32)"),
+    "residual projected too": ("wide - a * removed)\n    if ADD:", "wide - a * removed) * (1.0 - a)\n    if ADD:"),
+    "y not rounded where separate": (
+        "        if SEPARATE:\n            wide = wide.to(kind).to(tl.float32)\n        wide +=",
+        "        wide +=",
+    ),
+    "h / rms not rounded where separate": (
+        "    if SEPARATE:\n        wide = wide.to(kind).to(tl.float32)\n    return (wide *",
+        "    return (wide *",
+    ),
+    "weight forgotten": ("(wide * weight.to(tl.float32)).to(kind)", "wide.to(kind)"),
+    "row: z rounded": (
+        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0)",
+        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0).to(tl.float16).to(tl.float32)",
+    ),
+    "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
+    "row: residual stride assumed": ("residual_ptr + row * stride_residual", "residual_ptr + row * d"),
+    "row: last columns unmasked": ("lane, y, mask=inside)", "lane, y, mask=lane < d + BLOCK_D)"),
+    "row: strength of another row": ("tl.load(row_strength_ptr + row)", "tl.load(row_strength_ptr)"),
+    "row: eps outside the root": (
+        "tl.rsqrt(tl.sum(wide * wide, 0) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(wide * wide, 0) / d) + eps)",
+    ),
+    "row: mean over the block": ("tl.sum(wide * wide, 0) / d", "tl.sum(wide * wide, 0) / BLOCK_D"),
+    "row: a row that is not whole taken for one": ('"WHOLE": options["BLOCK_D"] >= d', '"WHOLE": True'),
+    "row: chunks: z rounded": (
+        "z += tl.sum(x.to(tl.float32)[:, None] * u, 0)",
+        "z = (z + tl.sum(x.to(tl.float32)[:, None] * u, 0)).to(tl.float16).to(tl.float32)",
+    ),
+    "row: chunks: last columns unmasked": ("column, y, mask=column < d)", "column, y, mask=column < d + BLOCK_D)"),
+    "row: chunks: those before the last lost": (
+        "z += tl.sum(x.to(tl.float32)[:, None] * u, 0)",
+        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0)",
+    ),
+    "row: chunks: eps outside the root": (
+        "tl.rsqrt(tl.sum(squares, 0) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(squares, 0) / d) + eps)",
+    ),
+    "row: chunks: mean over the block": ("tl.sum(squares, 0) / d", "tl.sum(squares, 0) / BLOCK_D"),
+    "row: chunks: norm of the projection alone": (
+        "h = tl.load(y_row + column, mask=column < d, other=0.0)\n                w",
+        "h = tl.load(x_row + column, mask=column < d, other=0.0)\n                w",
+    ),
+    "two-pass: row stride assumed": ("x_row = x_ptr + row[:, None] * stride_x", "x_row = x_ptr + row[:, None] * d"),
+    "two-pass: residual stride assumed": (
+        "residual_ptr + row[:, None] * stride_residual",
+        "residual_ptr + row[:, None] * d",
+    ),
+    "two-pass: last rows unmasked": (
+        "tl.store(y_row + column[None, :], y, mask=inside)",
+        "tl.store(y_row + column[None, :], y, mask=(column < d)[None, :])",
+    ),
+    "two-pass: last columns unmasked": (
+        "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=inside)",
+        "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=row_in)",
+    ),
+    "two-pass: chunks before the last lost": ("z = gather(x, u, z,", "z = gather(x, u, z * 0.0,"),
+    "two-pass: eps outside the root": (
+        "tl.rsqrt(tl.sum(squares, 1) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(squares, 1) / d) + eps)",
+    ),
+    "two-pass: mean over the block": ("tl.sum(squares, 1) / d", "tl.sum(squares, 1) / BLOCK_D"),
+    "blocks: strength of another row": (
+        "tl.load(row_strength_ptr + row, mask",
+        "tl.load(row_strength_ptr + row * 0, mask",
+    ),
+    "tile: chunks before the last lost": ("gather(kept[chunk], u, z,", "gather(kept[chunk], u, z * 0.0,"),
+    "tile: transposed basis": (
+        "part[:, :, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]",
+        "part[:, :, None] + tl.arange(0, BLOCK_K)[None, None, :] * d",
+    ),
+    "tile: basis of the first chunk": ("chunk * BLOCK_D * BLOCK_K + basis_at, eviction", "basis_at, eviction"),
+    "tile: sum over the warps forgotten": (
+        "z = tl.broadcast_to(tl.sum(z, 0)[None, :, :], [SPLIT, BLOCK_M, BLOCK_K])\n",
+        "",
+    ),
+    "tile: row stride assumed": (
+        "x_row = x_ptr + row[None, :, None] * stride_x",
+        "x_row = x_ptr + row[None, :, None] * d",
+    ),
+    "tile: residual stride assumed": (
+        "residual_ptr + row[None, :, None] * stride_residual",
+        "residual_ptr + row[None, :, None] * d",
+    ),
+    "tile: last rows unmasked": (
+        "tl.store(y_row + chunk * BLOCK_D, y, mask=row_in)",
+        "tl.store(y_row + chunk * BLOCK_D, y)",
+    ),
+    "tile: weight of the first chunk": (
+        "tl.load(weight_ptr + chunk * BLOCK_D + across)",
+        "tl.load(weight_ptr + across)",
+    ),
+    "tile: eps outside the root": (
+        "tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / d + eps)",
+        "1.0 / (tl.sqrt(tl.sum(tl.sum(squares, 2), 0) / d) + eps)",
+    ),
+    "tile: any basis taken for packed": (
+        'if form == "tile" and (basis.stride() != (k, 1)',
+        'if form == "tile" and (False',
+    ),
+}
+# Faults that only very large inputs show, seen in the compiled kernel's IR instead.
+NARROW = {
+    "32-bit offsets in blocks": ("tl.program_id(0).to(tl.int64) * BLOCK_M", "tl.program_id(0) * BLOCK_M"),
+    "32-bit offsets of a row": ("row = tl.program_id(0).to(tl.int64)\n", "row = tl.program_id(0)\n"),
+}
+
+
+def narrow_in(kernel):
+    """The faults of one specialisation of each form, compiled ahead of time from a kernel source."""
+    code = (
+        "import importlib.util as i, sys\n"
+        f"spec = i.spec_from_file_location('kernel_surgery.kernels.project', {str(kernel)!r})\n"
+        "sys.modules[spec.name] = module = i.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "from kernel_surgery.aot import compile_project as c\n"
+        "for rows, k in ((1, 10), (9999, 16), (9999, 10)):\n"
+        "    found = c(90, 'bfloat16', rows, 256, k, 'project_add_rmsnorm')\n"
+        "    print(found.form, *found.faults(), sep=': ')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next((line for line in done.stdout.splitlines() if ": " in line), "")
+
+
+def mutated_form(mutation):
+    """The form that a mutation is of, from its name; "any" where it is of none alone."""
+    return next((form for form in FORMS if mutation.startswith(f"{form}: ")), "any")
+
+
+@pytest.mark.slow
+def test_every_mutation_of_the_kernels_is_caught(tmp_path):
+    right = (ROOT / "kernels" / "project.py").read_text(encoding="utf-8")
+    files = {}
+    for name, (old, new) in ({"nothing": (right, right)} | MUTATIONS | NARROW).items():
+        assert old in right, f"{name}: the source has changed, mend the mutation"
+        files[name] = tmp_path / f"{mutated_form(name)}.{len(files)}.py"
+        files[name].write_text(right.replace(old, new), encoding="utf-8")
+    seen = [name for name in files if name not in NARROW]
+    with ThreadPoolExecutor(2) as pool:
+        narrow = {name: pool.submit(narrow_in, files[name]) for name in ("nothing", *NARROW)}
+        parts = [seen[i::4] for i in range(4)]
+        runs = [pool.submit(interpret, "--first", *(str(files[name]) for name in part)) for part in parts]
+        caught = {name: run.result() for name, run in narrow.items()}
+        assert caught.pop("nothing") == ""
+        for part, run in zip(parts, runs, strict=True):
+            caught |= dict(zip(part, run.result(), strict=True))
+    for name, case in caught.items():
+        print(f"{name}: {case or 'not caught'}")
+    assert caught.pop("nothing") == ""
+    assert [name for name, case in caught.items() if not case] == []
+    # A fault of one form shows in a case of that form.
+    for name, case in caught.items():
+        form = mutated_form(name)
+        if form in FORMS and not case.startswith("rows behind"):
+            found_in = next((f for f in ("row", "tile") if case.split()[1] == f), "two-pass")
+            assert found_in == form, f"{name}: {case}"
+
+
+def emulated(x, u, z_pieces=2, u_pieces=2, block=64, split=1):
+    """The kernels' bfloat16 path in torch: same chunks, pieces and float32 sums, one rounding. x [rows, d] bfloat16.
+
+    split: the tile form's slices of a chunk, each with a sum of its own, added up at the end.
+    """
+    high = u.bfloat16()
+    low = (u - high.float()).bfloat16() if u_pieces == 2 else torch.zeros_like(high)
+    z = torch.zeros(split, x.shape[0], u.shape[1])
+    for start in range(0, x.shape[1], block):
+        for part in range(split):
+            chunk = slice(start + part * block // split, start + (part + 1) * block // split)
+            z[part] = z[part] + x[:, chunk].float() @ high[chunk].float()
+            z[part] = z[part] + x[:, chunk].float() @ low[chunk].float()
+    z = z.sum(0)
+    z_high = z.bfloat16()
+    z_low = (z - z_high.float()).bfloat16() if z_pieces == 2 else torch.zeros_like(z_high)
+    removed = z_high.float() @ low.float().T
+    removed = removed + z_low.float() @ high.float().T
+    removed = removed + z_high.float() @ high.float().T
+    return (x.float() - removed).bfloat16()
+
+
+@pytest.mark.parametrize("form", ["two-pass", "tile"])
+@pytest.mark.parametrize("d, k", [(2048, 16), (2048, 64), (8192, 10), (8192, 64)])
+def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k, form):
+    from kernel_surgery.kernels.project import launch_options
+
+    options = launch_options(torch.bfloat16, 16384, d, k, form)
+    order = {"block": options["BLOCK_D"], "split": options.get("SPLIT", 1)}
+    u = basis(d, k)
+    x = torch.randn(64, d).bfloat16()
+    inside = (torch.randn(64, k) @ u.T).bfloat16()
+
+    def ratios(**pieces):
+        y, kept = emulated(x, u, **order, **pieces), emulated(inside, u, **order, **pieces)
+        return (
+            worst_ratio((y.double() - project_oracle(x, u)).abs(), rule_a_bound(x, u)),
+            worst_ratio((kept.double() - project_oracle(inside, u)).abs(), rule_a_bound(inside, u)),
+            worst_ratio(leak(kept, u), leak_bound(kept, inside, u)),
+        )
+
+    right = ratios()
+    print(f"{form} d={d} k={k}: error/bound {right[0]:.2f} random, {right[1]:.2f} inside; leak/bound {right[2]:.2f}")
+    assert max(right) <= 1
+    # Teeth: the usual mistakes. Random x alone would not show the first by much; x inside the span does.
+    for name, pieces in {"z in bfloat16": {"z_pieces": 1}, "basis in bfloat16": {"u_pieces": 1}}.items():
+        wrong = ratios(**pieces)
+        print(f"  {name}: error/bound {wrong[0]:.1f} random, {wrong[1]:.1f} inside; leak/bound {wrong[2]:.1f}")
+        assert max(wrong[1:]) > 1
+
+
+def test_the_choice_of_a_form_is_by_shape_alone():
+    from kernel_surgery.kernels.project import form_of, launch_options
+
+    def form(rows, d=2048, k=16, dtype=torch.bfloat16, **more):
+        return form_of(dtype, rows, d, k, **more)
+
+    assert [form(rows) for rows in (1, 64, 65, 16384)] == ["row", "row", "tile", "tile"]
+    assert form(65, k=10) == form(65, k=32) == form(65, d=2049) == form(65, d=4096) == "two-pass"
+    assert form(65, packed=False) == form(65, dtype=torch.float16) == form(65, dtype=torch.float32) == "two-pass"
+    for d in range(128, 4097, 128):
+        if form(65, d) == "tile":
+            options = launch_options(torch.bfloat16, 65, d, 16, "tile")
+            assert d % options["BLOCK_D"] == 0 and options["BLOCK_D"] // options["SPLIT"] >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
+def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
+    from kernel_surgery.ops.compiled import CASES, compile_project
+
+    forms = set()
+    # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
+    for dtype in DTYPES if operation != "project" else ("bfloat16",):
+        for rows, d, k in CASES:
+            c = compile_project(sm, dtype, rows, d, k, operation)
+            print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} bytes shared")
+            assert c.faults() == []
+            forms.add(c.form)
+    assert forms == {"row", "tile", "two-pass"}
+
+
+def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
+    from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+
+    table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
+    remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json"
+    assert table["kernel_sha256"] == kernel_sha256(), remedy
+    names = {(r["sm"], r["operation"], r["dtype"], r["rows"], r["d"], r["k"]) for r in table["rows"]}
+    assert names == {
+        (sm, operation, dtype, *case)
+        for sm in SHARED_LIMIT
+        for operation in OPERATIONS
+        for dtype in DTYPES
+        for case in CASES
+    }, remedy
+    assert [r for r in table["rows"] if r["faults"] or r["spilled"] or r["narrow"]] == []
+
+
+@pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
+def test_a_whole_row_is_asked_for_before_anything_is_waited_for(operation):
+    """What a decoding step costs is how often a program waits for memory: once, where U is packed and fits."""
+    from kernel_surgery.ops.compiled import compile_project
+
+    whole = compile_project(90, "bfloat16", 1, 2048, 16, operation)
+    chunks = compile_project(90, "bfloat16", 1, 2048, 16, operation, BLOCK_D=1024)
+    print(f"{operation}: loads behind the first barrier: {whole.late_loads} whole, {chunks.late_loads} in chunks")
+    assert whole.late_loads == 0 < chunks.late_loads
+
+
+@pytest.mark.slow
+def test_the_ahead_of_time_check_can_fail():
+    from kernel_surgery.ops.compiled import compile_project
+
+    found = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256).faults()
+    print(found)
+    assert any("spills" in fault for fault in found)
+    found = compile_project(80, "float32", 16384, 2048, 64, BLOCK_M=64, BLOCK_D=1024, num_warps=32).faults()
+    print(found)
+    assert any("shared memory" in fault for fault in found)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
+GPU_SHAPES = [
+    *((0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 16), (65, 2048, 16), (4097, 2048, 16), (199, 8192, 64)),
+    *((300, 896, 16), (300, 2048, 32), (300, 2560, 16), (300, 4096, 16), (4097, 2048, 10)),
+]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m, d, k", GPU_SHAPES)
+def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
+    from kernel_surgery.ops.library import project, project_add, project_add_rmsnorm, provider
+
+    u = basis(d, k).cuda()
+    x, r = torch.randn(m, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda()
+    w = torch.rand(d).to(dtype).cuda()
+    inside = (torch.randn(m, k) @ u.cpu().T).to(dtype).cuda()
+    assert provider(x) == "triton/cuda"
+    exact = project_oracle(x, u, 0.7)
+    y, kept = project(x, u, 0.7), project(inside, u)
+    ratios = {
+        "y": worst_ratio((y.double() - exact).abs(), rule_a_bound(x, u, 0.7)),
+        "leak": worst_ratio(leak(kept, u), leak_bound(kept, inside, u)),
+    }
+    for separate in (True, False):
+        h, n = project_add_rmsnorm(x, r, w, 0.3, u, 0.7, separate=separate)
+        assert torch.equal(h, project_add(x, r, u, 0.7, separate=separate))
+        assert not separate or torch.equal(h, r + y)
+        off = (h.double() - (r.double() + exact)).abs()
+        ratios[f"h {separate}"] = worst_ratio(off, add_bound(x, r, u, 0.7, separate))
+        off = (n.double() - rmsnorm_oracle(h, w, 0.3)).abs()
+        ratios[f"n {separate}"] = worst_ratio(off, rmsnorm_bound(h, w, 0.3, separate))
+    print(f"{dtype} {m}x{d} k={k}: {', '.join(f'{what} {ratio:.2f}' for what, ratio in ratios.items())} of its bound")
+    assert max(ratios.values()) <= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 65])
+def test_on_a_gpu_a_captured_graph_replays_the_same_bits(rows, dtype):
+    from kernel_surgery.ops.library import project_add_rmsnorm
+
+    x, r = (torch.randn(rows, 2048, device="cuda").to(dtype) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
+    right = project_add_rmsnorm(x, r, w, 1e-6, u)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h, n = project_add_rmsnorm(x, r, w, 1e-6, u)
+    h.zero_(), n.zero_()
+    graph.replay()
+    assert torch.equal(h, right[0]) and torch.equal(n, right[1])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_right():
+    """One form after the other: each takes 20 GB."""
+    from kernel_surgery.kernels.project import project as launch
+
+    rows, d, last = 2**31 // 2048 + 100, 2048, slice(-50, None)
+    u, w = basis(d, 16).cuda(), torch.rand(d).bfloat16().cuda()
+    x, r = (torch.zeros(rows, d, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    for t in (x, r):
+        t[last] = torch.randn(50, d).bfloat16().cuda()
+    exact, found = project_oracle(x[last], u), {}
+    for form in FORMS:
+        y = launch(x, u, 1.0, form=form)[0]
+        assert not y[:-50].any()
+        found[form, "y"] = worst_ratio((y[last].double() - exact).abs(), rule_a_bound(x[last], u))
+        del y
+        h, n = launch(x, u, 1.0, residual=r, weight=w, eps=0.3, form=form)
+        assert not h[:-50].any() and not n[:-50].any()
+        off = (h[last].double() - (r[last].double() + exact)).abs()
+        found[form, "h"] = worst_ratio(off, add_bound(x[last], r[last], u))
+        off = (n[last].double() - rmsnorm_oracle(h[last], w, 0.3)).abs()
+        found[form, "n"] = worst_ratio(off, rmsnorm_bound(h[last], w, 0.3))
+        del h, n
+    print(f"{rows} x {d}: " + ", ".join(f"{form} {what} {ratio:.2f}" for (form, what), ratio in found.items()))
+    assert max(found.values()) <= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [18, 118])
+def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
+    from kernel_surgery.ops.library import project_add_rmsnorm
+
+    x, r = (torch.randn(rows, 2048, device="cuda").to(dtype) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
+    right = project_add_rmsnorm(x, r, w, 1e-6, u)
+    x[4, 7], x[9, 0] = float("nan"), float("inf")
+    clean = [i for i in range(rows) if i not in (4, 9)]
+    for got, expected in zip(project_add_rmsnorm(x, r, w, 1e-6, u), right, strict=True):
+        assert torch.equal(got[clean], expected[clean]) and got[[4, 9]].isnan().any(1).all()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(dtype):
+
+    x, r = (torch.randn(5000, 2048, device="cuda").to(dtype) for _ in range(2))
+    w, u = torch.rand(2048, device="cuda").to(dtype), basis(2048, 16).cuda()
+    before = set_batch_invariant(True)
+    try:
+        whole = project_add_rmsnorm(x, r, w, 1e-6, u)
+        for rows in (1, 7, 64, 65, 4097):
+            part = project_add_rmsnorm(x[3 : 3 + rows], r[3 : 3 + rows], w, 1e-6, u)
+            assert all(torch.equal(p, all_[3 : 3 + rows]) for p, all_ in zip(part, whole, strict=True)), rows
+    finally:
+        set_batch_invariant(before)

@@ -1,0 +1,112 @@
+"""One vector a prompt, from the position that is meant, whatever the padding."""
+
+import pytest
+import torch
+
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.collecting import collect_activations, collect_languages, pool_states
+from tests.support.models import pico
+
+
+class Characters:
+    """The least a tokenizer can be: one id a character, padding on a chosen side."""
+
+    pad_token = "<pad>"
+
+    def __init__(self, side):
+        self.side = side
+
+    def encode(self, text):
+        return [3 + ord(c) % 50 for c in text]
+
+    def __call__(self, texts, return_tensors=None, padding=False):
+        from transformers import BatchEncoding
+
+        if isinstance(texts, str):
+            return BatchEncoding({"input_ids": self.encode(texts)})
+        rows = [self.encode(text) for text in texts]
+        width = max(map(len, rows))
+        left = self.side == "left"
+        ids = [[0] * (width - len(r)) + r if left else r + [0] * (width - len(r)) for r in rows]
+        mask = [[0] * (width - len(r)) + [1] * len(r) if left else [1] * len(r) + [0] * (width - len(r)) for r in rows]
+        return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+
+
+PROMPTS = ["short", "a much longer prompt, this one", "middle one", "x"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pico("qwen2")
+
+
+def by_hand(model, prompt, layer, site, pool):
+    ids = torch.tensor([Characters("left").encode(prompt)])
+    seen = {}
+    block = model.model.layers[layer]
+    module = block.mlp.down_proj if site == "mlp_out" else block
+    handle = module.register_forward_hook(
+        lambda m, i, o: seen.update(out=(o[0] if isinstance(o, tuple) else o).detach())
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    states = seen["out"].reshape(len(ids[0]), -1)
+    return states[-1] if pool == "last" else states.mean(0)
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "resid_post"])
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_padding_and_batch_gives_what_one_unpadded_prompt_gives(model, site, pool, side):
+    layers = [1, 2]
+    for batch_size in (1, 3, 4):
+        got = collect_activations(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
+        assert set(got) == set(layers)
+        for layer in layers:
+            want = torch.stack([by_hand(model, p, layer, site, pool) for p in PROMPTS])
+            assert got[layer].shape == want.shape and got[layer].dtype == torch.float32
+            torch.testing.assert_close(got[layer], want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_pooling_reads_no_padding_even_if_it_holds_nan():
+    states = torch.arange(24.0).reshape(2, 3, 4)
+    for mask in (torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 0], [1, 1, 1]])):
+        poisoned = states.clone()
+        poisoned[mask == 0] = float("nan")
+        last = pool_states(poisoned, mask, "last")
+        mean = pool_states(poisoned, mask, "mean")
+        kept = [states[i][mask[i] == 1] for i in range(2)]
+        assert torch.equal(last, torch.stack([k[-1] for k in kept]))
+        assert torch.equal(mean, torch.stack([k.mean(0) for k in kept]))
+
+
+def test_rows_line_up_across_languages(model):
+    chosen = problems("fit", 2)
+    got = collect_languages(model, Characters("left"), chosen, ("en", "sw"), [2], batch_size=3)
+    for language in ("en", "sw"):
+        for row in (0, 4, 9):
+            want = by_hand(model, chosen[row].prompts[language], 2, "mlp_out", "last")
+            torch.testing.assert_close(got[language][2][row], want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_the_model_is_left_as_it_was_also_on_an_exception(model):
+    class Broken(Characters):
+        def __call__(self, texts, **kwargs):
+            if not isinstance(texts, str):
+                raise KeyboardInterrupt
+            return super().__call__(texts, **kwargs)
+
+    collect_activations(model, Characters("left"), PROMPTS, [1])
+    with pytest.raises(KeyboardInterrupt):
+        collect_activations(model, Broken("left"), PROMPTS, [1])
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_unknown_words_are_refused(model):
+    with pytest.raises(ValueError, match="unknown site 'attn'; known: mlp_out, resid_post"):
+        collect_activations(model, Characters("left"), PROMPTS, [1], site="attn")
+    with pytest.raises(ValueError, match="unknown pooling 'max'; known: last, mean"):
+        collect_activations(model, Characters("left"), PROMPTS, [1], pool="max")
+    with pytest.raises(ValueError, match="99"):
+        collect_activations(model, Characters("left"), PROMPTS, [99])
