@@ -57,7 +57,10 @@ setup(
     ],
     extras_require={
         # setuptools: tests/test_packaging.py builds the wheel and the source distribution.
-        "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "setuptools>=77"],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77"),
+            *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
+        ],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],
         "lora": ["peft>=0.18"],

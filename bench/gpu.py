@@ -58,7 +58,7 @@ class Part:
 def parts(out: Path) -> list[Part]:
     """Everything that is run, in order."""
     python = sys.executable
-    tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-rP", "-o", "faulthandler_timeout=90"]
+    tests = [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-rP", "-o", "faulthandler_timeout=90"]
     if importlib.util.find_spec("xdist"):  # most of these tests' time is compiling, on one core each
         tests += ["-n", "6"]
     kernels = "tests/ops/test_kernels.py"

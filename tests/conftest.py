@@ -4,6 +4,9 @@ import os
 import random
 import sys
 
+# One thread for each of the processes that share the cores: two would wait for each other on tensors this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything imports huggingface_hub, which reads it once: what reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
