@@ -38,7 +38,7 @@ def check_tensor(
     inside: U^T W [k, columns], used only without `before`.
     basis: U [d_model, k]. strength: a.
 
-    Returns these figures; a figure is infinite if the tensor is not finite:
+    Returns these figures. Error and leak are infinite if the tensor is not finite:
         "error_over_bound": the largest error of an element over `baked_element_bound`; None without `before`.
         "leak": norm(U^T W' - (1 - a) U^T W) / norm(U^T W), how much of the subspace is left that should be gone.
         "leak_floor": the leak that correct rounding causes by itself.
@@ -54,7 +54,7 @@ def check_tensor(
     Numerics: float64, COLUMNS columns at a time.
     """
     u, worst, kept_energy, inside_energy, weight_energy, column_energies = basis.double(), 0.0, 0.0, 0.0, 0.0, []
-    generator, throws = torch.Generator().manual_seed(0), 1 if before is not None else max(1, 64 // after.shape[1])
+    generator, draws = torch.Generator().manual_seed(0), 1 if before is not None else max(1, 64 // after.shape[1])
     for start in range(0, after.shape[1], COLUMNS):
         block = slice(start, start + COLUMNS)
         new = after[:, block].double()
@@ -65,18 +65,18 @@ def check_tensor(
             u_t_w = inside[:, block].double()
             # Without dither, the restored W would round back to `after`, and the floor would be the leak itself.
             # A bias has too few elements for one random draw, so it is dithered several times.
-            repeated = new.repeat(1, throws)
+            repeated = new.repeat(1, draws)
             dither = torch.rand(repeated.shape, generator=generator, dtype=torch.float64).to(new.device) - 0.5
-            spacing = ulp(after[:, block]).repeat(1, throws)
-            old = (repeated + dither * spacing + strength * (u @ u_t_w).repeat(1, throws)).to(after.dtype)
+            spacing = ulp(after[:, block]).repeat(1, draws)
+            old = (repeated + dither * spacing + strength * (u @ u_t_w).repeat(1, draws)).to(after.dtype)
         exact = bake_oracle(old, basis, strength)
         if before is not None:
             worst = max(worst, worst_ratio((new - exact).abs(), baked_element_bound(old, basis, strength)))
         kept_energy += float((u.T @ new - (1 - strength) * u_t_w).square().sum())
         inside_energy += float(u_t_w.square().sum())
-        weight_energy += float(old.double().square().sum()) / throws
+        weight_energy += float(old.double().square().sum()) / draws
         energy = (u.T @ (exact.to(after.dtype).double() - exact)).square().sum(0)
-        column_energies.append(energy.reshape(throws, -1).mean(0))
+        column_energies.append(energy.reshape(draws, -1).mean(0))
     energies = torch.cat(column_energies)
     noise, fourth = float(energies.sum()), float(energies.square().sum())
     # A bias of zeros has no component in the subspace, so it cannot leak.

@@ -62,7 +62,7 @@ def baked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Replace W of `down_proj` by W - a U (U^T W) while the block runs, and its bias likewise.
+    """Replace W of `down_proj` by W - a U (U^T W) while the block runs. A bias is edited the same way.
 
     model, subspace, strength, layers, force: as in `edit.hook.hooked`.
 

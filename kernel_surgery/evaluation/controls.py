@@ -269,13 +269,15 @@ def run_controls(
     kind, count = parse_controls(asked_for)
     languages, mode = context.languages, "fused" if mode == "all" else mode
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
-    asked = problems("test", per_category, seed=seed)
-    context, path = replace(context, problems=tuple(asked)), folder / "controls.jsonl"
-    done = take_up(path, asked, score_again(context.tokenizer))
+    problem_list = problems("test", per_category, seed=seed)
+    context, path = replace(context, problems=tuple(problem_list)), folder / "controls.jsonl"
+    done = take_up(path, problem_list, score_again(context.tokenizer))
     # The file may also hold controls of another kind.
-    texts = len(missing_cells(context, names_of(kind, count), done)) * len(asked)
+    texts = len(missing_cells(context, names_of(kind, count), done)) * len(problem_list)
     estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
-    say(f"controls: {count} {kind} x {len(languages)} languages x {len(asked)} problems, {texts} texts{estimate}")
+    say(
+        f"controls: {count} {kind} x {len(languages)} languages x {len(problem_list)} problems, {texts} texts{estimate}"
+    )
     activations = None
     if kind != "haar":
         prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
@@ -283,8 +285,8 @@ def run_controls(
     control_list, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
     blocks = {control.name: partial(controlled, applier, context.model, control) for control in control_list}
     texts_of = answer_cells(context, blocks, done, path)
-    header = {"kind": kind, "count": count, "mode": mode, "problems": len(asked), "seed": seed}
-    ids = {problem.id for problem in asked}
+    header = {"kind": kind, "count": count, "mode": mode, "problems": len(problem_list), "seed": seed}
+    ids = {problem.id for problem in problem_list}
     return header | compared(texts_of, cells, kind, count, mode, languages, ids, context.budget)
 
 

@@ -115,14 +115,14 @@ def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) ->
     x, correct = x.double(), 0
     targets = torch.nn.functional.one_hot(labels).double()
     for fold in range(folds):
-        held = groups % folds == fold
-        mean = x[~held].mean(0)
-        train, test = x[~held] - mean, x[held] - mean
+        in_test = groups % folds == fold
+        mean = x[~in_test].mean(0)
+        train, test = x[~in_test] - mean, x[in_test] - mean
         gram = train.T @ train
         # The lower limit keeps the system solvable if all features are zero. The probe then reads nothing.
         gram += (RIDGE * gram.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram, train.T @ (targets[~held] - targets[~held].mean(0)))
-        correct += int(((test @ weights + targets[~held].mean(0)).argmax(-1) == labels[held]).sum())
+        weights = torch.linalg.solve(gram, train.T @ (targets[~in_test] - targets[~in_test].mean(0)))
+        correct += int(((test @ weights + targets[~in_test].mean(0)).argmax(-1) == labels[in_test]).sum())
     return correct / len(x)
 
 

@@ -80,7 +80,7 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 def mcnemar_exact(b: int, c: int) -> float:
     """Return the exact two-sided McNemar p for b and c discordant pairs.
 
-    It is 1 without discordant pairs, which are no evidence either way. Raises KernelSurgeryError for a negative count.
+    It is 1 without discordant pairs, which give no evidence either way. Raises KernelSurgeryError for a negative count.
     """
     if b < 0 or c < 0:
         raise KernelSurgeryError(f"cannot test {b} and {c} discordant pairs: counts are not negative.")

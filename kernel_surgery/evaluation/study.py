@@ -198,26 +198,28 @@ def run_study(declared: dict, folder: Path, *, controls: str | None = None, comm
     settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
     def ask(split: str, settings: Mapping[str, tuple[dict, Subspace]]) -> tuple[Context, Cells]:
-        asked = tuple(problems(split, declared["problems"], seed=declared["seed"]))
-        context = Context(model, tokenizer, asked, tuple(languages), declared["max_new_tokens"], declared["batch_size"])
+        split_problems = tuple(problems(split, declared["problems"], seed=declared["seed"]))
+        context = Context(
+            model, tokenizer, split_problems, tuple(languages), declared["max_new_tokens"], declared["batch_size"]
+        )
         samples = folder / f"{split}.jsonl"
-        done = take_up(samples, asked, score_again(tokenizer))
+        done = take_up(samples, split_problems, score_again(tokenizer))
         texts = answer_cells(context, edit_blocks(model, declared, settings), done, samples)
         return context, at_budget(texts, budget, tokenizer)
 
     dev = figures(ask("dev", settings_of)[1], ["original", *cells], languages, budget)
-    chosen = choose(dev, list(cells))
-    frozen = freeze(folder, chosen, cells, declared)
-    subspace_of[chosen].save(folder / "chosen.safetensors")
-    reported = {chosen: settings_of[chosen]} if declared["test"] == "chosen" else settings_of
+    best = choose(dev, list(cells))
+    frozen = freeze(folder, best, cells, declared)
+    subspace_of[best].save(folder / "chosen.safetensors")
+    reported = {best: settings_of[best]} if declared["test"] == "chosen" else settings_of
     context, texts = ask("test", reported)
     paired, mode = pair(texts), declared["mode"]
     control_results = None
     if controls:
-        own = {(mode if name == chosen else name, lang): cell for (name, lang), cell in texts.items()}
-        context, strength = replace(context, budget=budget), cells[chosen]["strength"]
+        own = {(mode if name == best else name, lang): cell for (name, lang), cell in texts.items()}
+        context, strength = replace(context, budget=budget), cells[best]["strength"]
         control_results = run_controls(
-            context, own, folder, subspace_of[chosen], controls, mode, strength, declared["seed"]
+            context, own, folder, subspace_of[best], controls, mode, strength, declared["seed"]
         )
     study = {
         **{"schema": 1, "command": command, "declared": declared, "environment": environment_record(device)},
