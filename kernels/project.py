@@ -97,29 +97,10 @@ def normalized(h, weight, inverse_rms, kind: tl.constexpr, SEPARATE: tl.constexp
 
 @triton.jit
 def _project_row_kernel(
-    x_ptr,
-    basis_ptr,
-    residual_ptr,
-    weight_ptr,
-    row_strength_ptr,
-    y_ptr,
-    n_ptr,
-    strength,
-    eps,
-    rows,
-    d,
-    k,
-    stride_x,
-    stride_residual,
-    stride_basis_d,
-    stride_basis_k,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    SEPARATE: tl.constexpr,
+    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    strength, eps, rows, d, k, stride_x, stride_residual, stride_basis_d, stride_basis_k,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PER_ROW: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr,
 ):
     """One row a program, z summed in float32 registers.
 
