@@ -1,14 +1,15 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help run test check fix gpu bench reproduce
+.PHONY: help run test slow check fix gpu bench reproduce
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
 	@echo "make reproduce MODEL=Qwen/Qwen2.5-3B   collect, fit, bake, verify, evaluate; one bundle"
-	@echo "make test   every test (those that need a GPU say so when there is none)"
+	@echo "make test   the everyday tests, in two minutes"
+	@echo "make slow   the other tests; CI runs both"
 	@echo "make check  ruff, the import order and the packaging: half a minute"
-	@echo "make fix    what ruff can mend by itself"
+	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
 	@echo "make bench  the list of benchmarks; make bench NAME=counted runs one"
 
@@ -20,6 +21,9 @@ reproduce:
 
 test:
 	$(PYTHON) -m pytest
+
+slow:
+	$(PYTHON) -m pytest -m slow
 
 check:
 	$(PYTHON) -m ruff check .
