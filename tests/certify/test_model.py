@@ -209,8 +209,11 @@ RIGHT = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, name", FAULTS, ids=["-".join(key) for key in FAULTS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "mode, name, dtype",
+    # Bfloat16, whose bounds leave a fault the most room; one in float32, where the oracle computes in float64.
+    [*((*fault, torch.bfloat16) for fault in FAULTS), ("baked", "P in bfloat16", torch.float32)],
+)
 def test_a_fault_in_an_applier_is_found_and_its_layer_and_mode_named(mode, name, dtype, monkeypatch):
     monkeypatch.setitem(APPLIERS, mode, at_one_layer(RIGHT[mode], FAULTS[mode, name]))
     faults = certified(dtype)["faults"]
