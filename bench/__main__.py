@@ -6,12 +6,13 @@ Without a name the list; with one the same as `python -m bench.NAME`.
 import importlib
 import sys
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 
 # name: (what it shows, about how long on two CPU cores, where its figures are kept)
 BENCHES = {
-    "counted": ("operations, products, allocations and bytes of every way to make the edit", "10 s", "counted.json"),
+    "opcount": ("operations, products, allocations and bytes of every way to make the edit", "10 s", "opcount.json"),
     "op": ("the operators against eager, addmm, torch.compile and a copy", "1 min", "op.json"),
     "model": (
         "a layer, a stack of layers or a whole model, prefill and decode, every provider",
@@ -27,7 +28,7 @@ BENCHES = {
     ),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
     "tune": ("launch options of the kernels, tried one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
-    "once": ("every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
+    "smoke": ("every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
     "pages": ("the tables of README.md and docs/ and the plots, from the kept figures alone", "20 s", "-"),
 }
@@ -41,7 +42,7 @@ def listing() -> str:
 
 def parser() -> Parser:
     """The command line; what follows the name is the benchmark's own."""
-    p = Parser(prog="python -m bench", description="Run a benchmark by its name, or list them.", add_help=False)
+    p = bench_parser("", "Run a benchmark by its name, or list them.", add_help=False)
     p.add_argument("name", nargs="?")
     return p
 

@@ -12,7 +12,6 @@ project began with; and PEFT's merge_and_unload of the adapter that `python -m k
 beforehand, not timed). They need not the disk alone but the model's size in memory, and hash nothing.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -23,8 +22,9 @@ import threading
 import time
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
 from bench.shapes import QWEN
+from bench.store import keep, record
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -39,7 +39,7 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     from safetensors.torch import save_file
     from transformers import Qwen2Config
 
-    from kernel_surgery.models.architectures import EMBEDDING, default_layers
+    from kernel_surgery.models.architectures import LLAMA, default_layers
     from kernel_surgery.subspace.artifact import Subspace
     from kernel_surgery.subspace.fingerprint import sample_weights
 
@@ -53,7 +53,8 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     def random(*shape):
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    tensors = {EMBEDDING: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
+    embedding = f"{LLAMA.embedding}.weight"
+    tensors = {embedding: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
     for i in range(layers):
         shapes = {
             **{"mlp.down_proj.weight": (d, ff), "mlp.up_proj.weight": (ff, d), "mlp.gate_proj.weight": (ff, d)},
@@ -67,7 +68,7 @@ def make_source(folder: Path, layers: int, **changes) -> None:
         }
         tensors |= {f"model.layers.{i}.{name}": random(*shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    wanted = [EMBEDDING, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(layers))]
+    wanted = [embedding, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(layers))]
     marks = sample_weights((name, tensors[name]) for name in wanted)
     bases = {
         i: torch.linalg.qr(torch.randn(d, 10, generator=generator, dtype=torch.float64))[0].float()
@@ -185,9 +186,9 @@ def hash_rate() -> float:
     return len(block) / (time.perf_counter() - began) / 1e9
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.checkpoint", description="Time baking against copying and hashing.")
+    p = bench_parser("checkpoint", "Time baking against copying and hashing.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--layers", type=int, default=36, help="fewer make a smaller checkpoint")
     p.add_argument("--rounds", type=int, default=6)

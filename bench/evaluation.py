@@ -10,14 +10,14 @@ Texts first: all must say the same, token for token, but where rounding may swap
 further apart than twice what padding on the left changes in them); else the status is 1 and no time is printed.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
 from bench.model import weight_bytes
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import copy_bandwidth, ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -93,9 +93,9 @@ def may_swap(model, tokenizer, prompt: str, one: tuple[int, ...], other: tuple[i
     return float((found[0][0] - found[0][1]).abs()) <= 2 * spread
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.evaluation", description="Time the evaluation against a one-by-one loop.")
+    p = bench_parser("evaluation", "Time the evaluation against a one-by-one loop.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--problems", type=int, default=40, help="per category (default 40: 200 a language)")
     p.add_argument("--languages", default="en,zh")

@@ -10,13 +10,13 @@ norm(G u - s^2 u) / s_1^2 of the worst vector, G the scatter matrix: how far it 
 An exact provider also gives every singular value, which `fit` keeps.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -47,7 +47,7 @@ def deviations(x):
     return (x - x.mean(1, keepdim=True)).reshape(-1, x.shape[-1])
 
 
-def providers(k: int) -> dict[str, Callable]:
+def methods(k: int) -> dict[str, Callable]:
     """{name: x -> [d, k]}."""
     import numpy as np
     import torch
@@ -108,9 +108,9 @@ def quality(found, x, exact) -> dict[str, float]:
     return {"sine": float(sine), "residual": float(off)}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.fit", description="Time fitting against full SVDs and top-k solvers.")
+    p = bench_parser("fit", "Time fitting against full SVDs and top-k solvers.")
     p.add_argument("--layers", type=int, default=36)
     p.add_argument("--d", type=int, default=2048)
     p.add_argument("--rank", type=int, default=10)
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if our subspace is more than 1e-5 away from the float64 SVD's."""
     args = parser().parse_args(argv)
-    calls, about = providers(args.rank), stamp(None, "numpy", "scipy")
+    calls, about = methods(args.rank), stamp(None, "numpy", "scipy")
     rows_each = PROBLEMS * LANGUAGES
     print(
         f"{about['device']}: {args.layers} layers of {PROBLEMS} problems x {LANGUAGES} languages x {args.d}, "

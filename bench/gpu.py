@@ -26,6 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
@@ -65,22 +66,22 @@ def parts(out: Path) -> list[Part]:
     sanitize = ["compute-sanitizer", "--error-exitcode", str(FOUND_ERRORS), "--tool"]
     # Not what a library's probing of the driver returns, and no hazards that are only possible.
     memcheck, racecheck = ["memcheck", "--report-api-errors", "no"], ["racecheck", "--racecheck-detect-level", "error"]
-    once = [python, "-m", "bench.once"]
+    smoke = [python, "-m", "bench.smoke"]
     op = [python, "-m", "bench.op", "--device", "cuda", "--rounds", "12", "--out", str(out / "op.json")]
     model = [python, "-m", "bench.model", "--case", "qwen", "--device", "cuda", "--rounds", "12", "--how"]
     graph = [*model, "graph", "--out", str(out / "model.json")]
-    compiled = [*model, "compile+graph", "--only", "decode:1:1024", "--providers", "fused,baked"]
+    compiled = [*model, "compile+graph", "--only", "decode:1:1024", "--methods", "fused,baked"]
     ncu = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_project", "--metrics", ",".join(METRICS)]
     evaluation = [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")]
     tune = [python, "-m", "bench.tune", "--out", str(out / "tune.json")]
     return [
         Part("kernels", 200, 60, [*tests, kernels], gate=()),
-        Part("memcheck", 60, 20, [*sanitize, *memcheck, *once], ("compute-sanitizer",), (FOUND_ERRORS,)),
-        Part("racecheck", 60, 20, [*sanitize, *racecheck, *once], ("compute-sanitizer",)),
+        Part("memcheck", 60, 20, [*sanitize, *memcheck, *smoke], ("compute-sanitizer",), (FOUND_ERRORS,)),
+        Part("racecheck", 60, 20, [*sanitize, *racecheck, *smoke], ("compute-sanitizer",)),
         Part("models", 120, 40, [*tests, "--ignore", kernels]),
         Part("op", 200, 90, op, timed=True),
         Part("model", 220, 130, graph, timed=True),
-        Part("profile", 60, 20, [*ncu, "--log-file", str(out / "profile.csv"), *once, "--case", "qwen"], ("ncu",)),
+        Part("profile", 60, 20, [*ncu, "--log-file", str(out / "profile.csv"), *smoke, "--case", "qwen"], ("ncu",)),
         Part("eval", 60, 30, evaluation, ("py3langid",)),
         Part("compiled", 420, 300, [*compiled, "--out", str(out / "compiled.json")], timed=True, by_name=True),
         Part("tune", 300, 200, tune, timed=True, by_name=True),
@@ -133,7 +134,7 @@ def run_part(command: list[str], limit: float, log: Path) -> int | str:
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
+    p = bench_parser("gpu", "Run the GPU tests, then the GPU benchmarks.")
     p.add_argument("--parts", help="comma-separated, see above (default: all but compiled and tune)")
     return p
 

@@ -14,7 +14,6 @@ beside it. Times are medians of rounds that take every size once, in changing or
     checkpoint      `bake` of so many layers at d_model 512, from disk to disk
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -24,7 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import interleaved, percentiles, stamp, steady_memory
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -176,9 +176,9 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.growth", description="Fit how time and memory grow with the work.")
+    p = bench_parser("growth", "Fit how time and memory grow with the work.")
     p.add_argument("--what", help=f"comma-separated (default: all of {', '.join(SIZES)})")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, help="JSON file for the rows")

@@ -1,7 +1,7 @@
 """What the edit costs in a model: python -m bench.model [--case layer|stack|polyglot|qwen] [--out FILE]
 
 Prefill (one forward pass over whole prompts) and decode (one token into a static cache, the same work at every step)
-of the original and of every way of editing it (`bench.providers`), in one run, interleaved.
+of the original and of every way of editing it (`bench.methods`), in one run, interleaved.
 
     layer      one decoder layer of Qwen2.5-3B's shapes, edited
     stack      four decoder layers of Qwen2.5-3B's shapes, two of them edited, a small vocabulary (default on a CPU)
@@ -18,7 +18,6 @@ Every way runs the same attention: transformers builds another mask, and takes a
 being captured or traced. Prefill is given no mask (causal), a decoding step the mask of what its cache holds.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -26,7 +25,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import NOISE, Timer, against, ends, graphed, interleaved, launches, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -322,13 +322,13 @@ def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: fl
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
+    p = bench_parser("model", "Time a model with and without the edit, every way.")
     p.add_argument("--case", choices=tuple(CASES), help="default: qwen on CUDA, else stack")
     p.add_argument("--how", default="eager", help="comma-separated: eager, compile; on CUDA graph, compile+graph too")
     p.add_argument("--only", help="some of the case's sizes: comma-separated PHASE:SEQUENCES:TOKENS (decode:1:1024)")
-    p.add_argument("--providers", help="comma-separated (default: all that are installed)")
+    p.add_argument("--methods", help="comma-separated (default: all that are installed)")
     p.add_argument("--layers", type=int, help="fewer than the case has")
     p.add_argument("--dtype", default="auto", help=f"comma-separated: {', '.join(DTYPES)} (default: bfloat16 on CUDA)")
     p.add_argument("--device", default="auto")
@@ -354,23 +354,23 @@ def run(argv: list[str] | None = None) -> int:
         if unknown := [word for word in args.only.split(",") if word not in named]:
             raise UserError(f"--only {unknown[0]!r}: {case} has {', '.join(named)}. Nothing was run.")
         sizes = [named[word] for word in args.only.split(",")]
-    from bench import providers
+    from bench import methods
     from bench.timing import copy_bandwidth
 
-    wanted = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
-    if unknown := [n for n in wanted if n not in providers.NAMES]:
-        raise UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
+    wanted = [n.strip() for n in args.methods.split(",")] if args.methods else list(methods.NAMES)
+    if unknown := [n for n in wanted if n not in methods.NAMES]:
+        raise UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(methods.NAMES)}.")
     dtypes = [parse_dtype(name, device) for name in args.dtype.split(",")]
     # What a peer's release says of itself in every call; graph breaks stand in the table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
+    about = stamp(device, *dict.fromkeys(methods.PEERS.values()))
     bandwidth, rows = copy_bandwidth(device), []
     total = len(dtypes) * len(hows) * len(sizes) * (args.rounds + 1) * (len(wanted) + 2)
     with progress_bar(total, case, unit="call") as bar:
         for dtype in dtypes:
-            absent = providers.missing(dtype)
+            absent = methods.missing(dtype)
             for name, why in absent.items():
                 bar.write(f"{name}: {why}")
             names = list(dict.fromkeys(["original", NOISE, *(n for n in wanted if n not in absent)]))
@@ -382,7 +382,7 @@ def run(argv: list[str] | None = None) -> int:
                 for one in sizes:
                     last = (dtype, how, one) == (dtypes[-1], hows[-1], sizes[-1])
                     bar.write(f"{how}, {ceiling(model, bases, *one, bandwidth)}")
-                    with providers.opened(model, bases, names) as calls:
+                    with methods.opened(model, bases, names) as calls:
                         found = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update, last)
                     for row in found:
                         rows.append(row | {"model": case} | about)

@@ -12,7 +12,6 @@ interleaved, with the yardstick twice for the noise. On CUDA each is timed three
 a CPU the ratios say how the ATen form compares there; they say nothing about a GPU.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import Timer, against, copy_bandwidth, ends, interleaved, launches, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -97,7 +97,7 @@ def projections(t: dict, compiled: bool) -> dict[str, Callable]:
         function = torch.compile(project_eager, dynamic=False)
         found["eager, torch.compile"] = lambda: function(x, basis, 1.0)
     if x.is_cuda:
-        from bench.stand_ins import lora
+        from bench.baselines import lora
         from kernel_surgery.kernels.project import project as launch
 
         found["LoRA shrink + expand (stand-in)"] = lambda: lora(x, low, 1.0)
@@ -141,10 +141,10 @@ def additions(t: dict, compiled: bool) -> dict[str, Callable]:
         chain = torch.compile(edited, dynamic=False)
         found["eager, add, rmsnorm, torch.compile"] = lambda: chain(x, basis, residual, weight)
     if x.is_cuda:
-        from bench import stand_ins
+        from bench import baselines
         from kernel_surgery.kernels.project import project as launch
 
-        found["add + rmsnorm, triton"] = lambda: stand_ins.add_rmsnorm(x, residual, weight, EPS)
+        found["add + rmsnorm, triton"] = lambda: baselines.add_rmsnorm(x, residual, weight, EPS)
         more = {"residual": residual, "weight": weight, "eps": EPS}
         found |= forms(t, lambda form: launch(x, wide, 1.0, form=form, **more))
     return found
@@ -245,9 +245,9 @@ def shown(row: dict) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.op", description="Time the operators against their alternatives.")
+    p = bench_parser("op", "Time the operators against their alternatives.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=20)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import tables
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
@@ -86,8 +87,8 @@ def controls() -> str:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"answers": answers, "speed": tables.speed},
     "docs/benchmarks.md": {
-        "counted": lambda: tables.counted("stack"),
-        "counted-polyglot": lambda: tables.counted("polyglot"),
+        "opcount": lambda: tables.opcount("stack"),
+        "opcount-polyglot": lambda: tables.opcount("polyglot"),
         "gpu": tables.on_gpu,
         "models": tables.models,
         "op": tables.op,
@@ -123,7 +124,7 @@ def finished(folder: Path, name: str = "results.json") -> dict:
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.pages", description="Write the measured tables from kept results.")
+    p = bench_parser("pages", "Write the measured tables from kept results.")
     p.add_argument("--results", type=Path, help="keep the figures of this finished evaluation for README.md first")
     p.add_argument("--study", type=Path, help="keep this finished study first")
     p.add_argument("--controls", type=Path, nargs="+", help="keep the controls of these evaluations first")

@@ -1,7 +1,7 @@
 """The benchmarks' pictures, from the kept rows alone; `python -m bench.pages` writes them to bench/plots/."""
 
-from bench.counted import figure as figure_of
-from bench.tables import providers_counted, rows
+from bench.opcount import figure as figure_of
+from bench.tables import opcount_rows, rows
 from bench.timing import ends
 from kernel_surgery.common.plotting import COLOURS, figure, svg
 
@@ -14,9 +14,9 @@ def colour(provider: str) -> str:
     return COLOURS.get(SHOWN.get(provider, ""), OTHER)
 
 
-def counted() -> str:
+def opcount() -> str:
     """Bytes that every provider reads and writes beyond the original, an edited layer, in a pass of many tokens."""
-    found = providers_counted("stack")
+    found = opcount_rows("stack")
     made, axes = figure(9, 3.2, 2)
     for panel, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         chosen = [r for r in found if r["dtype"] == dtype and r["M"] > 1][::-1]
@@ -71,6 +71,6 @@ def growth() -> str:
 
 def draw() -> dict[str, str]:
     """{file name: SVG} of every picture whose rows are there."""
-    wanted = {"counted": ("counted.json", counted), "models": ("model-stack.json", models)}
+    wanted = {"counted": ("opcount.json", opcount), "models": ("model-stack.json", models)}
     wanted["growth"] = "growth.json", growth
     return {f"{name}.svg": made() for name, (file, made) in wanted.items() if rows(file)}

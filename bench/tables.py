@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import kept
-from bench.counted import KINDS, figure, off
+from bench import store
 from bench.growth import as_expected
 from bench.model import GOAL
+from bench.opcount import KINDS, figure, off
 from bench.timing import NOISE, ends
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def rows(name: str) -> list[dict]:
     """The rows of a benchmark's newest run; none where it has not been run."""
-    return kept.newest(RESULTS / name)
+    return store.newest(RESULTS / name)
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -26,9 +26,9 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def grid(found: list[dict], columns: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
     """A table with a line a provider, a column for every value of `columns`, and the largest error/bound at the end."""
-    heads, providers = (list(dict.fromkeys(map(key, found))) for key in (columns, lambda r: r["provider"]))
+    heads, methods = (list(dict.fromkeys(map(key, found))) for key in (columns, lambda r: r["provider"]))
     body = []
-    for name in providers:
+    for name in methods:
         mine = {columns(r): r for r in found if r["provider"] == name}
         errors = [r["error_over_bound"] for r in mine.values() if r["error_over_bound"] is not None]
         worst = f"{max(errors):.2f}{'' if max(errors) <= 1 else ' (beyond its bound)'}" if errors else ""
@@ -54,9 +54,9 @@ def interval(row: dict, name: str = "ratio") -> str:
     return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
-def providers_counted(model: str) -> list[dict]:
-    """The rows of bench.counted for a model, but for the original's repetition, which is 0 throughout."""
-    return [r for r in rows("counted.json") if r["case"] == model and r["provider"] != NOISE]
+def opcount_rows(model: str) -> list[dict]:
+    """The rows of bench.opcount for a model, but for the original's repetition, which is 0 throughout."""
+    return [r for r in rows("opcount.json") if r["case"] == model and r["provider"] != NOISE]
 
 
 def tokens(row: dict) -> str:
@@ -64,9 +64,9 @@ def tokens(row: dict) -> str:
     return f"{row['M']} token{'s' if row['M'] > 1 else ''}"
 
 
-def counted(model: str) -> str:
+def opcount(model: str) -> str:
     """What every provider does beyond the original, an edited layer."""
-    found, out = providers_counted(model), ""
+    found, out = opcount_rows(model), ""
     for dtype, m in dict.fromkeys((r["dtype"], r["M"]) for r in found):
         chosen = [r for r in found if (r["dtype"], r["M"]) == (dtype, m)]
         first = chosen[0]
@@ -80,7 +80,7 @@ def counted(model: str) -> str:
 
 def speed() -> str:
     """README.md: the counted work in short, and the other ratios in a line each, each with where it was measured."""
-    found, body = providers_counted("stack"), []
+    found, body = opcount_rows("stack"), []
     dtypes, sizes = (list(dict.fromkeys(r[key] for r in found)) for key in ("dtype", "M"))
     for name in dict.fromkeys(r["provider"] for r in found):
         line = [name]
@@ -309,4 +309,4 @@ def growth() -> str:
 
 def fields() -> str:
     """What a kept row holds."""
-    return table(["field", "what it is"], [[f"`{name}`", what] for name, what in kept.FIELDS.items()])
+    return table(["field", "what it is"], [[f"`{name}`", what] for name, what in store.FIELDS.items()])

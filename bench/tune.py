@@ -7,7 +7,6 @@ that ships. Nothing is changed here: what is found goes into `launch_options` an
 says why.
 """
 
-import argparse
 import itertools
 import json
 import time
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.op import EPS, error_over_bound, inputs
+from bench.parsing import bench_parser
 from bench.timing import Timer, interleaved, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -98,9 +98,9 @@ def measure(case: str, rows: int, device, rounds: int, until: float) -> list[dic
     return sorted(timed, key=lambda row: row["us_p50"]) + found
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.tune", description="Try the kernels' launch options on a GPU.")
+    p = bench_parser("tune", "Try the kernels' launch options on a GPU.")
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--seconds", type=int, default=240, help="after so many nothing new is compiled")
     p.add_argument("--out", type=Path, help="JSON file for the rows")

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import checkpoint, kept, op, timing
+from bench import checkpoint, op, store, timing
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.ops.eager import project_eager
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = kept.FIELDS.keys()
+ROW = store.FIELDS.keys()
 
 
 @pytest.mark.slow
@@ -99,17 +99,17 @@ def test_the_checks_tell_an_edit_from_none():
         assert op.error_over_bound("project", "project", y, t) > 1
 
 
-STAND_INS = """
+BASELINES = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from bench import op, stand_ins
+from bench import op, baselines
 from kernel_surgery.ops import packed
 t = op.inputs(37, 96, 16, torch.float32, torch.device("cpu"))
 t["residual"] = t["residual"].clone()
-y = stand_ins.lora(t["x"], packed(t["basis"]), 1.0)
+y = baselines.lora(t["x"], packed(t["basis"]), 1.0)
 print(op.error_over_bound("project", "lora", y, t))
-both = stand_ins.add_rmsnorm(t["x"], t["residual"], t["weight"], op.EPS)
+both = baselines.add_rmsnorm(t["x"], t["residual"], t["weight"], op.EPS)
 print(op.error_over_bound("project_add_rmsnorm", "add + rmsnorm, triton", both, t))
 """
 
@@ -118,7 +118,7 @@ print(op.error_over_bound("project_add_rmsnorm", "add + rmsnorm, triton", both, 
 def test_the_stand_ins_compute_what_they_stand_for():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", STAND_INS], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        [sys.executable, "-c", BASELINES], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ratios = [float(line) for line in done.stdout.split()]
@@ -241,7 +241,7 @@ def test_a_part_whose_tool_is_not_there_is_named_and_is_no_failure(tmp_path, mon
 
 
 def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
-    from bench import once
+    from bench import smoke
     from kernel_surgery.kernels import project as kernels
 
     seen = []
@@ -255,14 +255,14 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
 
     monkeypatch.setattr(kernels, "KERNELS", {form: Recorded(form) for form in kernels.KERNELS})
     for case in ("awkward", "qwen"):
-        for one in once.launches(case):
-            once.launch(*one, "cpu") if one[3] <= 300 else None
+        for one in smoke.launches(case):
+            smoke.launch(*one, "cpu") if one[3] <= 300 else None
     assert {form for form, *_ in seen} == {"row", "tile", "two-pass"}
     every = {(form, kind) for form in ("row", "two-pass") for kind in (torch.bfloat16, torch.float16, torch.float32)}
     assert {(form, kind) for form, kind, *_ in seen} == every | {("tile", torch.bfloat16)}
     assert {(add, norm) for _, _, add, norm in seen} == {(False, False), (True, False), (True, True)}
     with pytest.raises(UserError, match="the kernels run on CUDA only"):
-        once.run(["--device", "cpu"])
+        smoke.run(["--device", "cpu"])
 
 
 def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
@@ -341,7 +341,8 @@ def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
     from bench import __main__ as every
 
     files = {p.stem for p in (ROOT / "bench").glob("*.py")}
-    helpers = {"__init__", "__main__", "kept", "plots", "tables", "providers", "shapes", "stand_ins", "timing"}
+    helpers = {"__init__", "__main__", "parsing", "store", "timing", "shapes", "methods", "baselines"}
+    helpers |= {"tables", "plots"}
     assert set(every.BENCHES) == files - helpers
     assert every.run([]) == 0
     said = capsys.readouterr().out
@@ -350,7 +351,7 @@ def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
         with pytest.raises(SystemExit) as left:
             every.run([name, "--help"])
         assert left.value.code == 0 and f"python -m bench.{name}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no benchmark 'speed'; there are counted, op"):
+    with pytest.raises(UserError, match="no benchmark 'speed'; there are opcount, op"):
         every.run(["speed"])
 
 
@@ -406,9 +407,9 @@ def test_rounds_take_every_provider_once_and_the_first_is_thrown_away():
 @pytest.fixture(scope="module")
 def small():
     """(model, bases, oracle) with four layers, two of them edited."""
-    from bench import counted, model, shapes
+    from bench import model, opcount, shapes
 
-    made = shapes.random_model(torch.float32, "cpu", **counted.SMALL, num_hidden_layers=4, vocab_size=64)
+    made = shapes.random_model(torch.float32, "cpu", **opcount.SMALL, num_hidden_layers=4, vocab_size=64)
     bases = shapes.random_bases(made)
     return made, bases, model.Oracle(made, bases, tokens=16)
 
@@ -416,15 +417,15 @@ def small():
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_every_provider_computes_the_edit_and_an_unedited_one_is_not_timed(small, phase):
-    from bench import model, providers
+    from bench import methods, model
 
     made, bases, oracle = small
-    names = [name for name in providers.NAMES if name not in providers.missing(made.dtype)]
-    with providers.opened(made, bases, names) as calls:
+    names = [name for name in methods.NAMES if name not in methods.missing(made.dtype)]
+    with methods.opened(made, bases, names) as calls:
         calls["nothing"] = calls["original"]
         rows = model.measure(calls, oracle, (phase, 2, 16), "eager", 2, 10.0)
     found = {row["provider"]: row for row in rows}
-    assert list(found) == [*names, "nothing"] and providers.missing() == {}
+    assert list(found) == [*names, "nothing"] and methods.missing() == {}
     for name, row in found.items():
         print(f"{phase} {name}: error/bound {row['error_over_bound']:.2f}")
         assert (row["error_over_bound"] <= 1) == (row["left_out"] is None) == (name != "nothing")
@@ -438,13 +439,13 @@ def test_every_provider_computes_the_edit_and_an_unedited_one_is_not_timed(small
 @pytest.mark.slow
 def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
     """Dynamo keeps graphs by code object and does not look at hooks: steps that share one run the last one's graph."""
-    from bench import model, providers
+    from bench import methods, model
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
     made, bases, oracle = small
-    names = [name for name in providers.NAMES if name not in providers.PEERS]
-    with providers.opened(made, bases, names) as calls:
+    names = [name for name in methods.NAMES if name not in methods.PEERS]
+    with methods.opened(made, bases, names) as calls:
         rows = model.measure(calls, oracle, ("prefill", 1, 8), "compile", 1, 10.0)
         assert {row["provider"]: row["left_out"] for row in rows} == dict.fromkeys(names)
         assert {row["provider"]: row["graph_breaks"] for row in rows} == dict.fromkeys(names, 0)
@@ -473,7 +474,7 @@ def test_the_status_is_1_where_a_mode_of_ours_was_not_timed_and_0_where_it_is_ex
         row |= {"us_added": 0.0, "graph_breaks": None, "goal_met": None, "detectable": 0.01, "run": "1"}
         row |= {"ratio": 1.0, "ratio_ci95": None, "ratio_range": [1.0, 1.0], "verdict": "-"}
         monkeypatch.setattr(model, "measure", lambda *args, row=row: [row])
-        assert model.run(["--case", "layer", "--device", "cpu", "--providers", "hook"]) == status
+        assert model.run(["--case", "layer", "--device", "cpu", "--methods", "hook"]) == status
 
 
 def test_the_goal_is_met_only_where_the_whole_interval_meets_it():
@@ -486,7 +487,7 @@ def test_the_goal_is_met_only_where_the_whole_interval_meets_it():
 
 def test_a_captured_step_runs_the_attention_that_is_run_without(small, monkeypatch):
     """transformers builds another mask, and repeats the heads, where it sees a graph being captured."""
-    from bench import model, providers
+    from bench import methods, model
 
     made, _, _ = small
     real, seen = torch.nn.functional.scaled_dot_product_attention, []
@@ -497,7 +498,7 @@ def test_a_captured_step_runs_the_attention_that_is_run_without(small, monkeypat
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     ids = model.prompts(made, 2, 16)
-    with providers.opened(made, {}, ["original"]) as calls:
+    with methods.opened(made, {}, ["original"]) as calls:
         for phase in ("prefill", "decode"):
             step = model.Step(calls["original"], phase, ids, room=8)
             found = []
@@ -513,7 +514,7 @@ def test_a_captured_step_runs_the_attention_that_is_run_without(small, monkeypat
 
 
 def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(small, monkeypatch):
-    from bench import model, providers
+    from bench import methods, model
 
     for words in (["--how", "graph", "--device", "cpu"], ["--how", "nonsense", "--device", "cpu"]):
         with pytest.raises(UserError, match=r"it takes eager, compile and, on CUDA, graph and compile\+graph"):
@@ -526,7 +527,7 @@ def test_a_way_that_is_not_there_is_refused_and_what_cannot_be_captured_says_so(
         raise ValueError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(model, "prepared", failing)
-    with providers.opened(made, bases, ["original", timing.NOISE, "hook"]) as calls:
+    with methods.opened(made, bases, ["original", timing.NOISE, "hook"]) as calls:
         rows = model.measure(calls, oracle, ("prefill", 1, 8), "graph", 1, 10.0)
     assert {row["left_out"] for row in rows} == {"graph: ValueError: operation not permitted when stream is capturing"}
     assert "not permitted" in model.shown(rows[0])

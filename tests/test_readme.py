@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from bench import kept, pages, tables
+from bench import pages, store, tables
 from bench.pages import KEPT, ROOT, SECTIONS, renewed
 
 WHOLE = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,10 +98,10 @@ NO_ROWS = {"aot.json", "eval-polyglot.json"}  # of the package's own commands
 
 @pytest.mark.parametrize("name", [name for name in RESULTS if name not in NO_ROWS])
 def test_a_kept_row_says_what_when_and_on_what_it_was_measured(name):
-    found = kept.read(tables.RESULTS / name)
+    found = store.read(tables.RESULTS / name)
     assert found and set(RESULTS) >= NO_ROWS
     for row in found:
-        assert kept.FIELDS.keys() <= row.keys(), kept.FIELDS.keys() - row.keys()
+        assert store.FIELDS.keys() <= row.keys(), store.FIELDS.keys() - row.keys()
         assert row["dirty"] is False and re.fullmatch("[0-9a-f]{40}", row["commit"]), "measure on a clean tree"
         assert row["run"].startswith(row["date"]) and row["device"] and row["machine"] and row["torch"]
         assert row["command"].startswith("python -m bench") and "/" not in row["command"]
@@ -115,17 +115,17 @@ def test_a_kept_row_says_what_when_and_on_what_it_was_measured(name):
 
 def test_rows_are_added_run_after_run_and_a_run_replaces_its_own(tmp_path):
     file = tmp_path / "rows.json"
-    one = kept.record("op", "project", "copy", us_p50=1.0, run="2026-01-01T00:00:00")
-    assert list(one)[: len(kept.FIELDS)] == list(kept.FIELDS) and one["launches"] is None and one["us_p50"] == 1.0
-    kept.keep(None, [one])
-    kept.keep(file, [])
-    assert not list(tmp_path.iterdir()) and kept.read(file) == kept.newest(file) == []
-    kept.keep(file, [one])
+    one = store.record("op", "project", "copy", us_p50=1.0, run="2026-01-01T00:00:00")
+    assert list(one)[: len(store.FIELDS)] == list(store.FIELDS) and one["launches"] is None and one["us_p50"] == 1.0
+    store.keep(None, [one])
+    store.keep(file, [])
+    assert not list(tmp_path.iterdir()) and store.read(file) == store.newest(file) == []
+    store.keep(file, [one])
     other = one | {"run": "2026-01-02T00:00:00"}
-    kept.keep(file, [other])
-    kept.keep(file, [other, other | {"provider": "eager"}])
-    assert [r["provider"] for r in kept.read(file)] == ["copy", "copy", "eager"]
-    assert [r["provider"] for r in kept.newest(file)] == ["copy", "eager"]
+    store.keep(file, [other])
+    store.keep(file, [other, other | {"provider": "eager"}])
+    assert [r["provider"] for r in store.read(file)] == ["copy", "copy", "eager"]
+    assert [r["provider"] for r in store.newest(file)] == ["copy", "eager"]
 
 
 def test_the_pictures_are_drawn_from_the_kept_rows():

@@ -65,7 +65,7 @@ def peft_model(model, bases: dict, widen: bool = True):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from kernel_surgery.edit.lora import adapter, padded_rank
+    from kernel_surgery.edit.lora import lora_pair, padded_rank
 
     rank = padded_rank(next(iter(bases.values())).shape[1])
     config = LoraConfig(
@@ -74,11 +74,11 @@ def peft_model(model, bases: dict, widen: bool = True):
     made = get_peft_model(model, config, autocast_adapter_dtype=widen)
     for layer, basis in bases.items():
         module = made.base_model.model.model.layers[layer].mlp.down_proj
-        a, b = adapter(module.weight, basis)
+        pair = lora_pair(module.weight, basis)
         missing = rank - basis.shape[1]
         with torch.no_grad():
-            module.lora_A["default"].weight.copy_(torch.nn.functional.pad(a, (0, 0, 0, missing)))
-            module.lora_B["default"].weight.copy_(torch.nn.functional.pad(b, (0, missing)))
+            module.lora_A["default"].weight.copy_(torch.nn.functional.pad(pair.a, (0, 0, 0, missing)))
+            module.lora_B["default"].weight.copy_(torch.nn.functional.pad(pair.b, (0, missing)))
     return made.eval()
 
 

@@ -1,4 +1,4 @@
-"""Every kernel once, for tools that watch a GPU at work: python -m bench.once [--case awkward|qwen]
+"""Every kernel once, for tools that watch a GPU at work: python -m bench.smoke [--case awkward|qwen]
 
     awkward    every form, operation and dtype on small sizes that fill no block: compute-sanitizer
     qwen       every form in bfloat16 at Qwen2.5-3B's width, few rows and many: ncu
@@ -6,9 +6,9 @@
 Nothing is checked and nothing timed here. Inputs are made on the CPU and copied: no other kernel runs.
 """
 
-import argparse
 from collections.abc import Iterator
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.models.load import parse_device
@@ -54,9 +54,9 @@ def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, dev
     project(x, basis, 1.0, strengths, form=form, **more)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.once", description="Launch every kernel once, for a sanitizer or a profiler.")
+    p = bench_parser("smoke", "Launch every kernel once, for a sanitizer or a profiler.")
     p.add_argument("--case", choices=("awkward", "qwen"), default="awkward")
     p.add_argument("--device", default="cuda")
     return p

@@ -1,25 +1,25 @@
-"""What the edit costs, counted instead of timed: python -m bench.counted [--case stack|polyglot|small] [--out FILE]
+"""What the edit costs, counted instead of timed: python -m bench.opcount [--case stack|polyglot|small] [--out FILE]
 
 On a CPU time tells the ways of making the edit apart in small models only; what each does can be counted exactly:
 operations, matrix products, tensors allocated and their bytes, bytes read and written (every operand and every result
 of every operation that is not a view, once; what is changed in place, twice). These are the sizes of operands, not what
 a memory bus carries: a cache may spare some of it. Counted for one token, a decoding step, and for many; below
-autograd, operation by operation, in one forward pass of each provider (`bench.providers`), our own operators opened up
+autograd, operation by operation, in one forward pass of each provider (`bench.methods`), our own operators opened up
 into the ATen calls they make; the original's count is taken away, and what is left divided by the edited layers.
 Beside it error/bound: the largest error of what an edited `down_proj` gives, over the bound of its way of computing
 (`reference.applied_bound`, Rule A); beyond 1 it is rounded more coarsely than that way has to.
 
-`small` is what the tests hold against bench/results/counted-small.json: a change of these numbers is a decision.
+`small` is what the tests hold against bench/results/opcount-small.json: a change of these numbers is a decision.
 """
 
-import argparse
 import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from bench.kept import keep, record
-from bench.providers import PEERS
+from bench.methods import PEERS
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import NOISE, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.models.load import parse_dtype
@@ -80,7 +80,7 @@ def counter():
     return Counting()
 
 
-def counted(calls: dict, ids) -> dict[str, Counter]:
+def count(calls: dict, ids) -> dict[str, Counter]:
     """{provider: counts} of one forward pass each; a first pass, uncounted, has done what is done once."""
     import torch
 
@@ -148,21 +148,21 @@ def load(case: str, dtype):
 
 def rows_of(case: str, dtype_name: str, names) -> list[dict]:
     """One row a provider and pass."""
-    from bench import providers
+    from bench import methods
     from bench.model import prompts
 
     dtype = parse_dtype(dtype_name, "cpu")
-    (model, bases), absent = load(case, dtype), providers.missing(dtype)
+    (model, bases), absent = load(case, dtype), methods.missing(dtype)
     names, rows = [name for name in names if name not in absent], []
     about = {"d": model.config.hidden_size, "k": next(iter(bases.values())).shape[1], "dtype": dtype_name}
-    with providers.opened(model, bases, names) as calls:
+    with methods.opened(model, bases, names) as calls:
         for sequences, tokens in TOKENS[case]:
             ids = prompts(model, sequences, tokens)[:, :tokens]
-            found, off = per_layer(counted(calls, ids), len(bases)), errors(calls, ids, bases)
+            found, off = per_layer(count(calls, ids), len(bases)), errors(calls, ids, bases)
             for name in found:
                 if name != "original":
                     known = about | found[name] | {"M": sequences * tokens, "error_over_bound": off.get(name)}
-                    rows.append(record("counted", case, name, **known))
+                    rows.append(record("opcount", case, name, **known))
     return rows
 
 
@@ -197,9 +197,9 @@ HEAD = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.counted", description="Count what every way of making the edit does.")
+    p = bench_parser("opcount", "Count what every way of making the edit does.")
     p.add_argument("--case", choices=tuple(TOKENS), help="default: stack and polyglot")
     p.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -209,24 +209,24 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Print the table; 1 if the fused mode does more than a peer, or not less than the eager hook."""
     args = parser().parse_args(argv)
-    from bench import providers
+    from bench import methods
 
-    for name, why in providers.missing().items():
+    for name, why in methods.missing().items():
         print(f"{name}: {why}")
-    about = stamp(None, *dict.fromkeys(providers.PEERS.values()))
+    about = stamp(None, *dict.fromkeys(methods.PEERS.values()))
     rows = []
     print(CEILING)
     print(HEAD)
     for case in [args.case] if args.case else ["stack", "polyglot"]:
         for dtype in args.dtype.split(","):
-            for found in rows_of(case, dtype, providers.NAMES):
+            for found in rows_of(case, dtype, methods.NAMES):
                 rows.append(found | about)
                 print(shown(found), flush=True)
     keep(args.out, rows)
     broken = faults(rows)
     for fault in broken:
         print(fault)
-    print(json.dumps({"case": "counted", "rows": len(rows), **about}))
+    print(json.dumps({"case": "opcount", "rows": len(rows), **about}))
     return 1 if broken else 0
 
 
