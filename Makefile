@@ -11,7 +11,7 @@ help:
 	@echo "make check  ruff, the import order and the packaging: half a minute"
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
-	@echo "make bench  the list of benchmarks; make bench NAME=counted runs one"
+	@echo "make bench  the list of benchmarks; make bench NAME=opcount runs one"
 
 run:
 	$(PYTHON) -m kernel_surgery.eval --mode fused

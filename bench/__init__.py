@@ -1,1 +1,1 @@
-"""Benchmarks. Correctness comes first: a time or a count stands beside its error/bound, or there is none."""
+"""Benchmarks. Correctness comes first: no time and no count is reported without its error/bound."""

@@ -1,60 +1,61 @@
 """Every benchmark by name: python -m bench [NAME [options]]
 
-Without a name the list; with one the same as `python -m bench.NAME`.
+Without a name it prints the list. With a name it does the same as `python -m bench.NAME`.
 """
 
 import importlib
 import sys
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 
-# name: (what it shows, about how long on two CPU cores, where its figures are kept)
+# {name: (what it measures, about how long it takes on two CPU cores, the file of its figures)}
 BENCHES = {
-    "counted": ("operations, products, allocations and bytes of every way to make the edit", "10 s", "counted.json"),
-    "op": ("the operators against eager, addmm, torch.compile and a copy", "1 min", "op.json"),
+    "opcount": ("operations, matrix products, allocations and bytes of every method", "5 min", "opcount.json"),
+    "op": ("the operators, beside eager code, addmm, torch.compile and a copy", "1 min", "op.json"),
     "model": (
-        "a layer, a stack of layers or a whole model, prefill and decode, every provider",
+        "a layer, a stack of layers or a whole model: prefill and decode with every method",
         "4 min",
         "model-*.json",
     ),
-    "fit": ("fitting 36 layers against numpy's full SVD and top-k solvers", "2 min", "fit.json"),
-    "evaluation": ("the batched evaluation against one prompt at a time", "10 min", "evaluation.json"),
+    "fit": ("fitting 36 layers, beside numpy's full SVD and top-k solvers", "2 min", "fit.json"),
+    "evaluation": ("the batched evaluation, beside a loop over single prompts", "10 min", "evaluation.json"),
     "checkpoint": (
-        "baking 6 GB against cp and sha256sum, a dense P @ W and PEFT's merge",
+        "baking 6 GB, beside cp with SHA-256, a dense P @ W and PEFT's merge",
         "4 min",
         "checkpoint-*.json",
     ),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
-    "tune": ("launch options of the kernels, tried one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
-    "once": ("every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
+    "tune": ("the kernels with other launch options, one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
+    "smoke": ("launches every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
-    "pages": ("the tables of README.md and docs/ and the plots, from the kept figures alone", "20 s", "-"),
+    "pages": ("the measured tables of README.md and docs/ and the plots, from stored figures", "20 s", "-"),
 }
 
 
 def listing() -> str:
-    """The list."""
-    lines = ["python -m bench NAME [options], --help for them. Figures are kept under bench/results/.", ""]
-    return "\n".join(lines + [f"  {name:<11} {what} ({took}; {file})" for name, (what, took, file) in BENCHES.items()])
+    """All benchmarks as text."""
+    lines = ["python -m bench NAME [options]; --help lists the options. Figures are stored in bench/results/.", ""]
+    return "\n".join(lines + [f"  {name:<11} {what} ({time}; {file})" for name, (what, time, file) in BENCHES.items()])
 
 
 def parser() -> Parser:
-    """The command line; what follows the name is the benchmark's own."""
-    p = Parser(prog="python -m bench", description="Run a benchmark by its name, or list them.", add_help=False)
+    """The command line. The words after the name go to the benchmark."""
+    p = bench_parser("", "Run a benchmark by its name, or list them.", add_help=False)
     p.add_argument("name", nargs="?")
     return p
 
 
 def run(argv: list[str] | None = None) -> int | None:
-    """Run the benchmark that the first word names, with the other words; or list them."""
+    """Run the benchmark that the first word names with the other words, or print the list."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(listing())
         return 0
     name = parser().parse_args(words[:1]).name
     if name not in BENCHES:
-        raise UserError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}. Nothing was run.")
+        raise UserError(f"no benchmark {name!r}; the benchmarks are {', '.join(BENCHES)}. Nothing was run.")
     return importlib.import_module(f"bench.{name}").run(words[1:])
 
 

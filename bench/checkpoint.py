@@ -1,18 +1,20 @@
-"""Baking a checkpoint against copying and hashing it: python -m bench.checkpoint [--out FILE] [--layers N]
+"""Time baking a checkpoint beside copying and hashing it: python -m bench.checkpoint [--out FILE] [--layers N]
 
-A synthetic checkpoint of Qwen2.5-3B's shapes (random bfloat16 weights, about 6 GB) is made in a temporary folder and
-removed. Two yardsticks: `cp -r` alone, and `cp -r` with `hashlib`'s SHA-256 of every file of the copy after it, which
-is what bake leaves behind too (bake hashes while it writes). Ours is `python -m kernel_surgery.bake` as anyone would
-call it, imports and all. All in one run, in rounds of changing order; peak memory of ours from the kernel's accounts
-(resident: with mapped file pages; anonymous: without). The baked checkpoint is then loaded with transformers and
-generates.
+The source is a synthetic checkpoint of Qwen2.5-3B's shapes: random bfloat16 weights, about 6 GB. It is made in a
+temporary folder and removed afterwards. Each round runs these commands, in changing order:
 
-With --peers, beside them, the whole model in memory: a dense P @ W in its own dtype, as the script did that this
-project began with; and PEFT's merge_and_unload of the adapter that `python -m kernel_surgery.lora` writes (made
-beforehand, not timed). They need not the disk alone but the model's size in memory, and hash nothing.
+    cp -r                   the copy alone
+    cp -r, then SHA-256     the copy, then `hashlib`'s SHA-256 of its files. This is the yardstick: bake hashes too
+    bake                    `python -m kernel_surgery.bake`, with the start of Python and its imports
+
+Peak memory comes from the kernel's accounts. Resident memory includes mapped file pages, anonymous memory does not.
+The baked checkpoint is then loaded with transformers and has to generate.
+
+--peers adds two commands that load the whole model into memory and hash nothing. One multiplies the weights by a dense
+P in their own dtype, like the script that this project began with. The other is PEFT's merge_and_unload of the adapter
+from `python -m kernel_surgery.lora`, which is made beforehand and not timed.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -23,8 +25,9 @@ import threading
 import time
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
 from bench.shapes import QWEN
+from bench.store import keep, record
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -34,12 +37,12 @@ DENSE, PEFT = "from_pretrained, dense P @ W, save_pretrained", "from_pretrained,
 
 
 def make_source(folder: Path, layers: int, **changes) -> None:
-    """A checkpoint of random weights with Qwen2.5-3B's shapes, changed as told; beside it a subspace that fits."""
+    """Write a checkpoint of random weights and a matching subspace. Its shapes are QWEN, updated with `changes`."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen2Config
 
-    from kernel_surgery.models.architectures import EMBEDDING, default_layers
+    from kernel_surgery.models.architectures import LLAMA, default_layers
     from kernel_surgery.subspace.artifact import Subspace
     from kernel_surgery.subspace.fingerprint import sample_weights
 
@@ -53,7 +56,8 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     def random(*shape):
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    tensors = {EMBEDDING: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
+    embedding = f"{LLAMA.embedding}.weight"
+    tensors = {embedding: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
     for i in range(layers):
         shapes = {
             **{"mlp.down_proj.weight": (d, ff), "mlp.up_proj.weight": (ff, d), "mlp.gate_proj.weight": (ff, d)},
@@ -67,7 +71,7 @@ def make_source(folder: Path, layers: int, **changes) -> None:
         }
         tensors |= {f"model.layers.{i}.{name}": random(*shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    wanted = [EMBEDDING, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(layers))]
+    wanted = [embedding, *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(layers))]
     marks = sample_weights((name, tensors[name]) for name in wanted)
     bases = {
         i: torch.linalg.qr(torch.randn(d, 10, generator=generator, dtype=torch.float64))[0].float()
@@ -77,7 +81,7 @@ def make_source(folder: Path, layers: int, **changes) -> None:
 
 
 def watched(words: list[str]) -> tuple[float, dict[str, float]]:
-    """(seconds, peak memory in GB: resident and anonymous) of a command. Raises CalledProcessError if it fails."""
+    """(seconds, {"resident", "anonymous": peak memory in GB}) of a command. Raises CalledProcessError if it fails."""
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     peak = {"resident": 0.0, "anonymous": 0.0}
@@ -115,7 +119,7 @@ for file in pathlib.Path(sys.argv[2]).iterdir():
         hashlib.file_digest(opened, "sha256").hexdigest()
 """
 
-# What the script this project began with does: the whole model in memory, W multiplied by a dense P in its own dtype.
+# Like the script that this project began with: the whole model in memory, W multiplied by a dense P in its own dtype.
 DENSE_CODE = """
 import sys
 import torch
@@ -153,8 +157,10 @@ assert out.shape == (1, 40) and torch.isfinite(model(out).logits).all()
 
 
 def check(source: Path, baked: Path, subspace: Path) -> dict[str, float]:
-    """From the files on disk, over three layers: the worst leak over its floor, the worst element over its bound, and
-    the largest share of elements that are not the exact value correctly rounded."""
+    """{"leak_over_floor", "error_over_bound", "not_correctly_rounded"}: the worst of three layers, from the files.
+
+    The last one is the share of elements that are not the correctly rounded exact value.
+    """
     from safetensors import safe_open
 
     from kernel_surgery.numerics.bounds import baked_element_bound, leak_floor, worst_ratio
@@ -178,30 +184,36 @@ def check(source: Path, baked: Path, subspace: Path) -> dict[str, float]:
 
 
 def hash_rate() -> float:
-    """GB/s of SHA-256 by hashlib, of memory."""
+    """GB/s of hashlib's SHA-256 over a block in memory."""
     block = bytes(2**26)
     began = time.perf_counter()
     hashlib.sha256(block).digest()
     return len(block) / (time.perf_counter() - began) / 1e9
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.checkpoint", description="Time baking against copying and hashing.")
+    p = bench_parser("checkpoint", "Time baking beside copying and hashing.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
-    p.add_argument("--layers", type=int, default=36, help="fewer make a smaller checkpoint")
+    p.add_argument(
+        "--layers", type=int, default=36, help="number of layers; fewer make a smaller checkpoint (default: 36)"
+    )
     p.add_argument("--rounds", type=int, default=6)
-    p.add_argument("--peers", action="store_true", help="a dense P @ W and peft's merge too (the model in memory)")
-    p.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    p.add_argument(
+        "--peers",
+        action="store_true",
+        help="also time a dense P @ W and PEFT's merge (they load the model into memory)",
+    )
+    p.add_argument("--folder", type=Path, help="parent of the working folder (default: the system's temporary folder)")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the ceiling and the table; 1 if a file on disk breaks its bound or leaks more than 1.1 times its floor."""
+    """Print the ceiling and the table. Returns 1 if the baked file exceeds its bound or 1.1 times its leak floor."""
     args, about = parser().parse_args(argv), stamp(None, "peft")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        source, subspace, target = folder / "source", folder / "subspace.safetensors", folder / "made"
+        source, subspace, target = folder / "source", folder / "subspace.safetensors", folder / "target"
         make_source(source, args.layers)
         size = sum(f.stat().st_size for f in source.iterdir())
         print(
@@ -221,36 +233,38 @@ def run(argv: list[str] | None = None) -> int:
             subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
             commands[DENSE] = [sys.executable, "-c", DENSE_CODE, str(source), str(subspace)]
             commands[PEFT] = [sys.executable, "-c", PEFT_CODE, str(source), adapter]
-        peaks, found = {name: [] for name in commands}, {}
+        peaks, checks = {name: [] for name in commands}, {}
 
         def one(name: str) -> float:
             seconds, peak = watched([*commands[name], str(target)])
             peaks[name].append(peak)
-            if name not in (COPY, HASHED, *found):  # checked in the first round, which is not counted
-                found[name] = check(source, target, subspace)
+            if name not in (COPY, HASHED, *checks):  # checked in the first round, which is discarded
+                checks[name] = check(source, target, subspace)
                 if name == "bake":
                     subprocess.run([sys.executable, "-c", GENERATE_CODE, str(target)], check=True)
-                    found[name]["generated_tokens"] = 8
+                    checks[name]["generated_tokens"] = 8
             shutil.rmtree(target)
             return seconds * 1e6
 
         with progress_bar((args.rounds + 1) * len(commands), "checkpoint", unit="run") as bar:
             times = interleaved({name: lambda name=name: one(name) for name in commands}, args.rounds, bar.update)
     rows, copied = [], percentiles(times[COPY])["us_p50"]
-    print(f"{'':<57} seconds  of cp -r, then SHA-256   resident GB anonymous leak/floor error/bound wrongly rounded")
-    for name, taken in times.items():
-        known = {"d": QWEN["hidden_size"], "k": 10, "dtype": "bfloat16", "cache": "warm"} | percentiles(taken)
+    print(
+        f"{'':<57} seconds  of cp -r, then SHA-256   resident GB anonymous leak/floor error/bound not correctly rounded"
+    )
+    for name, sample in times.items():
+        known = {"d": QWEN["hidden_size"], "k": 10, "dtype": "bfloat16", "cache": "warm"} | percentiles(sample)
         known |= {"gbps": 2 * size / known["us_p50"] / 1e3, "fraction_of_copy": copied / known["us_p50"]}
         row = record("checkpoint", "bake", name, **known) | {"gigabytes": size / 1e9, "layers": args.layers}
-        row |= ratio(taken, times[HASHED]) | {"rounds": args.rounds, "seconds": [t / 1e6 for t in taken]}
+        row |= ratio(sample, times[HASHED]) | {"rounds": args.rounds, "seconds": [t / 1e6 for t in sample]}
         low, high = ends(row)
         line = f"{name:<57} {row['us_p50'] / 1e6:>7.2f}  {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        if name in found:
+        if name in checks:
             row |= {f"peak_{kind}_gb": max(p[kind] for p in peaks[name]) for kind in ("resident", "anonymous")}
-            row |= found[name]
+            row |= checks[name]
             line += f"{row['peak_resident_gb']:>19.2f} {row['peak_anonymous_gb']:>9.2f}"
             line += f" {row['leak_over_floor']:>10.3f} {row['error_over_bound']:>11.3f}"
-            line += f" {row['not_correctly_rounded']:>15.5f}"
+            line += f" {row['not_correctly_rounded']:>21.5f}"
         print(line)
         rows.append(row | about)
     keep(args.out, rows)

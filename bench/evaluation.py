@@ -1,23 +1,27 @@
-"""The evaluation against the loop it replaces: python -m bench.evaluation [--out FILE]
+"""Time the evaluation beside the loop that it replaces: python -m bench.evaluation [--out FILE]
 
-The script this project began with puts one prompt at a time to `model.generate`, decodes it and looks for the answer.
-`kernel_surgery.eval` batches by length, pads on the left, scores by the strict protocol and judges the language. Beside
-both, the loop as one would batch it by hand: problems in their order, padded by the tokenizer, scored as the script
-does. All answer the same problems with the embedded model in one run, in turns; the times include tokenizing, decoding
-and each one's own scoring.
+Three methods answer the same problems with the embedded model, in turns in one run:
 
-Texts first: all must say the same, token for token, but where rounding may swap the two best logits (they are no
-further apart than twice what padding on the left changes in them); else the status is 1 and no time is printed.
+    one prompt at a time    the loop of the script that this project began with: `model.generate` for one prompt, then
+                            decode the text and look for the answer
+    the loop, batched       the same loop, batched by hand: problems in order, padded by the tokenizer, scored alike
+    kernel_surgery.eval     batches by length, pads on the left, scores strictly and judges the language
+
+The times include tokenizing, decoding and each method's own scoring.
+
+Texts come first. All methods must give the same texts, token for token. A text may differ only where rounding can swap
+the two best logits: they are at most twice as far apart as padding on the left moves them. Otherwise the benchmark
+prints no times and returns 1.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
 from bench.model import weight_bytes
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import copy_bandwidth, ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -29,14 +33,16 @@ Texts = list[tuple[int, ...]]
 
 
 def by_hand(model, tokenizer, asked, languages, budget: int, batch_size: int, advance: Callable) -> Texts:
-    """New token ids of each prompt, without the end token, by `model.generate` alone, scored as the first script does
-    it. With a batch size of 1 that script's loop."""
+    """The new token ids of each prompt, without the end token, by plain `model.generate`.
+
+    Scored like the script that this project began with. A batch size of 1 is that script's loop.
+    """
     import torch
 
     from kernel_surgery.evaluation.generate import end_tokens
     from kernel_surgery.scoring.expag import expag_check, expag_fat, expag_language
 
-    ends, made = end_tokens(model, tokenizer), []
+    ends, texts = end_tokens(model, tokenizer), []
     for language in languages:
         for start in range(0, len(asked), batch_size):
             chosen = asked[start : start + batch_size]
@@ -50,30 +56,33 @@ def by_hand(model, tokenizer, asked, languages, budget: int, batch_size: int, ad
             ):
                 expag_check(text, problem.answer), expag_fat(text, problem.answer), expag_language(text)
                 stop = next((t for t, token in enumerate(ids) if token in ends), len(ids))
-                made.append(tuple(ids[:stop]))
+                texts.append(tuple(ids[:stop]))
             advance(len(chosen))
-    return made
+    return texts
 
 
 def batched(model, tokenizer, asked, languages, budget: int, batch_size: int, advance: Callable) -> Texts:
-    """The same by this project's evaluation: `generate`, then `results.score`, a cell a language."""
+    """The same by this project's evaluation: `generate`, then `judging.score`, one language after another."""
     from kernel_surgery.evaluation.generate import generate
     from kernel_surgery.evaluation.judging import score, text_of
 
-    made, decode = [], text_of(tokenizer)
+    all_ids, decode = [], text_of(tokenizer)
     for language in languages:
         prompts = [problem.prompts[language] for problem in asked]
         options = {"max_new_tokens": budget, "batch_size": batch_size, "advance": advance}
         texts = generate(model, tokenizer, prompts, **options)
         for problem, text in zip(asked, texts, strict=True):
             score(problem, language, "original", text, decode)
-        made += [text.ids for text in texts]
-    return made
+        all_ids += [text.ids for text in texts]
+    return all_ids
 
 
 def may_swap(model, tokenizer, prompt: str, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether rounding explains that two greedy continuations part: at the first token that differs, the logits of the
-    two choices are no further apart than twice what padding on the left changes in them."""
+    """Whether rounding explains why two greedy continuations differ.
+
+    It does if, at the first token that differs, the logits of the two choices are at most twice as far apart as padding
+    on the left moves them.
+    """
     import torch
 
     from kernel_surgery.evaluation.generate import end_tokens
@@ -81,23 +90,25 @@ def may_swap(model, tokenizer, prompt: str, one: tuple[int, ...], other: tuple[i
     end = end_tokens(model, tokenizer)[0]
     at = next((t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     choices = [ids[at] if at < len(ids) else end for ids in (one, other)]
-    given, found = tokenizer(prompt).input_ids + list(one[:at]), []
+    prefix, logits = tokenizer(prompt).input_ids + list(one[:at]), []
     for padding in (0, 1, 7, 16):
-        ids = torch.tensor([[end] * padding + given], device=model.device)
+        ids = torch.tensor([[end] * padding + prefix], device=model.device)
         mask = torch.ones_like(ids)
         mask[:, :padding] = 0
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         with torch.no_grad():
-            found.append(model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1, choices])
-    spread = max(float((padded - found[0]).abs().max()) for padded in found[1:])
-    return float((found[0][0] - found[0][1]).abs()) <= 2 * spread
+            logits.append(model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1, choices])
+    spread = max(float((padded - logits[0]).abs().max()) for padded in logits[1:])
+    return float((logits[0][0] - logits[0][1]).abs()) <= 2 * spread
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.evaluation", description="Time the evaluation against a one-by-one loop.")
+    p = bench_parser("evaluation", "Time the evaluation beside a loop over single prompts.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
-    p.add_argument("--problems", type=int, default=40, help="per category (default 40: 200 a language)")
+    p.add_argument(
+        "--problems", type=int, default=40, help="problems per category (default: 40, which is 200 per language)"
+    )
     p.add_argument("--languages", default="en,zh")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=64)
@@ -107,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print both times and their ratio; 1 if the texts differ by more than rounding explains."""
+    """Print the times and their ratios. Returns 1 if texts differ by more than rounding explains."""
     args = parser().parse_args(argv)
     languages, device, budget = parse_languages(args.languages), parse_device(args.device), args.max_new_tokens
 
@@ -121,7 +132,7 @@ def run(argv: list[str] | None = None) -> int:
     bandwidth, weights = copy_bandwidth(device), weight_bytes(model)
     print(
         f"{about['device']}: {len(asked) * len(languages)} texts of the embedded model; at a copy's {bandwidth:.0f} "
-        f"GB/s reading its {weights / 1e6:.1f} MB takes {weights / bandwidth / 1e3:.0f} us a step, whatever the batch"
+        f"GB/s, reading its {weights / 1e6:.1f} MB takes {weights / bandwidth / 1e3:.0f} us per step at any batch size"
     )
     judge("The language identifier is loaded before anything is timed.", "en")
     calls = {
@@ -139,25 +150,25 @@ def run(argv: list[str] | None = None) -> int:
             return (time.perf_counter() - began) * 1e6
 
         times = interleaved({name: lambda name=name: one(name) for name in calls}, args.rounds)
-    parted, wrong = {}, 0
-    for name, made in texts.items():
-        parted[name] = [i for i, (one, other) in enumerate(zip(texts[LOOP], made, strict=True)) if one != other]
-        other = [i for i in parted[name] if not may_swap(model, tokenizer, prompts[i], texts[LOOP][i], made[i])]
+    different, wrong = {}, 0
+    for name, ids in texts.items():
+        different[name] = [i for i, (one, other) in enumerate(zip(texts[LOOP], ids, strict=True)) if one != other]
+        other = [i for i in different[name] if not may_swap(model, tokenizer, prompts[i], texts[LOOP][i], ids[i])]
         wrong += len(other)
         if name != LOOP:
-            same, swapped = len(prompts) - len(parted[name]), len(parted[name]) - len(other)
-            print(f"{name}: {len(prompts)} texts, {same} the same as alone, {swapped} parted by rounding")
+            same, swapped = len(prompts) - len(different[name]), len(different[name]) - len(other)
+            print(f"{name}: {len(prompts)} texts, {same} the same as alone, {swapped} that differ by rounding")
         for i in other:
-            print(f"  other text than alone: {prompts[i]!r}")
+            print(f"  not the same text as alone: {prompts[i]!r}")
     if wrong:
         return 1
     rows = []
-    for name, taken in times.items():
+    for name, sample in times.items():
         tokens = sum(map(len, texts[name]))
         row = record("evaluation", "polyglot", name, M=len(prompts), d=model.config.hidden_size, dtype="float32")
         row |= {"tokens": tokens, "batch": 1 if name == LOOP else args.batch_size}
-        row |= {"parted_by_rounding": len(parted[name]), "cache": "warm"}
-        row |= percentiles(taken) | ratio(times[LOOP], taken, "speedup") | about
+        row |= {"parted_by_rounding": len(different[name]), "cache": "warm"}
+        row |= percentiles(sample) | ratio(times[LOOP], sample, "speedup") | about
         rows.append(row)
         low, high = ends(row, "speedup")
         print(

@@ -1,35 +1,35 @@
-"""Fitting, exact and not, beside the script's way: python -m bench.fit [--layers 36] [--out FILE]
+"""Time exact and approximate ways to fit a subspace: python -m bench.fit [--layers 36] [--out FILE]
 
-Synthetic activations of a real model's size, 200 problems in seven languages at d_model 2048: what a problem's prompts
-share, a few language directions of falling strength, and noise. The script that this project began with takes numpy's
-full SVD of a layer's 1400 x 2048 deviations in float32. Each provider is given the same [problems, languages, d_model]
-of every layer in turn and gives the k leading directions; every layer is one round.
+The activations are synthetic and of a real model's size: 200 problems in seven languages at d_model 2048. They are the
+sum of a part that all prompts of a problem share, a few language directions of falling strength, and noise. The script
+that this project began with takes numpy's full SVD of a layer's 1400 x 2048 deviations in float32. Every method gets
+the same [problems, languages, d_model] of each layer and returns the k leading directions. Each layer is one round.
 
-Beside the time: the largest principal angle to the subspace of a float64 SVD (its sine), and the residual
-norm(G u - s^2 u) / s_1^2 of the worst vector, G the scatter matrix: how far it is from being a singular vector at all.
-An exact provider also gives every singular value, which `fit` keeps.
+Accuracy is reported beside the time. The sine is that of the largest principal angle to the subspace of a float64 SVD.
+The residual is norm(G u - s^2 u) / s_1^2 of the worst vector, where G is the scatter matrix. It is 0 for a singular
+vector. An exact method also gives every singular value, which `fit` stores.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import ends, interleaved, percentiles, ratio, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
 
 PROBLEMS, LANGUAGES = 200, 7
 SCRIPT, OURS = "numpy.linalg.svd, full (the script)", "kernel_surgery.fit"
-# A top-k solver gives the leading directions alone: no spectrum, and a residual that it does not say.
+# Top-k solvers give the leading directions only, without the spectrum and without a residual.
 TOP = ("torch.svd_lowrank, 4 iterations", "scipy svds, PROPACK")
 ANGLE = 1e-5
 
 
 def activations(layer: int, d: int, problems: int = PROBLEMS, languages: int = LANGUAGES, directions: int = 24):
-    """[problems, languages, d] float32 of one layer, with so many language directions of strengths 20 down to 1."""
+    """[problems, languages, d] float32 of one layer. The language directions have strengths from 20 down to 1."""
     import torch
 
     generator = torch.Generator().manual_seed(layer)
@@ -43,12 +43,12 @@ def activations(layer: int, d: int, problems: int = PROBLEMS, languages: int = L
 
 
 def deviations(x):
-    """[problems * languages, d] float32, as the script has them."""
+    """[problems * languages, d]: each prompt less the mean of its problem, as in the script."""
     return (x - x.mean(1, keepdim=True)).reshape(-1, x.shape[-1])
 
 
-def providers(k: int) -> dict[str, Callable]:
-    """{name: x -> [d, k]}."""
+def methods(k: int) -> dict[str, Callable]:
+    """{method: function from activations to a basis [d, k]}."""
     import numpy as np
     import torch
     from scipy.sparse.linalg import svds
@@ -62,9 +62,9 @@ def providers(k: int) -> dict[str, Callable]:
         return torch.linalg.svd(deviations(x).double(), full_matrices=False)[2][:k].T
 
     def gram(x):
-        found = deviations(x).double()
-        values, vectors = torch.linalg.eigh(found @ found.T)
-        return found.T @ vectors[:, -k:].flip(1) / values[-k:].flip(0).sqrt()
+        rows = deviations(x).double()
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        return rows.T @ vectors[:, -k:].flip(1) / values[-k:].flip(0).sqrt()
 
     def lowrank(x):
         torch.manual_seed(0)
@@ -95,11 +95,11 @@ def product_seconds(rows: int, d: int) -> float:
     return min(times)
 
 
-def quality(found, x, exact) -> dict[str, float]:
-    """{"sine", "residual"} of a [d, k] basis against the exact [d, k] one."""
+def quality(basis, x, exact) -> dict[str, float]:
+    """{"sine", "residual"} of a basis [d, k], given the exact basis [d, k]."""
     import torch
 
-    u = torch.as_tensor(found).double()
+    u = torch.as_tensor(basis).double()
     scatter = deviations(x.double())
     image = scatter.T @ (scatter @ u)
     squares = (u * image).sum(0)
@@ -108,9 +108,9 @@ def quality(found, x, exact) -> dict[str, float]:
     return {"sine": float(sine), "residual": float(off)}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.fit", description="Time fitting against full SVDs and top-k solvers.")
+    p = bench_parser("fit", "Time fitting beside full SVDs and top-k solvers.")
     p.add_argument("--layers", type=int, default=36)
     p.add_argument("--d", type=int, default=2048)
     p.add_argument("--rank", type=int, default=10)
@@ -119,20 +119,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if our subspace is more than 1e-5 away from the float64 SVD's."""
+    """Print the table. Returns 1 if the sine of our subspace exceeds ANGLE."""
     args = parser().parse_args(argv)
-    calls, about = providers(args.rank), stamp(None, "numpy", "scipy")
+    calls, about = methods(args.rank), stamp(None, "numpy", "scipy")
     rows_each = PROBLEMS * LANGUAGES
     print(
         f"{about['device']}: {args.layers} layers of {PROBLEMS} problems x {LANGUAGES} languages x {args.d}, "
-        f"k = {args.rank}; the Gram matrix of {rows_each} rows alone, which every exact way but an SVD makes, takes "
-        f"{product_seconds(rows_each, args.d):.3f} s a layer as one float32 product"
+        f"k = {args.rank}; the Gram matrix of {rows_each} rows, which every exact method but an SVD needs, takes "
+        f"{product_seconds(rows_each, args.d):.3f} s per layer as one float32 product"
     )
     where, worst = {name: 0 for name in calls}, {name: {"sine": 0.0, "residual": 0.0} for name in calls}
     data = {}
 
     def one(name: str) -> float:
-        # The first round, which is not counted, is the first layer too.
+        # The first round is discarded, so it takes the first layer too.
         layer = max(0, where[name] - 1)
         where[name] += 1
         if layer not in data:
@@ -141,23 +141,23 @@ def run(argv: list[str] | None = None) -> int:
             data[layer] = x, deviations(x.double()).svd()[2][:, : args.rank]
         x, exact = data[layer]
         began = time.perf_counter()
-        found = calls[name](x)
-        taken = (time.perf_counter() - began) * 1e6
-        for key, value in quality(found, x, exact).items():
+        basis = calls[name](x)
+        microseconds = (time.perf_counter() - began) * 1e6
+        for key, value in quality(basis, x, exact).items():
             worst[name][key] = max(worst[name][key], value)
-        return taken
+        return microseconds
 
     with progress_bar((args.layers + 1) * len(calls), "fit", unit="layer") as bar:
         times = interleaved({name: lambda name=name: one(name) for name in calls}, args.layers, bar.update)
     rows = []
-    for name, taken in times.items():
+    for name, sample in times.items():
         row = record("fit", "layer", name, M=rows_each, d=args.d, k=args.rank, dtype="float32", cache="warm")
-        row |= {"layers": args.layers, "exact": name not in TOP} | worst[name] | percentiles(taken)
-        row |= {"seconds": sum(taken) / 1e6} | ratio(times[SCRIPT], taken, "speedup") | about
+        row |= {"layers": args.layers, "exact": name not in TOP} | worst[name] | percentiles(sample)
+        row |= {"seconds": sum(sample) / 1e6} | ratio(times[SCRIPT], sample, "speedup") | about
         rows.append(row)
         low, high = ends(row, "speedup")
         print(
-            f"{name:<36} {row['us_p50'] / 1e6:>7.3f} s a layer {row['seconds']:>7.1f} s in all  "
+            f"{name:<36} {row['us_p50'] / 1e6:>7.3f} s per layer {row['seconds']:>7.1f} s in total  "
             f"{row['speedup']:>6.2f} times the script's speed ({low:.2f} to {high:.2f})  "
             f"sine {row['sine']:.1e}  residual {row['residual']:.1e}"
         )

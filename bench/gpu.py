@@ -1,18 +1,27 @@
-"""Everything that needs a GPU, in one command and under nine minutes: make gpu, or python -m bench.gpu [--parts ...]
+"""Run everything that needs a GPU in under nine minutes: make gpu, or python -m bench.gpu [--parts ...]
 
-In this order: the kernels' tests, compute-sanitizer on every kernel, the other GPU tests; the operators' benchmark; a
-whole model of Qwen2.5-3B's shapes, prefill and decode, every provider captured; a profile of the kernels by ncu; eval
-on the embedded model in every mode. Each part has a limit, and what it leaves goes to those after it. `--parts` names
-some of them, and those that are run by name alone: `compiled`, a decoding step of the same model compiled and captured
-(36 layers a provider are compiled first), and `tune`, launch options one by one. Where time is to be taken the kernels'
-tests come first in any case.
+The parts, in order:
 
-No time is taken on a device on which the kernels' own tests fail, or memcheck finds an error; a part that ran out of
-time has failed and shown neither. What the other tests find, and racecheck, which takes some of a compiler's own
-reductions for hazards, does not stop the benchmarks: they check every provider themselves and time no wrong one.
+    kernels                 the kernels' tests
+    memcheck, racecheck     compute-sanitizer on every kernel
+    models                  the other GPU tests
+    op                      the operators' benchmark
+    model                   a whole model of Qwen2.5-3B's shapes, prefill and decode, every method captured as a graph
+    profile                 a profile of the kernels by ncu
+    eval                    the evaluation of the embedded model in every mode
+    compiled                only by name: a decoding step of the same model, compiled and captured. It first compiles 36
+                            layers for each method
+    tune                    only by name: the kernels' launch options one by one
 
-Writes into $OUT (default bench/results/): one log, one summary, and the rows; what was found before a part failed or
-ran out of time is kept. Returns 1 if one did. A tool that is not installed is named, and is no failure.
+--parts selects parts by name. Each part has a limit, and the time that it does not use goes to the parts after it.
+
+Nothing is timed on a device where the kernels' tests fail or memcheck finds an error, so the kernels' tests come before
+any timed part. A part that runs out of time counts as failed but does not stop the timing. The other tests do not stop
+it either, because the benchmarks check every method themselves. Nor does racecheck, which reports some of the
+compiler's own reductions as hazards.
+
+It writes one log, one summary and the rows into $OUT (default bench/results/). Results from before a failure or a
+timeout are stored. Returns 1 if a part failed or timed out. A tool that is not installed is named and is not a failure.
 """
 
 import importlib.util
@@ -23,17 +32,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
 TOTAL = 525  # seconds
-GATE = "kernels"  # the part without which no time is taken
-FOUND_ERRORS = 9  # compute-sanitizer's status where a kernel is wrong, as told by us
+GATE = "kernels"  # the part that has to run before any timed part
+FOUND_ERRORS = 9  # the exit status that compute-sanitizer is told to use for an error
 METRICS = (
     *("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "launch__registers_per_thread"),
     *("dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__throughput.avg.pct_of_peak_sustained_elapsed"),
@@ -43,44 +54,44 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the run: at most so many seconds, of which so many are kept for it whatever comes before."""
+    """A part of the run. at_most: its limit in seconds. reserved: the seconds that earlier parts leave to it."""
 
     name: str
     at_most: int
-    kept: int
+    reserved: int
     command: list[str]
     needs: tuple[str, ...] = ()  # modules and programs
-    gate: tuple[int, ...] | None = None  # exit statuses with which nothing is timed; () for any but 0
-    timed: bool = False
-    by_name: bool = False  # run where --parts names it, and only there
+    gate: tuple[int, ...] | None = None  # exit statuses that stop the timed parts; () means any but 0
+    timed: bool = False  # does not run after a gate has failed
+    by_name: bool = False  # runs only if --parts names it
 
 
 def parts(out: Path) -> list[Part]:
-    """Everything that is run, in order."""
+    """All parts, in the order in which they run."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-rP", "-o", "faulthandler_timeout=90"]
-    if importlib.util.find_spec("xdist"):  # most of these tests' time is compiling, on one core each
+    if importlib.util.find_spec("xdist"):  # these tests mostly compile, on one core each
         tests += ["-n", "6"]
     kernels = "tests/ops/test_kernels.py"
     sanitize = ["compute-sanitizer", "--error-exitcode", str(FOUND_ERRORS), "--tool"]
-    # Not what a library's probing of the driver returns, and no hazards that are only possible.
+    # Ignore what a library's probing of the driver returns, and hazards that are merely possible.
     memcheck, racecheck = ["memcheck", "--report-api-errors", "no"], ["racecheck", "--racecheck-detect-level", "error"]
-    once = [python, "-m", "bench.once"]
+    smoke = [python, "-m", "bench.smoke"]
     op = [python, "-m", "bench.op", "--device", "cuda", "--rounds", "12", "--out", str(out / "op.json")]
     model = [python, "-m", "bench.model", "--case", "qwen", "--device", "cuda", "--rounds", "12", "--how"]
     graph = [*model, "graph", "--out", str(out / "model.json")]
-    compiled = [*model, "compile+graph", "--only", "decode:1:1024", "--providers", "fused,baked"]
+    compiled = [*model, "compile+graph", "--only", "decode:1:1024", "--methods", "fused,baked"]
     ncu = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_project", "--metrics", ",".join(METRICS)]
     evaluation = [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")]
     tune = [python, "-m", "bench.tune", "--out", str(out / "tune.json")]
     return [
         Part("kernels", 200, 60, [*tests, kernels], gate=()),
-        Part("memcheck", 60, 20, [*sanitize, *memcheck, *once], ("compute-sanitizer",), (FOUND_ERRORS,)),
-        Part("racecheck", 60, 20, [*sanitize, *racecheck, *once], ("compute-sanitizer",)),
+        Part("memcheck", 60, 20, [*sanitize, *memcheck, *smoke], ("compute-sanitizer",), (FOUND_ERRORS,)),
+        Part("racecheck", 60, 20, [*sanitize, *racecheck, *smoke], ("compute-sanitizer",)),
         Part("models", 120, 40, [*tests, "--ignore", kernels]),
         Part("op", 200, 90, op, timed=True),
         Part("model", 220, 130, graph, timed=True),
-        Part("profile", 60, 20, [*ncu, "--log-file", str(out / "profile.csv"), *once, "--case", "qwen"], ("ncu",)),
+        Part("profile", 60, 20, [*ncu, "--log-file", str(out / "profile.csv"), *smoke, "--case", "qwen"], ("ncu",)),
         Part("eval", 60, 30, evaluation, ("py3langid",)),
         Part("compiled", 420, 300, [*compiled, "--out", str(out / "compiled.json")], timed=True, by_name=True),
         Part("tune", 300, 200, tune, timed=True, by_name=True),
@@ -88,27 +99,29 @@ def parts(out: Path) -> list[Part]:
 
 
 def chosen(every: list[Part], names: str | None) -> list[Part]:
-    """The parts that are run, in their own order: those named, and before any time is taken the gate. Without names
-    all but those that are run by name alone. Raises UserError for a name that is none."""
+    """The parts to run, in their own order: those named, and the gate if any of them is timed.
+
+    Without names: all parts except those that run only by name. Raises UserError for an unknown name.
+    """
     if names is None:
         return [part for part in every if not part.by_name]
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in {part.name for part in every}]:
         known = ", ".join(part.name for part in every)
-        raise UserError(f"--parts: {unknown[0]!r} is no part; there are {known}. Nothing was run.")
+        raise UserError(f"--parts: {unknown[0]!r} is not a part; the parts are {known}. Nothing was run.")
     timed = any(part.timed for part in every if part.name in wanted)
     return [part for part in every if part.name in wanted or (timed and part.name == GATE)]
 
 
 def missing(part: Part) -> str | None:
-    """The first thing that a part needs and that is not here."""
+    """The first module or program that a part needs and that is not installed."""
     return next((n for n in part.needs if not shutil.which(n) and importlib.util.find_spec(n) is None), None)
 
 
 def run_part(command: list[str], limit: float, log: Path) -> int | str:
-    """A part's exit status, or that it was stopped. Its output, as it comes, goes to the end of `log`."""
-    # Unbuffered: what a part said before it hung is what one needs to know. Memory is asked of CUDA itself under a
-    # sanitizer, which sees nothing of an allocator's own blocks.
+    """Run a part and append its output to `log`. Returns its exit status, or a text if it was stopped."""
+    # Unbuffered, so that the log has everything a part printed before it hung. The sanitizer cannot see into blocks of
+    # PyTorch's allocator, so memory comes from CUDA itself.
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if command[0] == "compute-sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -121,7 +134,7 @@ def run_part(command: list[str], limit: float, log: Path) -> int | str:
         try:
             return running.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            for sent in (signal.SIGTERM, signal.SIGKILL):  # the whole session: compilers run beside it
+            for sent in (signal.SIGTERM, signal.SIGKILL):  # the whole process group, with any compilers
                 os.killpg(running.pid, sent)
                 try:
                     running.wait(timeout=5)
@@ -131,59 +144,65 @@ def run_part(command: list[str], limit: float, log: Path) -> int | str:
             return f"stopped after {limit:.0f} s"
 
 
+def run_parts(selected: list[Part], out: Path, environment: dict, execute: Callable = run_part) -> int:
+    """Run parts one after another into `out`, and write its summary.json after each. Returns 1 if a part failed.
+
+    execute: runs a command, like `run_part`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("", encoding="utf-8")
+    results: dict[str, dict] = {}
+    summary = {"environment": environment, "date": time.strftime("%Y%m%d"), "parts": results}
+    end, red, failed = time.monotonic() + TOTAL, None, False
+    for part in selected:
+        if absent := missing(part):  # known now, so that no time is reserved for it
+            results[part.name] = {"status": f"not run: {absent} is not installed here", "seconds": 0.0}
+            print(f"{part.name}: {results[part.name]['status']}")
+    waiting = [part for part in selected if part.name not in results]
+    while waiting:
+        part = waiting.pop(0)
+        began, start = time.monotonic(), log.stat().st_size
+        limit = min(part.at_most, end - began - sum(later.reserved for later in waiting))
+        if part.timed and red:
+            status: int | str = f"not run: {red} failed"
+            failed = True
+        else:
+            status = execute(part.command, limit, log)
+            failed = failed or status != 0
+            if part.gate is not None and isinstance(status, int) and (status in part.gate if part.gate else status):
+                red = part.name
+        results[part.name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        with log.open("rb") as file:
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()
+        # The end of the part's output, for readers who do not have the log.
+        print("\n".join(lines[-40:]))
+        print(f"{part.name}: status {status}, {results[part.name]['seconds']} s", flush=True)
+    print(f"{out}: " + ", ".join(f"{name} {result['status']}" for name, result in results.items()))
+    return 1 if failed else 0
+
+
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.gpu", description="Run the GPU tests, then the GPU benchmarks.")
-    p.add_argument("--parts", help="comma-separated, see above (default: all but compiled and tune)")
+    p = bench_parser("gpu", "Run the GPU tests, then the GPU benchmarks.")
+    p.add_argument("--parts", help="comma-separated names (default: all but compiled and tune)")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run the parts one after another; a summary goes to $OUT/DATE-DEVICE/summary.json after each."""
+    """Run the selected parts into $OUT/DATE-DEVICE/."""
     args = parser().parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():
         raise UserError("no CUDA device here: nothing was run and nothing was written.")
     environment = environment_record("cuda")
-    stamp = time.strftime("%Y%m%d")
     name = environment["device"].lower().replace(" ", "-")
-    every = parts(Path())  # a name that is none is refused before anything is written
-    chosen(every, args.parts)
-    out = Path(os.environ.get("OUT") or Path("bench") / "results") / f"{stamp}-{name}"
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.txt"
-    log.write_text("", encoding="utf-8")
-    summary = {"environment": environment, "date": stamp, "parts": {}}
-    end, red, failed = time.monotonic() + TOTAL, None, False
-    waiting = chosen(parts(out), args.parts)
-    for part in waiting:
-        if absent := missing(part):  # known now, so that nothing is kept for it
-            summary["parts"][part.name] = {"status": f"not run: {absent} is not installed here", "seconds": 0.0}
-            print(f"{part.name}: {summary['parts'][part.name]['status']}")
-    waiting = [part for part in waiting if part.name not in summary["parts"]]
-    while waiting:
-        part = waiting.pop(0)
-        began, at = time.monotonic(), log.stat().st_size
-        limit = min(part.at_most, end - began - sum(later.kept for later in waiting))
-        if part.timed and red:
-            status: int | str = f"not run: {red} is red"
-            failed = True
-        else:
-            status = run_part(part.command, limit, log)
-            failed = failed or status != 0
-            if part.gate is not None and isinstance(status, int) and (status in part.gate if part.gate else status):
-                red = part.name
-        summary["parts"][part.name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
-        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        with log.open("rb") as file:
-            file.seek(at)
-            said = file.read().decode(errors="replace").splitlines()
-        # The end of what it said, for whoever sees this command's output alone.
-        print("\n".join(said[-40:]))
-        print(f"{part.name}: status {status}, {summary['parts'][part.name]['seconds']} s", flush=True)
-    print(f"{out}: " + ", ".join(f"{name} {part['status']}" for name, part in summary["parts"].items()))
-    return 1 if failed else 0
+    chosen(parts(Path()), args.parts)  # refuses an unknown name before anything is written
+    out = Path(os.environ.get("OUT") or Path("bench") / "results") / f"{time.strftime('%Y%m%d')}-{name}"
+    return run_parts(chosen(parts(out), args.parts), out, environment)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""How time and memory grow with the work: python -m bench.growth [--out FILE]
+"""Measure how time and memory grow with the work: python -m bench.growth [--out FILE]
 
-One quantity at a time doubles and everything else stays; the slope of a least-squares line through the logarithms is
-printed with its 95% interval (Student's t, as many degrees of freedom as sizes less two): 1 means twice the work takes
-twice the time. What the slope should be, and why, is printed first; a slope whose interval leaves that out is said to.
-The sizes of one quantity lie within one regime (a product that fits into a cache grows otherwise than one that does
-not). Peak memory is what the process held beyond its start (anonymous pages, from the kernel's account), its slope
-beside it. Times are medians of rounds that take every size once, in changing order.
+One quantity doubles while the others stay fixed:
 
     tokens, d, k    `project` on [tokens, d] float32 with a basis of rank k
-    layers          `fused` over so many edited layers: what the hooks and replaced layers themselves cost, per pass
-    problems        `fit` of one layer from so many problems
-    languages       `fit` of one layer from so many languages
-    checkpoint      `bake` of so many layers at d_model 512, from disk to disk
+    layers          one pass of a model with N layers edited by `fused`: the cost of the hooks and replaced layers
+    problems        `fit` of one layer from N problems
+    languages       `fit` of one layer from N languages
+    checkpoint      `bake` of N layers at d_model 512, from disk to disk
+
+The slope is that of a least-squares line through the logarithms: at 1, twice the work takes twice the time. Its 95%
+interval is Student's, with two degrees of freedom fewer than there are sizes. The expected slope and its reason are
+printed first. The output says so if the interval excludes the expected slope. All sizes of a quantity are in one
+regime: a product that fits into a cache grows differently from one that does not.
+
+Times are medians over rounds. Each round runs every size once, in changing order. Peak memory is the growth of the
+process's anonymous pages during a call, from the kernel's account.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -24,7 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import interleaved, percentiles, stamp, steady_memory
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -39,14 +42,14 @@ SIZES = {
     "languages": (2, 4, 8, 16),
     "checkpoint": (4, 8, 16, 32),
 }
-# (least, most) that the slope of time should be, and why.
+# {quantity: ((lowest, highest) expected slope of time, why)}
 EXPECTED = {
     "tokens": ((1, 1), "every row is read and written once"),
     "d": ((1, 1), "every column is read and written once"),
-    "k": ((0, 1), "two thin products beside reading x, which does not grow"),
-    "layers": ((1, 1), "one edit a layer"),
-    "problems": ((2, 3), "the Gram matrix of fewer rows than d_model, and its eigenvectors"),
-    "languages": ((2, 3), "the same: rows are problems x (languages - 1)"),
+    "k": ((0, 1), "two thin products, and reading x, which does not grow"),
+    "layers": ((1, 1), "one edit per layer"),
+    "problems": ((2, 3), "a Gram matrix of fewer rows than d_model, and its eigenvectors"),
+    "languages": ((2, 3), "as above: there are problems x (languages - 1) rows"),
     "checkpoint": ((1, 1), "every byte is read, hashed and written once; memory 0: one tensor at a time"),
 }
 
@@ -60,11 +63,11 @@ def anonymous() -> int:
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """The most anonymous memory that a call held beyond what was there before, sampled every millisecond."""
+    """The peak growth of anonymous memory during a call, sampled every millisecond."""
     import ctypes
     import threading
 
-    # What freed tensors left with the C library would hide what is taken again.
+    # Freed memory that the C library still holds would hide new allocations.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     before, most, done = anonymous(), 0, threading.Event()
@@ -84,8 +87,8 @@ def peak_of(call: Callable[[], object]) -> int:
     return most
 
 
-def made(what: str, size: int, folder: Path) -> Callable[[], object]:
-    """A call that does so much work."""
+def workload(what: str, size: int, folder: Path) -> Callable[[], object]:
+    """A function that does the work of one size of a quantity."""
     import torch
 
     from bench import fit as fitting
@@ -139,7 +142,7 @@ LITTLE = {
 
 
 def slope(sizes, values) -> tuple[float, float]:
-    """(slope, half of its 95% interval) of log(value) over log(size). Three sizes at least."""
+    """(slope, half-width of its 95% interval) of log(value) over log(size), for at least three sizes."""
     from scipy.stats import linregress, t
 
     line = linregress([math.log(s) for s in sizes], [math.log(v) for v in values])
@@ -147,14 +150,14 @@ def slope(sizes, values) -> tuple[float, float]:
 
 
 def as_expected(what: str, rate: float, half: float) -> bool:
-    """Whether the interval of a slope meets what it should be."""
+    """Whether the interval of a slope overlaps the expected range."""
     (least, most), _ = EXPECTED[what]
     return rate - half <= most and rate + half >= least
 
 
 def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]) -> list[dict]:
-    """A row for every size."""
-    calls = {str(size): made(what, size, folder) for size in SIZES[what]}
+    """One row for each size of a quantity."""
+    calls = {str(size): workload(what, size, folder) for size in SIZES[what]}
 
     def timed(call) -> float:
         began = time.perf_counter()
@@ -162,7 +165,7 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
         return (time.perf_counter() - began) * 1e6
 
     times = interleaved({name: lambda call=call: timed(call) for name, call in calls.items()}, rounds, advance)
-    # What is edited or fitted, where it does not grow; null where a quantity has no such size.
+    # The fixed sizes. None if they do not apply to the quantity.
     about = {"M": 1024, "d": 2048, "k": 16, "dtype": "float32"}
     if what not in ("tokens", "d", "k"):
         about |= {"M": None, "k": None, "d": {"layers": LITTLE["hidden_size"], "checkpoint": 512}.get(what, 2048)}
@@ -176,17 +179,17 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.growth", description="Fit how time and memory grow with the work.")
-    p.add_argument("--what", help=f"comma-separated (default: all of {', '.join(SIZES)})")
+    p = bench_parser("growth", "Measure how time and memory grow with the work.")
+    p.add_argument("--what", help=f"comma-separated quantities (default: all of {', '.join(SIZES)})")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print every size, then the slopes."""
+    """Print the times of every size, then the slopes."""
     args = parser().parse_args(argv)
     chosen = args.what.split(",") if args.what else list(SIZES)
     if unknown := [name for name in chosen if name not in SIZES]:
@@ -199,19 +202,19 @@ def run(argv: list[str] | None = None) -> int:
             (least, most), why = EXPECTED[what]
             expected = f"{least:g}" if least == most else f"{least:g} to {most:g}"
             bar.write(f"{what:<11} expected slope {expected}: {why}")
-            found = measure(what, args.rounds, Path(name), bar.update)
-            rate, half = slope([row["size"] for row in found], [row["us_p50"] for row in found])
-            # Below a megabyte the kernel's account says nothing, and two sizes make no slope.
-            told = [(row["size"], row["peak_bytes"]) for row in found if row["peak_bytes"] > 2**20]
-            memory = slope(*zip(*told, strict=True))[0] if len(told) > 2 else None
-            bar.write(" " * 12 + "  ".join(f"{row['size']}: {row['us_p50'] / 1e3:.1f} ms" for row in found))
-            said = "" if as_expected(what, rate, half) else ", other than expected"
-            held = f"at most {max(row['peak_bytes'] for row in found) / 1e6:.0f} MB"
+            measured = measure(what, args.rounds, Path(name), bar.update)
+            rate, half = slope([row["size"] for row in measured], [row["us_p50"] for row in measured])
+            # The kernel's account is too coarse below a megabyte, and a slope needs three sizes.
+            points = [(row["size"], row["peak_bytes"]) for row in measured if row["peak_bytes"] > 2**20]
+            memory = slope(*zip(*points, strict=True))[0] if len(points) > 2 else None
+            bar.write(" " * 12 + "  ".join(f"{row['size']}: {row['us_p50'] / 1e3:.1f} ms" for row in measured))
+            said = "" if as_expected(what, rate, half) else ", not as expected"
+            held = f"at most {max(row['peak_bytes'] for row in measured) / 1e6:.0f} MB"
             held += "" if memory is None else f", slope {memory:.2f}"
             bar.write(f"{'':<11} slope {rate:.2f} ({rate - half:.2f} to {rate + half:.2f}){said}; memory {held}")
             more = {"expected": [least, most], "why": why, "slope": rate, "slope_ci95": [rate - half, rate + half]}
             more |= {"memory_slope": memory, "rounds": args.rounds}
-            rows += [row | more | about for row in found]
+            rows += [row | more | about for row in measured]
             keep(args.out, rows)
     print(json.dumps({"case": "growth", "slopes": {row["case"]: round(row["slope"], 3) for row in rows}, **about}))
     return 0

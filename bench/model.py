@@ -1,24 +1,23 @@
-"""What the edit costs in a model: python -m bench.model [--case layer|stack|polyglot|qwen] [--out FILE]
+"""Time a whole model with the edit: python -m bench.model [--case layer|stack|polyglot|qwen] [--out FILE]
 
-Prefill (one forward pass over whole prompts) and decode (one token into a static cache, the same work at every step)
-of the original and of every way of editing it (`bench.providers`), in one run, interleaved.
+It times the original model and every method (`bench.methods`), interleaved in one run, in two phases. Prefill is one
+forward pass over whole prompts. Decode adds one token to a static cache, so every step does the same work.
 
     layer      one decoder layer of Qwen2.5-3B's shapes, edited
-    stack      four decoder layers of Qwen2.5-3B's shapes, two of them edited, a small vocabulary (default on a CPU)
-    polyglot   the embedded model with its own subspace's layers
-    qwen       Qwen2.5-3B's shapes whole, 36 layers, 18 edited, random weights (default on CUDA)
+    stack      four decoder layers of these shapes, two of them edited, with a small vocabulary (default on a CPU)
+    polyglot   the embedded model, edited in the layers of its own subspace
+    qwen       the whole of Qwen2.5-3B's shapes: 36 layers, 18 edited, random weights (default on CUDA)
 
-Correctness first: each provider's logits of the timed inputs are compared with those of the exactly edited model in
-the next wider dtype. error/bound is their largest error in a row over the certificate's gate, twice the original's own
-(`Oracle`); a provider beyond 1 is not timed. A ratio is called slower or faster only beyond the noise, which is what
-the original shows against itself, and every table says what overhead it could have shown. Launches are counted when all
-times are taken, in the last case alone: a profiler may slow what follows it.
+Correctness comes first. Each method's logits of the timed inputs are compared with the exactly edited model in the next
+wider dtype. error/bound is the largest error of a row over twice the original's own error (`Oracle`). A method above 1
+is not timed. A ratio is called slower or faster only beyond the noise, which is the original's ratio to itself. Under
+every table is the smallest slowdown that it could detect. Launches are counted in the last case only, after all
+timing, because a profiler may slow what follows it.
 
-Every way runs the same attention: transformers builds another mask, and takes a slower kernel, where it sees a graph
-being captured or traced. Prefill is given no mask (causal), a decoding step the mask of what its cache holds.
+All methods run the same attention. Left to itself, transformers builds another mask and takes a slower kernel while a
+graph is captured or traced. So prefill gets no mask (causal), and a decoding step gets the mask of its cache.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -26,7 +25,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.logits import Oracle, prompts
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import NOISE, Timer, against, ends, graphed, interleaved, launches, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -35,18 +36,18 @@ from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.models.load import POLYGLOT, load_model, parse_device, parse_dtype
 
 OURS = ("hook", "fused", "fused output", "lora", "baked")
-# As it is, by torch.compile, as a replayed CUDA graph, and both.
+# Uncompiled, by torch.compile, as a replayed CUDA graph, and compiled and captured.
 HOWS = ("eager", "compile", "graph", "compile+graph")
-# The promise: so much of the original's speed where it is compiled or captured on a GPU.
+# The goal for `fused`: this share of the original's speed, compiled or captured on a GPU.
 GOAL = 0.99
-# Sequences whose logits are checked; all of them are timed.
+# The number of sequences whose logits are checked. All sequences are timed.
 CHECKED = 8
-# (phase, sequences, tokens): prefill of so many tokens, or a decoding step after so many.
+# {case: [(phase, sequences, tokens)]}: prefill of that many tokens, or a decoding step after that many.
 CASES = {
     "layer": [("prefill", 1, 128), ("decode", 1, 128)],
     "stack": [("prefill", 1, 128), ("decode", 1, 128), ("decode", 8, 128), ("decode", 64, 128)],
     "polyglot": [("prefill", 1, 64), ("prefill", 64, 64), ("decode", 1, 64), ("decode", 64, 64)],
-    # What matters most comes first: the rows of a run that is stopped are kept.
+    # The most important come first, since a run that is stopped keeps its rows.
     "qwen": [
         ("decode", 1, 1024),
         ("prefill", 1, 2048),
@@ -76,16 +77,8 @@ def load(case: str, dtype, device, layers: int | None = None):
     return model, random_bases(model, layers=[0] if case == "layer" else None)
 
 
-def prompts(model, sequences: int, tokens: int):
-    """Random ids [sequences, tokens + 1]; the last is the one that a decoding step reads."""
-    import torch
-
-    generator = torch.Generator().manual_seed(sequences + tokens)
-    return torch.randint(1, model.config.vocab_size, (sequences, tokens + 1), generator=generator).to(model.device)
-
-
 class Step:
-    """One timed call of one provider: a prefill, or a decoding step into a static cache of its own."""
+    """One timed call of one method: a prefill, or a decoding step with a static cache of its own."""
 
     def __init__(self, call: Callable, phase: str, ids, room: int):
         import torch
@@ -104,7 +97,7 @@ class Step:
         self.inputs = {"input_ids": ids[:, tokens:], "past_key_values": self.cache, "use_cache": True}
         self.inputs["attention_mask"] = {"full_attention": held.expand(len(ids), 1, 1, -1)}
         self.inputs["position_ids"] = torch.full((1, 1), tokens, device=ids.device)
-        # Where the cache stands. Rewound between the rounds, outside what is timed.
+        # The positions of the cache, rewound between rounds and outside the timing.
         self.marks = [(layer.cumulative_length, layer.cumulative_length.clone()) for layer in self.cache.layers]
 
     def rewind(self) -> None:
@@ -118,59 +111,22 @@ class Step:
             return self.call(**self.inputs)[:, -1]
 
 
-def wider(dtype):
-    """The dtype that an oracle computes in."""
-    import torch
+def own_code(name: str, step: Callable) -> Callable:
+    """A function that calls `step` and whose code object no other function has.
 
-    return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def last_logits(model, ids, keep: int = 1):
-    """The last `keep` logits of every sequence, [sequences, keep, words], in memory of their own."""
-    import torch
-
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.clone()
-
-
-def row_errors(logits, exact):
-    """Root-mean-square error over the vocabulary, one a row."""
-    return (logits.double() - exact.double()).square().mean(-1).sqrt()
-
-
-class Oracle:
-    """The model in the next wider dtype, edited and not: what the timed logits are held against.
-
-    `own` is the yardstick: the largest error of the original model's logits among so many rows of other prompts. The
-    error of one row alone may be small by luck.
+    Dynamo keeps its graphs by code object and does not look at hooks. Steps that shared a code object would all run the
+    graph that was compiled last.
     """
 
-    def __init__(self, model, bases: dict, sequences: int = 8, tokens: int = 64, keep: int = 16):
-        import copy
+    def call():
+        return step()
 
-        # Widened tensor by tensor: every value stays what it is.
-        self.exact, self.bases = copy.deepcopy(model).to(wider(model.dtype)), bases
-        ids = prompts(model, sequences, tokens)
-        self.own = float(row_errors(last_logits(model, ids, keep), last_logits(self.exact, ids, keep)).max())
-
-    def logits(self, ids) -> dict:
-        """{"original", "edited"}: last logits of the whole sequences, [sequences, words]."""
-        from kernel_surgery import hooked
-
-        found = {"original": last_logits(self.exact, ids)[:, -1]}
-        with hooked(self.exact, self.bases):
-            return found | {"edited": last_logits(self.exact, ids)[:, -1]}
-
-    def error_over_bound(self, name: str, logits, exact: dict) -> float:
-        """A provider's largest error among its rows, over the certificate's gate times the yardstick."""
-        from kernel_surgery.certify.model import BESIDE_ORIGINAL
-
-        which = "original" if name in ("original", NOISE) else "edited"
-        return float(row_errors(logits, exact[which]).max()) / (BESIDE_ORIGINAL * self.own)
+    call.__code__ = call.__code__.replace(co_name=name)  # all closures of one `def` share one code object
+    return call
 
 
 def prepared(name: str, step: Step, how: str) -> Callable:
-    """The step as it will be timed: as it is, compiled, or captured. What it gives is in memory of its own."""
+    """The step in the form that is timed: uncompiled, compiled, or captured. Steps share no result."""
     import torch
 
     if how == "compile+graph":
@@ -178,24 +134,20 @@ def prepared(name: str, step: Step, how: str) -> Callable:
         run()
         return graphed(run, before=step.rewind)
     if how == "compile":
-        # A function of its own: dynamo keeps its graphs by code object and does not look at hooks, so that steps that
-        # share one would all run the graph of whichever was compiled last.
-        names: dict = {"step": step}
-        exec(compile("def call():\n    return step()", f"<{name}>", "exec"), names)
-        return torch.compile(names["call"], dynamic=False)
+        return torch.compile(own_code(name, step), dynamic=False)
     if how == "graph":
         return graphed(step, before=step.rewind)
     return step
 
 
 class Prepared:
-    """Every provider's step of one phase and size, checked and ready to be timed.
+    """Every method's step of one phase and size, checked and ready for timing.
 
-    runs: those that met their bound. ratios, breaks: error/bound and graph breaks of all. left_out: why the others are
-    not in `runs`. What is checked is what is timed: the logits that the compiled function or the replayed graph gives.
+    runs: the steps that meet their bound. left_out: why each of the others is not in `runs`. ratios, breaks:
+    error/bound and graph breaks of all. The check is of the timed function: the compiled one, or the replayed graph.
     """
 
-    def __init__(self, calls: dict[str, Callable], oracle: "Oracle", phase: str, ids, how: str):
+    def __init__(self, calls: dict[str, Callable], oracle: Oracle, phase: str, ids, how: str):
         import torch
 
         exact = oracle.logits((ids if phase == "decode" else ids[:, :-1])[:CHECKED])
@@ -209,7 +161,7 @@ class Prepared:
                 run = prepared(name, step, how)
                 step.rewind()
                 logits = run()[:CHECKED]
-            except Exception as error:  # what cannot be run, captured or compiled says so, and leaves the others alone
+            except Exception as error:  # a method that cannot be run, captured or compiled does not stop the others
                 first = (str(error).splitlines() or [""])[0]
                 self.left_out[name] = f"{how}: {type(error).__name__}: {first[:120]}"
                 continue
@@ -220,13 +172,13 @@ class Prepared:
             if self.ratios[name] <= 1:  # NaN is not
                 self.steps[name], self.runs[name] = step, run
             else:
-                self.left_out[name] = "its logits break their bound"
+                self.left_out[name] = "its logits exceed their bound"
         if not {"original", NOISE} <= self.runs.keys():
             self.left_out |= {name: "the original itself could not be timed" for name in self.runs}
             self.steps, self.runs = {}, {}
 
     def times(self, timer: Timer, rounds: int, advance: Callable) -> dict[str, list[float]]:
-        """{name: microseconds a round} of those that are timed; caches are rewound outside of what is timed."""
+        """{name: microseconds of each round} of the timed methods. Caches are rewound outside the timing."""
 
         def one(name: str) -> float:
             try:
@@ -237,15 +189,15 @@ class Prepared:
         return interleaved({name: lambda name=name: one(name) for name in self.runs}, rounds, advance)
 
     def launches(self, name: str) -> int | None:
-        """How many kernels a call starts."""
-        found = launches(self.runs[name])
+        """How many kernels a call starts. None if the profiler sees nothing."""
+        count = launches(self.runs[name])
         self.steps[name].rewind()
-        return found
+        return count
 
 
 def measure(
     calls: dict[str, Callable],
-    oracle: "Oracle",
+    oracle: Oracle,
     case: tuple[str, int, int],
     how: str,
     rounds: int,
@@ -253,7 +205,7 @@ def measure(
     advance: Callable = lambda done: None,
     count: bool = False,
 ) -> list[dict]:
-    """Rows of one case (phase, sequences, tokens). how: a value of HOWS. count: launches too, when times are taken."""
+    """Rows of one case (phase, sequences, tokens). how: one of HOWS. count: count launches too, after the timing."""
     model, bases, (phase, sequences, tokens) = calls["original"].model, oracle.bases, case
     cuda = model.device.type == "cuda"
     ready = Prepared(calls, oracle, phase, prompts(model, sequences, tokens), how)
@@ -281,11 +233,11 @@ def measure(
 
 
 def goal_met(row: dict) -> bool:
-    """Whether a provider keeps GOAL of the original's speed, whatever is still uncertain about its ratio of times."""
+    """Whether a method keeps GOAL of the original's speed over the whole interval of its ratio."""
     return ends(row)[1] <= 1 / GOAL
 
 
-def shown(row: dict) -> str:
+def row_text(row: dict) -> str:
     """One line of the table."""
     if row["left_out"]:
         ratio = row["error_over_bound"]
@@ -302,17 +254,17 @@ def shown(row: dict) -> str:
 
 
 def rows_of(phase: str, sequences: int, tokens: int) -> int:
-    """Rows of activations that one call of a phase computes."""
+    """The number of activation rows that one call of a phase computes."""
     return sequences * (tokens if phase == "prefill" else 1)
 
 
 def weight_bytes(model) -> int:
-    """Bytes of a model's parameters, each counted once: what a forward pass has to read at least."""
+    """Bytes of a model's parameters, each counted once: the least that a forward pass has to read."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: float) -> str:
-    """What the memory allows at best: every weight read once; and what the edit adds to it."""
+    """The best that memory bandwidth allows: the time to read every weight once, and what the edit adds."""
     size, weights = model.dtype.itemsize, weight_bytes(model)
     rows = rows_of(phase, sequences, tokens)
     edit = sum((2 * rows + 2 * b.shape[1]) * b.shape[0] * size for b in bases.values())
@@ -322,15 +274,21 @@ def ceiling(model, bases, phase: str, sequences: int, tokens: int, bandwidth: fl
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.model", description="Time a model with and without the edit, every way.")
+    p = bench_parser("model", "Time a model without the edit and with it, by every method.")
     p.add_argument("--case", choices=tuple(CASES), help="default: qwen on CUDA, else stack")
-    p.add_argument("--how", default="eager", help="comma-separated: eager, compile; on CUDA graph, compile+graph too")
-    p.add_argument("--only", help="some of the case's sizes: comma-separated PHASE:SEQUENCES:TOKENS (decode:1:1024)")
-    p.add_argument("--providers", help="comma-separated (default: all that are installed)")
-    p.add_argument("--layers", type=int, help="fewer than the case has")
-    p.add_argument("--dtype", default="auto", help=f"comma-separated: {', '.join(DTYPES)} (default: bfloat16 on CUDA)")
+    p.add_argument("--how", default="eager", help="comma-separated: eager, compile; on CUDA also graph, compile+graph")
+    p.add_argument(
+        "--only", help="run only these sizes of the case: comma-separated PHASE:SEQUENCES:TOKENS (decode:1:1024)"
+    )
+    p.add_argument("--methods", help="comma-separated names (default: all that are installed)")
+    p.add_argument("--layers", type=int, help="use fewer layers than the case has")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help=f"comma-separated: {', '.join(DTYPES)} (default: bfloat16 on CUDA, else float32)",
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -338,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the ceiling, then a table for each phase and size; 1 if one of our own modes could not be timed."""
+    """Print the ceiling, then a table for each phase and size. Returns 1 if one of our own modes could not be timed."""
     args = parser().parse_args(argv)
     device = parse_device(args.device)
     case = args.case or ("qwen" if device.type == "cuda" else "stack")
@@ -346,7 +304,7 @@ def run(argv: list[str] | None = None) -> int:
     for how in hows:
         if how not in HOWS or (how.endswith("graph") and device.type != "cuda"):
             raise UserError(
-                f"--how {how!r}: it takes eager, compile and, on CUDA, graph and compile+graph. Nothing was run."
+                f"--how {how!r}: choose eager or compile, or on CUDA also graph or compile+graph. Nothing was run."
             )
     sizes = CASES[case]
     if args.only:
@@ -354,23 +312,23 @@ def run(argv: list[str] | None = None) -> int:
         if unknown := [word for word in args.only.split(",") if word not in named]:
             raise UserError(f"--only {unknown[0]!r}: {case} has {', '.join(named)}. Nothing was run.")
         sizes = [named[word] for word in args.only.split(",")]
-    from bench import providers
+    from bench import methods
     from bench.timing import copy_bandwidth
 
-    wanted = [n.strip() for n in args.providers.split(",")] if args.providers else list(providers.NAMES)
-    if unknown := [n for n in wanted if n not in providers.NAMES]:
-        raise UserError(f"unknown provider {unknown[0]!r}; known: {'; '.join(providers.NAMES)}.")
+    wanted = [n.strip() for n in args.methods.split(",")] if args.methods else list(methods.NAMES)
+    if unknown := [n for n in wanted if n not in methods.NAMES]:
+        raise UserError(f"unknown method {unknown[0]!r}; known: {'; '.join(methods.NAMES)}. Nothing was run.")
     dtypes = [parse_dtype(name, device) for name in args.dtype.split(",")]
-    # What a peer's release says of itself in every call; graph breaks stand in the table.
+    # Warnings that a peer prints in every call. Graph breaks are in the table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    about = stamp(device, *dict.fromkeys(providers.PEERS.values()))
+    about = stamp(device, *dict.fromkeys(methods.PEERS.values()))
     bandwidth, rows = copy_bandwidth(device), []
     total = len(dtypes) * len(hows) * len(sizes) * (args.rounds + 1) * (len(wanted) + 2)
     with progress_bar(total, case, unit="call") as bar:
         for dtype in dtypes:
-            absent = providers.missing(dtype)
+            absent = methods.missing(dtype)
             for name, why in absent.items():
                 bar.write(f"{name}: {why}")
             names = list(dict.fromkeys(["original", NOISE, *(n for n in wanted if n not in absent)]))
@@ -382,13 +340,13 @@ def run(argv: list[str] | None = None) -> int:
                 for one in sizes:
                     last = (dtype, how, one) == (dtypes[-1], hows[-1], sizes[-1])
                     bar.write(f"{how}, {ceiling(model, bases, *one, bandwidth)}")
-                    with providers.opened(model, bases, names) as calls:
-                        found = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update, last)
-                    for row in found:
+                    with methods.opened(model, bases, names) as calls:
+                        measured = measure(calls, oracle, one, how, args.rounds, bandwidth, bar.update, last)
+                    for row in measured:
                         rows.append(row | {"model": case} | about)
-                        bar.write(shown(row))
-                    if detectable := next((row["detectable"] for row in found if not row["left_out"]), None):
-                        bar.write(f"  an overhead of {detectable:.1%} or more would have been called slower")
+                        bar.write(row_text(row))
+                    if detectable := next((row["detectable"] for row in measured if not row["left_out"]), None):
+                        bar.write(f"  smallest detectable slowdown: {detectable:.1%}")
                     keep(args.out, rows)
             del model, oracle
     print(json.dumps({"case": f"model {case}", "rows": len(rows), **about}))

@@ -1,18 +1,19 @@
-"""The operators alone, providers side by side in one run: python -m bench.op [--out FILE] [--quick]
+"""Time the operators alone, beside other implementations, in one run: python -m bench.op [--out FILE] [--quick]
 
-Two cases: `project`, and `project_add_rmsnorm` with the residual addition and the norm that follow. The yardstick of
-the first is a copy of x in the same run, of the second adding and normalising without an edit ("add + rmsnorm", the
-fastest of those that are there), which needs the same bytes at least. A copy of as many bytes stands beside both. What
-they would take at a large copy's bandwidth is printed before anything is timed.
+There are two cases, each with a floor that moves the same bytes without an edit:
 
-A row says whether its output meets the bound on the very inputs that are timed (the first rows, the last and some
-between); one that does not does something else, faster or not: it is shown as such. Timed as `bench.timing` says,
-interleaved, with the yardstick twice for the noise. On CUDA each is timed three ways: warm as launched by the host
-(whose time it is where there is little work), warm as a replayed graph, and after the L2 cache has been overwritten. On
-a CPU the ratios say how the ATen form compares there; they say nothing about a GPU.
+    project                 the edit. Its floor is a copy of x
+    project_add_rmsnorm     the edit, the residual addition and the next norm. Its floor is the fastest plain addition
+                            and norm ("add + rmsnorm")
+
+A copy of as many bytes is timed in both cases. The benchmark first prints what a large copy's bandwidth allows.
+
+Every output is compared with its bound, on the timed inputs (the first rows, the last, and some between). An output
+outside its bound is a different computation, and its row says so. Timing is as in `bench.timing`, with the floor twice
+for the noise. On CUDA there are three ways: launched by the host with a warm cache, replayed as a graph with a warm
+cache, and launched with a cold cache. On a CPU the operators are ATen calls, so the ratios say nothing about a GPU.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +21,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.kept import keep, record
+from bench.parsing import bench_parser
+from bench.store import keep, record
 from bench.timing import Timer, against, copy_bandwidth, ends, interleaved, launches, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.progress import progress_bar
@@ -28,22 +30,22 @@ from kernel_surgery.models.load import parse_device
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 
-# d_model of Qwen2.5-3B at every number of rows; wider ones, and a wider subspace, at both ends. What matters most is
-# first: the rows of a run that is stopped are kept.
+# Qwen2.5-3B's d_model at every number of rows; a larger d_model or rank with the fewest rows and the most. The most
+# important come first, since a run that is stopped keeps its rows.
 CUDA_CASES = [
     *((m, 2048, 10) for m in (1, 16384, 64, 4096, 256)),
     *((m, d, k) for d, k in ((2048, 64), (4096, 10), (8192, 10)) for m in (1, 16384)),
 ]
 CPU_CASES = [(m, 2048, 10) for m in (1, 64, 1024)]
 EPS = 1e-6
-# What each case is held against: the same bytes moved, no edit.
+# {case: how the names of its floors begin}. A floor moves the same bytes and makes no edit.
 FLOORS = {"project": "copy", "project_add_rmsnorm": "add + rmsnorm"}
 AGAIN = "{} again"
 FORMS = ("row", "tile", "two-pass")
 
 
 def inputs(m: int, d: int, k: int, dtype, device) -> dict:
-    """Everything that the providers share, made from a seed of the shape."""
+    """The inputs that all methods share, from a seed that depends on the shape."""
     import torch
 
     from kernel_surgery.ops.library import packed
@@ -64,30 +66,30 @@ def inputs(m: int, d: int, k: int, dtype, device) -> dict:
 
 
 def forms(t: dict, launch: Callable) -> dict[str, Callable]:
-    """Our kernels one by one, those that this shape allows. The operator itself is one of them."""
+    """Our kernels that this shape allows, one by one. The operator uses one of them."""
     from kernel_surgery.kernels.project import FEW_ROWS
 
     m, d = t["x"].shape
     able = ["two-pass"]
     if m <= 4 * FEW_ROWS:
         able.append("row")
-    # Also where it spills a little and is not chosen: whether that matters is for the clock to say.
+    # Timed also where it spills registers and the operator does not choose it.
     if d % 128 == 0 and d <= 4096 and t["wide"].shape[1] in (16, 32):
         able.append("tile")
     return {f"form {form}": lambda form=form: launch(form) for form in FORMS if form in able}
 
 
 def projections(t: dict, compiled: bool) -> dict[str, Callable]:
-    """{name: call} for y = x - U (U^T x). Bases are prepared outside the timed part."""
+    """{name: call} for y = x - U (U^T x). The bases are prepared before the timing."""
     import torch
 
     from kernel_surgery.ops.eager import project_eager
     from kernel_surgery.ops.library import project, provider
 
-    # N = 10 misaligns cuBLAS: there the basis is padded with zero columns for every provider.
+    # N = 10 misaligns cuBLAS, so on CUDA every method gets a basis padded with zero columns.
     x, wide, low = t["x"], t["wide"], t["low"]
     basis = wide if x.is_cuda else t["basis"]
-    found = {
+    calls = {
         "copy": lambda: x.clone(),
         "eager": lambda: project_eager(x, basis, 1.0),
         f"addmm (U and z in {str(x.dtype).removeprefix('torch.')})": lambda: torch.addmm(x, x @ low, low.T, alpha=-1.0),
@@ -95,18 +97,18 @@ def projections(t: dict, compiled: bool) -> dict[str, Callable]:
     }
     if compiled:
         function = torch.compile(project_eager, dynamic=False)
-        found["eager, torch.compile"] = lambda: function(x, basis, 1.0)
+        calls["eager, torch.compile"] = lambda: function(x, basis, 1.0)
     if x.is_cuda:
-        from bench.stand_ins import lora
+        from bench.baselines import lora
         from kernel_surgery.kernels.project import project as launch
 
-        found["LoRA shrink + expand (stand-in)"] = lambda: lora(x, low, 1.0)
-        found |= forms(t, lambda form: launch(x, wide, 1.0, form=form)[0])
-    return found
+        calls["LoRA shrink + expand (stand-in)"] = lambda: lora(x, low, 1.0)
+        calls |= forms(t, lambda form: launch(x, wide, 1.0, form=form)[0])
+    return calls
 
 
 def add_rmsnorm(x, residual, weight, eps: float):
-    """(h, n) as a Llama-shaped model computes them: two operations, with their roundings."""
+    """(h, n) as a Llama-shaped model computes them: two operations, each with its own rounding."""
     import torch
 
     h = residual + x
@@ -116,7 +118,7 @@ def add_rmsnorm(x, residual, weight, eps: float):
 
 
 def additions(t: dict, compiled: bool) -> dict[str, Callable]:
-    """{name: call} for (h, n) = (residual + y, rmsnorm(h) * weight), and for the same without an edit."""
+    """{name: call} for (h, n) = (residual + y, rmsnorm(h) * weight), with the edit and without it."""
     import torch
 
     from kernel_surgery.ops.eager import project_eager
@@ -124,7 +126,7 @@ def additions(t: dict, compiled: bool) -> dict[str, Callable]:
 
     x, residual, weight, wide = (t[name] for name in ("x", "residual", "weight", "wide"))
     basis = wide if x.is_cuda else t["basis"]
-    found = {
+    calls = {
         "copy": lambda: (x.clone(), residual.clone()),
         "add + rmsnorm, eager": lambda: add_rmsnorm(x, residual, weight, EPS),
         "eager, add, rmsnorm": lambda: add_rmsnorm(project_eager(x, basis, 1.0), residual, weight, EPS),
@@ -133,31 +135,31 @@ def additions(t: dict, compiled: bool) -> dict[str, Callable]:
     }
     if compiled:
         function = torch.compile(add_rmsnorm, dynamic=False)
-        found["add + rmsnorm, torch.compile"] = lambda: function(x, residual, weight, EPS)
+        calls["add + rmsnorm, torch.compile"] = lambda: function(x, residual, weight, EPS)
 
         def edited(x, basis, residual, weight):
             return add_rmsnorm(project_eager(x, basis, 1.0), residual, weight, EPS)
 
         chain = torch.compile(edited, dynamic=False)
-        found["eager, add, rmsnorm, torch.compile"] = lambda: chain(x, basis, residual, weight)
+        calls["eager, add, rmsnorm, torch.compile"] = lambda: chain(x, basis, residual, weight)
     if x.is_cuda:
-        from bench import stand_ins
+        from bench import baselines
         from kernel_surgery.kernels.project import project as launch
 
-        found["add + rmsnorm, triton"] = lambda: stand_ins.add_rmsnorm(x, residual, weight, EPS)
+        calls["add + rmsnorm, triton"] = lambda: baselines.add_rmsnorm(x, residual, weight, EPS)
         more = {"residual": residual, "weight": weight, "eps": EPS}
-        found |= forms(t, lambda form: launch(x, wide, 1.0, form=form, **more))
-    return found
+        calls |= forms(t, lambda form: launch(x, wide, 1.0, form=form, **more))
+    return calls
 
 
 def error_over_bound(case: str, name: str, result, t: dict) -> float:
-    """How far a result is from the oracle, in units of its bound; of many rows the first, the last and some between."""
+    """The largest error of a result over its bound. Of many rows it takes the first, the last and some between."""
     import torch
 
     if name == "copy":
-        given = (t["x"], t["residual"]) if case != "project" else (t["x"],)
-        made = result if case != "project" else (result,)
-        return 0.0 if all(map(torch.equal, given, made)) else float("inf")
+        sources = (t["x"], t["residual"]) if case != "project" else (t["x"],)
+        copies = result if case != "project" else (result,)
+        return 0.0 if all(map(torch.equal, sources, copies)) else float("inf")
     m = len(t["x"])
     rows = (
         torch.arange(m)
@@ -178,18 +180,18 @@ def error_over_bound(case: str, name: str, result, t: dict) -> float:
 
 
 def checked(case: str, calls: dict[str, Callable], t: dict) -> tuple[dict[str, float], dict[str, str]]:
-    """({name: error/bound}, {name: why it cannot be run}). Everybody's first call, in which things are compiled."""
+    """({name: error/bound}, {name: why it cannot run}), from the first call of each, which also compiles it."""
     ratios, left_out = {}, {}
     for name, call in calls.items():
         try:
             ratios[name] = error_over_bound(case, name, call(), t)
-        except Exception as error:  # what one shape or device cannot do leaves the others alone
+        except Exception as error:  # a method that fails on this shape or device does not stop the others
             left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     return ratios, left_out
 
 
 def measure(case: str, m: int, d: int, k: int, dtype, device, rounds: int, compiled: bool) -> list[dict]:
-    """Rows for one shape. `of_floor`: the speed over the fastest yardstick's, way by way, in the same run."""
+    """Rows for one shape. `of_floor` is the speed over that of the fastest floor, timed in the same way and run."""
     t = inputs(m, d, k, dtype, device)
     calls = (projections if case == "project" else additions)(t, compiled)
     ratios, left_out = checked(case, calls, t)
@@ -201,7 +203,7 @@ def measure(case: str, m: int, d: int, k: int, dtype, device, rounds: int, compi
     floors = [name for name in calls if name.startswith(FLOORS[case])]
     for how in timer.ways():
         chosen = {name: partial(timer.once, call, how, name) for name, call in calls.items()}
-        # The yardstick of this way is the fastest of those that only do what has to be done without an edit.
+        # The floor is whichever of the methods without an edit is fastest when timed in this way.
         fastest = min(floors, key=lambda name: min(chosen[name]() for _ in range(4)))
         chosen[AGAIN.format(fastest)] = chosen[fastest]
         times = interleaved(chosen, rounds)
@@ -217,8 +219,10 @@ def measure(case: str, m: int, d: int, k: int, dtype, device, rounds: int, compi
 
 
 def count_launches(rows: list[dict], m: int, d: int, k: int, dtype, device) -> None:
-    """Fill in, for one shape, how many kernels every provider starts that is not compiled. When everything is timed: a
-    profiler may slow what follows it."""
+    """Fill in how many kernels every method starts at one shape, except compiled methods.
+
+    Runs when all times are taken, because a profiler may slow what follows it.
+    """
     t = inputs(m, d, k, dtype, device)
     for case in FLOORS:
         counts = {
@@ -229,15 +233,15 @@ def count_launches(rows: list[dict], m: int, d: int, k: int, dtype, device) -> N
                 row["launches"] = counts.get(row["provider"])
 
 
-def shown(row: dict) -> str:
-    """One line of the table. A provider that breaks its bound is shown as such: it does something else."""
+def row_text(row: dict) -> str:
+    """One line of the table. The line says so if the output exceeds its bound."""
     head = f"{row['M']:>6} {row['d']:>5} {row['k']:>3} {row['dtype']:<8} {row['provider']:<34}"
     if row["left_out"]:
         return f"{head} {row['left_out']}"
     how = "graph" if row["graph"] else "cold" if row["cache"] == "cold" else "launched"
     low, high = ends(row)
     count = "" if row["launches"] is None else f"  launches {row['launches']}"
-    verdict = "" if row["error_over_bound"] <= 1 else "  breaks its bound"
+    verdict = "" if row["error_over_bound"] <= 1 else "  exceeds its bound"
     return (
         f"{head} {how:<8} {row['us_p50']:>10.1f} us {row['gbps']:>7.1f} GB/s {row['of_floor']:>6.3f} "
         f"({1 / high:.3f} to {1 / low:.3f}) of {row['floor']}, {row['verdict']}  "
@@ -245,19 +249,21 @@ def shown(row: dict) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.op", description="Time the operators against their alternatives.")
+    p = bench_parser("op", "Time the operators beside other implementations.")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     p.add_argument("--device", default="auto")
     p.add_argument("--rounds", type=int, default=20)
-    p.add_argument("--compile", action="store_true", help="torch.compile of the eager forms too (always on CUDA)")
-    p.add_argument("--quick", action="store_true", help="the smallest and one large shape only")
+    p.add_argument(
+        "--compile", action="store_true", help="also time the eager forms under torch.compile (always on CUDA)"
+    )
+    p.add_argument("--quick", action="store_true", help="only the smallest shape and one large shape")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print the ceiling, the table, and the rows as JSON; 1 if one of our own providers breaks its bound."""
+    """Print the ceiling and the table, store the rows. Returns 1 if one of our methods fails or exceeds its bound."""
     args = parser().parse_args(argv)
     device = parse_device(args.device)
     import torch
@@ -280,12 +286,12 @@ def run(argv: list[str] | None = None) -> int:
         for dtype in dtypes:
             for m, d, k in cases:
                 for case in FLOORS:
-                    torch._dynamo.reset()  # its limit of recompilations would end in eager code without a word
-                    # Compiled where it matters: a dozen of seconds a shape on a GPU.
+                    torch._dynamo.reset()  # beyond its recompile limit it falls back to eager code silently
+                    # On a GPU, compile only the shapes that matter: each takes some twelve seconds.
                     compiled = args.compile or (cuda and (d, k) == (2048, 10))
                     for row in measure(case, m, d, k, dtype, device, args.rounds, compiled):
                         rows.append(row | {"copy_gbps": bandwidth} | about)
-                        bar.write(shown(row))
+                        bar.write(row_text(row))
                     keep(args.out, rows)
                     bar.update()
     for m, d, k in cases[:2] if cuda else ():
@@ -296,7 +302,7 @@ def run(argv: list[str] | None = None) -> int:
     absent = [r for r in own if r["left_out"]]
     broken = [r for r in own if not r["left_out"] and not r["error_over_bound"] <= 1]
     if broken:
-        print(f"{len(broken)} of our own rows break their bound: their times mean nothing", file=sys.stderr)
+        print(f"{len(broken)} of our own rows exceed their bound: their times mean nothing", file=sys.stderr)
     if absent:
         print(f"{len(absent)} of our own rows could not be run: {absent[0]['left_out']}", file=sys.stderr)
     return 1 if broken or absent else 0

@@ -1,33 +1,36 @@
-"""Every measured table of README.md and docs/, written from kept results and never typed: python -m bench.pages
+"""Write every measured table of README.md and docs/ from stored results: python -m bench.pages
 
-    --results DIR      first keep the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
-    --study DIR        first keep a finished study (docs/retest.md)
-    --controls DIR...  first keep the controls of finished evaluations (docs/retest.md)
+    --check            write nothing; print one line for each page or plot that is not up to date, and return 1
+    --results DIR      first store the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
+    --study DIR        first store a finished study (docs/retest.md)
+    --controls DIR...  first store the controls of finished evaluations (docs/retest.md)
 
-A page shows what lies under bench/results/ and docs/ between two marks, <!-- measured: NAME --> and <!-- end -->.
+A table stands between two marks on its page: <!-- measured: NAME --> and <!-- end -->. Nobody types a figure there.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from bench import tables
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT, CONTROLS = tables.RESULTS / "eval-polyglot.json", ROOT / "docs" / "retest-controls.json"
+ANSWERS, CONTROLS = tables.RESULTS / "eval-polyglot.json", ROOT / "docs" / "retest-controls.json"
 STUDY = ROOT / "docs" / "retest.json"
 END = "<!-- end -->"
 
 
 def answers() -> str:
-    """README.md: the evaluation's own table, the command, where and when it was made."""
+    """README.md: the evaluation's table with its command, machine and date."""
     from kernel_surgery.evaluation.tables import strict_table
 
-    results = json.loads(KEPT.read_text(encoding="utf-8"))
+    results = json.loads(ANSWERS.read_text(encoding="utf-8"))
     environment, config = results["environment"], results["config"]
     command = f"python -m kernel_surgery.eval --mode {config['mode']}"
     if config["languages"] != ["en", "zh"]:
@@ -41,22 +44,22 @@ def answers() -> str:
 
 
 def retest() -> str:
-    """Every setting of the re-test, from the study as it was written."""
+    """Every setting of the re-test, from the stored study."""
     study = json.loads(STUDY.read_text(encoding="utf-8"))
     languages, asked = study["declared"]["languages"], study["test"]["original"]
     solved = [f"{name} ({asked[name]['correct']}/{asked[name]['n']})" for name in languages]
     body = []
     for setting in dict.fromkeys(r["mode"] for r in study["paired"]):
-        found = {r["language"]: r for r in study["paired"] if r["mode"] == setting}
-        known = dict(word.split("=") for word in setting.split())
-        cells = [f"{r['delta']:+.3f} ({r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f})" for r in found.values()]
-        words = {name: r["verdict"].split(" (")[0] for name, r in found.items()}
+        rows = {r["language"]: r for r in study["paired"] if r["mode"] == setting}
+        options = dict(word.split("=") for word in setting.split())
+        cells = [f"{r['delta']:+.3f} ({r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f})" for r in rows.values()]
+        words = {name: r["verdict"].split(" (")[0] for name, r in rows.items()}
         moved = [f"{word} ({', '.join(n for n, w in words.items() if w == word)})" for word in ("improved", "worse")]
         moved = [word for word in moved if not word.endswith("()")]
-        margin = next(iter(found.values()))["margin"]
-        same = f", within {margin:g} in each language" if all(found[name]["equivalent"] for name in languages) else ""
+        margin = next(iter(rows.values()))["margin"]
+        same = f", within {margin:g} in each language" if all(rows[name]["equivalent"] for name in languages) else ""
         words = ", ".join(moved) or f"no difference shown{same}"
-        body.append([known["rank"], known["site"], known["strength"], *cells, words])
+        body.append([options["rank"], options["site"], options["strength"], *cells, words])
     about = study["environment"]
     return (
         tables.table(["rank", "fitted at", "strength", *solved, "both, by problem", ""], body)
@@ -70,24 +73,24 @@ def labels() -> str:
     """The scorer's precision and recall."""
     from kernel_surgery.evaluation.external import label_table, read_lines
 
-    found = label_table(read_lines(ROOT / "tests" / "labelled.jsonl"))
-    return f"```text\n{found}\n```\n"
+    text = label_table(read_lines(ROOT / "tests" / "labelled.jsonl"))
+    return f"```text\n{text}\n```\n"
 
 
 def controls() -> str:
     """The controls of the re-test's harshest setting."""
     from kernel_surgery.evaluation.controls import table as control_table
 
-    kept = json.loads(CONTROLS.read_text(encoding="utf-8"))
-    parts = [f"    {r['command']}\n\n```text\n{control_table(r['controls'])}\n```\n" for r in kept]
-    return "\n".join(parts) + f"\nCommit {kept[0]['commit'][:10]}, {kept[0]['date'][:10]}.\n"
+    stored = json.loads(CONTROLS.read_text(encoding="utf-8"))
+    parts = [f"    {r['command']}\n\n```text\n{control_table(r['controls'])}\n```\n" for r in stored]
+    return "\n".join(parts) + f"\nCommit {stored[0]['commit'][:10]}, {stored[0]['date'][:10]}.\n"
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"answers": answers, "speed": tables.speed},
     "docs/benchmarks.md": {
-        "counted": lambda: tables.counted("stack"),
-        "counted-polyglot": lambda: tables.counted("polyglot"),
+        "opcount": lambda: tables.opcount("stack"),
+        "opcount-polyglot": lambda: tables.opcount("polyglot"),
         "gpu": tables.on_gpu,
         "models": tables.models,
         "op": tables.op,
@@ -103,18 +106,18 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def renewed(text: str, sections: dict[str, Callable[[], str]]) -> str:
-    """A page with every part between its marks replaced. Raises ValueError where a mark is not there once."""
-    for name, made in sections.items():
+    """A page with every table replaced. Raises UserError unless the page has each mark exactly once."""
+    for name, section in sections.items():
         begin = f"<!-- measured: {name} -->"
         if text.count(begin) != 1 or END not in text.partition(begin)[2]:
-            raise ValueError(f"a page must hold {begin} once, with {END} after it; nothing was written.")
-        body = begin + "\n" + (made() or "Not measured yet.\n") + END
+            raise UserError(f"a page must have {begin} exactly once, with {END} after it. Nothing was written.")
+        body = begin + "\n" + (section() or "Not measured yet.\n") + END
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(END)}", lambda _, body=body: body, text, flags=re.DOTALL)
     return text
 
 
 def finished(folder: Path, name: str = "results.json") -> dict:
-    """results.json of a finished evaluation, or study.json of a study. Raises UserError where there is none."""
+    """results.json of a finished evaluation, or study.json of a study. Raises UserError if there is no such file."""
     file = folder / name
     if not file.is_file():
         raise UserError(f"{str(file)!r} does not exist: give the folder of a finished run.")
@@ -123,35 +126,65 @@ def finished(folder: Path, name: str = "results.json") -> dict:
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.pages", description="Write the measured tables from kept results.")
-    p.add_argument("--results", type=Path, help="keep the figures of this finished evaluation for README.md first")
-    p.add_argument("--study", type=Path, help="keep this finished study first")
-    p.add_argument("--controls", type=Path, nargs="+", help="keep the controls of these evaluations first")
+    p = bench_parser("pages", "Write the measured tables from stored results.")
+    p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is not up to date")
+    p.add_argument("--results", type=Path, help="first store the figures of this finished evaluation for README.md")
+    p.add_argument("--study", type=Path, help="first store this finished study")
+    p.add_argument("--controls", type=Path, nargs="+", help="first store the controls of these evaluations")
     return p
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Keep what is given, rewrite the pages and the plots; nothing where a page lacks its marks."""
-    args = parser().parse_args(argv)
+def store_inputs(args: argparse.Namespace) -> None:
+    """Copy the results that the command line names to the files that the tables are made from."""
     if args.results:
-        found = finished(args.results)
-        write_atomic(KEPT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(ANSWERS, json.dumps(finished(args.results), indent=1, ensure_ascii=False) + "\n")
     if args.study:
         write_atomic(STUDY, json.dumps(finished(args.study, "study.json")) + "\n")
     if args.controls:
-        kept = []
+        stored = []
         for folder in args.controls:
             r = finished(folder)
             about = {"commit": r["environment"]["commit"], "date": r["environment"]["date"], "command": r["command"]}
-            kept.append(about | {"controls": r["controls"]})
-        write_atomic(CONTROLS, json.dumps(kept) + "\n")
-    pages = {name: renewed((ROOT / name).read_text(encoding="utf-8"), parts) for name, parts in SECTIONS.items()}
-    for name, text in pages.items():
-        write_atomic(ROOT / name, text)
-    from bench.plots import draw
+            stored.append(about | {"controls": r["controls"]})
+        write_atomic(CONTROLS, json.dumps(stored) + "\n")
 
+
+def outdated() -> dict[str, str]:
+    """{file: the text it should have} of every page and plot that is not up to date.
+
+    Raises UserError, and names the page, if a page lacks a mark.
+    """
+    from bench.plots import draw, same_picture
+
+    texts = {}
+    for page, sections in SECTIONS.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        try:
+            new = renewed(text, sections)
+        except UserError as error:
+            raise UserError(f"{page}: {error}") from error
+        if new != text:
+            texts[page] = new
     for name, picture in draw().items():
-        write_atomic(ROOT / "bench" / "plots" / name, picture)
+        file = ROOT / "bench" / "plots" / name
+        if not file.is_file() or not same_picture(picture, file.read_text(encoding="utf-8")):
+            texts[f"bench/plots/{name}"] = picture
+    return texts
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Store what is given, then write the pages and plots that are not up to date. With --check only list them."""
+    args = parser().parse_args(argv)
+    if args.check:
+        if args.results or args.study or args.controls:
+            raise UserError("--check writes nothing: leave out --results, --study and --controls.")
+        files = outdated()
+        for name in files:
+            print(f"{name} is not up to date. Run python -m bench.pages")
+        return 1 if files else 0
+    store_inputs(args)
+    for name, text in outdated().items():
+        write_atomic(ROOT / name, text)
     return 0
 
 

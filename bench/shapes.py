@@ -1,4 +1,4 @@
-"""Real models' shapes with random weights, made offline: what is timed does not depend on the values."""
+"""Models with the shapes of real ones and random weights, made offline. The times do not depend on the values."""
 
 import copy
 
@@ -10,7 +10,7 @@ QWEN = {
 
 
 def random_model(dtype, device, **changes):
-    """A Qwen2 model of QWEN's shapes, changed as told, with random weights of a fixed seed, in eval mode."""
+    """A Qwen2 model in eval mode with random weights from a fixed seed. Its shapes are QWEN, updated with `changes`."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -21,23 +21,26 @@ def random_model(dtype, device, **changes):
 
 
 def random_bases(model, rank: int = 10, layers=None) -> dict:
-    """{layer: orthonormal basis [d_model, rank] float32 on the model's device} of the middle half of the layers."""
+    """{layer: orthonormal float32 basis [d_model, rank] on the model's device}, by default of the middle half."""
     import torch
 
     from kernel_surgery.models.architectures import decoder_layers, default_layers
 
-    d, found = model.config.hidden_size, {}
+    d, bases = model.config.hidden_size, {}
     chosen = default_layers(len(decoder_layers(model))) if layers is None else layers
     for layer in chosen:
         generator = torch.Generator().manual_seed(layer)
         basis = torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float64))[0]
-        found[layer] = basis.float().contiguous().to(model.device)
-    return found
+        bases[layer] = basis.float().contiguous().to(model.device)
+    return bases
 
 
 def twin(model, own=()):
-    """Another model of the same modules that shares every parameter and buffer with `model`, but for `own`: parameters
-    of `model` of which the twin gets copies. Hooks and edits of the one are not the other's."""
-    kept = {id(t) for t in own}
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept}
+    """A second model with the same modules that shares every parameter and buffer with `model`.
+
+    own: parameters of `model` that the twin copies instead of sharing. Hooks and edits of one model do not affect the
+    other.
+    """
+    copied = {id(t) for t in own}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in copied}
     return copy.deepcopy(model, shared)

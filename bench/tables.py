@@ -1,21 +1,21 @@
-"""The tables of the kept rows, in Markdown: what README.md and docs/benchmarks.md show (`bench.pages` writes them)."""
+"""The measured tables of README.md and docs/benchmarks.md, in Markdown (`bench.pages` writes them)."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import kept
-from bench.counted import KINDS, figure, off
-from bench.growth import as_expected
+from bench import store
+from bench.growth import EXPECTED, as_expected
 from bench.model import GOAL
+from bench.opcount import KINDS, figure, ratio_text
 from bench.timing import NOISE, ends
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def rows(name: str) -> list[dict]:
-    """The rows of a benchmark's newest run; none where it has not been run."""
-    return kept.newest(RESULTS / name)
+    """The rows of the newest run in a file of bench/results/. Empty if there is no such file."""
+    return store.newest(RESULTS / name)
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -24,24 +24,24 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def grid(found: list[dict], columns: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
-    """A table with a line a provider, a column for every value of `columns`, and the largest error/bound at the end."""
-    heads, providers = (list(dict.fromkeys(map(key, found))) for key in (columns, lambda r: r["provider"]))
+def grid(stored: list[dict], columns: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
+    """A table with one line for each method, one column for each value of `columns`, and the largest error/bound."""
+    heads, methods = (list(dict.fromkeys(map(key, stored))) for key in (columns, lambda r: r["provider"]))
     body = []
-    for name in providers:
-        mine = {columns(r): r for r in found if r["provider"] == name}
+    for name in methods:
+        mine = {columns(r): r for r in stored if r["provider"] == name}
         errors = [r["error_over_bound"] for r in mine.values() if r["error_over_bound"] is not None]
-        worst = f"{max(errors):.2f}{'' if max(errors) <= 1 else ' (beyond its bound)'}" if errors else ""
+        worst = f"{max(errors):.2f}{'' if max(errors) <= 1 else ' (exceeds its bound)'}" if errors else ""
         body.append([name, *(cell(mine[head]) if head in mine else "" for head in heads), worst])
     return table(["", *heads, "error/bound"], body)
 
 
 def where(row: dict) -> str:
-    """Where and when a row was measured."""
-    commit = (row["commit"] or "unknown")[:10] + (", with changes that were not committed" if row["dirty"] else "")
+    """Where, when and with which versions a row was measured."""
+    commit = (row["commit"] or "unknown")[:10] + (" with uncommitted changes" if row["dirty"] else "")
     names = ("torch", "transformers", "triton", "numpy", "scipy", "peft", "nnsight")
     if not row.get("graph"):
-        names = tuple(name for name in names if name != "triton")  # nothing of it runs on a CPU
+        names = tuple(name for name in names if name != "triton")  # it does not run on a CPU
     versions = [f"{name} {row[name]}" for name in names if row.get(name)]
     about = [row[key] for key in ("device", "machine") if row.get(key)]
     command = f"`{row['command']}`: " if row.get("command") else ""
@@ -49,43 +49,43 @@ def where(row: dict) -> str:
 
 
 def interval(row: dict, name: str = "ratio") -> str:
-    """A ratio with its interval, or its range where there is none."""
+    """A ratio with its interval, or with its range if there is no interval."""
     low, high = ends(row, name)
     return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
-def providers_counted(model: str) -> list[dict]:
-    """The rows of bench.counted for a model, but for the original's repetition, which is 0 throughout."""
-    return [r for r in rows("counted.json") if r["case"] == model and r["provider"] != NOISE]
+def opcount_rows(model: str) -> list[dict]:
+    """The rows of bench.opcount for a model, without the repeated original, which is 0 everywhere."""
+    return [r for r in rows("opcount.json") if r["case"] == model and r["provider"] != NOISE]
 
 
 def tokens(row: dict) -> str:
-    """How many rows of activations a pass had."""
+    """The number of tokens in a pass, as text."""
     return f"{row['M']} token{'s' if row['M'] > 1 else ''}"
 
 
-def counted(model: str) -> str:
-    """What every provider does beyond the original, an edited layer."""
-    found, out = providers_counted(model), ""
-    for dtype, m in dict.fromkeys((r["dtype"], r["M"]) for r in found):
-        chosen = [r for r in found if (r["dtype"], r["M"]) == (dtype, m)]
+def opcount(model: str) -> str:
+    """The work of every method per edited layer, less the original's."""
+    stored, out = opcount_rows(model), ""
+    for dtype, m in dict.fromkeys((r["dtype"], r["M"]) for r in stored):
+        chosen = [r for r in stored if (r["dtype"], r["M"]) == (dtype, m)]
         first = chosen[0]
-        body = [[r["provider"], *(f"{figure(r, kind):.4g}" for kind in KINDS), off(r)] for r in chosen]
+        body = [[r["provider"], *(f"{figure(r, kind):.4g}" for kind in KINDS), ratio_text(r)] for r in chosen]
         out += (
             f"{dtype}, {tokens(first)}, d_model {first['d']}, k = {first['k']}; bytes in units of the MLP's output\n\n"
         )
         out += table(["", *(kind.replace("_", " ") for kind in KINDS), "error/bound"], body) + "\n"
-    return out + where(found[0]) if found else ""
+    return out + where(stored[0]) if stored else ""
 
 
 def speed() -> str:
-    """README.md: the counted work in short, and the other ratios in a line each, each with where it was measured."""
-    found, body = providers_counted("stack"), []
-    dtypes, sizes = (list(dict.fromkeys(r[key] for r in found)) for key in ("dtype", "M"))
-    for name in dict.fromkeys(r["provider"] for r in found):
+    """README.md: the counted work in short, then one line for each other ratio, each with where it was measured."""
+    stored, body = opcount_rows("stack"), []
+    dtypes, sizes = (list(dict.fromkeys(r[key] for r in stored)) for key in ("dtype", "M"))
+    for name in dict.fromkeys(r["provider"] for r in stored):
         line = [name]
         for dtype in dtypes:
-            mine = [r for r in found if (r["provider"], r["dtype"]) == (name, dtype)]
+            mine = [r for r in stored if (r["provider"], r["dtype"]) == (name, dtype)]
             line += [f"{figure(r, 'bytes_moved'):.1f}" for r in mine] or [""] * len(sizes)
             line.append(f"{max(r['error_over_bound'] for r in mine):.2f}" if mine else "")
         body.append(line)
@@ -102,25 +102,26 @@ def speed() -> str:
     if asked:
         lines.append(
             f"- `eval` of the embedded model on a CPU: {of_loop['kernel_surgery.eval']} times the speed of a loop over "
-            f"single prompts, by batching; a batched loop that only looks for the answer, as the first script does: "
+            f"single prompts. The gain comes from batching: a batched loop that only looks for the answer reaches "
             f"{of_loop['the loop, batched']}. {where(asked[0])}"
         )
     for r in baked:
         if r["provider"] == "bake":
             lines.append(
-                f"- `bake` of a synthetic checkpoint of {r['gigabytes']:.1f} GB, hashes included: {interval(r)} of the "
-                f"time of `cp -r` and SHA-256 of the copy, {1 / r['fraction_of_copy']:.2f} of that of `cp -r` alone. "
+                f"- `bake` of a synthetic checkpoint of {r['gigabytes']:.1f} GB, with hashes: {interval(r)} times the "
+                f"time of `cp -r` and SHA-256 of the copy, {1 / r['fraction_of_copy']:.2f} times that of `cp -r` "
+                f"alone. "
                 f"{where(r)}"
             )
-    out = table(["", *head], body) + "\n" + where(found[0]) + "\n" if found else ""
+    out = table(["", *head], body) + "\n" + where(stored[0]) + "\n" if stored else ""
     return out + "".join(lines) + "\nIn full: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
-def op_tables(found: list[dict]) -> str:
-    """The operators beside their alternatives; on CUDA replayed and cold, without what the host's launches cost."""
+def op_tables(stored: list[dict]) -> str:
+    """The operators beside other implementations. On CUDA only replayed and cold, without the cost of host launches."""
     out = ""
-    cuda = any(r["graph"] for r in found)
-    shown = [r for r in found if not r["left_out"] and not (cuda and r["cache"] == "warm" and not r["graph"])]
+    cuda = any(r["graph"] for r in stored)
+    timed = [r for r in stored if not r["left_out"] and not (cuda and r["cache"] == "warm" and not r["graph"])]
 
     def kind(r: dict) -> tuple:
         return r["case"], r["dtype"], r["cache"], (r["d"], r["k"]) == (2048, 10)
@@ -130,27 +131,27 @@ def op_tables(found: list[dict]) -> str:
         digits = 0 if r["us_p50"] >= 100 else 1
         return f"{r['us_p50']:.{digits}f} us, {r['of_floor']:.3g} ({1 / high:.3g} to {1 / low:.3g})"
 
-    for key in dict.fromkeys(map(kind, shown)):
-        chosen = [r for r in shown if kind(r) == key]
+    for key in dict.fromkeys(map(kind, timed)):
+        chosen = [r for r in timed if kind(r) == key]
         noise = max(r["noise"] for r in chosen)
         how = f"{key[2]} cache{', replayed' if chosen[0]['graph'] else ''}"
         out += f"{key[0]}, {key[1]}, {how}; noise at most {noise:.3f}\n\n"
         out += grid(chosen, lambda r: f"{r['M']} x {r['d']}, k = {r['k']}", cell) + "\n"
     absent = dict.fromkeys(
-        f"{r['provider']} at {r['M']} x {r['d']}, k = {r['k']}: {r['left_out']}" for r in found if r["left_out"]
+        f"{r['provider']} at {r['M']} x {r['d']}, k = {r['k']}: {r['left_out']}" for r in stored if r["left_out"]
     )
     return out + "".join(f"- not run: {line}\n" for line in absent)
 
 
 def op() -> str:
     """The operators on this CPU."""
-    found = rows("op.json")
-    return op_tables(found) + "\n" + where(found[0]) if found else ""
+    stored = rows("op.json")
+    return op_tables(stored) + "\n" + where(stored[0]) if stored else ""
 
 
 def fit() -> str:
-    """Providers of the fit."""
-    found = rows("fit.json")
+    """The ways to fit a subspace."""
+    stored = rows("fit.json")
     body = [
         [
             r["provider"],
@@ -160,20 +161,20 @@ def fit() -> str:
             f"{r['sine']:.1e}",
             f"{r['residual']:.1e}",
         ]
-        for r in found
+        for r in stored
     ]
-    if not found:
+    if not stored:
         return ""
-    head = ["", "exact", "s a layer", "times the script's speed", "sine to a float64 SVD", "residual"]
-    first = found[0]
+    head = ["", "exact", "s per layer", "speed over the script's", "sine to a float64 SVD", "residual"]
+    first = stored[0]
     about = f"{first['layers']} layers of {first['M']} x {first['d']} deviations, k = {first['k']}.\n\n"
     return about + table(head, body) + "\n" + where(first)
 
 
 def evaluation() -> str:
-    """The evaluation against the loop."""
-    found = rows("evaluation.json")
-    if not found:
+    """The evaluation beside the loop over single prompts."""
+    stored = rows("evaluation.json")
+    if not stored:
         return ""
     body = [
         [
@@ -183,20 +184,20 @@ def evaluation() -> str:
             f"{r['tokens'] / r['us_p50'] * 1e6:.0f}",
             interval(r, "speedup"),
         ]
-        for r in found
+        for r in stored
     ]
-    parted = max(r["parted_by_rounding"] for r in found)
-    about = f"{found[0]['M']} texts, the same from all"
-    about += " token for token.\n\n" if not parted else f", but for {parted} at most that rounding parts.\n\n"
-    return about + table(["", "batch", "s", "tokens/s", "times the loop's speed"], body) + "\n" + where(found[0])
+    different = max(r["parted_by_rounding"] for r in stored)
+    about = f"{stored[0]['M']} texts. All methods give the same, token for token"
+    about += f", but for at most {different} that differ by rounding.\n\n" if different else ".\n\n"
+    return about + table(["", "batch", "s", "tokens/s", "speed over the loop's"], body) + "\n" + where(stored[0])
 
 
 def checkpoint() -> str:
-    """Baking against its floor and its peers."""
+    """Baking beside its yardstick and its peers."""
     out = ""
     for name in ("checkpoint-bake.json", "checkpoint-peers.json"):
-        found = rows(name)
-        if not found:
+        stored = rows(name)
+        if not stored:
             continue
         body = [
             [
@@ -215,85 +216,85 @@ def checkpoint() -> str:
                     )
                 ),
             ]
-            for r in found
+            for r in stored
         ]
         head = [
             "",
             "s",
-            "of cp -r, then SHA-256",
-            "of cp -r",
+            "over cp -r, then SHA-256",
+            "over cp -r",
             "resident GB",
             "anonymous GB",
             "leak/floor",
             "error/bound",
-            "wrongly rounded",
+            "not correctly rounded",
         ]
-        about = f"{found[0]['gigabytes']:.2f} GB, {found[0]['layers']} layers of Qwen2.5-3B's shapes.\n\n"
-        out += about + table(head, body) + "\n" + where(found[0]) + "\n"
+        about = f"{stored[0]['gigabytes']:.2f} GB, {stored[0]['layers']} layers of Qwen2.5-3B's shapes.\n\n"
+        out += about + table(head, body) + "\n" + where(stored[0]) + "\n"
     return out
 
 
 def model_cell(r: dict) -> str:
-    """What a provider costs in one phase: its time over the original's, and what may be said of that."""
+    """A method's time over the original's in one phase, with the verdict."""
     if r["left_out"]:
         return r["left_out"]
     if r["provider"] == "original":
         return f"{r['us_p50'] / 1e3:.2f} ms, {r['tokens_per_s']:.0f} tokens/s"
     low, high = ends(r)
-    said = {"slower": " slower", "faster": " faster", "undecided": " undecided"}.get(r["verdict"], "")
+    verdict = {"slower": " slower", "faster": " faster", "undecided": " undecided"}.get(r["verdict"], "")
     goal = {None: "", True: f"; {GOAL} met", False: f"; {GOAL} not met"}[r["goal_met"]]
-    return f"{r['ratio']:.3f} ({low:.3f} to {high:.3f}){said}{goal}"
+    return f"{r['ratio']:.3f} ({low:.3f} to {high:.3f}){verdict}{goal}"
 
 
-def model_tables(found: list[dict]) -> str:
-    """Every provider in a model, one table for each dtype and way of running it."""
+def model_tables(stored: list[dict]) -> str:
+    """Every method in a model: one table for each dtype and way of running."""
 
     def phase(r: dict) -> str:
         return f"{r['case']} {r['sequences']} x {r['tokens']}"
 
     out = ""
-    for dtype, how in dict.fromkeys((r["dtype"], r["how"]) for r in found):
-        chosen = [r for r in found if (r["dtype"], r["how"]) == (dtype, how)]
+    for dtype, how in dict.fromkeys((r["dtype"], r["how"]) for r in stored):
+        chosen = [r for r in stored if (r["dtype"], r["how"]) == (dtype, how)]
         first = chosen[0]
         out += f"{first['model']}, layers {first['layers']}, edited {first['edited']}, {dtype}, {how}; "
         out += "time over the original's\n\n"
         out += grid(chosen, phase, model_cell)
         seen = {phase(r): r for r in chosen if not r["left_out"]}
-        said = ", ".join(f"{r['noise']:.3f} and {r['detectable']:.3f} in {name}" for name, r in seen.items())
-        out += f"\nNoise, and the overhead from which on a provider would have been called slower: {said}.\n\n"
+        limits = ", ".join(f"{r['noise']:.3f} and {r['detectable']:.3f} in {name}" for name, r in seen.items())
+        out += f"\nNoise and smallest detectable slowdown: {limits}.\n\n"
         if any(r["launches"] for r in chosen):
-            out += "Kernels, copies and fills that a call starts:\n\n"
+            out += "Kernels, copies and fills that one call starts:\n\n"
             out += grid(chosen, phase, lambda r: str(r["launches"] or "")) + "\n"
-    return out + where(found[0]) + "\n" if found else ""
+    return out + where(stored[0]) + "\n" if stored else ""
 
 
 def models() -> str:
-    """Every kept model."""
+    """Every stored model on a CPU."""
     return "".join(model_tables(rows(f"model-{case}.json")) for case in ("layer", "stack", "polyglot"))
 
 
 def on_gpu() -> str:
-    """The newest run of `make gpu`: what was checked, the operators, the whole model."""
+    """The newest run of `make gpu`: its parts, the operators, the whole model."""
     runs = sorted(file.parent for file in RESULTS.glob("*/summary.json"))
     if not runs:
-        return "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
+        return "Nothing has been measured on a GPU yet. `make gpu` measures it.\n"
     folder = runs[-1]
-    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    about = found["environment"] | {"date": f"{found['date'][:4]}-{found['date'][4:6]}-{found['date'][6:]}"}
-    parts = [[name, str(part["status"]), f"{part['seconds']:.0f}"] for name, part in found["parts"].items()]
-    made = where(about | {"graph": True}) + "\n" + table(["part", "status", "s"], parts) + "\n"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    about = summary["environment"] | {"date": f"{summary['date'][:4]}-{summary['date'][4:6]}-{summary['date'][6:]}"}
+    parts = [[name, str(part["status"]), f"{part['seconds']:.0f}"] for name, part in summary["parts"].items()]
+    out = where(about | {"graph": True}) + "\n" + table(["part", "status", "s"], parts) + "\n"
     op_rows, model_rows = rows(f"{folder.name}/op.json"), rows(f"{folder.name}/model.json")
     if op_rows:
-        made += f"A large copy moved {op_rows[0]['copy_gbps']:.0f} GB/s.\n\n{op_tables(op_rows)}\n"
-    return made + model_tables(model_rows) + model_tables(rows(f"{folder.name}/compiled.json"))
+        out += f"A large copy moved {op_rows[0]['copy_gbps']:.0f} GB/s.\n\n{op_tables(op_rows)}\n"
+    return out + model_tables(model_rows) + model_tables(rows(f"{folder.name}/compiled.json"))
 
 
 def growth() -> str:
-    """Fitted slopes."""
-    found = rows("growth.json")
+    """The fitted slopes."""
+    stored = rows("growth.json")
     body = []
-    for what in dict.fromkeys(r["case"] for r in found):
-        chosen = [r for r in found if r["case"] == what]
+    for what in dict.fromkeys(r["case"] for r in stored):
+        chosen = [r for r in stored if r["case"] == what]
         sizes = ", ".join(f"{r['size']}: {r['us_p50'] / 1e3:.3g}" for r in chosen)
         first = chosen[0]
         (low, high), (least, most) = first["slope_ci95"], first["expected"]
@@ -301,12 +302,12 @@ def growth() -> str:
         held = f"{max(r['peak_bytes'] for r in chosen) / 1e6:.0f} MB"
         memory = "-" if first["memory_slope"] is None else f"{first['memory_slope']:.2f}"
         met = "" if as_expected(what, first["slope"], high - first["slope"]) else " (not met)"
-        line = [what, sizes, f"{first['slope']:.2f} ({low:.2f} to {high:.2f})", f"{expected}{met}: {first['why']}"]
+        line = [what, sizes, f"{first['slope']:.2f} ({low:.2f} to {high:.2f})", f"{expected}{met}: {EXPECTED[what][1]}"]
         body.append([*line, memory, held])
     head = ["", "ms", "slope of time (95%)", "expected", "slope of peak memory", "at most"]
-    return table(head, body) + "\n" + where(found[0]) if found else ""
+    return table(head, body) + "\n" + where(stored[0]) if stored else ""
 
 
 def fields() -> str:
-    """What a kept row holds."""
-    return table(["field", "what it is"], [[f"`{name}`", what] for name, what in kept.FIELDS.items()])
+    """The fields of a stored row."""
+    return table(["field", "meaning"], [[f"`{name}`", what] for name, what in store.FIELDS.items()])

@@ -1,13 +1,12 @@
-"""Launch options of the kernels, tried one by one on a GPU: python -m bench.tune [--out FILE] [--seconds 240]
+"""Try the kernels' launch options one by one on a GPU: python -m bench.tune [--out FILE] [--seconds 240]
 
-For Qwen2.5-3B's width, every form that a number of rows can run in, with other block sizes, warps and stages than
-`launch_options` chooses, and for the row form with the basis lying across (a column beside a column) as well as packed.
-An option set is timed only if its output meets the bound; times are replayed graphs, interleaved, beside the choice
-that ships. Nothing is changed here: what is found goes into `launch_options` and `form_of` by hand, with the file that
-says why.
+At Qwen2.5-3B's width it tries every form that suits a number of rows, with other block sizes, warps and stages than
+`launch_options` chooses. The row form is tried with a packed basis and with a basis stored column by column ("across").
+An option set is timed only if its output meets the bound. Times are of replayed graphs, interleaved with the options
+that the package ships. The benchmark changes nothing: edit `launch_options` and `form_of` by hand, and commit the file
+of results with the edit.
 """
 
-import argparse
 import itertools
 import json
 import time
@@ -16,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from bench.op import EPS, error_over_bound, inputs
+from bench.parsing import bench_parser
 from bench.timing import Timer, interleaved, percentiles, stamp
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
 D, K = 2048, 10
-ROWS = (1, 16384, 64, 8, 256, 2048)  # what matters most comes first
+ROWS = (1, 16384, 64, 8, 256, 2048)  # the most important first
 SHIPPED = "as shipped"
 LATE = "no time left"
 TRIED = {
@@ -33,22 +33,22 @@ TRIED = {
 
 
 def candidates(rows: int) -> Iterator[tuple[str, str, dict]]:
-    """(form, layout of the basis, options) of everything that is tried for so many rows."""
+    """(form, layout of the basis, options) of everything to try for this number of rows."""
     from kernel_surgery.kernels.project import FEW_ROWS
 
     for form, axes in TRIED.items():
         if (form == "row") != (rows <= FEW_ROWS) and rows not in (FEW_ROWS, 256):
-            continue  # the forms meet around FEW_ROWS: there, and only there, all are tried
+            continue  # all forms are tried only around FEW_ROWS, where the choice of form changes
         for values in itertools.product(*axes.values()):
             options = dict(zip(axes, values, strict=True))
-            if form == "tile":  # a warp takes 16 columns of a chunk
+            if form == "tile":  # a warp handles 16 columns of a chunk
                 options |= {"BLOCK_D": 16 * options["SPLIT"], "num_warps": options["SPLIT"]}
             for layout in ("packed", "across") if form == "row" else ("packed",):
                 yield form, layout, options
 
 
 def calls(case: str, t: dict) -> dict:
-    """{(form, layout, options as text): call}; first the choice that ships."""
+    """{(form, layout, options as text): call}. The options that ship come first."""
     from kernel_surgery.kernels.project import project as launch
     from kernel_surgery.ops.library import packed
 
@@ -56,74 +56,74 @@ def calls(case: str, t: dict) -> dict:
     bases = {"packed": packed(t["basis"]), "across": t["basis"].T.contiguous().T}
 
     def result(basis, **options):
-        found = launch(t["x"], basis, 1.0, **more, **options)
-        return found[0] if case == "project" else found
+        outputs = launch(t["x"], basis, 1.0, **more, **options)
+        return outputs[0] if case == "project" else outputs
 
-    made = {(SHIPPED, "packed", ""): partial(result, bases["packed"])}
+    calls = {(SHIPPED, "packed", ""): partial(result, bases["packed"])}
     for form, layout, options in candidates(len(t["x"])):
         text = " ".join(f"{name}={value}" for name, value in options.items())
-        made[form, layout, text] = partial(result, bases[layout], form=form, **options)
-    return made
+        calls[form, layout, text] = partial(result, bases[layout], form=form, **options)
+    return calls
 
 
 def measure(case: str, rows: int, device, rounds: int, until: float) -> list[dict]:
-    """Rows of one case and number of rows, fastest first; those that cannot be run or break their bound last."""
+    """Result rows for one case and number of rows, fastest first. Options that fail or break their bound come last."""
     import torch
 
     t = inputs(rows, D, K, torch.bfloat16, device)
-    able, found = {}, []
+    able, left_out = {}, []
     for key, call in calls(case, t).items():
         about = {"case": case, "M": rows, "d": D, "k": K, "dtype": "bfloat16"} | dict(
             zip(("form", "layout", "options"), key, strict=True)
         )
         if time.monotonic() > until:
-            found.append(about | {"left_out": LATE})
+            left_out.append(about | {"left_out": LATE})
             continue
         try:
             ratio = error_over_bound(case, "", call(), t)
-        except Exception as error:  # more registers or shared memory than there are, say
+        except Exception as error:  # such as too few registers or too little shared memory
             first = (str(error).splitlines() or [""])[0]
-            found.append(about | {"left_out": f"{type(error).__name__}: {first[:120]}"})
+            left_out.append(about | {"left_out": f"{type(error).__name__}: {first[:120]}"})
             continue
         about["error_over_bound"] = ratio
         if ratio <= 1:
             able[key] = call, about
         else:
-            found.append(about | {"left_out": "breaks its bound"})
+            left_out.append(about | {"left_out": "exceeds its bound"})
     timer = Timer(device, 20)
     times = interleaved({key: partial(timer.once, call, "graph", key) for key, (call, _) in able.items()}, rounds)
     timed = [able[key][1] | {"left_out": None} | percentiles(sample) for key, sample in times.items()]
     shipped = next((row["us_p50"] for row in timed if row["form"] == SHIPPED), None)
     timed = [row | {"of_shipped": row["us_p50"] / shipped if shipped else None} for row in timed]
-    return sorted(timed, key=lambda row: row["us_p50"]) + found
+    return sorted(timed, key=lambda row: row["us_p50"]) + left_out
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.tune", description="Try the kernels' launch options on a GPU.")
+    p = bench_parser("tune", "Try the kernels' launch options on a GPU.")
     p.add_argument("--rounds", type=int, default=12)
-    p.add_argument("--seconds", type=int, default=240, help="after so many nothing new is compiled")
+    p.add_argument("--seconds", type=int, default=240, help="start no new compilation after this many (default: 240)")
     p.add_argument("--out", type=Path, help="JSON file for the rows")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print, for every case and number of rows, what ships and the five fastest; 1 where what ships cannot be run."""
+    """Print what ships and the five fastest for every case and number of rows. Returns 1 if what ships fails."""
     args = parser().parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():
         raise UserError("no CUDA device here: nothing was run and nothing was written.")
-    device, found = torch.device("cuda"), []
+    device, results = torch.device("cuda"), []
     about, until = stamp(device), time.monotonic() + args.seconds
     broken = False
     for rows in ROWS:
         for case in ("project", "project_add_rmsnorm"):
-            made = measure(case, rows, device, args.rounds, until)
-            found += [row | about for row in made]
-            timed = [row for row in made if not row["left_out"]]
-            broken = broken or any(row["form"] == SHIPPED and row["left_out"] not in (None, LATE) for row in made)
-            print(f"{case}, {rows} x {D}: {len(timed)} timed, {len(made) - len(timed)} left out")
+            measured = measure(case, rows, device, args.rounds, until)
+            results += [row | about for row in measured]
+            timed = [row for row in measured if not row["left_out"]]
+            broken = broken or any(row["form"] == SHIPPED and row["left_out"] not in (None, LATE) for row in measured)
+            print(f"{case}, {rows} x {D}: {len(timed)} timed, {len(measured) - len(timed)} left out")
             for row in [r for r in timed if r["form"] == SHIPPED] + timed[:5]:
                 print(
                     f"  {row['us_p50']:>9.2f} us  {row['of_shipped'] or 0:.3f}  {row['form']:<11} {row['layout']:<7} "
@@ -131,8 +131,8 @@ def run(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
             if args.out:
-                write_atomic(args.out, json.dumps(found, indent=1) + "\n")
-    print(json.dumps({"case": "tune", "rows": len(found), **about}))
+                write_atomic(args.out, json.dumps(results, indent=1) + "\n")
+    print(json.dumps({"case": "tune", "rows": len(results), **about}))
     return 1 if broken else 0
 
 

@@ -7,8 +7,9 @@ import shlex
 
 import pytest
 
-from bench import kept, pages, tables
-from bench.pages import KEPT, ROOT, SECTIONS, renewed
+from bench import pages, store, tables
+from bench.pages import ANSWERS, ROOT, SECTIONS, renewed
+from kernel_surgery.common.errors import UserError
 
 WHOLE = (ROOT / "README.md").read_text(encoding="utf-8")
 README = re.sub("<!--.*?-->", "", WHOLE)
@@ -69,26 +70,52 @@ def test_every_link_leads_to_a_file_or_a_heading(page):
         assert not heading or heading in headings(file.read_text(encoding="utf-8")), target
 
 
+def test_the_generated_pages_and_plots_are_up_to_date():
+    assert list(pages.outdated()) == [], "run python -m bench.pages"
+
+
+def test_the_check_names_each_page_that_is_not_up_to_date_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    for name in [*SECTIONS, *(f"bench/plots/{p.name}" for p in ROOT.glob("bench/plots/*.svg"))]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.run(["--check"]) == 0 and capsys.readouterr().out == ""
+    page = tmp_path / "docs" / "benchmarks.md"
+    typed = page.read_text(encoding="utf-8").replace("<!-- measured: op -->", "<!-- measured: op -->\n0.123")
+    page.write_text(typed, encoding="utf-8")
+    (tmp_path / "bench" / "plots" / "models.svg").unlink()
+    assert pages.run(["--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["docs/benchmarks.md", "bench/plots/models.svg"]
+    assert all("is not up to date" in line for line in lines)
+    assert page.read_text(encoding="utf-8") == typed and not (tmp_path / "bench" / "plots" / "models.svg").exists()
+    assert pages.run([]) == 0 and pages.run(["--check"]) == 0
+    with pytest.raises(UserError, match="--check writes nothing"):
+        pages.run(["--check", "--study", str(tmp_path)])
+    page.write_text(typed.replace("<!-- measured: op -->", ""), encoding="utf-8")
+    with pytest.raises(UserError, match=r"docs/benchmarks\.md: a page must have <!-- measured: op --> exactly once"):
+        pages.outdated()
+
+
 @pytest.mark.parametrize("page", SECTIONS)
-def test_the_measured_tables_are_what_was_kept(page):
+def test_a_typed_figure_is_replaced_and_a_lost_mark_is_refused(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert renewed(text, SECTIONS[page]) == text, "run python -m bench.pages"
-    # A figure that somebody typed is found; a mark that is not there too.
-    for name in SECTIONS[page]:
+    sections = {name: lambda name=name: f"table {name}\n" for name in SECTIONS[page]}
+    for name in sections:
         begin = f"<!-- measured: {name} -->"
-        typed = text.replace(begin, f"{begin}\n0.123", 1)
-        assert renewed(typed, SECTIONS[page]) == text
-        with pytest.raises(ValueError, match="once, with <!-- end --> after it; nothing was written"):
-            renewed(text.replace(begin, ""), SECTIONS[page])
+        assert f"{begin}\ntable {name}\n<!-- end -->" in renewed(text.replace(begin, f"{begin}\n0.123"), sections)
+        with pytest.raises(UserError, match=r"exactly once, with <!-- end --> after it\. Nothing was written"):
+            renewed(text.replace(begin, ""), sections)
 
 
 def test_the_readmes_table_follows_its_file(monkeypatch, tmp_path):
-    results = json.loads(KEPT.read_text(encoding="utf-8"))
+    results = json.loads(ANSWERS.read_text(encoding="utf-8"))
     assert results["environment"]["dirty"] is False
     before = pages.answers()
     results["modes"]["original"]["en"]["correct"] -= 1
     (tmp_path / "kept.json").write_text(json.dumps(results))
-    monkeypatch.setattr(pages, "KEPT", tmp_path / "kept.json")
+    monkeypatch.setattr(pages, "ANSWERS", tmp_path / "kept.json")
     assert pages.answers() != before
 
 
@@ -98,10 +125,10 @@ NO_ROWS = {"aot.json", "eval-polyglot.json"}  # of the package's own commands
 
 @pytest.mark.parametrize("name", [name for name in RESULTS if name not in NO_ROWS])
 def test_a_kept_row_says_what_when_and_on_what_it_was_measured(name):
-    found = kept.read(tables.RESULTS / name)
+    found = store.read(tables.RESULTS / name)
     assert found and set(RESULTS) >= NO_ROWS
     for row in found:
-        assert kept.FIELDS.keys() <= row.keys(), kept.FIELDS.keys() - row.keys()
+        assert store.FIELDS.keys() <= row.keys(), store.FIELDS.keys() - row.keys()
         assert row["dirty"] is False and re.fullmatch("[0-9a-f]{40}", row["commit"]), "measure on a clean tree"
         assert row["run"].startswith(row["date"]) and row["device"] and row["machine"] and row["torch"]
         assert row["command"].startswith("python -m bench") and "/" not in row["command"]
@@ -113,45 +140,49 @@ def test_a_kept_row_says_what_when_and_on_what_it_was_measured(name):
     assert len(seen) == len(set(seen))
 
 
+def test_rows_from_before_a_benchmark_was_renamed_are_read_under_its_name_of_today(tmp_path):
+    file = tmp_path / "rows.json"
+    old = {"bench": "counted", "command": "python -m bench.counted --case small", "run": "1"}
+    file.write_text(json.dumps([old]))
+    assert store.read(file) == [old | {"bench": "opcount", "command": "python -m bench.opcount --case small"}]
+    store.keep(file, [old | {"bench": "opcount", "run": "2"}])
+    assert json.loads(file.read_text())[0] == old  # the file itself keeps the name of its day
+    (day,) = {row["bench"] for row in json.loads((tables.RESULTS / "opcount.json").read_text(encoding="utf-8"))}
+    assert day == "counted" and {row["bench"] for row in tables.rows("opcount.json")} == {"opcount"}
+
+
 def test_rows_are_added_run_after_run_and_a_run_replaces_its_own(tmp_path):
     file = tmp_path / "rows.json"
-    one = kept.record("op", "project", "copy", us_p50=1.0, run="2026-01-01T00:00:00")
-    assert list(one)[: len(kept.FIELDS)] == list(kept.FIELDS) and one["launches"] is None and one["us_p50"] == 1.0
-    kept.keep(None, [one])
-    kept.keep(file, [])
-    assert not list(tmp_path.iterdir()) and kept.read(file) == kept.newest(file) == []
-    kept.keep(file, [one])
+    one = store.record("op", "project", "copy", us_p50=1.0, run="2026-01-01T00:00:00")
+    assert list(one)[: len(store.FIELDS)] == list(store.FIELDS) and one["launches"] is None and one["us_p50"] == 1.0
+    store.keep(None, [one])
+    store.keep(file, [])
+    assert not list(tmp_path.iterdir()) and store.read(file) == store.newest(file) == []
+    store.keep(file, [one])
     other = one | {"run": "2026-01-02T00:00:00"}
-    kept.keep(file, [other])
-    kept.keep(file, [other, other | {"provider": "eager"}])
-    assert [r["provider"] for r in kept.read(file)] == ["copy", "copy", "eager"]
-    assert [r["provider"] for r in kept.newest(file)] == ["copy", "eager"]
+    store.keep(file, [other])
+    store.keep(file, [other, other | {"provider": "eager"}])
+    assert [r["provider"] for r in store.read(file)] == ["copy", "copy", "eager"]
+    assert [r["provider"] for r in store.newest(file)] == ["copy", "eager"]
 
 
-def test_the_pictures_are_drawn_from_the_kept_rows():
-    from bench.plots import draw
+def test_the_pictures_are_compared_without_their_last_digit():
+    """The last printed digit of a coordinate depends on the machine's maths library."""
+    from bench.plots import draw, same_picture
 
-    found = draw()
-    assert found.keys() == {"counted.svg", "models.svg", "growth.svg"}
-    for name, picture in found.items():
-        kept = (ROOT / "bench" / "plots" / name).read_text(encoding="utf-8")
-        (text, numbers), (kept_text, kept_numbers) = _split(picture), _split(kept)
-        assert text == kept_text, f"{name}: run python -m bench.pages"
-        # The last printed digit of a coordinate depends on the machine's maths library.
-        assert numbers == pytest.approx(kept_numbers, rel=0, abs=1e-4), f"{name}: run python -m bench.pages"
-
-
-def _split(picture: str) -> tuple[str, list[float]]:
-    """An SVG without its random ids: the text, and the numbers in it."""
-    number = r"-?\d+\.\d+"
-    text = re.sub(r'(id|href|clip-path)="[^"]*"|url\(#[^)]*\)', "", picture)
-    return re.sub(number, "0", text), [float(found) for found in re.findall(number, text)]
+    pictures = draw()
+    assert pictures.keys() == {"counted.svg", "models.svg", "growth.svg"}
+    picture = pictures["growth.svg"]
+    number = re.search(r"\d+\.\d{6}", picture)[0]
+    assert same_picture(picture, picture.replace(number, f"{float(number) + 1e-6:.6f}"))
+    assert not same_picture(picture, picture.replace(number, f"{float(number) + 1e-3:.6f}"))
+    assert not same_picture(picture, picture.replace("ms", "us", 1))
 
 
 def test_a_run_on_a_gpu_gets_its_page(monkeypatch, tmp_path):
     """Rows as `make gpu` writes them, made up here."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.on_gpu() == "Nothing has been measured on a GPU yet; `make gpu` is what will.\n"
+    assert tables.on_gpu() == "Nothing has been measured on a GPU yet. `make gpu` measures it.\n"
     about = {"torch": "2.11.0", "transformers": "5.17.0", "device": "A GPU", "commit": None, "dirty": None, "run": "1"}
     ratio = {"ratio": 1.005, "ratio_ci95": [1.0, 1.02], "ratio_range": [1.0, 1.02], "us_p50": 2000.0, "left_out": None}
     ratio |= {"error_over_bound": 0.5, "launches": 300, "noise": 0.01, "verdict": "within the noise", "us_added": 10.0}

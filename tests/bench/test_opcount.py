@@ -8,52 +8,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import counted, kept, providers
+from bench import methods, opcount, store
 from bench.timing import NOISE
 from kernel_surgery.ops.aten import project_add_rmsnorm_aten
 from kernel_surgery.ops.library import _DIRECT, _project_add_rmsnorm
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = kept.newest(ROOT / "bench" / "results" / "counted-small.json")
+KEPT = store.newest(ROOT / "bench" / "results" / "opcount-small.json")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def rows(request):
-    return counted.rows_of("small", request.param, providers.NAMES)
+    return opcount.rows_of("small", request.param, methods.NAMES)
 
 
 def decided(rows):
     dtype = rows[0]["dtype"]
-    return {r["provider"]: {k: r[k] for k in counted.KINDS} for r in KEPT if r["dtype"] == dtype}
+    return {r["provider"]: {k: r[k] for k in opcount.KINDS} for r in KEPT if r["dtype"] == dtype}
 
 
 def test_every_count_is_the_one_that_was_decided_on(rows):
-    found = {row["provider"]: {kind: row[kind] for kind in counted.KINDS} for row in rows}
-    assert found == decided(rows), "python -m bench.counted --case small --out bench/results/counted-small.json"
+    found = {row["provider"]: {kind: row[kind] for kind in opcount.KINDS} for row in rows}
+    assert found == decided(rows), "python -m bench.opcount --case small --out bench/results/opcount-small.json"
 
 
 def test_fused_does_no_more_than_a_peer_and_less_than_the_eager_hook(rows):
-    assert counted.faults(rows) == []
+    assert opcount.faults(rows) == []
     own = {row["provider"]: row for row in rows}
     assert own["fused"]["matrix_products"] == 2 and own["baked"]["operations"] == 0
     # The check can fail, in every kind that it looks at.
-    for kind in counted.KINDS:
+    for kind in opcount.KINDS:
         worse = [row | ({kind: own["peft"][kind] + 1} if row["provider"] == "fused" else {}) for row in rows]
-        assert any(f"fused {kind}" in fault for fault in counted.faults(worse)), kind
+        assert any(f"fused {kind}" in fault for fault in opcount.faults(worse)), kind
 
 
 def test_what_is_counted_is_held_to_its_bound_and_who_breaks_it_is_no_peer(rows):
     """Products in 16 bits are cheap and something else: the addmm hook's, and PEFT's with an adapter of 16 bits."""
     off = {row["provider"]: row["error_over_bound"] for row in rows}
     print({name: None if ratio is None else round(ratio, 2) for name, ratio in off.items()})
-    coarse = {"addmm hook", providers.NARROW} if rows[0]["dtype"] == "bfloat16" else set()
+    coarse = {"addmm hook", methods.NARROW} if rows[0]["dtype"] == "bfloat16" else set()
     assert {name for name, ratio in off.items() if ratio is not None and ratio > 1} == coarse
     assert [name for name, ratio in off.items() if ratio is None] == [NOISE]
     for name in coarse:
-        better = [row | (dict.fromkeys(counted.KINDS, 0) if row["provider"] == name else {}) for row in rows]
-        assert counted.faults(better) == []
+        better = [row | (dict.fromkeys(opcount.KINDS, 0) if row["provider"] == name else {}) for row in rows]
+        assert opcount.faults(better) == []
 
 
 def test_a_pass_over_the_rows_too_many_is_seen(monkeypatch):
@@ -65,7 +65,7 @@ def test_a_pass_over_the_rows_too_many_is_seen(monkeypatch):
     direct = _DIRECT[_project_add_rmsnorm] | {"cpu": careless}
     monkeypatch.setitem(_DIRECT, _project_add_rmsnorm, direct)
     names = ["original", "hook", "fused"]
-    found = {row["provider"]: row for row in counted.rows_of("small", "float32", names)}
+    found = {row["provider"]: row for row in opcount.rows_of("small", "float32", names)}
     before = {r["provider"]: r for r in KEPT if r["dtype"] == "float32"}
     for kind, more in (
         ("operations", 1),
@@ -79,7 +79,7 @@ def test_a_pass_over_the_rows_too_many_is_seen(monkeypatch):
 
 def test_the_counter_counts_what_an_operation_reads_and_writes():
     x, w = torch.randn(4, 8), torch.randn(8, 16)
-    with torch.no_grad(), counted.counter() as mode:
+    with torch.no_grad(), opcount.counter() as mode:
         _ = x.T.view(8, 4)[:2].T  # views
         y = x @ w
         y += 1
@@ -95,7 +95,6 @@ def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path
     """Counted by the kernel's account of this process: reads of the source, reads for the hash, writes."""
     from bench.checkpoint import make_source
     from kernel_surgery.checkpoint import baking
-    from kernel_surgery.checkpoint.baking import bake_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
     # Where a filesystem can share blocks fewer bytes move, and that is not what is counted here.
@@ -104,14 +103,14 @@ def test_bake_reads_and_writes_every_byte_once_and_hashes_what_it_wrote(tmp_path
     make_source(tmp_path / "source", 8, **small, vocab_size=64)
     space = Subspace.load(tmp_path / "subspace.safetensors")
     size = (tmp_path / "source" / "model.safetensors").stat().st_size
-    bake_checkpoint(tmp_path / "source", space, tmp_path / "first")  # what is imported is read by now
+    baking.bake_checkpoint(tmp_path / "source", space, tmp_path / "first")  # what is imported is read by now
 
     def account():
         lines = Path("/proc/self/io").read_text().splitlines()
         return {name: int(value) for name, value in (line.split(": ") for line in lines)}
 
     before = account()
-    bake_checkpoint(tmp_path / "source", space, tmp_path / "baked")
+    baking.bake_checkpoint(tmp_path / "source", space, tmp_path / "baked")
     after = account()
     read, written = (after[key] - before[key] for key in ("rchar", "wchar"))
     folder = sum(f.stat().st_size for f in (tmp_path / "baked").rglob("*") if f.is_file())

@@ -208,7 +208,7 @@ def narrow_in(kernel):
         f"spec = i.spec_from_file_location('kernel_surgery.kernels.project', {str(kernel)!r})\n"
         "sys.modules[spec.name] = module = i.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        "from kernel_surgery.aot import compile_project as c\n"
+        "from kernel_surgery.ops.compiled import compile_project as c\n"
         "for rows, k in ((1, 10), (9999, 16), (9999, 10)):\n"
         "    found = c(90, 'bfloat16', rows, 256, k, 'project_add_rmsnorm')\n"
         "    print(found.form, *found.faults(), sep=': ')"

@@ -1,17 +1,17 @@
-"""The edit by everything that can make it, each on a model of its own that shares the others' weights.
+"""The methods that are compared: ways of making the edit, each on its own copy of a model with shared weights.
 
-    original, original again    no edit; twice, for the noise, the second time with its own copies of the edited weights
-    hook                         `kernel_surgery.hooked`: the formula as it is written, in float32
-    addmm hook                   a forward hook with one addmm in the model's dtype, as one would write it first
-    fused output                `kernel_surgery.fused` with reach "output"
-    fused                        the same with reach "norm" (the default): with the addition and the next norm
-    lora                         `kernel_surgery.adapted`
-    peft                         PEFT's own layers, holding the adapter that `kernel_surgery.lora` writes
-    peft, 16-bit adapter         the same without PEFT's widening of the adapter to float32; models of 16 bits only
-    nnsight                      an intervention on `down_proj.output`, traced at every call
-    baked                        the edit in the weights
+    original, original again    no edit. The second copies the edited weights; the difference between the two is noise
+    hook                        `kernel_surgery.hooked`: the formula as written, in float32
+    addmm hook                  a forward hook with one addmm in the model's dtype: the obvious first attempt
+    fused output                `kernel_surgery.fused` with reach "output": the edit alone
+    fused                       `kernel_surgery.fused` with reach "norm", the default: the edit, the addition, the norm
+    lora                        `kernel_surgery.adapted`
+    peft                        PEFT's own layers with the adapter that `kernel_surgery.lora` writes
+    peft, 16-bit adapter        the same, but the adapter keeps the model's 16-bit dtype. PEFT widens it by default
+    nnsight                     an intervention on `down_proj.output`, traced at every call
+    baked                       the edit in the weights
 
-A peer that is not installed is left out, and said so (`missing`).
+The peers are PEFT and nnsight. A peer that is not installed is left out, and `missing` says why.
 """
 
 import importlib
@@ -23,34 +23,34 @@ from bench.timing import NOISE
 
 NARROW = "peft, 16-bit adapter"
 NAMES = ("original", NOISE, "hook", "addmm hook", "fused output", "fused", "lora", "peft", NARROW, "nnsight", "baked")
-# Which package a provider is.
+# {method of a peer: its package}
 PEERS = {"peft": "peft", NARROW: "peft", "nnsight": "nnsight"}
 
 
 def missing(dtype=None) -> dict[str, str]:
-    """{provider: why it is not there}, for a model of `dtype`."""
+    """{method: why it cannot run} for a model of `dtype`."""
     import torch
 
-    found = {}
+    reasons = {}
     for name, package in PEERS.items():
         try:
             importlib.import_module(package)
-        except Exception as error:  # an installed one may break on another's version
-            found[name] = f"{error}: pip install -c constraints.txt -e '.[peers]'"
+        except Exception as error:  # an installed package may fail on the version of another
+            reasons[name] = f"{error}: pip install -c constraints.txt -e '.[peers]'"
     if dtype == torch.float32:
-        found[NARROW] = "the model is float32, and so is its adapter"
-    return found
+        reasons[NARROW] = "the model is float32, so its adapter is float32 too"
+    return reasons
 
 
 def addmm_hooks(model, bases: dict) -> None:
-    """y - U (U^T y) after every `down_proj`, by addmm in the model's dtype; for as long as the model lives."""
+    """Make every `down_proj` return y - U (U^T y), by addmm in the model's dtype. The hooks stay on the model."""
     import torch
 
     from kernel_surgery.models.architectures import mlp_outputs
     from kernel_surgery.ops.library import packed
 
     for layer, site in mlp_outputs(model, list(bases)).items():
-        # N = 10 misaligns cuBLAS: there the basis is padded with zero columns.
+        # N = 10 misaligns cuBLAS, so on CUDA the basis is padded with zero columns.
         u = (packed(bases[layer]) if bases[layer].is_cuda else bases[layer]).to(site.module.weight.dtype)
 
         def hook(module, inputs, output, u=u):
@@ -61,29 +61,29 @@ def addmm_hooks(model, bases: dict) -> None:
 
 
 def peft_model(model, bases: dict, widen: bool = True):
-    """`model` inside PEFT, with the exact adapter of the edit in its layers. widen: in float32, as PEFT does it."""
+    """`model` inside PEFT, with the exact adapter of the edit. widen: hold it in float32, PEFT's default."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from kernel_surgery.edit.lora import adapter, padded_rank
+    from kernel_surgery.edit.lora import lora_pair, padded_rank
 
     rank = padded_rank(next(iter(bases.values())).shape[1])
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=["down_proj"], layers_to_transform=list(bases), layers_pattern="layers"
     )
-    made = get_peft_model(model, config, autocast_adapter_dtype=widen)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=widen)
     for layer, basis in bases.items():
-        module = made.base_model.model.model.layers[layer].mlp.down_proj
-        a, b = adapter(module.weight, basis)
-        missing = rank - basis.shape[1]
+        module = wrapped.base_model.model.model.layers[layer].mlp.down_proj
+        pair = lora_pair(module.weight, basis)
+        padding = rank - basis.shape[1]
         with torch.no_grad():
-            module.lora_A["default"].weight.copy_(torch.nn.functional.pad(a, (0, 0, 0, missing)))
-            module.lora_B["default"].weight.copy_(torch.nn.functional.pad(b, (0, missing)))
-    return made.eval()
+            module.lora_A["default"].weight.copy_(torch.nn.functional.pad(pair.a, (0, 0, 0, padding)))
+            module.lora_B["default"].weight.copy_(torch.nn.functional.pad(pair.b, (0, padding)))
+    return wrapped.eval()
 
 
 def nnsight_call(model, bases: dict) -> Callable:
-    """A call of `model` with nnsight's intervention at every edited layer."""
+    """A function that calls `model` with nnsight's intervention at every edited layer."""
     from nnsight import NNsight
 
     from kernel_surgery.ops.eager import project_eager
@@ -95,22 +95,22 @@ def nnsight_call(model, bases: dict) -> Callable:
             for layer, basis in bases.items():
                 site = wrapped.model.layers[layer].mlp.down_proj
                 site.output = project_eager(site.output, basis, 1.0)
-            found = wrapped.output.logits.save()
-        return found
+            logits = wrapped.output.logits.save()
+        return logits
 
     return call
 
 
 @contextmanager
 def opened(model, bases: dict, names: Sequence[str] = NAMES) -> Iterator[dict[str, Callable]]:
-    """{name: call}, each `call(**inputs) -> logits` of a model of its own; hooks and edits go when the block ends.
+    """{name: call}, where `call(**inputs)` returns the logits of a separate model, `call.model`.
 
-    call.model is that model. Raises KeyError for a name that is not in NAMES.
+    Hooks and edits are removed when the block ends. Raises KeyError for a name that is not in NAMES.
     """
     from kernel_surgery import adapted, baked, fused, hooked
 
     with ExitStack() as stack:
-        found = {}
+        calls = {}
         for name in names:
             edited = [model.model.layers[layer].mlp.down_proj.weight for layer in bases]
             own = twin(model, edited if name in ("baked", NOISE) else ())
@@ -127,8 +127,8 @@ def opened(model, bases: dict, names: Sequence[str] = NAMES) -> Iterator[dict[st
                 }[name]
                 stack.enter_context(applier(own, bases, **more))
             if name == "nnsight":
-                found[name] = nnsight_call(own, bases)
+                calls[name] = nnsight_call(own, bases)
             else:
-                found[name] = lambda own=own, **inputs: own(**inputs).logits
-            found[name].model = own
-        yield found
+                calls[name] = lambda own=own, **inputs: own(**inputs).logits
+            calls[name].model = own
+        yield calls

@@ -1,10 +1,11 @@
-"""Triton stand-ins for what others would run on a GPU, written here so that all are timed in one run.
+"""Triton kernels that stand in for what other software runs on a GPU, so that one run can time everything.
 
-    shrink, expand      the two kernels with which serving engines apply a LoRA adapter: z = x U in a buffer of its own,
-                        then x - a z U^T. Bases in x's dtype, z float32 in memory and x's dtype for the second product
+    shrink, expand      the two kernels with which serving engines apply a LoRA adapter: z = x U goes to a buffer,
+                        then y = x - a z U^T. The bases have x's dtype. z is stored in float32 and rounded to x's
+                        dtype for the second product
     add_rmsnorm         h = residual + x and n = rmsnorm(h) * weight in one pass: the floor of project_add_rmsnorm
 
-None of them is part of the package.
+The package does not contain them.
 """
 
 import torch
@@ -81,7 +82,7 @@ def lora(x: torch.Tensor, basis: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
-    """(h, n), each [M, d]: separate roundings, as project_add_rmsnorm. Everything contiguous."""
+    """(h, n), each [M, d], rounded separately like project_add_rmsnorm. All tensors contiguous."""
     rows, d = x.shape
     h, n = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(d)

@@ -1,20 +1,20 @@
-"""Every kernel once, for tools that watch a GPU at work: python -m bench.once [--case awkward|qwen]
+"""Launch every kernel once, for a sanitizer or a profiler: python -m bench.smoke [--case awkward|qwen]
 
-    awkward    every form, operation and dtype on small sizes that fill no block: compute-sanitizer
-    qwen       every form in bfloat16 at Qwen2.5-3B's width, few rows and many: ncu
+    awkward    for compute-sanitizer: every form, operation and dtype, on small sizes that fill no block
+    qwen       for ncu: every form in bfloat16 at Qwen2.5-3B's width, with few rows and with many
 
-Nothing is checked and nothing timed here. Inputs are made on the CPU and copied: no other kernel runs.
+It neither checks nor times anything. Inputs are made on the CPU and copied, so no other kernel runs.
 """
 
-import argparse
 from collections.abc import Iterator
 
+from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.models.load import parse_device
 
 OPERATIONS = ("project", "project_add", "project_add_rmsnorm")
-# (form, rows, d, k), the basis packed or not as the form takes it.
+# (form, rows, d, k). The basis is packed where the form needs it.
 AWKWARD = [
     *(("row", 3, 129, 10), ("row", 1, 2049, 33), ("row", 17, 64, 1), ("row", 5, 2048, 16), ("row", 2, 4096, 16)),
     *(("two-pass", 67, 129, 10), ("two-pass", 70, 300, 33), ("two-pass", 65, 64, 64)),
@@ -32,7 +32,7 @@ def launches(case: str) -> Iterator[tuple[str, str, str, int, int, int]]:
     for operation in OPERATIONS:
         for dtype in dtypes:
             for shape in shapes:
-                # The tile form is never chosen for the others (`form_of`).
+                # `form_of` chooses the tile form for bfloat16 only.
                 if shape[0] != "tile" or dtype == "bfloat16":
                     yield operation, dtype, *shape
 
@@ -54,16 +54,16 @@ def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, dev
     project(x, basis, 1.0, strengths, form=form, **more)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m bench.once", description="Launch every kernel once, for a sanitizer or a profiler.")
+    p = bench_parser("smoke", "Launch every kernel once, for a sanitizer or a profiler.")
     p.add_argument("--case", choices=("awkward", "qwen"), default="awkward")
     p.add_argument("--device", default="cuda")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Launch them one after another; a name is printed before each."""
+    """Launch the kernels one after another. Prints the name of each before its launch."""
     args = parser().parse_args(argv)
     device = parse_device(args.device)
     if device.type != "cuda":
