@@ -287,9 +287,7 @@ def certify_model(
 
     source: folder of the original.
     subspace: its bases; the edited layers are its layers.
-    dtype: the dtype of the modes: float32, bfloat16 or float16.
-    device: where everything runs.
-    strength: a.
+    dtype: of the modes: float32, bfloat16 or float16. device: where everything runs. strength: a.
     made: a baked checkpoint of `source`. The baked mode then uses its weights.
     prompts, new_tokens, seed: how many sequences are sampled, how many greedy tokens follow each, and which they are.
     whole: also load the whole model, edit all layers at once and decode token by token. None does so up to 2 GB.

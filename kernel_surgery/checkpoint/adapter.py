@@ -72,7 +72,7 @@ def write_adapter(
         module = PREFIX + entry.name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
         tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, padding)).contiguous()
-    record = edit_record("adapter", source, subspace, strength, model_id, command) | {"padded_rank": rank}
+    record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank)
     # PEFT loads the base model by this name. A folder needs its full path, whatever the command line called it.
     is_id = model_id is not None and not Path(model_id).exists() and model_id != "polyglot"
     record["base"] = model_id if is_id else str(source.resolve())

@@ -51,18 +51,26 @@ def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torc
 
 
 def edit_record(
-    kind: str, source: Path, subspace: Subspace, strength: float, model_id: str | None, command: str | None
+    kind: str,
+    source: Path,
+    subspace: Subspace,
+    strength: float,
+    model_id: str | None,
+    command: str | None,
+    padded_rank: int | None = None,
 ) -> dict:
     """Return the fields that every record of an edit has: the model, the subspace and the strength.
 
-    kind: "baked" or "adapter".
+    kind: "baked" or "adapter". padded_rank: of an adapter.
     """
     # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
     return {
         **{"kind": kind, "model_id": model_id or str(source), "strength": strength},
-        **{"layers": list(subspace.layers), "rank": subspace.rank, "site": subspace.site},
-        **{"revision": revision, "note": subspace.note, "fit": subspace.fit, "command": command},
+        **{"layers": list(subspace.layers), "rank": subspace.rank},
+        **({} if padded_rank is None else {"padded_rank": padded_rank}),
+        **{"site": subspace.site, "revision": revision, "note": subspace.note, "fit": subspace.fit},
+        "command": command,
     }
 
 

@@ -311,16 +311,8 @@ def evaluate(
     controls = damage = None
     if options.controls:
         controls = run_controls(
-            context,
-            cells,
-            folder,
-            subspace,
-            options.controls,
-            options.mode,
-            options.strength,
-            options.seed,
-            seconds_per_text,
-            say,
+            *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
+            *(seconds_per_text, say),
         )
     if options.strict and not options.no_damage:
         damage = measure_effects(

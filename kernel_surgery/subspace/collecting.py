@@ -99,6 +99,13 @@ def collect_languages(
     }
 
 
+# Of the provenance, in the order in which it is written.
+_FIELDS = (
+    *("model_id", "revision", "n_layers", "d_model", "fingerprint", "site", "pool"),
+    *("languages", "split", "problems", "seed", "dtype", "environment"),
+)
+
+
 def collect_from(
     model,
     tokenizer,
@@ -122,7 +129,7 @@ def collect_from(
     chosen = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
     options = {"site": site, "pool": pool, "batch_size": batch_size}
     vectors = collect_languages(model, tokenizer, asked, languages, chosen, **options)
-    provenance = (about or {}) | {
+    record = (about or {}) | {
         "revision": getattr(model.config, "_commit_hash", None),
         "n_layers": n_layers,
         "d_model": model.config.hidden_size,
@@ -134,4 +141,4 @@ def collect_from(
         "dtype": name_of(model.dtype),
         "environment": environment_record(model.device),
     }
-    return Activations(vectors, provenance)
+    return Activations(vectors, {name: record[name] for name in _FIELDS if name in record})
