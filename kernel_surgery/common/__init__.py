@@ -1,1 +1,1 @@
-"""What every command and every room uses: errors, the command line, progress, files, plotting."""
+"""Code that every room uses: errors, the command line, the environment record, files, progress bars, plotting."""

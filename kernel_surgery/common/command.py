@@ -1,6 +1,6 @@
-"""What every command shares: its parser, one-line errors, and exit statuses.
+"""The base of every command: its parser, its one-line errors and its exit status.
 
-A command is a module run as `python -m kernel_surgery.<name>`:
+A command is a module that is run as `python -m kernel_surgery.<name>`:
 
     def run(argv=None) -> int | None:
         args = parser().parse_args(argv)
@@ -8,9 +8,9 @@ A command is a module run as `python -m kernel_surgery.<name>`:
     if __name__ == "__main__":
         main(run)
 
-Exit status: 0 done, 1 a check that was asked for failed (what `run` returns), 2 bad usage or input. Bad input is one
-clear message on stderr whose first line starts with "error:", never a traceback. A fault of ours keeps its traceback.
-Nothing here imports torch or transformers, so that `--help` answers at once.
+Exit status: 0 if the command is done, 1 if a requested check failed (`run` returns it), 2 for bad usage or input. Bad
+input gives one message on stderr that starts with "error:", and no traceback. A bug in this package keeps its
+traceback. This module imports neither torch nor transformers, so `--help` is fast.
 """
 
 import argparse
@@ -30,9 +30,9 @@ SCRIPT = "kernel-surgery"
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that says what is wrong in one line and takes no abbreviated options.
+    """An ArgumentParser with one-line errors and without abbreviated options.
 
-    name: of the command, such as "eval" or "polyglot.train"; the usage line shows how it was called.
+    name: the command's name, such as "eval" or "polyglot.train". The usage line shows how the command was called.
     """
 
     def __init__(self, name: str, **kwargs):
@@ -46,12 +46,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command and leave the process with its exit status. Never returns.
+    """Run a command and exit the process with its status. Never returns.
 
-    `run(argv)` returns None or 0 when done, 1 when a check that was asked for failed. Bad input becomes one message on
-    stderr and status 2: a `KernelSurgeryError`, or a file that cannot be opened. KERNEL_SURGERY_TRACEBACK=1 shows where
-    it came from. Ctrl-C is status 130, a closed pipe 141. Any other exception is a fault of ours and keeps its
-    traceback.
+    `run(argv)` returns None or 0 if it is done, and 1 if a requested check failed. Bad input is a `KernelSurgeryError`
+    or a file that cannot be opened. It becomes one message on stderr and status 2. KERNEL_SURGERY_TRACEBACK=1 shows its
+    traceback. Ctrl-C exits with status 130, a closed pipe with 141. Any other exception is a bug in this package and
+    keeps its traceback.
     """
     try:
         status = run(argv) or 0
@@ -60,7 +60,7 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python flushes stdout once more on exit: give it somewhere to go.
+        # The reader (`| head`) has closed the pipe. Python flushes stdout again on exit, so point it at /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:
@@ -72,7 +72,7 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
 
 
 def _is_user_error(error: Exception) -> bool:
-    # A ValueError of torch or numpy is a fault of ours: it keeps its traceback.
+    # A ValueError from torch or numpy is a bug in this package and keeps its traceback.
     if isinstance(error, KernelSurgeryError):
         return True
     return isinstance(error, _FILE_ERRORS) and error.filename is not None
@@ -85,12 +85,12 @@ def _message(error: Exception) -> str:
 
 
 def command_line(name: str, argv: list[str] | None) -> str:
-    """The command as it was called, for its records. name: such as "eval"."""
+    """Return the command line as it was called, for a record. name: the command's name, such as "eval"."""
     words = sys.argv[1:] if argv is None else map(str, argv)
     return shlex.join(["python", "-m", f"{PACKAGE_NAME}.{name}", *words])
 
 
 def check_finite_strength(strength: float | None) -> None:
-    """Raises UserError for a --strength that is NaN or infinite."""
+    """Raise UserError if --strength is NaN or infinite."""
     if strength is not None and not math.isfinite(strength):
         raise UserError(f"--strength must be a finite number, got {strength}.")

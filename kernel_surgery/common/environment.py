@@ -1,4 +1,4 @@
-"""Where a result was made: versions, machine, commit."""
+"""The environment record of a result: versions, machine and commit."""
 
 import contextlib
 import functools
@@ -18,10 +18,13 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def environment_record(device: "torch.device | str | None" = None) -> dict[str, str | bool | None]:
-    """Where a result was made: versions, platform, device, and the commit if this is a git checkout of ours.
+    """Return the environment of a result: versions, platform, device, and the commit of this package's checkout.
 
-    Keys: kernel_surgery, python, torch, triton, transformers, platform, device, commit, dirty. What is not
-    there is None.
+    device: the torch device of the computation. Without a CUDA device, the CPU's name is recorded.
+
+    Keys: kernel_surgery, python, torch, triton, transformers, platform, device, commit, dirty. A distribution that is
+    not installed has the version None. Without a git checkout, commit and dirty come from KERNEL_SURGERY_COMMIT. They
+    are None if that is not set.
     """
     commit, dirty = _git_state()
     return {
@@ -36,7 +39,7 @@ def environment_record(device: "torch.device | str | None" = None) -> dict[str, 
 
 
 def version(distribution: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """Return the version of a distribution, or None if it is not installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
     return None
@@ -56,24 +59,23 @@ def _device_name(device: "torch.device | str | None") -> str:
 
 @functools.cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """(commit, dirty), or (None, None) where the package does not lie in the root of a git checkout.
+    """Return (commit, dirty), or (None, None) if the package is not in the root of a git checkout.
 
-    An installed copy inside somebody else's repository must not report that repository's commit. A copy without its
-    history, on a machine it was sent to, is told: KERNEL_SURGERY_COMMIT, as `git describe --always --abbrev=40 --dirty`
-    gives it.
+    A copy that is installed inside another repository must not report that repository's commit. For a copy without git
+    history, KERNEL_SURGERY_COMMIT holds the commit, in the form of `git describe --always --abbrev=40 --dirty`.
     """
     root = PACKAGE.parent
-    told = os.environ.get("KERNEL_SURGERY_COMMIT", "")
-    elsewhere = (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
+    described = os.environ.get("KERNEL_SURGERY_COMMIT", "")
+    fallback = (described.removesuffix("-dirty"), described.endswith("-dirty")) if described else (None, None)
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
+        ran = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
+        return ran.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return elsewhere
-        # What was measured lies in bench/results and changes nothing that is measured.
+            return fallback
+        # bench/results holds measured results. A change there does not change the code that is measured.
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
     except (OSError, subprocess.SubprocessError):
-        return elsewhere
+        return fallback

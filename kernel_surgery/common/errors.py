@@ -1,22 +1,22 @@
-"""The errors that Kernel Surgery raises for what it is given.
+"""The errors that Kernel Surgery raises for bad input.
 
-Each message says what is wrong, where, both values where two do not fit, and the next step. A command prints the
-message and exits with status 2 (`common.command.main`). Any other exception is a fault of ours and keeps its traceback.
-All of them are ValueErrors, so `except ValueError` catches the family.
+Each message says what is wrong, where it is wrong, and the next step. If two values do not fit, it names both. A
+command prints the message and exits with status 2 (`common.command.main`). Any other exception is a bug in this package
+and keeps its traceback. All of these errors are ValueErrors, so `except ValueError` catches the family.
 """
 
 import argparse
 
 
 class KernelSurgeryError(ValueError):
-    """Something that was given cannot be used."""
+    """The input cannot be used. The base class of every error here."""
 
 
 class UserError(KernelSurgeryError, argparse.ArgumentTypeError):
     """An option, or a combination of options, cannot be used.
 
-    It is an ArgumentTypeError as well, so that argparse passes on the message of a `type=` function: of any
-    other ValueError argparse says only "invalid ... value".
+    It is also an ArgumentTypeError, so argparse prints the message that a `type=` function raises. For any other
+    ValueError, argparse prints only "invalid ... value".
     """
 
 
@@ -29,16 +29,16 @@ class SubspaceError(KernelSurgeryError):
 
 
 class MismatchError(SubspaceError):
-    """A subspace does not belong to the model it was given with."""
+    """A subspace does not belong to the model."""
 
 
 class CheckpointError(KernelSurgeryError):
-    """Files on disk are damaged, incomplete, or not what they should be."""
+    """Files on disk are damaged, incomplete, or different from their record."""
 
 
 class MissingFileError(KernelSurgeryError, FileNotFoundError):
-    """There is no such file."""
+    """A file does not exist."""
 
 
 class ExistsError(KernelSurgeryError, FileExistsError):
-    """Something exists where a new file or folder would go. It was left as it is."""
+    """The path of a new file or folder already exists. It is left unchanged."""

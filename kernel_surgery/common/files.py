@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a sibling of `path` to write to. It is renamed to `path` when the block ends.
+    """Yield a temporary path beside `path`. The file there is renamed to `path` when the block ends.
 
-    Missing parent folders are made. On an exception the sibling is removed and an older file at `path` stays as it
-    was.
+    Missing parent folders are created. On an exception, the temporary file is removed, and an older file at `path`
+    stays unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, all of it or none; it is on the disk when this returns. See `replacing`."""
+    """Write `text` (UTF-8) to `path` atomically. The text is on the disk when this returns. See `replacing`."""
     with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

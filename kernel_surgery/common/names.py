@@ -1,4 +1,4 @@
-"""The words that options, files and results share. Imports nothing, so that `--help` answers at once."""
+"""The names that options, files and results share. It imports nothing, so `--help` is fast."""
 
 VERSION = "0.1.0"
 LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")

@@ -11,25 +11,28 @@ COLOURS = {"original": "#6b7280", "hook": "#7a4fa3", "fused": "#0b6e99", "baked"
 
 
 def figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
-    """A figure with a row of panels, without the frame's upper and right side."""
+    """Return a figure with one row of `columns` panels, and the panels. They have no top and right border.
+
+    width, height: of the figure, in inches.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    # Text stays text: smaller, searchable, and in the reader's own font.
+    # Keep text as text. The file is smaller and searchable, and uses the reader's font.
     matplotlib.rcParams["svg.fonttype"] = "none"
-    # The same figure is the same file.
+    # A fixed salt makes equal figures equal files.
     matplotlib.rcParams["svg.hashsalt"] = "kernel-surgery"
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    axes = list(made.subplots(1, columns, squeeze=False)[0])
+    new = Figure(figsize=(width, height), layout="constrained")
+    axes = list(new.subplots(1, columns, squeeze=False)[0])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
-    return made, axes
+    return new, axes
 
 
 def svg(made: "Figure") -> str:
-    """The figure as an SVG element, which stands in a page and as a file of its own."""
+    """Return the figure as an SVG element. It works inside a page and as a separate file."""
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

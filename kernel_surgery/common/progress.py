@@ -1,4 +1,4 @@
-"""Progress bars on stderr, quiet where stderr is not a terminal."""
+"""Progress bars on stderr. They are silent if stderr is not a terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], total: int | None = None, desc: str | None = None) -> Iterator[T]:
-    """The same items, with a bar on stderr while that is a terminal; nothing at all in a pipe or a log."""
+    """Return an iterator over the same items that shows a bar on stderr. A pipe or a log gets no output."""
     return iter(progress_bar(total, desc, iterable=iterable, leave=False))
 
 
 def progress_bar(total: int | None, desc: str | None = None, **options) -> "tqdm":
-    """A bar on stderr while that is a terminal: a context manager with `update`. options: tqdm's own."""
+    """Return a bar on stderr: a context manager with `update`. options: further arguments of tqdm."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty(), **options)
