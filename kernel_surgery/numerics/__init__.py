@@ -1,1 +1,1 @@
-"""Precision, exact oracles in float64, and how far rounding may take a result from them."""
+"""Numerics of the edit: its precision, its exact results in float64 (oracles), and error bounds for rounding."""

@@ -1,8 +1,8 @@
-"""Oracles and bounds: what each form of the edit should give, and how far rounding may take it from there.
+"""Error bounds: the largest difference that rounding may cause between a form of the edit and its oracle.
 
-y = x - a U (U^T x), with x [rows, d], U [d, k] orthonormal and a the strength, a number or one a row. Oracles are
-float64, computed from the exact stored low-precision inputs. u is the unit roundoff of the storage dtype. Nothing
-here is fast; everything else is held against it.
+The edit is y = x - a U (U^T x). x is [rows, d] and U is [d, k] with orthonormal columns. The strength a is a number or
+a [rows] tensor. u is the unit roundoff of the storage dtype. The oracles (`numerics.oracle`) compute in float64 from
+the stored inputs. This module is slow. Every other implementation is checked against it.
 """
 
 import math
@@ -21,19 +21,22 @@ from kernel_surgery.numerics.oracle import (
 )
 from kernel_surgery.numerics.rounding import row_norms, storage_noise, underflow, unit_roundoff
 
-# float32 accumulation over d terms, in units of sqrt(d) (probabilistic growth), with four units of room.
+# Relative error of a float32 sum over d terms, divided by sqrt(d): the error grows like a random walk. The value is
+# four times the unit roundoff 2^-24.
 _ACCUMULATION = 2.0**-22
-# What two bfloat16 pieces (hi + lo) leave of a float32 number.
+# Relative error of a float32 number that is stored as two bfloat16 pieces (hi + lo).
 _TWO_PIECES = 2.0**-15
 
 
 def rule_a_bound(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
-    """Rule A, a projection against the oracle, [..., d] float64:
+    """Return the bound of Rule A: the error of a projection against `project_oracle`, [..., d] float64.
 
-    1.01 [ u |y_i| + |a| norm(U_i) (2^-15 norm(z) + sqrt(d) 2^-22 norm(x)) ],  z = U^T x
+        1.01 [ u |y_i| + |a| norm(U_i) (2^-15 norm(z) + sqrt(d) 2^-22 norm(x)) ],  z = U^T x
 
-    and the dtype's `underflow`. It admits z carried as two bfloat16 pieces and rejects z rounded to bfloat16. For
-    float32 x the 2^-15 term is dropped (it would admit TF32).
+    The dtype's `underflow` is added. x is [..., d], basis is [d, k].
+
+    The bound accepts z as two bfloat16 pieces, and rejects z rounded to bfloat16. For float32 x there is no 2^-15 term,
+    because that term would accept TF32.
     """
     u = unit_roundoff(x.dtype)
     y = project_oracle(x, basis, strength)
@@ -44,12 +47,12 @@ def rule_a_bound(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
 
 
 def add_bound(x: Tensor, residual: Tensor, basis: Tensor, strength: Strength = 1.0, separate: bool = True) -> Tensor:
-    """h = residual + y against the oracle, [..., d] float64: Rule A for y, then the rounding of the sum,
+    """Return the error bound of h = residual + y, [..., d] float64: Rule A for y, then the rounding of the sum.
 
         E + 1.01 u (|residual + y| + E),  E = `rule_a_bound`
 
-    Without separate roundings y is a float32 number: E has 2^-24 |y_i| in place of u |y_i|, and the sum is rounded to
-    float32 before it is rounded to the dtype.
+    separate: whether y is rounded to the dtype before the sum. If not, y stays a float32 number, and E has 2^-24 |y_i|
+    instead of u |y_i|. The sum is then rounded to float32, and after that to the dtype.
     """
     u = unit_roundoff(x.dtype)
     y = project_oracle(x, basis, strength)
@@ -61,25 +64,28 @@ def add_bound(x: Tensor, residual: Tensor, basis: Tensor, strength: Strength = 1
 
 
 def rmsnorm_bound(h: Tensor, weight: Tensor, eps: float, separate: bool = True) -> Tensor:
-    """n against `rmsnorm_oracle` of the same stored h, [..., d] float64:
+    """Return the error bound of an RMSNorm n against `rmsnorm_oracle` of the same stored h, [..., d] float64.
 
-        1.01 |n_i| ( r u + (sqrt(d) / 2 + 8) 2^-24 ) + the smallest normal number's u (1 + |weight_i|)
+        1.01 |n_i| ( r u + (sqrt(d) / 2 + 8) 2^-24 ) + 2 u m (1 + |weight_i|),  m the smallest normal number
 
-    r = 2 roundings if they are separate (the quotient, the product), else 1. The sum of d squares grows like sqrt(d)
-    float32 roundings, halved by the root; 8 are for the division, the root (2 ulp in hardware) and the products.
+    r is the number of roundings to the dtype: 2 if they are `separate` (the quotient, then the product), else 1. The
+    error of the sum of d squares grows like sqrt(d) float32 roundings, and the root halves it. The 8 covers the
+    division, the root (2 ulp in hardware) and the products.
     """
     u = unit_roundoff(h.dtype)
     exact = rmsnorm_oracle(h, weight, eps).abs()
     roundings = (2 if separate else 1) * u + (math.sqrt(h.shape[-1]) / 2 + 8) * 2.0**-24
-    underflow = torch.finfo(h.dtype).smallest_normal * 2 * u * (1 + weight.double().abs())
-    return 1.01 * exact * roundings + underflow
+    tiny = torch.finfo(h.dtype).smallest_normal * 2 * u * (1 + weight.double().abs())
+    return 1.01 * exact * roundings + tiny
 
 
 def leak_bound(y: Tensor, x: Tensor, basis: Tensor) -> Tensor:
-    """Leak rule (a = 1, x inside span(U)): norm(U^T y) <= 2 u norm(y) sqrt(k/d) + 2^-15 norm(z). [...] float64.
+    """Return the bound of the leak rule, [...] float64, for a = 1 and x inside span(U).
 
-    And sqrt(d) times the dtype's `underflow`. For float32 x, whose z is never split, the second term is the
-    accumulation of Rule A instead.
+        norm(U^T y) <= 2 u norm(y) sqrt(k/d) + 2^-15 norm(z),  z = U^T x
+
+    sqrt(d) times the dtype's `underflow` is added. For float32 x, z is never split, so the second term is
+    sqrt(d) 2^-22 norm(z), from the accumulation of Rule A.
     """
     d, k = basis.shape
     u = unit_roundoff(x.dtype)
@@ -89,11 +95,14 @@ def leak_bound(y: Tensor, x: Tensor, basis: Tensor) -> Tensor:
 
 
 def accumulated(scale: Tensor, value: Tensor, terms: int) -> Tensor:
-    """What a float32 sum of `terms` products may be off by: 3 sqrt(terms) 2^-24 (scale + |value|).
+    """Return the error bound of a float32 sum of `terms` products: 3 sqrt(terms) 2^-24 (scale + |value|).
 
-    scale: root of the sum of the squared products. Added one by one, in random order the partial sums wander to
-    `scale`, and the error has a standard deviation of .41 sqrt(terms) 2^-24 scale; all of one sign they grow to
-    `value`, and it is .33. Seven of either. Blocked sums, as libraries make them, stay far below.
+    scale: root of the sum of the squared products. value: the sum.
+
+    The factor 3 is at least seven standard deviations of the error of a sum that adds one product at a time. If the
+    signs are random, the partial sums reach about `scale`, and the standard deviation is .41 sqrt(terms) 2^-24 scale.
+    If all signs are equal, they grow to `value`, and it is .33 sqrt(terms) 2^-24 |value|. Libraries sum in blocks,
+    which stays far below the bound.
     """
     return 3 * math.sqrt(terms) * 2.0**-24 * (scale + value.abs())
 
@@ -101,24 +110,31 @@ def accumulated(scale: Tensor, value: Tensor, terms: int) -> Tensor:
 def rule_b_bounds(
     weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0, exact: Exact | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rule B, hook against baked, as (componentwise [rows, d], per row [rows]), float64.
+    """Return the bounds of Rule B, the difference of hook and baked: per element [rows, d] and per row [rows], float64.
 
-    weight [d, d_ff] and h [rows, d_ff] in the storage dtype; x, y, sigma as in `Exact` (`exact`: where it is known
-    already; with a bias, whose rounding joins the fourth term, it must be):
+    weight is [d, d_ff] and h is [rows, d_ff], both in the storage dtype. x, y, sigma and tau are those of `Exact`.
+    exact: `exact_output` of the same inputs. By default it is computed without a bias. A layer with a bias must pass
+    it, and the rounding of the edited bias then joins the fourth term.
 
         |hook - baked|_i    <= u ( |x_i| + |a| norm(U_i) norm(x) + 2 |y_i| + 7 sigma_i )
-        norm(hook - baked)  <= u ( norm(P_a) norm(x) + 2 norm(y) + norm(sigma) )
+        norm(hook - baked)  <= u ( norm(P_a) norm(x) + 2 norm(y) + norm(sigma) + 7 max_i sigma_i )
 
-    The first term is the rounding of W h before the projection, the second its spread by U, the third both final
-    roundings, the fourth the rounded weights (Hoeffding: failure below 1e-10 an element at 7; for a row, the largest
-    of its elements seven times and the norm of all once). In float32 the sums over d_ff and d weigh as much:
-    each element gains, with `accumulated` and f = sqrt(d) 2^-22,
+    The four terms are:
+
+    1. the rounding of W h before the projection
+    2. the spread of that rounding by U
+    3. the final rounding of both modes
+    4. the rounding of the baked weights: by Hoeffding's inequality, an element exceeds 7 sigma_i with a probability
+       below 1e-10. A row takes norm(sigma) once and its largest sigma seven times.
+
+    In float32, the sums over d_ff and d cause errors of the same size. With `accumulated` and f = sqrt(d) 2^-22, these
+    terms are added to each element, and the norm of these terms to a row:
 
         accumulated(sigma_i, y_i) + accumulated(tau_i, x_i) + |a| norm(U_i) accumulated(norm(tau), norm(x))
         + |a| norm(U_i) f (norm(tau) + norm(x))
 
-    and a row the norm of that. tau, not sigma: a hook sums the unedited products, which can be far larger. Where
-    numbers underflow, the dtype's `underflow` is added for both roundings, their spread, and the weights.
+    They use tau because a hook sums the unedited products, which can be much larger than the edited ones. The dtype's
+    `underflow` is added for both roundings, their spread, and the weights.
     """
     u, (d, k) = unit_roundoff(weight.dtype), basis.shape
     exact = exact_output(weight, h, basis, strength) if exact is None else exact
@@ -139,19 +155,25 @@ def rule_b_bounds(
 
 
 def applied_bound(mode: str, exact: Exact, basis: Tensor, d_ff: int, dtype: torch.dtype, strength: float) -> Tensor:
-    """|output - y|_i of one mode ("hook", "fused", "baked" or "lora") against the exact y of the same h, [rows, d].
+    """Return the error bound of one mode against the exact y of the same h: |output - y|_i, [rows, d] float64.
 
-    Every mode rounds y, and sums d_ff products in float32 (`accumulated`: of tau and x, or sigma and y where the
-    weights are edited):
+    mode: "hook", "fused", "baked" or "lora". exact: `exact_output` of that h. basis is [d, k].
 
-        all    1.01 u |y_i|
-        hook, fused  + 1.01 u |x_i| + acc_i, and both spread by U: |a| norm(U_i) (u norm(x) + acc), and Rule A's own
-                     spread
-        baked  + u (7 sigma_i + |(P_a b)_i|) + acc_i, and float32's part in the weights, |a| norm(U_i) f norm(tau)
-        lora   + 1.01 u |x_i| + acc_i, and |a| norm(U_i) (f norm(tau) + acc) for float32's part in A and in A h
+    Every mode rounds y and sums d_ff products in float32. acc_i is `accumulated` of tau and x. In baked mode, where the
+    weights are edited, it is that of sigma and y. acc without an index is that of norm(tau) and norm(x). f is
+    sqrt(d) 2^-22. The bound is the sum of these terms:
 
-    f = sqrt(d) 2^-22; and the dtype's `underflow` once a rounding. The sum of two modes' bounds bounds their
-    difference; of hook and baked it is Rule B with the terms below u written out.
+        every mode   1.01 u |y_i|
+        hook, fused  1.01 u |x_i| + acc_i
+                     |a| norm(U_i) (u norm(x) + acc), the spread of both errors by U
+                     the second term of Rule A, for the projection itself
+        baked        u (7 sigma_i + |(P_a b)_i|) + acc_i
+                     |a| norm(U_i) f norm(tau), the float32 error of the weights
+        lora         1.01 u |x_i| + acc_i
+                     |a| norm(U_i) (f norm(tau) + acc), the float32 error of A and of A h
+
+    The dtype's `underflow` is added for each rounding. The difference of two modes is at most the sum of their bounds.
+    For hook and baked, that sum is Rule B with the float32 terms written out.
     """
     u, d = unit_roundoff(dtype), basis.shape[0]
     f, tiny = math.sqrt(d) * _ACCUMULATION, underflow(dtype)
@@ -172,18 +194,23 @@ def applied_bound(mode: str, exact: Exact, basis: Tensor, d_ff: int, dtype: torc
 
 
 def expected_rule_b(weight: Tensor, h: Tensor) -> Tensor:
-    """The typical norm(hook - baked) for a = 1: 0.88 u norm(x), [rows]. A gate stands at 2 u norm(x)."""
+    """Return the typical norm(hook - baked) for a = 1: 0.88 u norm(x), [rows] float64. A gate is at 2 u norm(x)."""
     return 0.88 * unit_roundoff(weight.dtype) * (h.double() @ weight.double().T).norm(dim=-1)
 
 
 def leak_floor(after: Tensor, before: Tensor, basis: Tensor) -> float:
-    """The leak that correct rounding leaves: `storage_noise` of W' over norm(U^T W)."""
+    """Return the leak that correct rounding leaves: `storage_noise` of W' divided by norm(U^T W).
+
+    after: W' as stored. before: W. Both are [d, d_ff].
+    """
     return storage_noise(after, basis) / float((basis.double().T @ before.double()).norm())
 
 
 def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """|W' - exact|_ij of a baked file: Rule A on W's columns without 2^-15 norm(z), plus 2^-23 |W_ij|; and the dtype's
-    `underflow`."""
+    """Return the bound of |W' - exact|_ij for a baked weight, [d, d_ff] float64.
+
+    It is Rule A on the columns of W without the 2^-15 term, plus 2^-23 |W_ij| and the dtype's `underflow`.
+    """
     exact = bake_oracle(weight, basis, strength)
     columns = weight.double().norm(dim=0)
     spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
@@ -192,12 +219,18 @@ def baked_element_bound(weight: Tensor, basis: Tensor, strength: float = 1.0) ->
 
 
 def adapter_bound(weight: Tensor, strength: float = 1.0) -> Tensor:
-    """|A - a U^T W|_rj of a float32 adapter: 1.01 |a| sqrt(d) 2^-22 norm(W_:j), [1, d_ff]; for weight [d, d_ff]."""
+    """Return the bound of |A - a U^T W|_rj for a float32 adapter, [1, d_ff] float64. weight is [d, d_ff].
+
+    It is 1.01 |a| sqrt(d) 2^-22 norm(W_:j), the same for every row r.
+    """
     return 1.01 * abs(strength) * math.sqrt(weight.shape[0]) * _ACCUMULATION * weight.double().norm(dim=0, keepdim=True)
 
 
 def undo_bound(weight: Tensor, baked: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """|restored - W|_ij of an edit taken back: 1.01 u (|W_ij| + |W'_ij|), both roundings, plus float32's own part."""
+    """Return the bound of |restored - W|_ij after an undo, [d, d_ff] float64.
+
+    It is 1.01 u (|W_ij| + |W'_ij|) for the two roundings, plus the error of the float32 arithmetic and `underflow`.
+    """
     columns = weight.double().norm(dim=0)
     spread = math.sqrt(weight.shape[0]) * _ACCUMULATION * columns
     rounding = unit_roundoff(weight.dtype) * (weight.double().abs() + baked.double().abs())
@@ -206,7 +239,7 @@ def undo_bound(weight: Tensor, baked: Tensor, basis: Tensor, strength: float = 1
 
 
 def worst_ratio(error: Tensor, bound: Tensor) -> float:
-    """The largest error/bound: 0/0 counts as 0, an error that is NaN or that meets a bound of 0 as infinity."""
+    """Return the largest error / bound. 0 / 0 counts as 0. A NaN, or an error against a bound of 0, is infinity."""
     if error.numel() == 0:
         return 0.0
     ratio = torch.where(error == 0, 0.0, error / bound)

@@ -1,4 +1,4 @@
-"""In which precision the edit is computed, whatever the process's settings say."""
+"""The dtypes of the edit, and its precision, which the process's settings must not lower."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +12,8 @@ from torch import Tensor
 class Stored:
     """A dtype that weights and activations are stored in.
 
-    code: its name in a safetensors file. triton: its name in a kernel's signature. roundoff: u, half of finfo.eps.
+    code: its name in a safetensors file. triton: its name in a kernel's signature. roundoff: the unit roundoff u, half
+    of finfo.eps.
     """
 
     dtype: torch.dtype
@@ -21,7 +22,7 @@ class Stored:
     roundoff: float
 
 
-# The one table of dtypes, by name.
+# The only table of dtypes, by name.
 STORED = {
     "float64": Stored(torch.float64, "F64", "fp64", 2.0**-53),
     "float32": Stored(torch.float32, "F32", "fp32", 2.0**-24),
@@ -31,39 +32,42 @@ STORED = {
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype, such as "bfloat16"."""
+    """Return the name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def in_full(x: Tensor) -> AbstractContextManager:
-    """A block in which products on x's device keep their operands' dtype: autocast would make float32's 16 bits."""
+    """Return a context without autocast on x's device. Autocast would compute float32 products in 16 bits."""
     device = x.device.type
-    # Tensors without memory have no autocast, and asking raises. (is_autocast_available would say so of any device, but
-    # dynamo of torch 2.11 cannot trace it.)
+    # The meta device has no autocast, and is_autocast_enabled raises for it. is_autocast_available would answer for any
+    # device, but dynamo of torch 2.11 cannot trace it.
     on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot trace the question; it traces again when the setting changes
+@torch.compiler.assume_constant_result  # dynamo cannot trace this; it recompiles if the setting changes
 def _float32_is_whole(device: str) -> bool:
-    """Whether a float32 product on a device has float32's bits: `torch.set_float32_matmul_precision` may say others."""
+    """Whether a device computes float32 products in float32. `torch.set_float32_matmul_precision` can lower that."""
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
     return backend is None or backend.matmul.fp32_precision in ("none", "ieee")
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype that the edit of x is computed in: float32, for float64 x float64. Float64 too where float32's products
-    are made of fewer bits (TF32, bfloat16), which would break Rule A: the setting is the whole process's, and not ours
-    to change."""
+    """Return the dtype in which the edit of x is computed: float32, or float64 for float64 x.
+
+    It is also float64 if the process lets float32 products use TF32 or bfloat16, which would break Rule A. That setting
+    belongs to the process, so it is not changed here.
+    """
     return torch.promote_types(x.dtype, torch.float32 if _float32_is_whole(x.device.type) else torch.float64)
 
 
 @contextmanager
 def whole_products() -> Iterator[None]:
-    """While the block lasts, matrix products of every dtype are summed in float32 and float32's keep their bits.
+    """Within the block, sum 16-bit matrix products in float32 and compute float32 products in full precision.
 
-    Not so by default: cuBLAS may add the parts of a 16-bit product in 16 bits, and a process may have allowed TF32. The
-    bounds of a product assume otherwise. The settings are the process's own: for a check, not beside other work.
+    The error bounds assume this, but it is not the default. cuBLAS may sum partial results of a 16-bit product in 16
+    bits, and the process may have allowed TF32. The settings apply to the whole process, so use this in a check and not
+    beside other work. They are restored at the end.
     """
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     wanted = [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]

@@ -1,4 +1,4 @@
-"""What rounding to a storage dtype does."""
+"""Rounding to a storage dtype: unit roundoff, spacing, underflow, and the noise of a stored weight."""
 
 import math
 
@@ -9,42 +9,49 @@ from kernel_surgery.numerics.precision import STORED, name_of
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half of finfo(dtype).eps. Raises TypeError for a dtype that the edit is not stored in."""
+    """Return the unit roundoff u, half of finfo(dtype).eps. Raises TypeError for a dtype outside `STORED`."""
     if (stored := STORED.get(name_of(dtype))) is None:
         raise TypeError(f"no rounding bound for {dtype}; known: {', '.join(str(s.dtype) for s in STORED.values())}")
     return stored.roundoff
 
 
 def underflow(dtype: torch.dtype) -> float:
-    """Half the spacing of a dtype's smallest numbers: what a rounding may be off by where it is not relative."""
+    """Return half the spacing of a dtype's smallest numbers: the absolute error of a rounding near 0."""
     return torch.finfo(dtype).smallest_normal * unit_roundoff(dtype)
 
 
 def row_norms(basis: Tensor) -> Tensor:
-    """norm(U_i) of every row, [d]."""
+    """Return norm(U_i) of every row of a basis [d, k]: [d] float64."""
     return basis.double().norm(dim=1)
 
 
 def ulp(stored: Tensor) -> Tensor:
-    """The spacing of the stored dtype's numbers at each element, float64."""
+    """Return the spacing of the dtype's numbers at each element, float64, in the shape of `stored`."""
     _, exponent = torch.frexp(stored.double())
-    # A number in [2^(e-1), 2^e) with unit roundoff u.
+    # The spacing of numbers in [2^(e-1), 2^e) is 2 u 2^(e-1).
     spacing = 2 * unit_roundoff(stored.dtype) * torch.exp2(exponent.double() - 1)
     return spacing.clamp_min(2 * underflow(stored.dtype))
 
 
 def storage_noise(stored: Tensor, basis: Tensor) -> float:
-    """norm(U^T E) for E the rounding of a stored [d, columns]: sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2)."""
+    """Return the root mean square of norm(U^T E), where E are the rounding errors of a stored [d, columns] weight.
+
+    Each error is taken as uniform noise in an ulp, so the result is sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2). Exact zeros have
+    no error. Computed in float64, 256 rows at a time.
+    """
     total = 0.0
     for start in range(0, stored.shape[0], 256):
-        part = stored[start : start + 256]
-        spacing = torch.where(part == 0, 0.0, ulp(part))
+        block = stored[start : start + 256]
+        spacing = torch.where(block == 0, 0.0, ulp(block))
         total += float(((spacing**2).sum(1) * row_norms(basis[start : start + 256]) ** 2).sum())
     return math.sqrt(total / 12)
 
 
 def storage_noise_at_most(stored: Tensor, basis: Tensor) -> float:
-    """No less than `storage_noise`, at the cost of a norm: an ulp is at most 2 u of its number, or the smallest one."""
+    """Return an upper bound of `storage_noise` that costs one norm per row.
+
+    It uses that the ulp of a number is at most 2 u times the number, or else the smallest spacing.
+    """
     relative = 2 * unit_roundoff(stored.dtype) * stored.norm(dim=1, dtype=torch.float32).double()
     squares = relative**2 + (2 * underflow(stored.dtype)) ** 2 * stored.shape[1]
     return 1.01 * math.sqrt(float((squares * row_norms(basis) ** 2).sum()) / 12)
