@@ -1,1 +1,1 @@
-"""The maths problems in seven languages, their wordings, and neutral text."""
+"""Texts for the models: maths problems in seven languages, their wordings, and neutral sentences."""

@@ -1,14 +1,21 @@
-"""The same maths problems in seven languages, in splits that share neither a problem nor a wording.
+"""Maths problems in seven languages, in three splits that share neither a problem nor a wording.
 
-Five categories over the reference script's ranges, asked in seven languages. A *problem* is a tuple of parameters; a
-*wording* is a sentence it is asked in. Three splits:
+The problems have five categories. Each is asked in every language. A *problem* is a tuple of parameters, and a
+*wording* is a sentence that asks it. The *reference script*, or *expag*, is the script that this project began with.
+The parameters have its ranges. The splits are:
 
-    fit   the subspace is measured here          dev   choices are made here          test  results are reported here
+    fit    measures the subspace
+    dev    serves to make choices
+    test   gives the reported results
 
-Which split a tuple belongs to is a pure function of the tuple (a hash), never of how many problems are asked for, so
-two runs that ask for 40 and for 400 problems agree on every boundary. Tuples that are the same fact share a split:
-a + b with b + a, a × b with b × a and with the rectangle of those sides, C(n, k) with C(n, n-k). The reference
-script's 20 problems (`expag_problems`) are in no split at all.
+A hash of the tuple decides its split. The number of requested problems does not matter, so a run with 40 problems and a
+run with 400 use the same splits. Tuples that state the same fact share a split:
+
+    a + b and b + a
+    a × b, b × a, and the rectangle with these sides
+    C(n, k) and C(n, n-k)
+
+The 20 problems of the reference script (`expag_problems`) belong to no split.
 """
 
 import math
@@ -24,32 +31,32 @@ from kernel_surgery.problems.wordings import EXPAG_WORDINGS, WORDINGS
 
 
 def parse_languages(text: str) -> tuple[str, ...]:
-    """`en,zh` as ("en", "zh"), in the order given, each once; `all` is all seven.
+    """Parse `en,zh` to ("en", "zh"): in the same order, without repetitions. `all` gives all seven languages.
 
-    Raises UserError for a language that there are no problems in.
+    Raises UserError for an unknown language, and for a text without any.
     """
     if text.strip() == "all":
         return tuple(LANGUAGES)
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [language for language in asked if language not in LANGUAGES]
-    if unknown or not asked:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [language for language in names if language not in LANGUAGES]
+    if unknown or not names:
         raise UserError(f"unknown language {(unknown or [text])[0]!r}: choose from {', '.join(LANGUAGES)}, or all.")
-    return tuple(dict.fromkeys(asked))
+    return tuple(dict.fromkeys(names))
 
 
 CATEGORIES = ("arithmetic", "combinatorics", "modular", "geometry", "sequences")
 EXPAG_LANGUAGES = ("en", "zh")
-# Percent of the hash range given to (test, dev); the rest is fit. The C(n, k) table has only 225 distinct facts.
+# Percent of the hash range for (test, dev). The rest is fit. C(n, k) gets more, because it has only 225 distinct facts.
 _SHARES = {"combinatorics": (24, 24)}
 _DEFAULT_SHARES = (10, 10)
-# Small enough to be listed in full whenever they are asked for, the smallest first.
+# Categories that are small enough to enumerate at every call, the smallest first.
 _LISTED = ("combinatorics", "geometry", "sequences")
 Parameters = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `prompts[language]` is exactly the text to tokenize; `answer` is an integer."""
+    """One problem. `prompts[language]` is the exact text to tokenize, and `answer` is an integer."""
 
     id: str
     category: str
@@ -61,7 +68,7 @@ class Problem:
 
 
 def answer_of(kind: str, p: Parameters) -> int:
-    """The answer to one tuple. Raises ValueError for an unknown kind."""
+    """Return the answer to a tuple of parameters p. Raises KernelSurgeryError for an unknown kind."""
     match kind:
         case "plus":
             return p["a"] + p["b"]
@@ -79,9 +86,9 @@ def answer_of(kind: str, p: Parameters) -> int:
 
 
 def fact(kind: str, parameters: Parameters) -> tuple:
-    """The mathematical fact that a tuple states: equal for tuples that must share a split.
+    """Return the mathematical fact that a tuple states. Tuples with equal facts share a split.
 
-    A rectangle and the product of its sides are one fact, and so are C(n, k) and C(n, n-k).
+    A rectangle and the product of its sides are one fact. C(n, k) and C(n, n-k) are one fact.
     """
     values = tuple(parameters.values())
     match kind:
@@ -101,7 +108,7 @@ def _expag_facts() -> frozenset[tuple]:
 
 
 def split_of(kind: str, parameters: Parameters) -> str:
-    """The split ("fit", "dev" or "test") of a tuple, or "expag" for the reference script's own 20."""
+    """Return the split of a tuple: "fit", "dev" or "test". Facts of the reference script's 20 problems give "expag"."""
     key = fact(kind, parameters)
     if key in _expag_facts():
         return "expag"
@@ -115,8 +122,10 @@ def _pairs(kind: str, x: str, y: str, xs: range, ys: range) -> Iterator[tuple[st
 
 
 def tuples(category: str) -> Iterator[tuple[str, Parameters]]:
-    """Every (kind, parameters) of a category, in a fixed order. The ranges are the reference script's; C(n, k)
-    goes on to n = 30 and to every 1 <= k < n.
+    """Yield every (kind, parameters) of a category, in a fixed order.
+
+    The ranges are those of the reference script, except that C(n, k) goes up to n = 30 and takes every 1 <= k < n.
+    Raises KernelSurgeryError for an unknown category.
     """
     match category:
         case "arithmetic":
@@ -140,7 +149,10 @@ def tuples(category: str) -> Iterator[tuple[str, Parameters]]:
 
 
 def draw(category: str, rng: random.Random) -> tuple[str, Parameters]:
-    """One (kind, parameters) of a category, uniform over the reference script's ranges."""
+    """Draw one (kind, parameters) of a category. Each parameter is uniform over the ranges of `tuples`.
+
+    Raises KernelSurgeryError for an unknown category.
+    """
     match category:
         case "arithmetic":
             return rng.choice(("plus", "times")), {"a": rng.randint(10, 999), "b": rng.randint(10, 999)}
@@ -158,7 +170,7 @@ def draw(category: str, rng: random.Random) -> tuple[str, Parameters]:
 
 @cache
 def count(category: str, split: str) -> int:
-    """How many different problems of a category exist in a split (enumerates them all: seconds for arithmetic)."""
+    """Return the number of tuples of a category in a split. It enumerates them, which takes seconds for arithmetic."""
     return sum(split_of(kind, parameters) == split for kind, parameters in tuples(category))
 
 
@@ -171,8 +183,8 @@ def _make(category: str, kind: str, parameters: Parameters, split: str, index: i
 
 
 def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Parameters]]:
-    """The first n of a category's tuples in a random order that depends on neither n nor the other categories."""
-    # String seeds are hashed with SHA-512 by random.Random: the same on every platform and Python version.
+    """Return the first n tuples of a category in a random order. The order does not depend on n or other categories."""
+    # random.Random hashes a string seed with SHA-512, so the order is the same on every platform and Python version.
     rng = random.Random(f"{seed}:{split}:{category}")
     if category in _LISTED:
         chosen = [(kind, parameters) for kind, parameters in tuples(category) if split_of(kind, parameters) == split]
@@ -183,7 +195,8 @@ def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Par
             )
         rng.shuffle(chosen)
         return chosen[:n]
-    # Two million tuples are not listed for the sake of a few; the smallest category has bounded n long before.
+    # Draw from the large categories, because arithmetic has two million tuples. n is far below that: the listed
+    # categories raised an error for a larger one.
     drawn: dict[tuple, tuple[str, Parameters]] = {}
     while len(drawn) < n:
         kind, parameters = draw(category, rng)
@@ -193,17 +206,17 @@ def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Par
 
 
 def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Problem]:
-    """`per_category` different problems of each of the five categories from one split, each in seven languages.
+    """Return `per_category` different problems of each category from one split, in seven languages.
 
-    Deterministic in (split, per_category, seed), and a shorter list is the beginning of a longer one, category by
-    category. Raises ValueError for an unknown split, for per_category < 1, and when fewer problems exist than are
-    asked for (the message says how many do).
+    The result depends only on the arguments. Within a category, a shorter list is the beginning of a longer one.
+
+    Raises KernelSurgeryError for an unknown split, for per_category < 1, and if a category has fewer problems.
     """
     if split not in SPLITS:
         raise KernelSurgeryError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if per_category < 1:
         raise KernelSurgeryError(f"problems per category must be at least 1, got {per_category}")
-    # The smallest categories first: they are what there may not be enough of.
+    # The smallest categories come first, because only they may have too few problems.
     chosen = {category: _select(category, split, per_category, seed) for category in (*_LISTED, *CATEGORIES)}
     return [
         _make(category, kind, parameters, split, index)
@@ -213,10 +226,10 @@ def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Probl
 
 
 def expag_problems() -> list[Problem]:
-    """The reference script's own 20 problems, English and Chinese, in its order.
+    """Return the reference script's 20 problems in English and Chinese, in its order.
 
-    Replays the script's draws: 40 problems per category from `Random(42)`, shuffled with a second `Random(42)`, then
-    the first four of each category, categories in order of first appearance.
+    It repeats the script's draws: 40 problems per category from `Random(42)`, shuffled with a second `Random(42)`. It
+    takes the first four of each category, and orders the categories by first appearance.
     """
     rng = random.Random(42)
     drawn: list[tuple[str, str, Parameters]] = []
@@ -238,12 +251,12 @@ def expag_problems() -> list[Problem]:
     random.Random(42).shuffle(order)
     first_four: dict[str, list[Problem]] = {}
     for category, kind, parameters in (drawn[i] for i in order):
-        taken = first_four.setdefault(category, [])
-        if len(taken) < 4:
+        chosen = first_four.setdefault(category, [])
+        if len(chosen) < 4:
             prompts = {lang: EXPAG_WORDINGS[kind][lang].format(**parameters) for lang in EXPAG_LANGUAGES}
-            taken.append(
+            chosen.append(
                 Problem(
-                    f"expag-{category}-{len(taken)}",
+                    f"expag-{category}-{len(chosen)}",
                     category,
                     kind,
                     "expag",
@@ -252,4 +265,4 @@ def expag_problems() -> list[Problem]:
                     prompts,
                 )
             )
-    return [problem for taken in first_four.values() for problem in taken]
+    return [problem for chosen in first_four.values() for problem in chosen]

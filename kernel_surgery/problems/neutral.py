@@ -1,7 +1,7 @@
-"""Eight plain sentences in seven languages, each a translation of the others: text that has nothing to do with maths.
+"""Eight plain sentences in seven languages, without any maths.
 
-What an edit does to a model's predictions here is damage, or the forgetting of a language, but not mathematics.
-Written for this project.
+Sentence i has the same meaning in every language. If an edit changes a model's predictions here, that is general
+damage or the loss of a language, and not the removal of maths. The sentences were written for this project.
 """
 
 SENTENCES: dict[str, tuple[str, ...]] = {

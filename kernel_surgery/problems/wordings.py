@@ -1,9 +1,10 @@
-"""How each kind of problem is asked in seven languages: one wording per split.
+"""The wordings of each kind of problem in seven languages, one per split.
 
-`WORDINGS[kind][language]` is a triple (fit, dev, test). Within a triple's column the seven languages say the same
-thing and end in the same kind of mark (fit and test with a full stop, dev with a question mark), because
-activations are read at the last prompt token: a difference there would be punctuation, not language.
-Digits are never followed by a particle whose form depends on how the number is read aloud (Korean 을/를, 와/과).
+`WORDINGS[kind][language]` is a triple (fit, dev, test). Within one split, the seven wordings of a kind have the same
+meaning and the same final mark: a full stop for fit and test, a question mark for dev. Activations are read at the last
+prompt token, so another mark would add a difference in punctuation to the difference in language.
+
+No digit is followed by a particle whose form depends on the spoken number, such as Korean 을/를 and 와/과.
 """
 
 WORDINGS: dict[str, dict[str, tuple[str, str, str]]] = {
@@ -171,8 +172,7 @@ WORDINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
     },
 }
-# The reference script's own sentences (English and Chinese only): the `expag` set is asked in these and in nothing
-# else.
+# The sentences of the reference script, in English and Chinese. `expag_problems` asks only these.
 EXPAG_WORDINGS: dict[str, dict[str, str]] = {
     "plus": {"en": "Calculate {a} + {b}.", "zh": "计算 {a} + {b} 的值。"},
     "times": {"en": "Calculate {a} × {b}.", "zh": "计算 {a} × {b} 的值。"},
