@@ -1,1 +1,1 @@
-"""Files on disk: the safetensors layout, hashes, and folders that appear whole or not at all."""
+"""Checkpoint files: the safetensors layout, hashes, and folders that are created atomically."""

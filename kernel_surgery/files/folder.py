@@ -1,4 +1,4 @@
-"""A checkpoint's folder: which files belong to it; and folders that appear whole or not at all."""
+"""Checkpoint folders: the files that belong to one, and folders that are created completely or not at all."""
 
 import contextlib
 import json
@@ -15,12 +15,15 @@ from kernel_surgery.common.progress import progress
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import Entry, read_layout
 
-# Weights in other formats would be the original's, unedited, in a folder that says it is edited.
+# Suffixes of weight files. Copies in other formats hold unedited weights, so they do not belong in an edited folder.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint."""
+    """Return the safetensors files of a checkpoint: the files that its index names, or model.safetensors.
+
+    They need not exist.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -29,13 +32,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def located(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """Where every tensor of a checkpoint lies: {name: (file, entry)}."""
+    """Return the place of every tensor of a checkpoint: {name: (file, entry)}.
+
+    Raises FileNotFoundError for a missing file, and CheckpointError for a damaged one.
+    """
     layouts = [read_layout(file) for file in weight_files(folder)]
     return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
 
 
 def others(source: Path) -> tuple[list[Path], list[str]]:
-    """(files that go along as they are, names of files that are left out)."""
+    """Sort a checkpoint's other files. Return (files to copy unchanged, names of files to leave out).
+
+    The second list holds weights in other formats, and safetensors files that are not in the index. Subfolders, hidden
+    files and the provenance record are in neither list.
+    """
     along, left_out = [], []
     for file in sorted(source.iterdir()):
         if not file.is_file() or file.name.startswith(".") or file.name == PROVENANCE:
@@ -50,9 +60,9 @@ def others(source: Path) -> tuple[list[Path], list[str]]:
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make a folder, empty, and hold it: a killed process lets go of it by itself. Removed again on an exception.
+    """Create a folder, empty it, and lock it within the block. On an exception in the block, the folder is removed.
 
-    Raises BlockingIOError if another process holds it.
+    The lock ends with the process, even a killed one. Raises BlockingIOError if another process holds it.
     """
     import fcntl
 
@@ -60,7 +70,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # What a killed run has left behind.
+        # Remove the leftovers of a killed run.
         for old in path.iterdir():
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         try:
@@ -76,17 +86,19 @@ PROVENANCE = "provenance.json"
 
 
 def check_absent(destination: Path) -> None:
-    """Raises FileExistsError if there is something at `destination`."""
+    """Raise ExistsError if `destination` exists."""
     if destination.exists():
         raise ExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
 
 
 @contextmanager
 def new_folder(destination: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `destination`, renamed to it when the block ends; removed again on any exception.
+    """Yield a temporary folder beside `destination`. It is renamed to `destination` when the block ends.
 
-    size: bytes that will be written. Raises FileExistsError if the destination exists, ValueError where there is no
-    room, where another process is writing it, and for whatever the file system refuses inside the block.
+    On any exception, the temporary folder is removed. size: the number of bytes that the block will write.
+
+    Raises ExistsError if the destination exists. Raises CheckpointError if the disk has too little space, if another
+    process is writing the same folder, and for an error of the file system inside the block.
     """
     check_absent(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +127,10 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
 
 
 def changed_files(folder: Path, hashes: dict[str, str], record: str = PROVENANCE) -> list[str]:
-    """Files that are missing or whose SHA-256 is not the recorded one, in sentences."""
+    """Return one message for each file that is missing or has another SHA-256 than the record.
+
+    hashes: {file name: SHA-256}. record: the name of the record, for the messages.
+    """
     faults = []
     for name, digest in progress(hashes.items(), total=len(hashes), desc="hash"):
         if not (folder / name).is_file():

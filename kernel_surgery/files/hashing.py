@@ -1,4 +1,4 @@
-"""SHA-256 of files, also of a file that is still being written."""
+"""SHA-256 of files, including files that another thread is still writing."""
 
 import hashlib
 import threading
@@ -8,7 +8,7 @@ CHUNK = 16 << 20
 
 
 class Follower:
-    """Hashes a file while another thread is still writing it from front to back. Hashing lets other threads run."""
+    """Hash a file in a thread while another thread writes it from front to back. Hashing releases the GIL."""
 
     def __init__(self, path: Path, size: int):
         self._path, self._size, self._ready, self._news = path, size, 0, threading.Condition()
@@ -17,7 +17,7 @@ class Follower:
         self._thread.start()
 
     def ready(self, upto: int) -> None:
-        """Everything before byte `upto` has been written for good."""
+        """Announce that all bytes before `upto` are final."""
         with self._news:
             self._ready = max(self._ready, upto)
             self._news.notify()
@@ -31,11 +31,11 @@ class Follower:
                         while self._ready <= done:
                             self._news.wait()
                         upto = self._ready
-                    if upto > self._size:  # given up
+                    if upto > self._size:  # give_up was called
                         return
-                    while done < upto and (got := file.readinto(buffer[: min(CHUNK, upto - done)])):
-                        self._digest.update(buffer[:got])
-                        done += got
+                    while done < upto and (n := file.readinto(buffer[: min(CHUNK, upto - done)])):
+                        self._digest.update(buffer[:n])
+                        done += n
         except OSError as error:
             self._error = error
 
@@ -44,7 +44,7 @@ class Follower:
         self._thread.join()
 
     def hexdigest(self) -> str:
-        """Wait for the end. Raises OSError if the file could not be read."""
+        """Wait for the thread, and return the hex SHA-256. Raises OSError if the file could not be read."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -52,6 +52,6 @@ class Follower:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

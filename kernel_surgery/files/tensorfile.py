@@ -1,8 +1,8 @@
-"""A safetensors file as bytes: where each tensor lies, read one, write one, copy the rest without looking at it.
+"""Safetensors files as bytes: find a tensor, read or write one tensor, and copy the rest without decoding it.
 
-A baked file has the layout of its source to the byte, for an edit changes neither shapes nor dtypes. So the file is
-copied by the cheapest means the filesystem offers and the edited tensors are written over their old bytes: never more
-than one tensor is in memory, and nothing else is even decoded.
+An edit changes neither shapes nor dtypes, so a baked file has the same byte layout as its source. The file is copied in
+the cheapest way that the filesystem offers. The edited tensors are then written over their old bytes. At most one
+tensor is in memory at a time.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from kernel_surgery.numerics.precision import STORED
 _LARGEST_HEADER = 100 << 20  # the format's own limit
 _FICLONE = 0x40049409  # Linux: share the blocks of a whole file (btrfs, xfs)
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# {code in a file: dtype} of what can be read as a tensor of numbers.
+# {code in a file: dtype} of the tensors that can be read and edited.
 EDITABLE = {stored.code: stored.dtype for stored in STORED.values()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its dtype as the file names it, its shape, and where its bytes begin and end in the file."""
+    """One tensor of a file: its dtype code, its shape, and the offsets of its first and last byte (`end` excluded)."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the header of a file says, checked against the file's size."""
+    """The header of a file, checked against the size of the file in bytes."""
 
     path: Path
     entries: dict[str, Entry]
@@ -50,7 +50,10 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read and check a header. Raises FileNotFoundError, or ValueError for a file that is damaged or cut off."""
+    """Read and check the header of a file.
+
+    Raises FileNotFoundError, and CheckpointError for a file that is damaged or incomplete.
+    """
 
     def damaged(why: str) -> CheckpointError:
         return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({why}). Nothing was written.")
@@ -68,7 +71,7 @@ def read_layout(path: Path) -> Layout:
             header.pop("__metadata__", None)
             start = 8 + length
             entries = {
-                name: Entry(name, e["dtype"], tuple(e["shape"]), *(start + at for at in e["data_offsets"]))
+                name: Entry(name, e["dtype"], tuple(e["shape"]), *(start + offset for offset in e["data_offsets"]))
                 for name, e in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -87,7 +90,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
-    """The entry of rows start .. stop of a tensor."""
+    """Return the entry of the rows start .. stop of a tensor (`stop` excluded)."""
     width = (entry.end - entry.begin) // entry.shape[0]
     return Entry(
         f"{entry.name}[{start}:{stop}]",
@@ -99,22 +102,25 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
 
 def read_tensor(file: int, entry: Entry) -> torch.Tensor:
-    """One tensor of an open file, in memory of its own. Raises ValueError for a dtype that is no float."""
+    """Read one tensor of an open file into new memory.
+
+    Raises CheckpointError for a dtype that is not a float, and OSError if the file ends early.
+    """
     if entry.dtype not in EDITABLE:
         raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, not as a float")
     buffer = bytearray(entry.end - entry.begin)
     view, done = memoryview(buffer), 0
     while done < len(buffer):
-        got = os.preadv(file, [view[done:]], entry.begin + done)
-        if got == 0:
+        n = os.preadv(file, [view[done:]], entry.begin + done)
+        if n == 0:
             raise OSError(errno.EIO, f"{entry.name} ends early")
-        done += got
+        done += n
     flat = torch.frombuffer(buffer, dtype=EDITABLE[entry.dtype]) if buffer else torch.empty(0)
     return flat.reshape(entry.shape)
 
 
 def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:
-    """Write a contiguous tensor over the bytes of an entry of the same dtype and shape."""
+    """Write a tensor over the bytes of an entry. Raises CheckpointError if its dtype or shape is not the entry's."""
     if tuple(tensor.shape) != entry.shape or tensor.dtype != EDITABLE[entry.dtype]:
         raise CheckpointError(f"{entry.name} is {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     view, done = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), 0
@@ -123,7 +129,10 @@ def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:
 
 
 def share_blocks(source: int, target: int) -> bool:
-    """Let an empty open file share the blocks of another, where the filesystem can: nothing is copied until written."""
+    """Let an empty open file share the blocks of another. A block is copied only when it is written.
+
+    Return False if the filesystem cannot do this. source, target: file descriptors.
+    """
     with contextlib.suppress(OSError, ImportError):
         import fcntl
 
@@ -133,9 +142,10 @@ def share_blocks(source: int, target: int) -> bool:
 
 
 def copy_range(source: int, target: int, begin: int, end: int, advance: Callable[[int], object]) -> None:
-    """Copy bytes begin .. end of an open file to the same place, in the kernel where it can. Raises OSError.
+    """Copy the bytes begin .. end of an open file to the same offsets of another. Raises OSError.
 
-    advance: told where the copy has come to, every few dozen megabytes.
+    The operating system copies them without passing them through this process, if it can. source, target: file
+    descriptors. advance: called with the offset of the copy after each chunk, of at most 64 MiB.
     """
     done, in_kernel = begin, hasattr(os, "copy_file_range")
     while done < end:
@@ -160,7 +170,10 @@ def copy_range(source: int, target: int, begin: int, end: int, advance: Callable
 
 @contextmanager
 def opened(file: Path):
-    """The safetensors file, open. Raises FileNotFoundError, or ValueError where it is damaged; both name the file."""
+    """Open a safetensors file within the block.
+
+    Raises FileNotFoundError, and CheckpointError if the file is damaged. Both name the file.
+    """
     if not file.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     try:

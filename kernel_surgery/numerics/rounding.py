@@ -36,8 +36,8 @@ def ulp(stored: Tensor) -> Tensor:
 def storage_noise(stored: Tensor, basis: Tensor) -> float:
     """Return the root mean square of norm(U^T E), where E are the rounding errors of a stored [d, columns] weight.
 
-    Each error is taken as uniform noise in an ulp, so the result is sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2). Exact zeros have
-    no error. Computed in float64, 256 rows at a time.
+    Each error is taken as uniform noise in an ulp, so the result is sqrt(sum_ij ulp_ij^2 / 12 |U_i|^2). An exact zero
+    has no error. Computed in float64, 256 rows at a time.
     """
     total = 0.0
     for start in range(0, stored.shape[0], 256):
