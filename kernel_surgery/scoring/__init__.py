@@ -1,1 +1,1 @@
-"""From a text to a verdict: its numbers, its final answer, its language."""
+"""Scoring of a generated text: its numbers, its final answer and its language."""

@@ -1,17 +1,23 @@
-"""What language a text is in, line by line: zh en es ar ja ko sw.
+"""The language of a text, line by line: zh, en, es, ar, ja, ko or sw.
 
-Script decides first (kana: ja, hangul: ko, Arabic script: ar, Han without kana: zh); only a line in Latin script is
-put to an identifier, restricted to en, es and sw. That identifier is py3langid and not lingua: of the 383 fragments of
-two to five words that 36 short maths sentences hold (tests/scoring/test_language.py), at a confidence of 0.8 py3langid
-judges 360 and lingua 322, neither gets one wrong, and py3langid is 4.5 MB where lingua is 96 MB.
+The script of a line decides first: kana is ja, hangul is ko, Arabic script is ar, and Han without kana is zh. A line in
+Latin script goes to an identifier that knows only en, es and sw.
 
-A response passes if no judged line is in a wrong language: the line-level pass rate of the language confusion benchmark
-(Marchisio et al. 2024, arXiv:2406.20052). Lines too short to judge are not judged, so `fidelity` always reports
-coverage beside it. LaTeX, code and single letters (variables) are never judged.
+The identifier is py3langid. The alternative, lingua, was compared on the 383 fragments of two to five words in 36 short
+maths sentences (tests/scoring/test_language.py). At a confidence of 0.8, py3langid judges 360 fragments and lingua 322.
+Neither makes an error. py3langid takes 4.5 MB, and lingua 96 MB.
 
-What is not covered: a line counts as the one language that most of it is in, so a foreign word inside a line passes;
-a language outside the seven is named "other" where its script gives it away, and else the nearest of the seven
-(French reads as Spanish, Persian as Arabic). Kanji without kana may be Chinese or a Japanese heading: see `judge`.
+A response passes if no judged line is in a wrong language. This is the line-level pass rate of the language confusion
+benchmark (Marchisio et al. 2024, arXiv:2406.20052). A line that is too short is not judged, so `fidelity` also reports
+the coverage, which is the fraction of responses that were judged. LaTeX, code and single letters (variables) are never
+judged.
+
+Limits:
+
+- A line counts as the language of most of its text, so a foreign word inside a line passes.
+- A language outside the seven is "other" if its script shows that. Otherwise it counts as the nearest of the seven:
+  French as Spanish, Persian as Arabic.
+- Kanji without kana may be Chinese or a Japanese heading. See `judge`.
 """
 
 import functools
@@ -25,24 +31,24 @@ from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.common.names import LANGUAGES
 
 OTHER = "other"
-# Fewer is a label, a unit or a name ("cm", "Solution:", "解:"): not evidence of the language a line is in.
+# A line with fewer is a label, a unit or a name ("cm", "Solution:", "解:"). It does not show a language.
 MIN_LETTERS = 2
 MIN_LATIN_WORDS = 2
 MIN_OTHER_LETTERS = 4
-# Least probability of the identifier's first choice among en, es and sw: the figures above are at this one.
+# The lowest accepted probability of the identifier's first choice among en, es and sw. The figures above use it.
 MIN_CONFIDENCE = 0.8
-# A Japanese sentence of this many kanji in a row has kana in it; a heading or a compound noun is shorter.
+# The longest run of kanji that may be a Japanese heading or compound noun. A longer Japanese text has kana in it.
 MAX_KANJI_RUN = 7
 _LATIN = ("en", "es", "sw")
 _MATHS_WORDS = frozenset(
     {"sin", "cos", "tan", "log", "ln", "exp", "lim", "max", "min", "mod", "gcd", "lcm", "mcd", "mcm"}
     | {"mm", "cm", "km", "kg", "dx", "dy", "ab", "abc", "xy", "ii", "iii", "iv", "vi", "vii"}
 )
-# Kanji that Chinese sentences are made of and that Japanese writes in hardly any word without kana.
+# Characters that are common in Chinese sentences. Japanese hardly ever writes them in a word without kana.
 _CHINESE_ONLY = frozenset("是你她吗呢也哪那把我就")
 _LATEX = (
     re.compile(r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL),
-    # The rule of Markdown writers for inline maths, which leaves "$5 and $6" alone.
+    # Markdown's rule for inline maths. It does not match "$5 and $6".
     re.compile(r"\$(?=\S)[^$\n]*?(?<=\S)\$(?!\d)"),
     re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL),
     re.compile(r"\\(?:text|mathrm|operatorname|boxed|begin|end)\s*\{[^{}\n]*\}"),
@@ -54,9 +60,12 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class LanguageVerdict:
-    """judged: some line could be judged. passed: none is in a wrong language (None where nothing was judged).
+    """The verdict on the language of one response.
 
-    found: the languages of the judged lines, each once, in order of appearance; "other" is none of the seven.
+    judged: whether at least one line was judged.
+    passed: whether every judged line is in the right language. None if no line was judged.
+    found: the languages of the judged lines without repetitions, in order of appearance. "other" is a language outside
+        the seven.
     """
 
     judged: bool
@@ -65,7 +74,7 @@ class LanguageVerdict:
 
 
 def strip_maths(text: str) -> str:
-    """`text` without LaTeX and code. Line breaks between what remains are kept."""
+    """Return `text` without LaTeX and code. The other text keeps its line breaks."""
     text = _CODE.sub("\n", text)
     for pattern in _LATEX:
         text = pattern.sub(" ", text)
@@ -90,7 +99,7 @@ def _script(letter: str) -> str:
 
 
 def _evidence(line: str) -> tuple[Counter, list[str]]:
-    """Letters of each script that count as language, and the Latin words among them."""
+    """Count the letters of each script that show a language. Return the counts and the Latin words."""
     letters: Counter = Counter()
     words = []
     for run in _WORD.findall(unicodedata.normalize("NFKC", line)):
@@ -100,7 +109,7 @@ def _evidence(line: str) -> tuple[Counter, list[str]]:
                 words.append(run)
                 letters["latin"] += len(run)
         elif len(run) > 1 or by_script[OTHER] == 0:
-            # A letter alone of a script that is none of ours is a symbol: α, π.
+            # A single letter of another script is a symbol, such as α or π, so it is not counted.
             letters += by_script
     return letters, words
 
@@ -109,7 +118,7 @@ def _evidence(line: str) -> tuple[Counter, list[str]]:
 def _identifier():
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    # An own instance: restricting the library's shared one would change it for other callers.
+    # A separate instance. Restricting the library's shared one would change it for other callers.
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     identifier.set_languages(_LATIN)
     return identifier
@@ -123,12 +132,14 @@ def _judge_latin(words: Sequence[str]) -> str | None:
 
 
 def judge_line(line: str) -> str | None:
-    """The language that most of a line is in: one of LANGUAGES or "other"; None if too short or only maths.
+    """Return the language of most of a line: one of LANGUAGES, or "other".
 
-    Han without kana is "zh". LaTeX is stripped where it begins and ends within the line.
+    Return None for a line that is too short or holds only maths. Han without kana is "zh". LaTeX is removed if it
+    begins and ends within the line.
     """
     letters, words = _evidence(strip_maths(line))
-    # What carries about a word in each script; a tie goes to the script that formulas and names do not bring along.
+    # Estimate the number of words in each script. max returns the first of equal weights, so Latin comes last: formulas
+    # and names are Latin in every language.
     weights = {
         "cjk": (letters["han"] + letters["kana"]) / 2,
         "hangul": letters["hangul"] / 2,
@@ -149,13 +160,13 @@ def judge_line(line: str) -> str | None:
 
 
 def _may_be_japanese(line: str) -> bool:
-    """Whether a line of Han without kana could stand in a Japanese text: short compounds of kanji that Japan uses."""
+    """Whether a line of Han without kana could be Japanese: short compounds of kanji that Japanese uses."""
     runs = re.findall(r"[^\W\d_a-zA-Z]+", unicodedata.normalize("NFKC", line))
     kanji = "".join(runs)
     if max(map(len, runs), default=0) > MAX_KANJI_RUN or _CHINESE_ONLY.intersection(kanji):
         return False
     try:
-        # Shift JIS lacks the simplified characters: 积 们 长 and the like are Chinese.
+        # Shift JIS has no simplified characters such as 积, 们 and 长, which are Chinese.
         kanji.encode("shift_jis")
     except UnicodeEncodeError:
         return False
@@ -163,29 +174,31 @@ def _may_be_japanese(line: str) -> bool:
 
 
 def judge(text: str, language: str) -> LanguageVerdict:
-    """Whether every line of a response that can be judged is in `language`, one of LANGUAGES.
+    """Judge whether every judged line of a response is in `language`, one of LANGUAGES.
 
-    A line of kanji alone is not judged in a Japanese response where it could be Japanese (面積計算, 等差数列): at most
-    MAX_KANJI_RUN characters in a row, none of them simplified or a Chinese function word. Anything else without kana
-    counts as zh, in a Japanese response too. Raises ValueError for an unknown language.
+    In a Japanese response, a line of kanji alone is not judged if it could be Japanese, such as 面積計算 or 等差数列.
+    It then has at most MAX_KANJI_RUN characters in a row, without simplified characters and Chinese function words.
+    Any other line of Han without kana counts as zh. Raises KernelSurgeryError for an unknown language.
     """
     if language not in LANGUAGES:
         raise KernelSurgeryError(f"cannot judge a text in {language!r}: known languages are {', '.join(LANGUAGES)}.")
-    found: dict[str, None] = {}
+    languages: dict[str, None] = {}
     for line in strip_maths(text).splitlines():
         verdict = judge_line(line)
         if verdict is None or (verdict == "zh" and language == "ja" and _may_be_japanese(line)):
             continue
-        found[verdict] = None
+        languages[verdict] = None
     return LanguageVerdict(
-        judged=bool(found), passed=all(f == language for f in found) if found else None, found=tuple(found)
+        judged=bool(languages),
+        passed=all(name == language for name in languages) if languages else None,
+        found=tuple(languages),
     )
 
 
 def fidelity(verdicts: Sequence[LanguageVerdict]) -> dict[str, float | None]:
-    """{"language_fidelity": passes / judged, "coverage": judged / all}; None where the divisor is 0.
+    """Return {"language_fidelity": passed / judged, "coverage": judged / all}, with None for a division by 0.
 
-    Either alone misleads: a model that writes numbers only has coverage 0, not fidelity 1.
+    Read them together. A model that writes only numbers has no language fidelity, and a coverage of 0.
     """
     judged = [v for v in verdicts if v.judged]
     return {

@@ -1,12 +1,18 @@
-"""Text made plain, and the exact numbers in it: every digit script, thousands separators, LaTeX, a x 10^n, fractions.
+"""The exact numbers in a text: all digit scripts, thousands separators, LaTeX, a x 10^n, fractions.
 
-`Plain` gives a text one kind of digit, space and operator, takes LaTeX and Markdown away, and remembers for every
-character where it stood. `numbers` reads the result: each number once, as an exact `fractions.Fraction`, and whether it
-is an operand, that is a part of an expression (12 + 7, 12/4, 2^10) or an argument (C(12, 3)).
+`Plain` turns a text into plain text. It has one kind of digit, space and operator, and neither LaTeX nor Markdown. It
+records the place of every character in the original. `numbers` reads plain text, and returns each number as an exact
+`fractions.Fraction`. It marks the operands: numbers in an expression (12 + 7, 12/4, 2^10) and arguments (C(12, 3)).
 
-1.234 is 1234 in Spanish and 1.234 elsewhere; 1,234 is 1234 everywhere; 12,5 is 12.5 in Spanish and two numbers
-elsewhere; 1.234.567 has one reading. A plain space groups digits, unless an operator beside it says otherwise.
-Not covered: numbers in words, percentages (50% is 50), digits grouped by four or as in India.
+    text         in Spanish       in other languages
+    1.234        1234             1.234
+    1,234        1234             1234
+    12,5         12.5             12 and 5
+    1.234.567    1234567          1234567
+
+A plain space groups digits, unless an operator beside it separates two numbers.
+
+Not supported: numbers in words, percentages (50% is 50), and digit groups of four or in the Indian style.
 """
 
 import re
@@ -19,7 +25,7 @@ from math import gcd
 _HARD_SPACES = "\u00a0\u2007\u2009\u202f"
 _SAME = {"−": "-", "–": "-", "‐": "-", "⋅": "×", "·": "×", "∙": "×", "✕": "×", "∶": ":", "⇒": "→", "⟹": "→", "⟶": "→"}
 _SAME |= {"٫": ".", "٬": ",", "’": "'", "ـ": "", "آ": "ا", "أ": "ا", "إ": "ا"} | dict.fromkeys(_HARD_SPACES, "\u00a0")
-# What LaTeX becomes: a pattern, then the pieces put in its place, an int being a group that stays where it was.
+# Each rule is a pattern and the pieces that replace a match. An int is a group of the match, which keeps its place.
 _WRAPPERS = r"text|textbf|textit|mathrm|mathbf|mathit|operatorname|underline|bm|ensuremath|textcolor|mbox|hbox"
 _LATEX_WORDS: list[tuple[re.Pattern, tuple[str | int, ...]]] = [
     (re.compile(r"\{,\}"), (",",)),
@@ -44,27 +50,27 @@ _LATEX_GROUPS: list[tuple[re.Pattern, tuple[str | int, ...]]] = [
     (re.compile(r"\\f?boxed\s*\{([^{}]*)\}"), ("⟦", 1, "⟧")),
 ]
 _BRACES = (re.compile(r"\{([^{}]*)\}"), (1,))
-# Markdown: bold and headings; ** between two operands is a power and stays.
+# Markdown's bold and headings. ** between two operands is a power and stays.
 _MARKDOWN = (re.compile(r"(?<![0-9A-Za-z)])\*\*|\*\*(?![0-9A-Za-z(])|__|^#+", re.MULTILINE), (" ",))
 
 
 class Plain:
-    """`text` made plain, with the span in the original, [starts[i], ends[i]), of each of its characters."""
+    """A text as plain text. Character i of `text` comes from the span [starts[i], ends[i]) of the original."""
 
     def __init__(self, original: str):
         pieces: list[tuple[str, int, int]] = []
-        raised = ""
+        previous_level = ""
         i = 0
         while i < len(original):
             j = i + 1
             while j < len(original) and unicodedata.combining(original[j]):
                 j += 1
             plain, level = _plain_cluster(original[i:j])
-            if level and level != raised:
+            if level and level != previous_level:
                 plain = level + plain
             elif plain[1:2] == "⁄" and original[i - 1 : i].isdigit():
                 plain = " " + plain
-            raised = level
+            previous_level = level
             pieces.append((plain, i, j))
             i = j
         self.text = "".join(p for p, _, _ in pieces)
@@ -78,7 +84,7 @@ class Plain:
         for pattern, pieces in _LATEX_WORDS:
             self._replace(pattern, pieces)
         changed = True
-        while changed:  # innermost groups first; the braces that remain mean nothing
+        while changed:  # innermost groups first; the remaining braces have no meaning
             changed = any([self._replace(*rule) for rule in _LATEX_GROUPS]) or self._replace(*_BRACES)
 
     def _replace(self, pattern: re.Pattern, pieces: tuple[str | int, ...]) -> bool:
@@ -111,13 +117,13 @@ class Plain:
         return True
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Where the plain characters [begin, end) stand in the original."""
+        """Return the span in the original of the plain characters [begin, end)."""
         return self.starts[begin], self.ends[end - 1]
 
 
 @lru_cache(maxsize=4096)
 def _plain_cluster(cluster: str) -> tuple[str, str]:
-    """A character with its combining marks, made plain; and "^" or "_" if it is raised or lowered."""
+    """Return the plain form of a character with its combining marks, and "^" or "_" for a superscript or subscript."""
     head = cluster[0]
     if head in _SAME:
         return _SAME[head], ""
@@ -126,7 +132,7 @@ def _plain_cluster(cluster: str) -> tuple[str, str]:
     if kind in ("<super>", "<sub>") and (plain[0].isdigit() or plain[0] in "+-−"):
         return _SAME.get(plain, plain), "^" if kind == "<super>" else "_"
     if kind == "<circle>" and plain.isdigit():
-        return (head if len(plain) == 1 else " "), ""  # ① may name an option; it is no number
+        return (head if len(plain) == 1 else " "), ""  # ① may name an option, but is not a number
     if unicodedata.category(head) == "Nd":
         return str(unicodedata.decimal(head)), ""
     if unicodedata.category(head) == "Cf":  # writing direction, zero width
@@ -136,7 +142,7 @@ def _plain_cluster(cluster: str) -> tuple[str, str]:
     return _SAME.get(plain, plain), ""
 
 
-# Digits in groups of three, set off by one and the same mark throughout; points need two groups, or Spanish.
+# Digits in groups of three. All separators of a number are equal. Outside Spanish, points need at least two groups.
 _COMMAS = r"[1-9]\d{0,2}(?P<mark>[,' \u00a0])\d{3}(?:(?P=mark)\d{3})*(?!(?P=mark)?\d)(?:\.\d+)?"
 _POINTS = r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?![.]?\d)(?:,\d+)?"
 _SPANISH_POINTS = r"[1-9]\d{0,2}(?:\.\d{3})+(?![.]?\d)(?:,\d+)?"
@@ -146,15 +152,16 @@ _LITERAL = {
     False: re.compile(f"{_START}(?:{_COMMAS}|{_POINTS}|{_DECIMAL}){_EXPONENT}"),
     True: re.compile(f"{_START}(?:{_COMMAS}|{_SPANISH_POINTS}|{_SPANISH_DECIMAL}){_EXPONENT}"),
 }
-# "=10 103+5": where a grouped number ("#") has a digit before it or an operator after it, its space separates two.
+# In "=10 103+5", the space separates two numbers. This is so if the grouped number ("#") has a digit before it or an
+# operator after it.
 _TWO_NUMBERS = re.compile(r"[\d.,] #|# ?[-+×*/÷^=(→]")
 _POWER = re.compile(r" ?[×x*] ?10 ?(?:\^|\*\*) ?\(?([+-]?\d+)\)?")
 _TEN = re.compile(r" ?(?:\^|\*\*) ?\(?([+-]?\d+)\)?")
 _FRACTION = re.compile(r"(?:\((\d{1,99})\)|(\d{1,99})) ?[⁄/] ?(?:\((\d{1,99})\)|(\d{1,99}))(?!\d|\.\d|\s?[⁄/])")
 _MIXED = re.compile(r" ?\(?(\d{1,9})\)?⁄\(?(\d{1,9})\)?(?!\d)")
-# Beyond these a run of digits is no number that anyone meant, and costs time to compare.
+# The largest exponent and the longest literal that are read. Longer ones are noise, and slow to compare.
 _LARGEST_EXPONENT, _LONGEST = 400, 400
-# Operators in words count between numbers only: "12 plus 7", "12 加 7".
+# Operators in words. They count only between numbers: "12 plus 7", "12 加 7".
 _WORDS = (
     r"plus|minus|times|divided by|multiplied by|más|menos|por|entre|jumlisha|toa|mara|kugawanywa kwa"
     r"|زائد|ناقص|مضروبا? في|على|加上?|减去?|減去?|乘以?|除以|足す|引く|掛ける|かける|割る|더하기|빼기|곱하기|나누기"
@@ -173,7 +180,11 @@ _ARGUMENTS = re.compile(r"(?<![A-Za-z])(?:[A-Za-z]|gcd|lcm|mcd|mcm|comb|binom|sq
 
 @dataclass
 class Number:
-    """A number in plain text, [begin, end); operand: part of an expression; parts: numerator and denominator."""
+    """A number at [begin, end) of a plain text.
+
+    value: its exact value. operand: whether it belongs to an expression or is an argument. parts: the numerator and
+    denominator of a fraction.
+    """
 
     value: Fraction
     begin: int
@@ -183,9 +194,9 @@ class Number:
 
 
 def numbers(text: str, spanish: bool = False) -> list[Number]:
-    """Every number in plain `text`, in order. `spanish` decides what 1.234 and 12,5 are."""
+    """Return every number in plain `text`, in order. spanish: whether to read 1.234 and 12,5 as Spanish does."""
     arguments = [m.span() for m in _ARGUMENTS.finditer(text)]
-    found: list[Number] = []
+    result: list[Number] = []
     at = 0
     while match := _LITERAL[spanish].search(text, at):
         begin, at, literal = match.start(), match.end(), match.group()
@@ -207,8 +218,8 @@ def numbers(text: str, spanish: bool = False) -> list[Number]:
             or any(start <= begin < end for start, end in arguments)
         ):
             number.operand = True
-        found.append(number)
-    return found
+        result.append(number)
+    return result
 
 
 def _literal_value(literal: str, spanish: bool) -> Fraction | None:
@@ -224,20 +235,20 @@ def _literal_value(literal: str, spanish: bool) -> Fraction | None:
 
 
 def _extend(number: Number, text: str) -> None:
-    """Take in what makes one number with it: a power of ten, the other half of a fraction, a fraction after it."""
+    """Extend a number by a power of ten, by its denominator, or by the fraction of a mixed number."""
     if match := _POWER.match(text, number.end) or (number.value == 10 and _TEN.match(text, number.end)):
         if len(match[1]) <= 4 and abs(exponent := int(match[1])) <= _LARGEST_EXPONENT:
             factor = number.value if match.re is _POWER else 1
             number.value, number.end = factor * Fraction(10) ** exponent, match.end()
         return
-    opened = number.begin - (text[number.begin - 1 : number.begin] == "(")
-    if match := _FRACTION.match(text, opened) or _FRACTION.match(text, number.begin):
+    outer = number.begin - (text[number.begin - 1 : number.begin] == "(")
+    if match := _FRACTION.match(text, outer) or _FRACTION.match(text, number.begin):
         top, bottom = int(match[1] or match[2]), int(match[3] or match[4])
         number.end, number.parts = match.end(), (Fraction(top), Fraction(bottom))
         if bottom > 1 and gcd(top, bottom) == 1:
             number.value = Fraction(top, bottom)
         else:
-            number.operand = True  # 12/4: a division that was not carried out
+            number.operand = True  # 12/4: a division that is not evaluated
     elif (match := _MIXED.match(text, number.end)) and int(match[2]):
         number.value += Fraction(int(match[1]), int(match[2]))
         number.end = match.end()
