@@ -252,7 +252,7 @@ def test_found_is_the_languages_in_order_of_appearance(lines):
 
 def test_the_identifier_is_loaded_late_and_the_librarys_own_is_left_alone():
     code = (
-        "import sys, kernel_surgery.language as l\n"
+        "import sys, kernel_surgery.scoring.language as l\n"
         "assert 'py3langid' not in sys.modules and 'numpy' not in sys.modules\n"
         "assert l.judge_line('答案是 390。') == 'zh' and 'py3langid' not in sys.modules\n"
         "assert l.judge_line('The answer is 390.') == 'en' and 'py3langid' in sys.modules\n"
