@@ -12,15 +12,15 @@ from kernel_surgery.common.errors import UserError
 
 COMMANDS = {
     "collect": "measure activations of the same problems in several languages",
-    "fit": "fit a language subspace to them",
+    "fit": "fit a language subspace to the collected activations",
     "bake": "write a checkpoint with the edit in its weights, or undo one",
     "lora": "write the edit as a LoRA adapter",
     "verify": "check that an edit was made exactly",
     "eval": "compare the original and the edited model on maths problems",
-    "score": "judge texts made by any engine",
-    "study": "choose among settings on dev, freeze the choice, report it on test",
-    "reproduce": "all of it in one bundle that a stranger can check",
-    "aot": "compile the Triton kernels for GPUs that are not here",
+    "score": "score texts that any engine generated",
+    "study": "choose a setting on the dev problems, freeze it, report it on the test problems",
+    "reproduce": "run everything and write one bundle that anyone can check",
+    "aot": "compile the Triton kernels ahead of time, without a GPU",
 }
 
 
@@ -28,7 +28,8 @@ def listing() -> str:
     """Return the usage text, with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {words}" for name, words in COMMANDS.items()]
-    return "\n".join(["usage: kernel-surgery COMMAND [options]", "", *lines, "", "COMMAND --help says more."])
+    more = "kernel-surgery COMMAND --help lists the options of a command."
+    return "\n".join(["usage: kernel-surgery COMMAND [options]", "", *lines, "", more])
 
 
 def run(argv: list[str] | None = None) -> int | None:

@@ -13,8 +13,8 @@ from kernel_surgery.common.command import Parser, main
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("aot", description="Compile the Triton kernels for GPUs that are not here and show what they need.")
-    p.add_argument("--out", type=Path, help="JSON file for the table")
+    p = Parser("aot", description="Compile the Triton kernels ahead of time, without a GPU. Show what each one needs.")
+    p.add_argument("--out", type=Path, help="also write the table to this JSON file")
     return p
 
 

@@ -9,22 +9,24 @@ The edit is W <- W - a U (U^T W). The work is done in `checkpoint.baking`.
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main
+from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
 from kernel_surgery.common.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("bake", description="Write a checkpoint with the edit in its weights.")
-    p.add_argument("--model", required=True, help='"polyglot", a folder, or a hub id')
-    p.add_argument("--subspace", type=Path, help="subspace file (safetensors)")
+    p = Parser("bake", description="Write a checkpoint with the edit in its weights, or undo one.")
+    p.add_argument("--model", required=True, help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
+    p.add_argument("--subspace", type=Path, help="subspace file from kernel_surgery.fit")
     p.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
-    p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
-    p.add_argument("--undo", action="store_true", help="take the edit of a baked checkpoint back")
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
+    more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
+    p.add_argument("--strength", type=float, default=1.0, help=more)
+    p.add_argument("--undo", action="store_true", help="restore the weights of a baked checkpoint, to within rounding")
+    p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
     return p
 
 
+@untouched("No checkpoint was written.")
 def run(argv: list[str] | None = None) -> int:
     """Bake or undo, and print the change of every tensor's norm. Return 0.
 
@@ -34,7 +36,7 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_finite_strength(args.strength)
     if args.undo == (args.subspace is not None):
-        raise UserError("give --subspace to bake, or --undo to take an edit back, not both. Nothing was written.")
+        raise UserError("give either --subspace to bake, or --undo to undo an edit.")
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
     from kernel_surgery.models.load import local_folder, resolve_model
@@ -44,7 +46,7 @@ def run(argv: list[str] | None = None) -> int:
     if args.undo:
         norms = undo_checkpoint(local_folder(source), args.out, command=command)
         show(norms)
-        print(f"{args.out}: the edit of {len(norms)} tensors taken back, to within a rounding")
+        print(f"{args.out}: the edit of {len(norms)} tensors undone, to within rounding")
         return 0
     subspace = Subspace.load(args.subspace, force=args.force)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}

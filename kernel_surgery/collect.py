@@ -11,29 +11,34 @@ takes the last prompt token, or the mean over the prompt's tokens. Padding is ne
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.command import Parser, main, untouched
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.names import DTYPES, POOLS, SITES, SPLITS
+from kernel_surgery.common.names import DTYPES, LANGUAGES, POOLS, SITES, SPLITS
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("collect", description="Measure activations of the same problems in several languages.")
-    p.add_argument("--model", default="polyglot", help='"polyglot" (default), a folder, or a hub id')
+    more = '"polyglot" (the embedded model, default), a folder, or a Hugging Face id'
+    p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    p.add_argument("--site", choices=SITES, default="mlp_out", help="where to read (default: where the edit is made)")
+    more = "where to read: the MLP's output, which is edited (default), or the residual stream after the layer"
+    p.add_argument("--site", choices=SITES, default="mlp_out", help=more)
     p.add_argument("--pool", choices=POOLS, default="last", help="last prompt token (default) or mean over the prompt")
-    p.add_argument("--languages", default="all", help="comma-separated, or all seven (default)")
+    more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
+    p.add_argument("--languages", default="all", help=more)
     p.add_argument("--layers", default="all", help='such as "9-26" or "2,3,5-7" (default: all)')
-    p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit)")
-    p.add_argument("--problems", type=int, default=40, help="problems per category (default 40: 200 in all)")
-    p.add_argument("--seed", type=int, default=0, help="which problems of the split are drawn")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    p.add_argument("--device", default="auto")
-    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
+    p.add_argument("--problems", type=int, default=40, help="problems in each of five categories (default 40)")
+    p.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
+    more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts in one forward pass (default 32)")
     return p
 
 
+@untouched("No file was written.")
 def run(argv: list[str] | None = None) -> int:
     """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
@@ -46,7 +51,7 @@ def run(argv: list[str] | None = None) -> int:
     if len(languages) < 2:
         raise UserError("a language subspace needs at least two languages; --languages names one.")
     if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     chosen_problems = problems(args.split, args.problems, seed=args.seed)
     source, device = resolve_model(args.model), parse_device(args.device)
     dtype = parse_dtype(args.dtype, device)
@@ -66,7 +71,7 @@ def run(argv: list[str] | None = None) -> int:
     size = args.out.stat().st_size / 1e6
     print(
         f"{args.out}: {len(chosen_problems)} problems x {len(languages)} languages x {len(activations.layers)} layers, "
-        f"d_model {activations.provenance['d_model']}, {args.site}, {args.pool} ({size:.1f} MB)"
+        f"d_model {activations.provenance['d_model']}, site {args.site}, pool {args.pool} ({size:.1f} MB)"
     )
     return 0
 

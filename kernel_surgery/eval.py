@@ -10,32 +10,45 @@ options.
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, command_line, main
-from kernel_surgery.common.names import DTYPES, MODES
+from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
+from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("eval", description="Compare a model with and without its language subspace on maths problems.")
-    p.add_argument("--mode", choices=(*MODES, "all"), default="fused", help="where the edit is made (default: fused)")
-    p.add_argument("--model", default="polyglot", help='"polyglot" (default), a folder, or a hub id')
+    more = "how the edit is made: hook (plain PyTorch), baked (in the weights), fused (one operator, the default) or "
+    more += "lora (an adapter); original: no edit; all: compare all of them"
+    p.add_argument("--mode", choices=(*MODES, "all"), default="fused", help=more)
+    more = '"polyglot" (the embedded model, default), a folder, or a Hugging Face id'
+    p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
-    p.add_argument("--protocol", choices=("strict", "expag"), default="strict")
-    p.add_argument("--languages", default="en,zh", help='comma-separated, or "all" seven (default: en,zh)')
-    p.add_argument("--problems", type=int, help="problems per category (default 40: 200 a language)")
-    p.add_argument("--seed", type=int, default=0, help="which problems of the test split are drawn")
-    p.add_argument("--max-new-tokens", type=int, help="budget (default 256; expag: the script's 128)")
-    p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
-    p.add_argument("--controls", help="haar:20, energy:20 or pca:20: so many random subspaces beside the real one")
-    p.add_argument("--margin", type=float, default=0.05, help="accuracies within it are called equivalent (.05)")
-    p.add_argument("--certificate", type=Path, help="JSON file of kernel_surgery.verify, to be shown in the report")
-    p.add_argument("--no-damage", action="store_true", help="leave out neutral text and language probes")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: float32 on CPU, else bfloat16")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--batch-size", type=int, default=64)
+    more = "strict (default): test problems, exact scoring, confidence intervals; expag: the 20 problems and the "
+    more += "scoring of the script that the project began with, to compare with its figures"
+    p.add_argument("--protocol", choices=("strict", "expag"), default="strict", help=more)
+    more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: en,zh)"
+    p.add_argument("--languages", default="en,zh", help=more)
+    more = "problems in each of five categories (default 40, that is 200 per language)"
+    p.add_argument("--problems", type=int, help=more)
+    p.add_argument("--seed", type=int, default=0, help="selects the problems from the test split (default 0)")
+    p.add_argument("--max-new-tokens", type=int, help="longest text, in tokens (default 256; expag: 128)")
+    more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
+    p.add_argument("--strength", type=float, default=1.0, help=more)
+    more = "KIND:N also tests N random subspaces: haar:20 (uniform), energy:20 (scaled to remove as much), pca:20 "
+    more += "(among the principal components)"
+    p.add_argument("--controls", help=more)
+    more = "accuracies that differ by less than this are equivalent (default 0.05)"
+    p.add_argument("--margin", type=float, default=0.05, help=more)
+    p.add_argument("--certificate", type=Path, help="JSON file from kernel_surgery.verify, shown in the report")
+    p.add_argument("--no-damage", action="store_true", help="skip the measurements on neutral text and the probes")
+    more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    p.add_argument("--batch-size", type=int, default=64, help="prompts that are generated at a time (default 64)")
     p.add_argument("--out", type=Path, help="folder for the results (default: results/<date>-<mode>-<protocol>)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out, with the same options")
+    more = "accept a subspace of unknown origin, of another model, or fitted on the test problems"
+    p.add_argument("--force", action="store_true", help=more)
     return p
 
 
@@ -49,7 +62,9 @@ def run(argv: list[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    evaluation = evaluate(Options(**vars(args)), command=command_line("eval", argv), say=say)
+    options = Options(**vars(args)).with_folder()
+    with untouched(lambda: kept_in(options.out)):
+        evaluation = evaluate(options, command=command_line("eval", argv), say=say)
     print(shown(evaluation.results))
     seconds = evaluation.results["seconds"]
     print(f"{evaluation.folder}: results.json, samples.jsonl, report.html ({seconds:.0f} s)")

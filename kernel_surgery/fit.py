@@ -16,23 +16,26 @@ The k leading right singular vectors are the basis U [d_model, k]. They are comp
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.command import Parser, main, untouched
 from kernel_surgery.common.names import METHODS
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("fit", description="Fit a language subspace to collected activations.")
-    p.add_argument("--activations", type=Path, required=True, help="collect's safetensors, or the script's .npz")
+    more = "file from kernel_surgery.collect, or an .npz with [problems, d_model] arrays such as en_L9"
+    p.add_argument("--activations", type=Path, required=True, help=more)
     p.add_argument("--out", type=Path, required=True, help="subspace file to write (safetensors)")
     p.add_argument("--rank", type=int, default=10, help="dimensions of the subspace (default 10)")
-    p.add_argument("--method", choices=METHODS, default="deviations")
+    more = "deviations (default): all differences between languages; centroids: only those of their means"
+    p.add_argument("--method", choices=METHODS, default="deviations", help=more)
     p.add_argument("--layers", help='such as "9-26" (default: the middle half of the model)')
-    p.add_argument("--model-id", help="the model an .npz was measured on")
+    p.add_argument("--model-id", help="model that an .npz was measured on")
     p.add_argument("--site", help="where an .npz was measured: mlp_out or resid_post")
     return p
 
 
+@untouched("No file was written.")
 def run(argv: list[str] | None = None) -> int:
     """Fit, print the captured variance per layer, and save. Return 0.
 
@@ -55,7 +58,7 @@ def run(argv: list[str] | None = None) -> int:
     subspace.save(args.out)
     print(
         f"{args.out}: rank {args.rank}, layers {layers[0]}-{layers[-1]}, "
-        f"{subspace.site or 'site not stated'}, {subspace.model_id or 'model not stated'}"
+        f"site {subspace.site or 'not stated'}, model {subspace.model_id or 'not stated'}"
     )
     return 0
 

@@ -13,20 +13,22 @@ the component of the exact W h in the subspace; they subtract that of the rounde
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main
+from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("lora", description="Write the edit as a LoRA adapter that serving engines can switch by request.")
-    p.add_argument("--model", required=True, help='"polyglot", a folder, or a hub id')
-    p.add_argument("--subspace", type=Path, required=True, help="subspace file (safetensors)")
+    p = Parser("lora", description="Write the edit as a LoRA adapter, which serving engines can switch per request.")
+    p.add_argument("--model", required=True, help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
+    p.add_argument("--subspace", type=Path, required=True, help="subspace file from kernel_surgery.fit")
     p.add_argument("--out", type=Path, required=True, help="new folder for the adapter")
-    p.add_argument("--strength", type=float, default=1.0, help="1 removes the subspace (default), 2 reflects it")
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
+    more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
+    p.add_argument("--strength", type=float, default=1.0, help=more)
+    p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
     return p
 
 
+@untouched("No adapter was written.")
 def run(argv: list[str] | None = None) -> int:
     """Write the adapter and print its rank. Return 0. The subspace must belong to the checkpoint.
 
@@ -46,7 +48,7 @@ def run(argv: list[str] | None = None) -> int:
     if subspace.note:
         print(subspace.note)
     print(
-        f"{args.out}: {len(subspace.layers)} layers, rank {subspace.rank} filled up to {rank}, strength "
+        f"{args.out}: {len(subspace.layers)} layers, rank {subspace.rank} padded to {rank}, strength "
         f"{args.strength:g}"
     )
     return 0

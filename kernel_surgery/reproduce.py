@@ -12,22 +12,24 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, command_line, main
+from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
 from kernel_surgery.common.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("reproduce", description="From a model to a report, and a bundle that can be checked without the model.")
-    p.add_argument("--model", help='"polyglot", a folder, or a hub id')
-    p.add_argument("--out", type=Path, help="folder for everything; the same command goes on in it")
-    p.add_argument("--check", type=Path, help="a bundle to be checked instead")
-    p.add_argument("--mode", default="fused", choices=("hook", "baked", "fused", "lora", "all"))
-    p.add_argument("--rank", type=int, default=10)
-    p.add_argument("--languages", default="en,zh")
-    p.add_argument("--problems", type=int, help="problems per category (default 40)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--controls", help="haar:20, energy:20 or pca:20")
+    description = "Run all steps on a model and write a bundle, or check a bundle. A check does not need the model."
+    p = Parser("reproduce", description=description)
+    p.add_argument("--model", help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
+    p.add_argument("--out", type=Path, help="folder for all files; run the same command again to continue")
+    p.add_argument("--check", type=Path, help="check this bundle instead of making one")
+    more = "how the edit is made in the evaluation (default: fused)"
+    p.add_argument("--mode", default="fused", choices=("hook", "baked", "fused", "lora", "all"), help=more)
+    p.add_argument("--rank", type=int, default=10, help="dimensions of the subspace (default 10)")
+    p.add_argument("--languages", default="en,zh", help="languages of the evaluation (default: en,zh)")
+    p.add_argument("--problems", type=int, help="problems in each of five categories (default 40)")
+    p.add_argument("--seed", type=int, default=0, help="selects the test problems (default 0)")
+    p.add_argument("--controls", help="also test random subspaces: haar:20, energy:20 or pca:20 (see eval --help)")
     return p
 
 
@@ -47,18 +49,19 @@ def run(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     if (args.check is None) == (args.out is None) or (args.out is not None and args.model is None):
-        raise UserError("give --model and --out to make a bundle, or --check to check one. Nothing was written.")
+        raise UserError("give --model and --out to make a bundle, or --check to check one.")
 
     from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, check_bundle, make_bundle
 
     if args.check is None:
         args.out.mkdir(parents=True, exist_ok=True)
         options = {name: value for name, value in vars(args).items() if name != "check"}
-        return 0 if make_bundle(Recipe(**options), command_line("reproduce", argv), run_command, say) else 1
+        with untouched(lambda: kept_in(args.out)):
+            return 0 if make_bundle(Recipe(**options), command_line("reproduce", argv), run_command, say) else 1
     faults = check_bundle(args.check)
     for fault in faults:
-        print(f"broken: {fault}")
-    verdict = f"{len(faults)} differences" if faults else f"every figure is what the texts give; {UNCHECKED}"
+        print(f"fault: {fault}")
+    verdict = f"differences: {len(faults)}" if faults else f"every figure follows from the texts; {UNCHECKED}"
     say(f"{args.check}: {verdict}")
     return 1 if faults else 0
 

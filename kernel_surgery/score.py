@@ -21,10 +21,10 @@ from kernel_surgery.common.command import Parser, main
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    description = 'Score texts: JSON lines {"text", "answer", "language", "prompt"}, made by any engine.'
+    description = 'Score texts that any engine generated: JSON lines {"text", "answer", "language", "prompt"}.'
     p = Parser("score", description=description)
-    p.add_argument("file", type=Path, help="the lines; samples.jsonl of an evaluation has them too")
-    p.add_argument("--labels", action="store_true", help="compare with a reader's verdicts instead")
+    p.add_argument("file", type=Path, help="file of JSON lines; samples.jsonl from an evaluation works too")
+    p.add_argument("--labels", action="store_true", help="print how often the scorer agrees with a reader's labels")
     return p
 
 

@@ -26,15 +26,18 @@ The same command continues an interrupted study. All figures are in DIR/study.js
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, command_line, main
+from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("study", description="Choose among declared settings on dev, freeze the choice, report it on test.")
-    p.add_argument("grid", type=Path, help="TOML file; python -m pydoc kernel_surgery.study shows one")
-    p.add_argument("--out", type=Path, required=True, help="folder of the study; the same command goes on in it")
-    p.add_argument("--controls", help="haar:20, energy:20 or pca:20: random subspaces beside the chosen one, on test")
+    description = "Choose a setting from a grid on the dev problems, freeze it, and report it on the test problems."
+    p = Parser("study", description=description)
+    p.add_argument("grid", type=Path, help="TOML file of the settings; python -m pydoc kernel_surgery.study shows one")
+    more = "folder of the study; run the same command again to continue"
+    p.add_argument("--out", type=Path, required=True, help=more)
+    more = "also test random subspaces beside the chosen one: haar:20, energy:20 or pca:20 (see eval --help)"
+    p.add_argument("--controls", help=more)
     return p
 
 
@@ -44,7 +47,8 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.evaluation.study import read_grid, run_study, shown
 
-    study = run_study(read_grid(args.grid), args.out, controls=args.controls, command=command_line("study", argv))
+    with untouched(lambda: kept_in(args.out)):
+        study = run_study(read_grid(args.grid), args.out, controls=args.controls, command=command_line("study", argv))
     print(shown(study))
     print(f"{args.out}: study.json, frozen.json, chosen.safetensors, dev.jsonl, test.jsonl")
     return 0

@@ -22,23 +22,25 @@ from kernel_surgery.common.names import DTYPES
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    p = Parser("verify", description="Check the edit: of a model in every mode, of a baked checkpoint, of an adapter.")
-    p.add_argument("--model", help='the original: "polyglot", a folder, or a hub id')
-    p.add_argument("--subspace", type=Path, help="subspace file (default with --model polyglot: the one shipped)")
-    p.add_argument("--baked", type=Path, help="folder that python -m kernel_surgery.bake has written")
-    p.add_argument("--adapter", type=Path, help="folder that python -m kernel_surgery.lora has written")
-    p.add_argument("--restored", type=Path, help="folder that python -m kernel_surgery.bake --undo has written")
-    p.add_argument("--out", type=Path, help="JSON file for the certificate; its plot goes beside it, as .svg")
-    p.add_argument("--strength", type=float, help="of the edit (default: 1, or what --baked was made with)")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: as the files have it")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--prompts", type=int, default=8, help="sequences that are sampled (default 8)")
-    more = "greedy tokens after each (default 16); the model is read once for each"
+    description = "Check that an edit was made exactly: in a model in every mode, a baked checkpoint or an adapter."
+    p = Parser("verify", description=description)
+    more = 'the original model: "polyglot" (the embedded model), a folder, or a Hugging Face id'
+    p.add_argument("--model", help=more)
+    p.add_argument("--subspace", type=Path, help="subspace file (default with --model polyglot: its own)")
+    p.add_argument("--baked", type=Path, help="check this checkpoint from kernel_surgery.bake")
+    p.add_argument("--adapter", type=Path, help="check this adapter from kernel_surgery.lora")
+    p.add_argument("--restored", type=Path, help="check this checkpoint from kernel_surgery.bake --undo")
+    p.add_argument("--out", type=Path, help="JSON file for the certificate; its plot is the .svg beside it")
+    p.add_argument("--strength", type=float, help="strength of the edit (default: that of --baked, or 1)")
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: the dtype of the files")
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    p.add_argument("--prompts", type=int, default=8, help="number of prompts (default 8)")
+    more = "tokens generated after each prompt (default 16); each one reads the model's files once"
     p.add_argument("--new-tokens", type=int, default=16, help=more)
-    more = "load the whole model too, edit all layers at once and decode (default: where it takes 2 GB or less)"
+    more = "also load the whole model, edit all layers at once and decode (default: if it takes at most 2 GB)"
     p.add_argument("--whole", action="store_true", default=None, help=more)
-    p.add_argument("--seed", type=int, default=0, help="which prompts")
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown or foreign provenance")
+    p.add_argument("--seed", type=int, default=0, help="selects the prompts (default 0)")
+    p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
     return p
 
 
@@ -48,19 +50,19 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     folders: {name: folder} of --baked, --adapter and --restored, if given. Raises UserError.
     """
     if not folders and args.model is None:
-        raise UserError("give --model, --baked, --adapter or --restored. Nothing was verified.")
+        raise UserError("nothing to verify: give --model, --baked, --adapter or --restored.")
     if len(folders) > 1:
-        raise UserError(f"give one of --{' and --'.join(folders)} at a time. Nothing was verified.")
+        raise UserError(f"--{' and --'.join(folders)} cannot be combined: give one of them.")
     for folder in folders.values():
         if not folder.is_dir():
-            raise UserError(f"no folder at {str(folder)!r}. Nothing was verified.")
+            raise UserError(f"no folder at {str(folder)!r}.")
     for name, least, most in (("prompts", 1, 256), ("new_tokens", 0, 1024)):
         if not least <= getattr(args, name) <= most:
             value = getattr(args, name)
             raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {value}.")
     check_finite_strength(args.strength)
     if args.subspace is None and not folders and args.model != "polyglot":
-        raise UserError(f"--model {args.model} needs --subspace, or --baked. Nothing was verified.")
+        raise UserError(f"--model {args.model} needs --subspace (from kernel_surgery.fit), or --baked.")
     if args.out is not None and args.out.suffix == ".svg":
         raise UserError(f"--out {str(args.out)!r} is where the plot would go: name the JSON file.")
 
@@ -84,7 +86,9 @@ def run(argv: list[str] | None = None) -> int:
     for kind, folder in folders.items():
         recorded_strength = float(read_provenance(folder, kind)["strength"])
         if args.strength not in (None, recorded_strength):
-            raise UserError(f"{str(folder)!r} was made at strength {recorded_strength:g}, not {args.strength:g}.")
+            raise UserError(
+                f"{str(folder)!r} was made at strength {recorded_strength:g}, not {args.strength:g}. Omit --strength."
+            )
     if args.adapter is not None:
         certificate = verify_adapter(args.adapter, source, subspace)
     elif args.restored is not None:

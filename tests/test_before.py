@@ -71,7 +71,7 @@ def test_what_was_baked_and_the_adapter_are_verified(before, words):
 
 def test_an_edit_is_taken_back_from_its_record(before):
     status, out, err = call("bake", "--undo", "--model", "baked", "--out", "restored")
-    assert (status, err) == (0, "") and "the edit of 2 tensors taken back" in out
+    assert (status, err) == (0, "") and "the edit of 2 tensors undone" in out
     for more in ((), ("--model", "model"), ("--model", "model", "--subspace", "subspace.safetensors")):
         status, out, err = call("verify", "--restored", "restored", *more)
         assert (status, err) == (0, "") and "everything holds" in out
@@ -91,7 +91,7 @@ def test_the_subspace_still_belongs_to_the_model(before):
 
 def test_a_bundle_checks_out_and_a_changed_text_does_not(before):
     status, out, err = call("reproduce", "--check", "bundle")
-    assert (status, err) == (0, "") and "every figure is what the texts give" in out
+    assert (status, err) == (0, "") and "every figure follows from the texts" in out
     file = before / "bundle" / "samples.jsonl"
     file.write_text(file.read_text(encoding="utf-8").replace('"correct": true', '"correct": false', 1), "utf-8")
     status, out, _ = call("reproduce", "--check", "bundle")
@@ -101,7 +101,7 @@ def test_a_bundle_checks_out_and_a_changed_text_does_not(before):
 def test_activations_and_texts_are_read(before):
     acts = "study/activations-mlp_out-last.safetensors"
     status, out, err = call("fit", "--activations", acts, "--out", "fitted.safetensors", "--rank", 2)
-    assert (status, err) == (0, "") and "rank 2, layers 2-5, mlp_out, polyglot" in out
+    assert (status, err) == (0, "") and "rank 2, layers 2-5, site mlp_out, model polyglot" in out
     status, out, err = call("score", "bundle/samples.jsonl")
     assert status == 0 and len(out.splitlines()) == 20 and err.startswith("en: 10/10 right")
 
@@ -113,7 +113,7 @@ def test_a_study_goes_on_with_the_choice_that_it_froze(before):
     assert len(lines(test)) == 5 and not (study / "study.json").exists()
     kept, asked, said = dev.read_bytes(), test.read_bytes(), frozen.read_bytes()
     status, out, err = call("study", "grid.toml", "--out", "study")
-    assert (status, err) == (0, "") and f"frozen: {json.loads(said)['sha256'][:16]}, one of 2; test" in out
+    assert (status, err) == (0, "") and f"frozen: {json.loads(said)['sha256'][:16]}, one of 2 settings" in out
     assert frozen.read_bytes() == said and dev.read_bytes() == kept
     assert len(lines(test)) == 20 and test.read_bytes().startswith(asked)
     made = json.loads((study / "study.json").read_text(encoding="utf-8"))

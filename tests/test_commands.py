@@ -88,11 +88,11 @@ def errors(tmp_path, foreign):
     return {
         "wrong model path": ("eval", "--model", tmp_path / "nowhere", "--out", out, "no model at"),
         "folder without a model": ("collect", "--model", tmp_path, "--out", out, "no config.json"),
-        "wrong rank": ("fit", "--activations", acts, "--out", out, "--rank", 99, "cannot take rank 99"),
-        "rank zero": ("fit", "--activations", acts, "--out", out, "--rank", 0, "cannot take rank 0"),
+        "wrong rank": ("fit", "--activations", acts, "--out", out, "--rank", 99, "cannot fit rank 99"),
+        "rank zero": ("fit", "--activations", acts, "--out", out, "--rank", 0, "cannot fit rank 0"),
         "foreign subspace": ("eval", "--subspace", foreign, "--out", out, "somebody/else"),
         "foreign subspace baked": ("bake", "--model", "polyglot", "--subspace", foreign, "--out", out, "somebody/else"),
-        "pickled npz": ("fit", "--activations", pickled, "--out", out, "pickled objects, which are never loaded"),
+        "pickled npz": ("fit", "--activations", pickled, "--out", out, "Pickles are never loaded"),
         "layers out of range": (
             "collect",
             "--layers",
@@ -112,13 +112,13 @@ def errors(tmp_path, foreign):
         "expag in Spanish": ("eval", "--protocol", "expag", "--languages", "es", "--out", out, "'es'"),
         "unknown mode": ("eval", "--mode", "magic", "--out", out, "magic"),
         "budget of nothing": ("eval", "--max-new-tokens", 0, "--out", out, "at least 1"),
-        "resume without a folder": ("eval", "--resume", "name that folder"),
-        "rank beyond the operator's": ("eval", "--subspace", wide, "--out", out, "k=65 columns; project takes 1 to 64"),
-        "fitted on the problems asked": ("eval", "--subspace", leaky, "--out", out, "fitted on the test split"),
+        "resume without a folder": ("eval", "--resume", "--resume needs --out"),
+        "rank beyond the operator's": ("eval", "--subspace", wide, "--out", out, "k=65 columns, but project takes"),
+        "fitted on the problems asked": ("eval", "--subspace", leaky, "--out", out, "fitted on the test problems"),
         "unknown controls": ("eval", "--controls", "gauss:3", "--out", out, "--controls takes haar:N"),
         "controls of the original": ("eval", "--mode", "original", "--controls", "haar:3", "--out", out, "edited mode"),
         "margin of nothing": ("eval", "--margin", 0, "--out", out, "--margin must be positive"),
-        "no certificate": ("eval", "--certificate", POLYGLOT / "config.json", "--out", out, "is no certificate"),
+        "no certificate": ("eval", "--certificate", POLYGLOT / "config.json", "--out", out, "is not a certificate"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
             *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", POLYGLOT / "subspace.safetensors"),
@@ -236,7 +236,7 @@ def test_eval_writes_what_it_says_resumes_and_does_not_overwrite(tmp_path, capsy
     assert [(r["mode"], r["language"]) for r in results["paired"]] == [("fused", lang) for lang in ("en", "sw", "all")]
     kept = (run / "samples.jsonl").read_bytes()
     status, _, err = call("eval", capsys, *words)
-    assert status == 2 and "holds a run already" in err and (run / "samples.jsonl").read_bytes() == kept
+    assert status == 2 and "already holds a run" in err and (run / "samples.jsonl").read_bytes() == kept
     status, _, err = call("eval", capsys, *words, "--resume", "--strength", 2)
     assert status == 2 and "strength was 1.0, now 2.0" in err
     status, _, err = call("eval", capsys, *words, "--resume", "--mode", "all")
@@ -266,9 +266,10 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     status, out, err = call("eval", capsys, *words, "--controls", "energy:3", "--certificate", certificate)
     assert status == 0 and err == ""
     assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts, about 1 min")
-    assert "3 energy controls at the same rank, layers and site, 10 problems a language, hook:" in out
+    assert "3 random subspaces (energy) with the same rank, layers and site, 10 problems per language" in out
     assert "hook: KL(original || edited) on neutral text" in out
-    assert "a linear probe at resid_post still reads the language: least" in out and "leak, the part inside" in out
+    assert "a linear probe at resid_post still reads the language: lowest accuracy" in out
+    assert "leak (share of the part inside" in out
     results = json.loads((run / "results.json").read_text())
     found = results["controls"]
     assert len(found["rows"]) == 6 and set(found["percentiles"]) == {"en", "zh"} and found["mode"] == "hook"
@@ -281,7 +282,7 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     lines = kept.split(b"\n")
     (run / "controls.jsonl").write_bytes(b"\n".join(lines[:47]) + b"\n" + lines[47][:30])
     status, out, _ = call("eval", capsys, *words, "--controls", "energy:3", "--resume", "--no-damage")
-    assert status == 0 and out.startswith("controls: 3 energy x 2 languages x 10 problems, 20 texts\n")
+    assert status == 0 and out.startswith("controls: 3 energy x 2 languages x 10 problems, 20 texts to generate\n")
     assert (run / "controls.jsonl").read_bytes() == kept
     assert json.loads((run / "results.json").read_text())["controls"]["rows"] == found["rows"]
     # More of them may be asked for later.

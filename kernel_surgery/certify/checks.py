@@ -114,9 +114,9 @@ def broken(row: dict) -> list[str]:
     if not row["finite"]:
         faults.append("it holds NaN or Inf")
     if row["error_over_bound"] is not None and not row["error_over_bound"] <= 1:
-        faults.append(f"an element is {row['error_over_bound']:.3g} times its bound away from what the edit gives")
+        faults.append(f"an element differs from the exact edit by {row['error_over_bound']:.3g} times its bound")
     if not row["leak_over_floor"] <= row["leak_gate"]:
-        faults.append(f"it leaks {row['leak_over_floor']:.3g} times its floor (allowed: {row['leak_gate']:.3g})")
+        faults.append(f"its leak is {row['leak_over_floor']:.3g} times the floor (allowed: {row['leak_gate']:.3g})")
     return faults
 
 

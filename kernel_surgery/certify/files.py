@@ -63,7 +63,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
     weights = {file.name for file in weight_files(folder)}
     there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     faults = [
-        f"{name} holds weights that are not the checkpoint's"
+        f"{name} holds weights that do not belong to the checkpoint"
         for name in sorted(there)
         if name.endswith(".safetensors") and name not in weights | {UNDO.as_posix(), BASES.as_posix()}
     ]
@@ -77,7 +77,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
         elif name not in there:
             faults.append(f"{name} of the original is missing")
         elif sha256(there[name]) != sha256(along[name]):
-            faults.append(f"{name} is not the original's")
+            faults.append(f"{name} differs from the original's")
     return faults
 
 
@@ -96,12 +96,12 @@ def basis_faults(bases: dict, subspace: Path, folder: Path) -> tuple[dict, list[
     """
     expected = dict(Subspace.load(subspace, force=True).bases)
     if expected.keys() != bases.keys() or any(expected[i].shape != bases[i].shape for i in expected):
+        layers = [f"layers {sorted(b)}, basis {list(next(iter(b.values())).shape)}" for b in (bases, expected)]
         raise CheckpointError(
-            f"{str(folder)!r} was baked with a subspace of layers {sorted(bases)}, {str(subspace)!r} has "
-            f"{sorted(expected)} (or another rank). Nothing was verified."
+            f"{str(folder)!r} was made with {layers[0]}, but {str(subspace)!r} has {layers[1]}. Omit --subspace."
         )
     different = [i for i in expected if not torch.equal(expected[i], bases[i])]
-    return expected, [f"layer {i}: baked with another basis than {str(subspace)!r} has" for i in different]
+    return expected, [f"layer {i}: the basis differs from that in {str(subspace)!r}" for i in different]
 
 
 @dataclass
@@ -142,7 +142,7 @@ class _Certificate:
         new, old = located(self.folder), {} if self.source is None else located(self.source)
         if self.source is not None:
             alone = sorted(new.keys() ^ old.keys())
-            self.faults += [f"{name} is in one of the two checkpoints only" for name in alone]
+            self.faults += [f"{name} is in only one of the two checkpoints" for name in alone]
         return new, old
 
     def done(self, note: str | None = None) -> dict:
@@ -181,7 +181,7 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
         layer = LLAMA.edited_layer(name, certificate.bases)
         if layer is None:
             if name in old and not same_bytes(new[name], old[name]):
-                certificate.faults.append(f"{name} was not to be edited, and differs from the original")
+                certificate.faults.append(f"{name} should not have been edited, but differs from the original")
             continue
         after, before, inside = read(new[name]), None, undo_tensors.get(f"inside.{name}")
         if name in old:
@@ -190,7 +190,7 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
                 certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
                 continue
         elif inside is None:
-            missing = "what was removed is not on record, and without --model not known"
+            missing = "the record of what was removed is missing; give --model to check without it"
             certificate.faults.append(f"layer {layer}: {name}: {missing}")
             continue
         row = {"layer": layer, "tensor": name, "dtype": new[name][1].dtype}
@@ -222,7 +222,7 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         expected_rank = int(record["padded_rank"])
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{str(folder / CONFIG)!r} is no configuration of an adapter ({error}).") from error
+        raise CheckpointError(f"{str(folder / CONFIG)!r} is not an adapter configuration ({error}).") from error
     certificate = _Certificate.of("adapter", folder, source, subspace, record)
     expected = configuration(record)
     for key in sorted(config.keys() | expected.keys()):
@@ -250,8 +250,8 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         row = _pair_row(layer, a, b, basis, weight, certificate.strength)
         certificate.rows.append(row)
         certificate.faults += _pair_faults(layer, a, b, basis, row)
-    certificate.faults += [f"{name} is of no layer of the subspace" for name in sorted(tensors)]
-    return certificate.done("A was not compared with a U^T W: give --model for that" if source is None else None)
+    certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(tensors)]
+    return certificate.done("A was not checked against a U^T W: give --model to check it" if source is None else None)
 
 
 def _pair_row(layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | None, strength: float) -> dict:
@@ -273,11 +273,11 @@ def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict | No
     if not torch.equal(b[:, :k], -basis):
         faults.append(f"{where}: B is not -U")
     if a[k:].any() or b[:, k:].any():
-        faults.append(f"{where}: what fills the rank up is not zero")
+        faults.append(f"{where}: the padding of the rank is not zero")
     if row is None:
         return faults
     if row["error_over_bound"] is not None and not row["error_over_bound"] <= 1:
-        faults.append(f"{where}: A is {row['error_over_bound']:.3g} times its bound off")
+        faults.append(f"{where}: the error of A is {row['error_over_bound']:.3g} times its bound")
     if not row["finite"]:
         faults.append(f"{where}: A holds NaN or Inf")
     if a.dtype != torch.float32 or b.dtype != torch.float32:
@@ -303,7 +303,7 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
         layer = LLAMA.edited_layer(name, certificate.bases)
         if layer is None:
             if not same_bytes(new[name], old[name]):
-                certificate.faults.append(f"{name} was never edited, and differs from the original")
+                certificate.faults.append(f"{name} was never edited, but differs from the original")
             continue
         restored, weight = read(new[name]), read(old[name])
         if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
@@ -320,5 +320,5 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
         )
         if not worst <= 1:
             where = f"layer {layer}: {name}"
-            certificate.faults.append(f"{where}: an element is {worst:.3g} times its bound away from the original")
+            certificate.faults.append(f"{where}: an element differs from the original by {worst:.3g} times its bound")
     return certificate.done()

@@ -122,7 +122,7 @@ class _Certifier:
             streams[mode] = (out, normed)
             self.providers[mode] = "weights on disk" if from_files else edit.provider
             if edit is not None and edit.calls and not edit.calls[index]:
-                self.fault(index, mode, "the edit never ran")
+                self.fault(index, mode, "the edit did not run")
             if mode == "baked":
                 self.check_weights(index, basis, after, down)
             if mode == "fused":
@@ -180,7 +180,7 @@ class _Certifier:
             # Report a mode once: an error at one layer carries on through all later layers.
             if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
                 self.astray.add(mode)
-                self.fault(index, mode, f"hidden states err {row[mode] / own:.3g} times as much as the original's")
+                self.fault(index, mode, f"the error of the hidden states is {row[mode] / own:.3g} times the original's")
         self.hidden.append(row)
 
     def compare_logits(self, streams: dict, oracles: dict, prompt: int, decoded: dict) -> dict[str, dict]:
@@ -206,8 +206,8 @@ class _Certifier:
                 if mode in decoded_comparisons:
                     oracle = oracle.unflatten(0, (sequences, length))[:, prompt - 1 :].flatten(0, 1)
                     decoded_comparisons[mode].add(oracle, decoded[mode][..., start : start + len(rows)].flatten(0, 1))
-        figures = self.beside_original(comparisons, "the logits err")
-        words = "decoded with all layers edited at once, the logits err"
+        figures = self.beside_original(comparisons, "the error of the logits")
+        words = "the error of the logits, decoded with all layers edited at once,"
         whole = (
             self.beside_original(decoded_comparisons | {IDEAL: comparisons[IDEAL]}, words)
             if decoded_comparisons
@@ -230,7 +230,7 @@ class _Certifier:
             figures[mode]["of_original"] = figures[mode]["relative"] / figures["original"]["relative"]
             ratio = figures[mode]["relative"] / own
             if not ratio <= BESIDE_ORIGINAL:
-                self.faults.append(f"{mode}: {words} {ratio:.3g} times as much as the original's")
+                self.faults.append(f"{mode}: {words} is {ratio:.3g} times the original's")
         return figures
 
     def decode(self, ids: Tensor, prompt: int) -> dict[str, Tensor]:
@@ -260,9 +260,9 @@ class _Certifier:
 # The figures of a mode's row that must not exceed 1, with the words that name them in a fault.
 LIMITS = {
     "error_over_bound": "the error against the exact edit",
-    "rule_a": "the error of the projection (Rule A)",
-    "span_rule_a": "the error of the projection inside the subspace (Rule A)",
-    "span_leak": "the leak of what lies inside the subspace",
+    "rule_a": "the error of the edit on the rounded output",
+    "span_rule_a": "the error of the edit on rows inside the subspace",
+    "span_leak": "the part of rows inside the subspace that the edit left",
     "add": "the error of the edit with the residual addition",
     "norm": "the error of the norm that follows",
 }
@@ -321,7 +321,7 @@ def certify_model(
             run.run_layer(index, streams, oracles, where, wide_where)
             if not bool(torch.isfinite(streams["original"][0]).all()):
                 raise UserError(
-                    f"the original model gives NaN or Inf in {dtype} from layer {index} on: there is nothing to "
+                    f"the original model gives NaN or Inf in {dtype} from layer {index} on, so there is nothing to "
                     "compare with. Choose another --dtype."
                 )
             run.compare_hidden(index, streams, oracles)

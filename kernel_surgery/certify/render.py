@@ -10,11 +10,11 @@ from kernel_surgery.common.plotting import COLOURS, svg
 # The figures of a mode's row that the plot of error/bound shows, with their labels.
 CHECKS = {
     "error_over_bound": "against the exact edit",
-    "rule_a": "Rule A",
-    "span_rule_a": "Rule A inside the subspace",
-    "span_leak": "leak rule",
-    "add": "with the addition",
-    "norm": "with the norm",
+    "rule_a": "edit of the rounded output",
+    "span_rule_a": "rows inside the subspace",
+    "span_leak": "what is left of such rows",
+    "add": "with the residual addition",
+    "norm": "with the next norm",
 }
 
 
@@ -58,8 +58,8 @@ def layer_table(model: dict) -> list[str]:
     for row in model["layers"]:
         by_layer.setdefault(row["layer"], {})[row["mode"]] = row
     hidden = {row["layer"]: row for row in model["hidden"]}
-    head = ["layer", *modes, "Rule A", "in span(U)", "leak rule", "add", "norm", "worst pair", "", "W", "leak/floor"]
-    head.append("hidden/original's")
+    head = ["layer", *modes, "rounded", "inside U", "left", "add", "norm", "worst pair", "", "W", "leak/floor"]
+    head.append("hidden")
     lines = [head]
     for layer, rows in by_layer.items():
         pairs = [p for p in model["pairs"] if p["layer"] == layer]
@@ -84,7 +84,7 @@ def layer_table(model: dict) -> list[str]:
 
 def logit_table(model: dict) -> list[str]:
     """Return one line per mode: the error of its logits against the oracle's."""
-    head = ["mode", "provider", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
+    head = ["mode", "run by", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
     head.append("greedy text")
     lines = [head]
     for mode, r in model["logits"].items():
@@ -92,7 +92,7 @@ def logit_table(model: dict) -> list[str]:
             continue
         text = "-"
         if mode != "original":
-            differing = f"{r['diverged']} of {model['sampled']['prompts']} part"
+            differing = f"{r['diverged']} of {model['sampled']['prompts']} differ"
             text = "the same" if not r["diverged"] else f"{differing}, first at token {r['first']}"
         errors = (number(r["relative"], ".2e"), number(r.get("of_original")), number(r["max"], ".2e"))
         spread = (number(r["kl_mean"], ".1e"), number(r["kl_p99"], ".1e"), number(r["top1"], ".4f"))
@@ -101,16 +101,35 @@ def logit_table(model: dict) -> list[str]:
     return aligned(lines, left=2)
 
 
+LAYER_LEGEND = (
+    "rounded: hook and fused against the exact edit of the rounded output. inside U: the same for rows inside the "
+    "subspace. left: what is left of such rows.",
+    "add, norm: fused with the residual addition and the norm. worst pair: modes that differ most. W: baked weights.",
+    "leak/floor: the part of the subspace that is left in the weights, over what rounding alone leaves (limit: 1.1).",
+    "hidden: the largest error of the hidden states, over the original model's own.",
+)
+LOGIT_LEGEND = (
+    "logit error: root mean square difference, relative to the spread of the oracle's logits. /original's, decoded: "
+    "that error over the original model's own, layer by layer and in the decoded text.",
+    "KL: nats per position. top-1: share of positions with the same most likely token.",
+)
+
+
 def sampled(model: dict) -> str:
-    """Return one sentence that says what was run."""
+    """Return three lines that say what was run."""
     s = model["sampled"]
+    tokens = _counted(s["new_tokens"], "greedy token")
     return (
-        f"{model['dtype']} against {model['oracle']} on {model['device']}; {s['prompts']} sequences: {s['text']}, each "
-        f"with {s['new_tokens']} greedy tokens of the oracle; {s['rows_per_layer']} of {s['positions']} positions a "
-        "layer held to bounds; "
-        + ("decoded" if s["decoded_whole"] else "not decoded")
-        + " token by token with all layers edited at once."
+        f"{model['dtype']} on {model['device']}, compared with the exact edit in {model['oracle']} (the oracle).\n"
+        f"Prompts: {s['prompts']}, {s['text']}. Each is followed by {tokens} of the oracle.\n"
+        f"Positions compared with bounds: {s['rows_per_layer']} of {s['positions']} per layer. "
+        + ("All layers were also" if s["decoded_whole"] else "The layers were not")
+        + " edited at once and decoded token by token."
     )
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def shown(certificate: dict) -> str:
@@ -122,13 +141,14 @@ def shown(certificate: dict) -> str:
         lines += [sampled(model)]
         lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
         lines += [certificate["note"]] if certificate.get("note") else []
-        lines += ["", "error/bound by layer:", *layer_table(model), "", *logit_table(model), ""]
+        lines += ["", "Error over its bound, by layer (a check fails above 1):", *layer_table(model), *LAYER_LEGEND]
+        lines += ["", "Logits against the oracle's:", *logit_table(model), *LOGIT_LEGEND, ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
-    lines += [f"broken: {fault}" for fault in faults]
+    lines += [f"fault: {fault}" for fault in faults]
     edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
-    what = f"{len(edited)} edited layers" + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
+    what = _counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
     what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
-    lines.append(f"{what}: " + (f"{len(faults)} faults" if faults else "everything holds"))
+    lines.append(f"{what}: " + (_counted(len(faults), "fault") if faults else "everything holds"))
     return "\n".join(lines)
 
 

@@ -43,7 +43,8 @@ def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tenso
                 rows.append(queue.pop(0))
     if max(map(max, rows)) >= vocabulary:
         raise UserError(
-            f"the tokenizer gives id {max(map(max, rows))}, the model has {vocabulary}: they do not belong together."
+            f"the tokenizer gives id {max(map(max, rows))}, but the model has only {vocabulary} tokens: they do not "
+            "belong together."
         )
     languages = ", ".join(language for language in LANGUAGES if language in usable[length])
     return torch.tensor(rows), f"test problems of {length} tokens ({languages}), seed {seed}"

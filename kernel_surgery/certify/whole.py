@@ -71,7 +71,7 @@ def verify_model(
     if baked is not None:
         strength = float(read_provenance(baked)["strength"])
         if dtype != stored:
-            raise UserError(f"a baked checkpoint is certified in the dtype it is stored in, {stored}, not {dtype}.")
+            raise UserError(f"a baked checkpoint is certified in its own dtype, {stored}, not {dtype}. Omit --dtype.")
         certificate = verify_checkpoint(baked, source, subspace_file)
     torch_device = parse_device(device)
     options = {"prompts": prompts, "new_tokens": new_tokens, "seed": seed, "made": baked, "whole": whole}

@@ -67,7 +67,7 @@ def write_adapter(
         pair = lora_pair(weight, basis, strength)
         # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
-            raise CheckpointError(f"{entry.name} holds NaN or Inf. Nothing was written.")
+            raise CheckpointError(f"cannot write an adapter: {entry.name} holds NaN or Inf.")
         padding = rank - subspace.rank
         module = PREFIX + entry.name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
@@ -107,13 +107,15 @@ def _card(record: dict) -> str:
     lines = [
         *("---", f"base_model: {json.dumps(model)}", "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed: an adapter", ""),
-        f"In layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model} this adapter makes W of",
-        f"`mlp.down_proj` act as W - a U (U^T W), with U of rank {record['rank']} and a = {record['strength']:g}:",
-        f"A = a U^T W, B = -U, filled up with zeros to rank {record['padded_rank']}; alpha = r, so the scaling is 1.",
-        "Nothing was trained. The tensors are float32: an engine that rounds them to bfloat16 leaves",
-        "about 2^-9 of what the edit removes.",
+        f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
+        f"`mlp.down_proj` acts as W - a U (U^T W), with U of rank {record['rank']} and a = {record['strength']:g}.",
+        "U spans the language subspace: the directions in which activations of one problem differ between languages.",
+        "",
+        f"A = a U^T W and B = -U, padded with zeros to rank {record['padded_rank']}. alpha = r, so the scaling is 1.",
+        "Nothing was trained. The tensors are float32. An engine that rounds them to bfloat16 leaves",
+        "about 2^-9 of the part that the edit removes.",
         "",
         *([record["note"] + ".", ""] if record["note"] else []),
-        "`provenance.json` has the SHA-256 of every file and says how the subspace was found.",
+        "`provenance.json` records the SHA-256 of every file and how the subspace was fitted.",
     ]
     return "\n".join(lines) + "\n"

@@ -122,17 +122,18 @@ def _card(record: dict) -> str:
     lines = [
         *("---", f"base_model: {json.dumps(model)}", "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed", ""),
-        f"These are the weights of {model} with one edit: in layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
-        f"W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
-        "Every other tensor is byte for byte the original's.",
+        f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
+        f"the weight W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
+        "U spans the language subspace: the directions in which activations of one problem differ between languages.",
+        "Every other tensor is byte-identical to the original.",
         "",
         *([record["note"] + ".", ""] if record["note"] else []),
-        f"`{PROVENANCE}` has the SHA-256 of every file and says how the subspace was found. `{UNDO.as_posix()}`",
-        "has what was removed:",
+        f"`{PROVENANCE}` records the SHA-256 of every file and how the subspace was fitted.",
+        f"`{UNDO.as_posix()}` holds the part that was removed. This command undoes the edit, to within rounding:",
         "",
         "    python -m kernel_surgery.bake --undo --model THIS --out RESTORED",
         "",
-        f"takes the edit back to within a rounding. The original's card, where it had one, is `{BASE_CARD}`.",
+        f"The original model's card, if it had one, is `{BASE_CARD}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -169,7 +170,7 @@ class _Removal:
         edited, inside = remove(weight, basis, self.strength)
         # A NaN or Inf in a column makes the whole column of U^T W NaN or Inf, so checking U^T W is enough.
         if not torch.isfinite(inside).all():
-            raise CheckpointError(f"cannot bake {name}: it holds NaN or Inf. Nothing was written.")
+            raise CheckpointError(f"cannot bake {name}: it holds NaN or Inf.")
         # The exact noise takes as long as the edit. Compute it only if its cheap upper bound leaves the case open.
         inside_norm, checkable = float(inside.norm()), self.strength == 1 and weight.ndim == 2
         if (
@@ -179,7 +180,7 @@ class _Removal:
         ):
             raise CheckpointError(
                 f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
-                f"{float(inside.norm()):.3g}): it was baked with this subspace before. Nothing was written. "
+                f"{float(inside.norm()):.3g}). It was baked with this subspace before. "
                 "Bake the original checkpoint."
             )
         self.norms[name] = float(weight.norm(dtype=torch.float32)), float(edited.norm(dtype=torch.float32))
@@ -258,8 +259,8 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     for name, digest in record["sha256"].items():
         if not (source / name).is_file() or sha256(source / name) != digest:
             raise CheckpointError(
-                f"{str(source / name)!r} is not the file that was written when this checkpoint was baked: undoing the "
-                "edit would not give back the original. Nothing was written."
+                f"{str(source / name)!r} is not the file that was written when this checkpoint was baked. Undoing the "
+                "edit would not restore the original."
             )
     layouts = [read_layout(file) for file in weight_files(source)]
     with opened(source / UNDO) as file:

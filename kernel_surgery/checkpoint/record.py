@@ -44,7 +44,7 @@ def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torc
     ranks = {basis.shape[1] for basis in bases.values()}
     if sorted(bases) != sorted(record["layers"]) or ranks != {record["rank"]}:
         raise CheckpointError(
-            f"{str(folder / file)!r} holds bases of layers {sorted(bases)}, rank {min(ranks)}; {PROVENANCE} says "
+            f"{str(folder / file)!r} holds bases of layers {sorted(bases)}, rank {min(ranks)}, but {PROVENANCE} says "
             f"layers {record['layers']}, rank {record['rank']}."
         )
     return bases
@@ -110,7 +110,6 @@ def read_provenance(folder: Path, kind: str = "baked") -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         what, writer = _WRITER[kind]
         raise CheckpointError(
-            f"{str(folder)!r} is not {what} that python -m {writer} has written: its {PROVENANCE} is "
-            "missing or says something else. Nothing was written."
+            f"{str(folder)!r} is not {what} from python -m {writer}: its {PROVENANCE} is missing or of another kind."
         ) from error
     return record

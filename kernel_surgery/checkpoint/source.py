@@ -28,13 +28,13 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     if config.get("model_type") not in ARCHITECTURES:
         raise CheckpointError(
             f"cannot edit a {config.get('model_type')!r} checkpoint: known architectures are "
-            f"{', '.join(ARCHITECTURES)}.\nNothing was written."
+            f"{', '.join(ARCHITECTURES)}."
         )
     n_layers = config["num_hidden_layers"]
     file_of = {name: layout.path for layout in layouts for name in layout.entries}
     required = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
     if missing := [name for name in required if name not in file_of]:
-        raise CheckpointError(f"{str(folder)!r} has no tensor {missing[0]}. Nothing was written.")
+        raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
 
     def weights():
         for name in required:
@@ -51,8 +51,8 @@ def original_layouts(source: Path) -> list[Layout]:
     """
     if (source / PROVENANCE).exists():
         raise CheckpointError(
-            f"{str(source)!r} was baked before (it holds {PROVENANCE}): the edit again would not remove anything more "
-            "at strength 1 and would compound at any other. Nothing was written. Take the original checkpoint."
+            f"{str(source)!r} was baked before: it holds {PROVENANCE}. A second edit removes nothing more at strength "
+            "1, and adds to the first at any other. Use the original checkpoint."
         )
     return [read_layout(file) for file in weight_files(source)]
 
@@ -72,16 +72,15 @@ def editable(layouts: list[Layout], bases: dict) -> list[Entry]:
             if entry.dtype not in EDITABLE_CODES:
                 raise CheckpointError(
                     f"cannot edit {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
-                    "Nothing was written. Take the unquantised checkpoint, or use --mode fused, which leaves weights "
-                    "alone."
+                    "Use the unquantised checkpoint, or eval --mode fused, which does not change the weights."
                 )
             if entry.shape[0] != basis.shape[0]:
                 raise CheckpointError(
-                    f"cannot edit {name}: basis has d_model={basis.shape[0]}, the tensor is {entry.shape}.\n"
-                    "Nothing was written. Fit a subspace on this model."
+                    f"cannot edit {name}: the basis has d_model={basis.shape[0]}, but the tensor is {entry.shape}.\n"
+                    "Fit a subspace on this model."
                 )
             matches.append(entry)
     missing = {f"{LLAMA.site(layer)}.weight" for layer in bases} - {entry.name for entry in matches}
     if missing:
-        raise CheckpointError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}. Nothing was written.")
+        raise CheckpointError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}, which the edit needs.")
     return matches

@@ -18,7 +18,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,7 +67,7 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
     except Exception as error:
         if os.environ.get("KERNEL_SURGERY_TRACEBACK") or not _is_user_error(error):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print("\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         status = 2
     sys.exit(status)
 
@@ -82,6 +83,27 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {os.fspath(error.filename)!r}: {error.strerror}"
     return str(error).strip() or type(error).__name__
+
+
+@contextmanager
+def untouched(sentence: str | Callable[[], str]) -> Iterator[None]:
+    """Add to an error raised in the block what the command left as it was, such as "No file was written."
+
+    The library says what is wrong and `main` prints both. sentence: may be a function, called when the error is there.
+    Also a decorator of a command's `run`.
+    """
+    try:
+        yield
+    except (KernelSurgeryError, *_FILE_ERRORS) as error:
+        error.add_note(sentence if isinstance(sentence, str) else sentence())
+        raise
+
+
+def kept_in(folder: Path | None) -> str:
+    """What a command that resumes leaves in its folder after an error."""
+    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+        return "Nothing was written."
+    return f"The files in {str(folder)!r} were kept."
 
 
 def command_line(name: str, argv: list[str] | None) -> str:

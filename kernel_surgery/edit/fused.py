@@ -51,7 +51,7 @@ def fused(
     do not take (`ops.check_rank`). All of these come before anything is changed.
     """
     if reach not in REACHES:
-        raise KernelSurgeryError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}. Nothing was changed.")
+        raise KernelSurgeryError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}. The model is unchanged.")
     plan = plan_edit(model, subspace, strength, layers, force, per_sequence=True)
     for basis in plan.bases.values():
         ops.check_rank(basis)

@@ -90,7 +90,7 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
             f"the next norm is {norm.weight.dtype} on {norm.weight.device}, the layer {weight.dtype} on {weight.device}"
         )
     if _watched(block, _readers(model, layer)):
-        return "add", "a hook looks between the layer and the next norm"
+        return "add", "a hook reads the tensor between the layer and the next norm"
     return "norm", None
 
 

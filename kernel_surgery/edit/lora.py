@@ -66,8 +66,7 @@ def refuse_bias(name: str, bias: Tensor | None) -> None:
     """
     if bias is not None and bool((bias != 0).any()):
         raise KernelSurgeryError(
-            f"{name} has a bias, and an adapter cannot edit a bias: what it adds depends on the input alone. Nothing "
-            "was changed. Use bake or --mode fused, which edit biases too."
+            f"{name} has a bias, which an adapter cannot edit. Use bake or --mode fused, which edit biases too."
         )
 
 

@@ -80,17 +80,17 @@ def check_strength(strength: float | Tensor, per_sequence: bool) -> float | Tens
     if isinstance(strength, Tensor) and strength.ndim > 0:
         if not per_sequence:
             raise TypeError(
-                "this mode takes one strength for all, not a tensor of strengths: use fused. Nothing was changed."
+                "this mode takes one strength, not a tensor: use fused for one per sequence. The model is unchanged."
             )
         if strength.ndim != 1 or not strength.is_floating_point() or strength.requires_grad:
             raise KernelSurgeryError(
                 f"strength is {tuple(strength.shape)} {strength.dtype}, requires_grad={strength.requires_grad}; "
-                "expected a number, or one a sequence: a floating tensor [batch] without gradient. Nothing was changed."
+                "expected a number, or a floating-point tensor [batch] without gradient. The model is unchanged."
             )
         return strength
     strength = float(strength)
     if not math.isfinite(strength):
-        raise KernelSurgeryError(f"strength must be a finite number, got {strength}. Nothing was changed.")
+        raise KernelSurgeryError(f"strength must be a finite number, got {strength}. The model is unchanged.")
     return strength
 
 
@@ -127,7 +127,7 @@ def plan_edit(
     layer_list = list(bases) if layers is None else list(layers)
     if missing := [layer for layer in layer_list if layer not in bases]:
         raise KernelSurgeryError(
-            f"layers {missing} are not in the subspace, which holds {list(bases)}. Nothing was changed."
+            f"layers {missing} are not in the subspace, which holds {list(bases)}. The model is unchanged."
         )
     sites = mlp_outputs(model, layer_list)
     for layer, site in sites.items():
@@ -141,13 +141,13 @@ def plan_edit(
             )
     if set(sites) != set(layer_list):
         raise RuntimeError(
-            f"asked for layers {sorted(layer_list)}, found sites for {sorted(sites)}. Nothing was changed."
+            f"layers {sorted(layer_list)} were requested, but {sorted(sites)} were found. The model is unchanged."
         )
     for site in sites.values():
         if isinstance(strength, Tensor) and strength.device.type != site.module.weight.device.type:
             raise KernelSurgeryError(
-                f"strength is on {strength.device}, {site.name} on {site.module.weight.device}: it would be copied at "
-                f"every call. Nothing was changed. Move it: strength.to({str(site.module.weight.device)!r})."
+                f"strength is on {strength.device}, but {site.name} is on {site.module.weight.device}: every call "
+                f"would copy it. The model is unchanged. Move it: strength.to({str(site.module.weight.device)!r})."
             )
     bases_on_device = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
     return Plan(sites, bases_on_device, strength, note)

@@ -71,7 +71,7 @@ def make_bundle(
     for name, left, words in recipe.steps():
         commands.append(command_line(name, words))
         if left.exists():
-            say(f"{name}: {left} is there")
+            say(f"{name}: already done, {left} exists")
             continue
         say(f"{name}: {' '.join(words)}")
         if name == "eval" and (left.parent / "config.json").exists():
@@ -109,7 +109,9 @@ def check_bundle(folder: Path) -> list[str]:
             raise KeyError("kind")
         names = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(folder)!r} is no bundle of kernel_surgery.reproduce ({MANIFEST}).") from error
+        raise UserError(
+            f"{str(folder)!r} is not a bundle from kernel_surgery.reproduce: {MANIFEST} is missing or of another kind."
+        ) from error
     faults = changed_files(folder, names, MANIFEST)
     if missing := [name for name in ("results.json", "samples.jsonl") if not (folder / name).is_file()]:
         return [*faults, f"without {missing[0]} nothing more can be checked"]
@@ -123,13 +125,13 @@ def check_bundle(folder: Path) -> list[str]:
     expected_cells = {(mode, language) for mode in modes_of(config["mode"]) for language in languages}
     reported_cells = {(mode, language) for mode, by in results["modes"].items() for language in by}
     for mode, language in sorted(expected_cells - cells.keys()):
-        faults.append(f"{mode} {language}: there is no text of it, and the configuration asks for it")
+        faults.append(f"{mode} {language}: there are no texts, but the configuration names them")
     for mode, language in sorted((cells.keys() ^ reported_cells) - (expected_cells - cells.keys())):
-        faults.append(f"{mode} {language}: stands in only one of samples.jsonl and results.json")
+        faults.append(f"{mode} {language}: is in only one of samples.jsonl and results.json")
     for (mode, language), cell in cells.items():
         if [s["id"] for s in cell] != [p.id for p in asked_problems]:
             faults.append(
-                f"{mode} {language}: {len(cell)} texts, not those of the {len(asked_problems)} problems in order"
+                f"{mode} {language}: the {len(cell)} texts are not those of the {len(asked_problems)} problems in order"
             )
     if faults:
         return faults
@@ -148,7 +150,7 @@ def check_bundle(folder: Path) -> list[str]:
     return faults
 
 
-UNCHECKED = "the hashes alone hold what no text shows: damage and probes, the certificate, the subspace, report.html"
+UNCHECKED = "checked by hash only: damage and probes, the certificate, the subspace, report.html"
 
 
 def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
@@ -166,10 +168,10 @@ def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
         key = sample["mode"], sample["language"]
         problem = known.get(sample["id"])
         if problem is None or sample["prompt"] != problem.prompts[sample["language"]]:
-            faults.append(f"{' '.join(key)}: {sample['id']} is not a problem of this test set, as it is asked here")
+            faults.append(f"{' '.join(key)}: {sample['id']} is not a problem of this test set, or has another prompt")
             continue
         if sample["answer"] != problem.answer:
-            what = f"{sample['id']} says the answer is {sample['answer']}, it is {problem.answer}"
+            what = f"{sample['id']} says the answer is {sample['answer']}, but it is {problem.answer}"
             faults.append(f"{' '.join(key)}: {what}")
         if tokenizer is None:
             again = score_kept(problem, sample)
@@ -193,7 +195,7 @@ def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenize
     """Compute the controls' figures again from controls.jsonl. Return faults."""
     path = folder / "controls.jsonl"
     if not path.is_file():
-        return ["there are figures of controls and no controls.jsonl"]
+        return ["there are figures of controls, but no controls.jsonl"]
     control_problems = problems("test", said["problems"] // 5, seed=said["seed"])
     try:
         done, faults = scored_again(path, {p.id: p for p in control_problems}, tokenizer)

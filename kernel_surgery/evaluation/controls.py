@@ -55,7 +55,7 @@ def parse_controls(text: str | None) -> tuple[str, int] | None:
         return None
     kind, _, count = text.partition(":")
     if kind not in KINDS or not count.isdigit() or int(count) < 1:
-        raise UserError(f"--controls takes {', '.join(f'{k}:N' for k in KINDS)} with N of at least 1, got {text!r}.")
+        raise UserError(f"--controls takes {', '.join(f'{k}:N' for k in KINDS)} with N at least 1, got {text!r}.")
     return kind, int(count)
 
 
@@ -153,7 +153,7 @@ def draw(
                 if inside.shape[1] < k:
                     raise KernelSurgeryError(
                         f"layer {layer}: the activations span {inside.shape[1]} components, the subspace has rank {k}. "
-                        "Nothing was written. Use --controls haar:N."
+                        "Use --controls haar:N."
                     )
                 u = inside @ uniform_basis(inside.shape[1], k, generator)
             else:
@@ -185,6 +185,7 @@ def controlled(applier: Callable, model, control: Control) -> Iterator[list[Edit
 # The measures that are tested, with correction; and all measures that are recorded.
 TESTED = ("accuracy", "fat_tokens", "language_fidelity")
 MEASURES = ("accuracy", "fat_tokens", "language_fidelity", "mean_tokens", "repetition")
+MEASURE_WORDS = {"accuracy": "accuracy", "fat_tokens": "FAT", "language_fidelity": "language fidelity"}
 
 
 def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
@@ -214,20 +215,20 @@ def verdict(found: dict, alpha: float = 0.05) -> str:
     """
     n, compared = found["n"], found["comparisons"]
     if found["holm_p"] < alpha:
-        return f"unlike random subspaces (corrected p {found['holm_p']:.3f})"
+        return f"different from random subspaces (corrected p {found['holm_p']:.3f})"
     if found["as_far"] == n:
-        return f"no further out than any of {n}" if found["spread"] else f"the same as all {n}"
+        return f"no farther out than any of {n}" if found["spread"] else f"the same as all {n}"
     if found["as_far"]:
-        return f"not told from random subspaces ({found['as_far']} of {n} are as far out)"
+        return f"indistinguishable from random subspaces ({found['as_far']} of {n} are as far out)"
     needed = math.floor(compared / alpha)
-    return f"beyond all {n}, which are too few to call it unlike them: {compared} comparisons need {needed}"
+    return f"farther out than all {n}, which are too few to show a difference ({needed} needed)"
 
 
 def table(controls: dict) -> str:
     """Return the text that a run prints about its controls: the real figure, the controls' range, and the words."""
     lines = [
-        f"{controls['count']} {controls['kind']} controls at the same rank, layers and site, "
-        f"{controls['problems']} problems a language, {controls['mode']}:"
+        f"Controls: {controls['count']} random subspaces ({controls['kind']}) with the same rank, layers and site, "
+        f"{controls['problems']} problems per language, mode {controls['mode']}:"
     ]
     for language, measures in controls["percentiles"].items():
         original = controls["original"][language]
@@ -237,8 +238,8 @@ def table(controls: dict) -> str:
             others = [row[measure] for row in controls["rows"] if row["language"] == language]
             real = controls["real"][language][measure]
             lines.append(
-                f"  {language} {measure:<18} real {real:>8.3f}, original {original[measure]:>8.3f}, "
-                f"controls {min(others):.3f} to {max(others):.3f}: {verdict(measures[measure])}"
+                f"  {language} {MEASURE_WORDS[measure]:<18} fitted {real:>8.3f}, original {original[measure]:>8.3f}, "
+                f"random {min(others):.3f} to {max(others):.3f}: {verdict(measures[measure])}"
             )
     return "\n".join(lines)
 
@@ -276,7 +277,8 @@ def run_controls(
     texts = len(missing_cells(context, names_of(kind, count), done)) * len(problem_list)
     estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
     say(
-        f"controls: {count} {kind} x {len(languages)} languages x {len(problem_list)} problems, {texts} texts{estimate}"
+        f"controls: {count} {kind} x {len(languages)} languages x {len(problem_list)} problems, {texts} texts to "
+        f"generate{estimate}"
     )
     activations = None
     if kind != "haar":

@@ -74,7 +74,7 @@ def table(found: dict) -> str:
     lines = []
     for mode, by_language in found["neutral"].items():
         rows = ", ".join(f"{lang} {r['kl_mean']:.3f} ({r['kl_p99']:.2f})" for lang, r in by_language.items())
-        lines.append(f"{mode}: KL(original || edited) on neutral text, nats a token, mean (p99): {rows}")
+        lines.append(f"{mode}: KL(original || edited) on neutral text, nats per token, mean (99th percentile): {rows}")
     before, chance, n = found["probes"]["original"], found["chance"], found["probed"]
     for mode, after in found["probes"].items():
         if mode == "original":
@@ -83,13 +83,13 @@ def table(found: dict) -> str:
             layer, least = min(after[site].items(), key=lambda item: item[1])
             words = read_by_probe(least, chance, n)
             lines.append(
-                f"{mode}: a linear probe at {site} {words}: least {least:.3f} at layer {layer} (original "
+                f"{mode}: a linear probe at {site} {words}: lowest accuracy {least:.3f}, at layer {layer} (original "
                 f"{before[site][layer]:.3f}, chance {chance:.3f}, n={n})"
             )
     for mode, sites in found["leak"].items():
         largest = ", ".join(f"{site} {max(by.values()):.2g}" for site, by in sites.items() if by)
         lines.append(
-            f"{mode}: leak, the part inside the subspace that is left, at most over the edited layers: {largest}"
+            f"{mode}: leak (share of the part inside the subspace that is left), largest over the layers: {largest}"
         )
     return "\n".join(lines)
 

@@ -39,30 +39,32 @@ def read_lines(path: Path) -> list[dict]:
         try:
             line = json.loads(raw)
         except ValueError as error:
-            raise UserError(f"{where} is not JSON ({error}). Nothing was scored.") from error
+            raise UserError(f"{where} is not JSON ({error}).") from error
         if not isinstance(line, dict):
-            raise UserError(f"{where} is a {type(line).__name__}, not an object. Nothing was scored.")
+            raise UserError(f"{where} is a {type(line).__name__}, not an object.")
         if not isinstance(line.get("prompt", ""), (str, type(None))):
-            raise UserError(f"{where}: 'prompt' is {line['prompt']!r}. Nothing was scored.")
+            raise UserError(f"{where}: 'prompt' is {json.dumps(line['prompt'])}, not a string.")
         for name, kind in _FIELDS.items():
             if not isinstance(line.get(name), kind) or isinstance(line.get(name), bool):
-                raise UserError(f"{where}: {name!r} is {line.get(name)!r}. Nothing was scored.")
+                given = json.dumps(line[name]) if name in line else "missing"
+                wanted = "a number, or a string that holds one" if name == "answer" else "a string"
+                raise UserError(f"{where}: {name!r} is {given}. It must be {wanted}.")
         if line["language"] not in LANGUAGES:
             raise UserError(
-                f"{where}: unknown language {line['language']!r}; known: {', '.join(LANGUAGES)}. Nothing was scored."
+                f"{where}: unknown language {line['language']!r}; known: {', '.join(LANGUAGES)}."
             )
         for name in ("answer", "value"):
             try:
                 exact(line[name] if line.get(name) is not None else 0)
             except (ValueError, TypeError, ZeroDivisionError) as error:
-                raise UserError(f"{where}: {name} {line[name]!r} is no number. Nothing was scored.") from error
+                raise UserError(f"{where}: {name} {line[name]!r} is not a number.") from error
         for name in ("text", "prompt"):
             # Replace lone surrogates: JSON can express them, but UTF-8 output cannot.
             if line.get(name):
                 line[name] = line[name].encode("utf-8", "replace").decode("utf-8")
         lines.append(line)
     if not lines:
-        raise UserError(f"{str(path)!r} holds no lines. Nothing was scored.")
+        raise UserError(f"{str(path)!r} holds no lines.")
     return lines
 
 
@@ -130,7 +132,7 @@ def agreement(lines: Sequence[dict], rule: str = "strict") -> Agreement:
 def label_table(lines: Sequence[dict]) -> str:
     """Return precision and recall by language, for our scorer and for the reference script's rule."""
     languages = list(dict.fromkeys(line["language"] for line in lines))
-    rows = [f"{'':<5} {'texts':>5} {'right':>5}   precision recall  same answer   the script's rule: precision recall"]
+    rows = [f"{'':<5} {'texts':>5} {'right':>5}   precision recall  same answer   reference script:  precision recall"]
     for language in [*languages, None]:
         subset = [line for line in lines if language in (None, line["language"])]
         ours, script = agreement(subset), agreement(subset, "expag")
@@ -167,7 +169,7 @@ def summary_table(lines: Sequence[dict]) -> str:
         language_rates = fidelity([judge(line["text"], name) for line in subset])
         rate = "-" if language_rates["language_fidelity"] is None else f"{language_rates['language_fidelity']:.3f}"
         rows.append(
-            f"{name}: {right}/{len(subset)} right, {right / len(subset):.3f} ({low:.3f} to {high:.3f}), fidelity "
-            f"{rate}, coverage {language_rates['coverage']:.3f}"
+            f"{name}: {right}/{len(subset)} right, {right / len(subset):.3f} ({low:.3f} to {high:.3f}), language "
+            f"fidelity {rate}, judged {language_rates['coverage']:.3f}"
         )
     return "\n".join(rows)

@@ -37,7 +37,7 @@ def budget_curves(results: dict) -> str:
             panel.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, color=COLOURS[mode], label=mode)
         panel.set_title(language, fontsize=10)
         panel.set_ylim(-0.02, 1.02)
-        panel.set_xlabel("new tokens")
+        panel.set_xlabel("limit on new tokens")
     axes[0].set_ylabel("accuracy")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return svg(fig)
@@ -51,7 +51,7 @@ def spectrum(captured: dict[str, float], values: dict[str, Sequence[float]], ran
     left.set_ylim(0, 1)
     left.set_xticks(layers if len(layers) <= 12 else layers[:: len(layers) // 9])
     left.set_xlabel("layer")
-    left.set_ylabel(f"variance in rank {rank}")
+    left.set_ylabel(f"share of variance in rank {rank}")
     for layer, column in values.items():
         shares = [v / column[0] for v in column]
         right.plot(range(1, len(shares) + 1), shares, lw=1, label=f"layer {layer}")
@@ -75,7 +75,7 @@ def probes(found: dict) -> str:
             )
         panel.axhline(found["chance"], color="#a3261b", lw=1)
         panel.set_ylim(0, 1.03)
-        panel.set_title({"mlp_out": "MLP output (the site)", "resid_post": "residual stream"}[site], fontsize=10)
+        panel.set_title({"mlp_out": "MLP output (edited here)", "resid_post": "residual stream"}[site], fontsize=10)
         panel.set_xlabel("layer")
     axes[0].set_ylabel("probe accuracy (red: chance)")
     axes[0].legend(frameon=False)
@@ -87,7 +87,7 @@ def controls(found: dict) -> str:
 
     One panel per measure, one row per language.
     """
-    names = {"accuracy": "accuracy", "fat_tokens": "tokens until the answer", "language_fidelity": "language fidelity"}
+    names = {"accuracy": "accuracy", "fat_tokens": "FAT (tokens to answer)", "language_fidelity": "language fidelity"}
     languages = list(found["real"])
     fig, axes = figure(9, 1.2 + 0.5 * len(languages), 3)
     for panel, (measure, words) in zip(axes, names.items(), strict=True):

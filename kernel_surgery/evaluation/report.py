@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kernel_surgery.certify.render import plot, shown
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.evaluation.controls import verdict
+from kernel_surgery.evaluation.controls import MEASURE_WORDS, verdict
 from kernel_surgery.evaluation.plots import accuracy, budget_curves, controls, probes, spectrum
 from kernel_surgery.evaluation.tables import answered_sooner
 
@@ -62,33 +62,72 @@ def leak_table(found: dict) -> str:
         return ""
     layers = sorted(next(iter(next(iter(found["leak"].values())).values())), key=int)
     return (
-        "<p>Leak, norm(U<sup>T</sup> y) / norm(U<sup>T</sup> x): 0 where nothing is left inside the subspace. At "
-        "mlp_out what the edit left, in the residual stream what attention and other layers "
-        "wrote there all the same.</p>" + table(["mode", "site", *(f"layer {layer}" for layer in layers)], rows, 2)
+        "<p>Leak: norm(U<sup>T</sup> y) / norm(U<sup>T</sup> x), the share of the part inside the subspace that is "
+        "left. 0 means that nothing is left. At mlp_out this is what the edit left. In the residual stream "
+        "(resid_post) it is mostly what attention and the other layers write.</p>"
+        + table(["mode", "site", *(f"layer {layer}" for layer in layers)], rows, 2)
     )
 
 
 def summary(results: dict) -> str:
-    """Return one sentence per comparison. The words follow the corrected interval."""
+    """Return the outcome in one sentence, and one line per comparison. The words follow the corrected interval."""
     if not results["paired"]:
-        return "<p>The original model alone was asked; nothing is compared.</p>"
+        return ""
     items = ""
     for r in results["paired"]:
         where = "all languages together" if r["language"] == "all" else r["language"]
-        small = f", and the difference is within {r['margin']:g} either way" if r.get("equivalent") else ""
+        small = f", less than {r['margin']:g} in either direction" if r.get("equivalent") else ""
         items += (
             f"<li>{html.escape(r['mode'])}, {html.escape(where)}: {html.escape(r['verdict'])}{small} "
             f"(difference {r['delta']:+.3f}, 95% interval {r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f}, "
             f"Holm-corrected p {r['holm_p']:.3f})</li>"
         )
     could = "; ".join(
-        f"{r['language']}: " + ("nothing" if r["smallest_shown"] is None else f"{r['smallest_shown']:.3f} or more")
+        f"{r['language']} " + ("none" if r["smallest_shown"] is None else f"{r['smallest_shown']:.3f}")
         for r in results.get("power", [])
     )
     return (
-        f"<p>Accuracy against the original model, on the same problems:</p><ul>{items}</ul>"
-        f"<p class=small>The smallest difference that so many problems and comparisons could have shown: {could}.</p>"
+        f"<p><strong>{outcome(results['paired'])}</strong></p><ul>{items}</ul>"
+        f"<p class=small>Smallest difference that these numbers of problems and comparisons can detect: {could}.</p>"
     )
+
+
+def outcome(paired: list[dict]) -> str:
+    """Return the outcome of all comparisons in one sentence."""
+    counts = {word: sum(r["verdict"] == word for r in paired) for word in ("improved", "worse")}
+    same = len(paired) - sum(counts.values())
+    if not any(counts.values()):
+        return f"Result: none of the {len(paired)} comparisons shows a difference in accuracy."
+    return (
+        f"Result: of {len(paired)} comparisons, accuracy improved in {counts['improved']} and got worse in "
+        f"{counts['worse']}; {same} show no difference."
+    )
+
+
+def subject(results: dict) -> str:
+    """Return the sentences that say which models answered which problems."""
+    config, space = results["config"], results.get("subspace") or {}
+    counts = sorted({r["n"] for by in results["modes"].values() for r in by.values()})
+    problems = f"{' to '.join(map(str, counts))} maths problems in each language ({', '.join(config['languages'])})"
+    answered = f"Texts were decoded greedily, with at most {config['max_new_tokens']} new tokens."
+    modes = list(results["modes"])[1:]
+    if not modes:
+        return f"The original model answered {problems}. No edited model was compared. {answered}"
+    layers = f" from the MLP outputs of layers {ranges(space['layers'])}" if space.get("layers") else ""
+    rank, strength = f"rank {space.get('rank', 'unknown')}", config.get("strength", 1)
+    edit = "removed" if strength == 1 else f"edited at strength {strength:g}"
+    ways = f" The edit was made in {len(modes)} ways: {', '.join(modes)}." if len(modes) > 1 else f" Mode: {modes[0]}."
+    return (
+        f"This page compares the original model with the same model after an edit: its language subspace ({rank}) is "
+        f"{edit}{layers}.{ways} They answered the same {problems}. {answered}"
+    )
+
+
+def ranges(layers: list[int]) -> str:
+    """Return layers as "2 to 5", or as a list if there are gaps."""
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def answers(results: dict) -> str:
@@ -109,13 +148,14 @@ def answers(results: dict) -> str:
         for mode, by in results["modes"].items()
         for language, r in by.items()
     ]
-    head = ["mode", "language", "correct", "accuracy (95% interval)", "FAT", "fidelity", "coverage"]
-    out = table([*head, "tokens", "ended", "repeated"], rates, 2)
+    head = ["mode", "language", "correct", "accuracy (95% interval)", "FAT", "fidelity", "judged"]
+    out = table([*head, "tokens", "finished", "repeated"], rates, 2)
     out += (
-        f"<p class=small>FAT: tokens until the right answer is complete, a problem not solved counting "
-        f"{results['config']['max_new_tokens']}. Fidelity: share of judged texts without a line in another language; "
-        "coverage: share that could be judged. Ended: share that ended by themselves. Repeated: share of four-word "
-        "runs that occurred before in the text.</p>"
+        f"<p class=small>FAT (first answer token): mean number of tokens until the right answer is complete. A problem "
+        f"that was not solved counts as {results['config']['max_new_tokens']}. Fidelity: share of the judged texts "
+        "with no line in another language. Judged: share of the texts whose language could be judged. Tokens: mean "
+        "length of a text. Finished: share of the texts that ended before the limit. Repeated: share of four-word "
+        "runs that occurred before in the same text.</p>"
     )
     paired = [
         [
@@ -141,18 +181,25 @@ def answers(results: dict) -> str:
             "difference (95% interval)",
             "p",
             "Holm p",
-            "tokens later, both solved",
+            "change in FAT, both solved",
             "same texts",
-            "",
+            "verdict",
         ]
-        out += table(head, paired, 2)
+        out += "<p>Differences in accuracy, edited minus original:</p>" + table(head, paired, 2)
+        out += (
+            "<p class=small>n: problems. Gained, lost: answers that only the edited model or only the original model "
+            "got right. p: McNemar's exact test; for all languages together, a test over problems. Holm p: the same, "
+            "corrected for all comparisons. Change in FAT: on the problems that both models solved. Same texts: texts "
+            "that the edit did not change.</p>"
+        )
     categories = list(next(iter(next(iter(results["modes"].values())).values()))["by_category"])
     by_category = [
         [mode, language, *(f"{r['by_category'][c]['correct']}/{r['by_category'][c]['n']}" for c in categories)]
         for mode, by in results["modes"].items()
         for language, r in by.items()
     ]
-    return out + "<h2>By category</h2>" + table(["mode", "language", *categories], by_category, 2)
+    head = "<h2>By category</h2><p class=small>Correct answers and problems, by kind of problem.</p>"
+    return out + head + table(["mode", "language", *categories], by_category, 2)
 
 
 def subspace_section(results: dict) -> str:
@@ -162,7 +209,9 @@ def subspace_section(results: dict) -> str:
         return ""
     picture = spectrum(info["captured"], info["spectrum"], info["rank"])
     return (
-        f"<h2>The subspace</h2><p>Rank {info['rank']}, fitted at {html.escape(str(info['site']))}.</p>{wide(picture)}"
+        f"<h2>The subspace</h2><p>Rank {info['rank']}, fitted at {html.escape(str(info['site']))}. Left: the share of "
+        "the variance between languages that the subspace holds, by layer. Right: the singular values, relative to the "
+        f"first; the red line marks the rank.</p>{wide(picture)}"
     )
 
 
@@ -179,11 +228,12 @@ def damage_section(results: dict) -> str:
         for mode, by in effects["neutral"].items()
         for language, r in by.items()
     ]
-    head = ["mode", "language", "KL mean", "KL 99%", "perplexity, original", "edited", "tokens"]
+    head = ["mode", "language", "KL mean", "KL 99th percentile", "perplexity, original", "perplexity, edited", "tokens"]
     return (
-        "<h2>Damage and erasure</h2><p>On eight neutral sentences a language: KL(original || edited), nats a token.</p>"
+        "<h2>Damage and erasure</h2><p>What else the edit changed, on eight neutral sentences per language: the "
+        "divergence KL(original || edited) in nats per token, and the perplexity of both models.</p>"
         + table(head, rows, 2)
-        + "<p>What a linear probe reads of the language at the last prompt token, held out by problem:</p>"
+        + "<p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out problems:</p>"
         + wide(probes(effects))
         + leak_table(effects)
     )
@@ -198,7 +248,7 @@ def controls_section(results: dict) -> str:
     rows = [
         [
             language,
-            measure,
+            MEASURE_WORDS[measure],
             f"{data['real'][language][measure]:.3f}",
             f"{p['percentile']:.2f}",
             f"{p['p']:.3f}",
@@ -211,9 +261,10 @@ def controls_section(results: dict) -> str:
     ]
     return (
         f"<h2>Controls</h2><p>{data['count']} random subspaces ({html.escape(data['kind'])}) of the same rank, at "
-        f"the same layers and site, on {data['problems']} problems a language. Diamond: the real subspace; bar: the "
-        f"original.</p>{wide(controls(data))}"
-        + table(["language", "measure", "real", "percentile", "p", "Holm p", ""], rows, 2)
+        f"the same layers and site, on {data['problems']} problems per language. If they have the same effect, it does "
+        "not come from language. Diamond: the fitted subspace. Bar: the original model. Dots: random subspaces.</p>"
+        f"{wide(controls(data))}"
+        + table(["language", "measure", "fitted", "percentile", "p", "Holm p", "verdict"], rows, 2)
     )
 
 
@@ -278,29 +329,34 @@ def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
 def write_report(path: Path, results: dict, cells: dict) -> None:
     """Write the page as one file that loads nothing else."""
     config = results["config"]
-    title = f"{results['model']['id']}: {config['mode']}, {config['protocol']} protocol"
+    title = f"{results['model']['id']} with and without its language subspace"
+    if not results["paired"]:
+        title = f"{results['model']['id']}, not edited"
+    if config["protocol"] != "strict":
+        title += f" ({config['protocol']} protocol)"
     everything = {k: results[k] for k in ("config", "environment", "model", "subspace", "provider")}
     command = results.get("command")
     page = f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
+<p>{html.escape(subject(results))}</p>
 {"".join(f"<p class=note>{html.escape(note)}</p>" for note in results["notes"])}
 {summary(results)}
 {accuracy(results)}
 <h2>Answers</h2>
 {answers(results)}
 <h2>Accuracy by budget</h2>
-<p class=small>What shorter budgets would have given, from the one text that there is of each problem.</p>
+<p class=small>The accuracy if every text were cut off after fewer tokens.</p>
 {wide(budget_curves(results)) if len(results["config"]["languages"]) > 2 else budget_curves(results)}
 {controls_section(results)}
 {damage_section(results)}
 {subspace_section(results)}
 {certificate_section(results)}
 <h2>Texts</h2>
-<p class=small>Differences are marked. Green: right; red: wrong.</p>
+<p class=small>Green: right. Red: wrong. Differences are marked. Problems that only one model solved come first.</p>
 {changed_texts(cells, list(results["modes"]))}
-<h2>Again</h2>
+<h2>Reproduce</h2>
 {f"<pre>{html.escape(command)}</pre>" if command else ""}
 <details><summary>Configuration</summary><pre>{html.escape(json.dumps(everything, indent=2, ensure_ascii=False))}</pre>
 </details></body></html>

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +51,12 @@ from kernel_surgery.subspace.fitting import variance_captured
 
 # No text depends on these options, so they may change when a run is resumed.
 LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate")
+# How much of a layer the fused mode took into one operator, in words.
+FUSED = {
+    "output": "only the edit is fused",
+    "add": "the edit is fused with the residual addition only",
+    "norm": "the edit is fused with the residual addition and the norm",
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,12 @@ class Options:
         """The maximum number of new tokens per text."""
         return self.max_new_tokens if self.max_new_tokens is not None else 256 if self.strict else 128
 
+    def with_folder(self) -> "Options":
+        """The same options with `out` set: to the default folder where none was named."""
+        if self.out is not None or self.resume:
+            return self
+        return replace(self, out=Path("results") / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.mode}-{self.protocol}")
+
     def check(self) -> None:
         """Check the options. Raises UserError for values that cannot be used."""
         for name, value in (("--max-new-tokens", self.budget), ("--batch-size", self.batch_size)):
@@ -111,7 +123,7 @@ class Options:
         if not self.margin > 0:
             raise UserError(f"--margin must be positive, got {self.margin}.")
         if self.controls and (self.mode == "original" or not self.strict):
-            raise UserError("--controls goes with an edited mode and the strict protocol. Nothing was written.")
+            raise UserError("--controls needs an edited mode (not --mode original) and --protocol strict.")
         parse_controls(self.controls)
 
     def asked(self, languages: tuple[str, ...]) -> list[Problem]:
@@ -123,10 +135,10 @@ class Options:
             return problems("test", 40 if self.problems is None else self.problems, seed=self.seed)
         if foreign := [language for language in languages if language not in EXPAG_LANGUAGES]:
             raise UserError(
-                f"the expag protocol has no problems in {foreign[0]!r}: it is the script's 20, in en and zh."
+                f"--protocol expag has no problems in {foreign[0]!r}: the reference script's 20 are in en and zh."
             )
         if self.problems is not None:
-            raise UserError("the expag protocol is exactly 20 problems: leave --problems out.")
+            raise UserError("--protocol expag always uses the reference script's 20 problems: omit --problems.")
         return expag_problems()
 
 
@@ -151,8 +163,8 @@ def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
         return None, None
     if options.subspace is None and options.model != "polyglot":
         raise UserError(
-            f"--mode {options.mode} needs --subspace for {options.model!r}. Make one with kernel_surgery.collect and "
-            ".fit."
+            f"--mode {options.mode} needs --subspace for {options.model!r}. Make one with python -m "
+            "kernel_surgery.collect and python -m kernel_surgery.fit."
         )
     path = options.subspace or POLYGLOT_SUBSPACE
     return Subspace.load(path, force=options.force), path
@@ -167,7 +179,7 @@ def read_certificate(path: Path | None) -> dict | None:
         if certificate["kind"] != "certificate":
             raise KeyError("kind")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is no certificate of python -m kernel_surgery.verify.") from error
+        raise UserError(f"{str(path)!r} is not a certificate from python -m kernel_surgery.verify.") from error
     return certificate
 
 
@@ -193,21 +205,21 @@ def notes_of(subspace: Subspace | None, edits: dict[str, dict], options: Options
     for edit in edits.values():
         for reason in dict.fromkeys(edit["fallbacks"].values()):
             layers = [layer for layer, why in edit["fallbacks"].items() if why == reason]
-            reach = edit["reach"][layers[0]]
-            notes.append(f"fused no further than the {reach} in layers {', '.join(layers)}: {reason}")
+            fused = FUSED[edit["reach"][layers[0]]]
+            notes.append(f"in layers {', '.join(layers)}, {fused}: {reason}")
     if not options.strict:
-        notes.append("expag: the reference script's problems and scoring, quirks included, for continuity only")
+        notes.append("expag: the 20 problems and the scoring of the reference script, only to compare with its figures")
     elif subspace is not None:
         split = (subspace.fit or {}).get("split")
         if split == "test" and not options.force:
             raise UserError(
-                "the subspace was fitted on the test split, the problems that are asked here. Nothing was written. "
-                "Collect on the fit split, or use --force to see the figures with that note beside them."
+                "the subspace was fitted on the test problems, on which it would be evaluated here. Collect on the "
+                "fit split. With --force the evaluation runs, and its outputs say so."
             )
         if split == "test":
-            notes.append("the subspace was fitted on the test split: nothing here is held out")
+            notes.append("the subspace was fitted on the test problems: these figures are not held out")
         elif split is None:
-            notes.append("the subspace does not say which problems it was fitted on: they may be among those asked")
+            notes.append("the subspace does not say which problems it was fitted on: they may be the test problems")
     return list(dict.fromkeys(notes))
 
 
@@ -282,7 +294,7 @@ def evaluate(
 
     Raises KernelSurgeryError for options, models and subspaces that cannot be used. Nothing was written then.
     """
-    options = options or Options(**settings)
+    options = (options or Options(**settings)).with_folder()
     languages = parse_languages(options.languages)
     problem_list = options.asked(languages)
     options.check()
@@ -292,9 +304,8 @@ def evaluate(
     subspace, subspace_path = subspace_of(options)
     modes = modes_of(options.mode)
     if options.resume and options.out is None:
-        raise UserError("--resume goes on with the run in --out: name that folder.")
-    default = Path("results") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.mode}-{options.protocol}"
-    folder, environment = options.out or default, environment_record(device)
+        raise UserError("--resume needs --out, the folder of the run to continue.")
+    folder, environment = options.out, environment_record(device)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
     context = Context(model, tokenizer, tuple(problem_list), languages, options.budget, options.batch_size)
     edits = check_edits(modes, model, subspace, options)

@@ -37,26 +37,25 @@ def open_run(folder: Path, config: dict, *, resume: bool) -> None:
     if not file.exists():
         if strays := [name for name in OUTPUTS if (folder / name).exists()]:
             raise UserError(
-                f"{str(folder)!r} holds {strays[0]} but no config.json: not a run of this command. It was left as it "
-                "is. Choose another --out."
+                f"{str(folder)!r} holds {strays[0]} but no config.json, so it is not a run of this command. "
+                "Choose another --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         return
     if not resume:
         raise UserError(
-            f"{str(folder)!r} holds a run already; it was left as it is. Go on with it (--resume), or choose another "
-            "--out."
+            f"{str(folder)!r} already holds a run. Continue it with --resume, or choose another --out."
         )
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{str(file)!r} cannot be read ({error}). It was left as it is.") from error
+        raise UserError(f"{str(file)!r} cannot be read ({error}). Choose another --out.") from error
     for key, value in json.loads(json.dumps(config)).items():
         if old.get(key) != value:
             raise UserError(
-                f"{str(folder)!r} holds a run with other settings: {key} was {old.get(key)!r}, now {value!r}. It was "
-                "left as it is. Give the options it was started with, or choose another --out."
+                f"{str(folder)!r} holds a run with other settings: {key} was {old.get(key)!r}, now {value!r}. Use "
+                "the options of that run, or choose another --out."
             )
 
 

@@ -56,18 +56,20 @@ def read_grid(path: Path) -> dict:
     try:
         declaration = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not TOML ({error}). Nothing was written.") from error
+        raise UserError(f"{str(path)!r} is not TOML ({error}).") from error
     grid = declaration.pop("grid", {})
     known = {*DEFAULTS, "budget"}
-    for name in [*(declaration.keys() - known), *(f"grid.{key}" for key in grid.keys() - GRID.keys())]:
-        raise UserError(f"{str(path)!r}: unknown setting {name!r}. Nothing was written.")
+    for prefix, names, choices in (("", declaration, known), ("grid.", grid, GRID)):
+        for name in names.keys() - choices:
+            choose = ", ".join(f"{prefix}{choice}" for choice in sorted(choices))
+            raise UserError(f"{str(path)!r}: unknown setting {prefix + name!r}: choose from {choose}.")
     settings = DEFAULTS | declaration
     settings["budget"] = declaration.get("budget", settings["max_new_tokens"])
     settings["grid"] = GRID | grid
     for name, values in settings["grid"].items():
         listed = values if isinstance(values, list) else []
         if not listed or any(not isinstance(v, _KINDS[name]) or isinstance(v, bool) for v in listed):
-            raise UserError(f"{str(path)!r}: grid.{name} is {values!r}, not a list of such values.")
+            raise UserError(f"{str(path)!r}: grid.{name} is {values!r}, not a list such as {GRID[name]!r}.")
     for name, choices in (("site", SITES), ("pool", POOLS)):
         for value in settings["grid"][name]:
             if value not in choices:
@@ -77,10 +79,10 @@ def read_grid(path: Path) -> dict:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}; known: {', '.join(choices)}.")
     for name in ("problems", "max_new_tokens", "budget", "batch_size"):
         if not isinstance(settings[name], int) or settings[name] < 1:
-            raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a number of at least 1.")
+            raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a whole number of at least 1.")
     if settings["budget"] > settings["max_new_tokens"]:
         raise UserError(
-            f"{str(path)!r}: budget {settings['budget']} is beyond max_new_tokens {settings['max_new_tokens']}."
+            f"{str(path)!r}: budget is {settings['budget']}, above max_new_tokens, {settings['max_new_tokens']}."
         )
     settings["languages"] = list(parse_languages(",".join(settings["languages"])))
     return settings
@@ -169,7 +171,7 @@ def choose(dev: dict[str, dict], names: list[str]) -> str:
 def table(dev: dict[str, dict], chosen: str) -> str:
     """Return the table of all cells on dev, with the chosen one marked."""
     width = max(map(len, dev))
-    lines = ["dev, from which the choice is made:"]
+    lines = ["dev problems, on which the setting with the highest accuracy is chosen:"]
     for name, by in dev.items():
         rates = "  ".join(f"{lang} {r['accuracy']:.3f} FAT {r['fat_tokens']:6.1f}" for lang, r in by.items())
         lines.append(f"  {name:<{width}}  {rates}{'  <- chosen' if name == chosen else ''}")
@@ -239,7 +241,7 @@ def freeze(folder: Path, chosen: str, cells: dict[str, dict], declared: dict) ->
     frozen = {"cell": chosen, "setting": cells[chosen], "sha256": digest_of, "of": len(cells)}
     file = folder / "frozen.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != frozen:
-        raise UserError(f"{str(file)!r} holds another choice than dev gives now. The study was left as it is.")
+        raise UserError(f"{str(file)!r} holds another choice than dev gives now. Choose another --out.")
     write_atomic(file, json.dumps(frozen, indent=2) + "\n")
     return frozen
 
@@ -249,7 +251,8 @@ def shown(study: dict) -> str:
     frozen, declared = study["frozen"], study["declared"]
     lines = [table(study["dev"], frozen["cell"])]
     count = 5 * declared["problems"]
-    lines.append(f"frozen: {frozen['sha256'][:16]}, one of {frozen['of']}; test, {count} problems a language:")
+    lines.append(f"choice frozen: {frozen['sha256'][:16]}, one of {frozen['of']} settings")
+    lines.append(f"test problems, {count} per language:")
     lines.append(strict_table(study["test"], study["paired"]))
     if study["controls"]:
         lines.append(control_table(study["controls"]))

@@ -10,7 +10,7 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
     width = max(9, *map(len, modes))
     lines = [
         f"{'mode':<{width}} {'lang':<4} {'correct':>9}  {'accuracy (95% CI)':<22} "
-        f"{'FAT':>6} {'fidelity':>8} {'coverage':>8}" + _COMPARED
+        f"{'FAT':>6} {'fidelity':>8} {'judged':>8}" + _COMPARED
     ]
     comparisons_of = {(row["mode"], row["language"]): row for row in paired}
     for mode, by_language in modes.items():
@@ -28,12 +28,19 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
         if row := comparisons_of.get((mode, POOLED)):
             lines.append(f"{mode:<{width}} {POOLED:<4}".ljust(len(lines[0]) - len(_COMPARED)) + compared(row))
     if delays := [words for row in paired if (words := answered_sooner(row))]:
-        lines.append("tokens until the answer, problems that both solved: " + "; ".join(delays))
+        lines.append("change in FAT on the problems that both models solved: " + "; ".join(delays))
     smallest = {(r["n"], r["comparisons"]): r["smallest_shown"] for r in power(paired)}
     for (n, comparisons), least in smallest.items():
-        could = "no difference at all" if least is None else f"a difference of {least:.3f} or more"
-        lines.append(f"{n} problems a language and {comparisons} comparisons could have shown {could}.")
-    return "\n".join(lines)
+        could = "none" if least is None else f"{least:.3f}"
+        lines.append(f"smallest detectable difference: {could} ({n} problems per language, {comparisons} comparisons)")
+    return "\n".join([*lines, *LEGEND[: 2 if paired else 1]])
+
+
+LEGEND = (
+    "FAT: mean tokens until the right answer is complete, the whole budget if it never is. fidelity: share of judged "
+    "texts with no line in another language. judged: share of texts whose language could be judged.",
+    "Holm p: p-value corrected for all comparisons.",
+)
 
 
 def answered_sooner(row: dict) -> str:
@@ -44,7 +51,7 @@ def answered_sooner(row: dict) -> str:
     change = row.get("fat_both_solved")
     if not change or change["mean_difference"] is None:
         return ""
-    interval = "all alike" if change["ci95"] is None else "{:+.2f} to {:+.2f}".format(*change["ci95"])
+    interval = "all equal" if change["ci95"] is None else "{:+.2f} to {:+.2f}".format(*change["ci95"])
     return f"{row['mode']} {row['language']} {change['mean_difference']:+.2f} ({interval}, n={change['n']})"
 
 
@@ -102,8 +109,8 @@ def shown(results: dict) -> str:
     """Return the text that `eval` prints: the settings, the notes, and the tables."""
     config, strict = results["config"], results["config"]["protocol"] == "strict"
     lines = [
-        f"{results['model']['id']}: {config['problems']} {'test ' * strict}problems a language, greedy, "
-        f"{config['max_new_tokens']} new tokens, {config['dtype']}, {results['provider']}",
+        f"{results['model']['id']}: {config['problems']} {'test ' * strict}problems per language, greedy decoding, "
+        f"at most {config['max_new_tokens']} new tokens, {config['dtype']}, {results['provider']}",
         *results["notes"],
     ]
     if not strict:

@@ -88,7 +88,7 @@ PROVENANCE = "provenance.json"
 def check_absent(destination: Path) -> None:
     """Raise ExistsError if `destination` exists."""
     if destination.exists():
-        raise ExistsError(f"{str(destination)!r} exists and was left as it is. Choose another --out.")
+        raise ExistsError(f"{str(destination)!r} already exists. Choose another --out.")
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
     free = shutil.disk_usage(destination.parent).free
     if free < size:
         raise CheckpointError(
-            f"{str(destination)!r} needs {size / 1e9:.2f} GB, {str(destination.parent)!r} has {free / 1e9:.2f} GB "
-            "left. Nothing was written. Choose another --out."
+            f"{str(destination)!r} needs {size / 1e9:.2f} GB, but {str(destination.parent)!r} has only "
+            f"{free / 1e9:.2f} GB left. Choose another --out."
         )
     temporary = destination.with_name(f".{destination.name}.baking")
     try:
@@ -115,14 +115,14 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
             os.rename(temporary, destination)
     except BlockingIOError as error:
         raise CheckpointError(
-            f"another process is writing {str(destination)!r} (it holds {str(temporary)!r}). Nothing was written."
+            f"another process is writing {str(destination)!r} (its lock is {str(temporary)!r}). Wait until it is done."
         ) from error
     except SafetensorError as error:
-        raise CheckpointError(f"cannot write {str(destination)!r}: {error}. Nothing was kept.") from error
+        raise CheckpointError(f"cannot write {str(destination)!r}: {error}.") from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
-            f"cannot write {str(destination)!r}: {error.strerror}{where}. Nothing was kept."
+            f"cannot write {str(destination)!r}: {error.strerror}{where}."
         ) from error
 
 

@@ -56,7 +56,7 @@ def read_layout(path: Path) -> Layout:
     """
 
     def damaged(why: str) -> CheckpointError:
-        return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({why}). Nothing was written.")
+        return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({why}).")
 
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -75,14 +75,14 @@ def read_layout(path: Path) -> Layout:
                 for name, e in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(f"its header makes no sense: {error}") from error
+            raise damaged(f"its header is invalid: {error}") from error
     for entry in entries.values():
         count = 1
         for n in entry.shape:
             count *= n
         width = _BYTES.get(entry.dtype)
         if not start <= entry.begin <= entry.end or (width and entry.end - entry.begin != count * width):
-            raise damaged(f"{entry.name} lies outside its bytes")
+            raise damaged(f"the position of {entry.name} does not fit its shape")
     end = max((entry.end for entry in entries.values()), default=start)
     if end != size:
         raise damaged(f"its tensors end at byte {end}, the file at {size}")
@@ -180,4 +180,4 @@ def opened(file: Path):
         with safe_open(file, "pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read as safetensors ({error}). Nothing was written.") from error
+        raise CheckpointError(f"{str(file)!r} cannot be read as safetensors ({error}).") from error

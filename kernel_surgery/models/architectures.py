@@ -63,7 +63,7 @@ def layout_of(model) -> Layout:
     if kind not in ARCHITECTURES:
         raise ModelError(
             f"cannot find the MLP outputs of a {kind!r} model ({type(model).__name__}): known architectures are "
-            f"{', '.join(ARCHITECTURES)}.\nThe model was left unchanged. Its layers would have to be added to sites.py."
+            f"{', '.join(ARCHITECTURES)}.\nTo support it, add its layout to kernel_surgery/models/architectures.py."
         )
     return ARCHITECTURES[kind]
 
@@ -81,7 +81,7 @@ def decoder_layers(model) -> nn.ModuleList:
     layers = submodule(model, layout.layers)
     if layers is None or len(layers) == 0:
         kind = model.config.model_type
-        raise ModelError(f"this {kind!r} model ({type(model).__name__}) has no {layout.layers}. It was left unchanged.")
+        raise ModelError(f"this {kind!r} model ({type(model).__name__}) has no decoder layers at {layout.layers}.")
     return layers
 
 
@@ -94,14 +94,14 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     """The layers, sorted. Raises ValueError for none, for duplicates, and for one outside 0 .. n_layers - 1."""
     chosen = list(layers)
     if not chosen:
-        raise ModelError("no layers were asked for. Nothing was changed.")
+        raise ModelError("no layers were given.")
     if outside := [layer for layer in chosen if not 0 <= layer < n_layers]:
         raise ModelError(
             f"layer {outside[0]} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}.\n"
-            "Nothing was changed. Choose layers within that range."
+            "Choose layers within that range."
         )
     if len(set(chosen)) != len(chosen):
-        raise ModelError(f"layers are asked for twice: {chosen}. Nothing was changed.")
+        raise ModelError(f"a layer is given twice: {chosen}. Give each layer once.")
     return sorted(chosen)
 
 
@@ -116,10 +116,10 @@ def mlp_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
     for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
         name, module = layout.site(layer), submodule(blocks[layer], layout.projection)
         if module is None:
-            raise ModelError(f"{name} does not exist in this {model.config.model_type!r} model. Nothing was changed.")
+            raise ModelError(f"{name} does not exist in this {model.config.model_type!r} model.")
         if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
             raise ModelError(
-                f"{name} is a {type(module).__name__}, not a floating-point nn.Linear. Nothing was changed.\n"
+                f"{name} is a {type(module).__name__}, not a floating-point nn.Linear.\n"
                 "Load the model without quantisation."
             )
         sites[layer] = Site(layer, name, module)
@@ -137,7 +137,7 @@ def default_layers(n_layers: int) -> range:
     """The middle half: ceil(n/4) .. floor(3n/4) - 1, such as 9 .. 26 of 36. Raises ValueError below 2 layers."""
     chosen = range(-(-n_layers // 4), 3 * n_layers // 4)
     if not chosen:
-        raise ModelError(f"a model of {n_layers} layers has no middle half. Name the layers.")
+        raise ModelError(f"a model of {n_layers} layers has no middle half. Choose the layers with --layers.")
     return chosen
 
 

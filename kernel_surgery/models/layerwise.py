@@ -50,10 +50,10 @@ class Layerwise:
         wanted = {name: p.shape for name, p in self.model.named_parameters() if not (self.tied and name == head)}
         for name, shape in wanted.items():
             if name not in self.places:
-                raise UserError(f"the weights in {str(folder)!r} are incomplete: {name} is missing.")
+                raise UserError(f"the weights in {str(folder)!r} are incomplete: {name} is missing. Fetch them again.")
             if self.places[name][1].shape != tuple(shape):
                 raise UserError(
-                    f"{name} in {str(folder)!r} is {self.places[name][1].shape}; its config.json makes it "
+                    f"{name} in {str(folder)!r} has shape {self.places[name][1].shape}, but config.json gives it "
                     f"{tuple(shape)}."
                 )
         # Made again on the device itself: its tables are no parameters, and on meta they hold nothing.
@@ -74,7 +74,9 @@ class Layerwise:
         )
         for limit, what in ((self.config.max_position_embeddings, "positions"), (window, "tokens of attention window")):
             if limit is not None and length > limit:
-                raise UserError(f"sequences of {length} tokens are longer than the model's {limit} {what}.")
+                raise UserError(
+                    f"sequences of {length} tokens are longer than the model's {limit} {what}. Use fewer --new-tokens."
+                )
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the checkpoint, in the dtype and on the device."""

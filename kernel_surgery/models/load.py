@@ -58,23 +58,23 @@ def resolve_model(name: str) -> str:
 
 def _check_folder(path: Path, what: str) -> None:
     if not (path / "config.json").is_file():
-        raise UserError(f"{what} {str(path)!r} has no config.json: not a model folder.")
+        raise UserError(f"{what} {str(path)!r} has no config.json, so it is not a model folder.")
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{what}: {str(index)!r} is not a safetensors index ({error}).") from error
+            raise UserError(f"{what}: {str(index)!r} is not a safetensors index ({error}). Fetch it again.") from error
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise UserError(
-                f"{what} {str(path)!r} is incomplete: {len(missing)} of {len(shards)} weight files missing, "
-                f"{missing[0]} first."
+                f"{what} {str(path)!r} is incomplete: {len(missing)} of {len(shards)} weight files missing "
+                f"(first: {missing[0]}). Fetch the model again."
             )
     elif not (path / "model.safetensors").is_file():
         pickled = next(iter(sorted(path.glob("pytorch_model*.bin"))), None)
         found = f"only pickled weights ({pickled.name}), which are never loaded" if pickled else "no weights"
-        raise UserError(f"{what} {str(path)!r} has {found}: model.safetensors, or an index and its shards, is needed.")
+        raise UserError(f"{what} {str(path)!r} has {found}. It needs model.safetensors, or an index and its shards.")
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def _resolve_hub_id(name: str) -> str:
     except GatedRepoError as error:
         raise UserError(f"model {name!r} is gated: accept its terms on the hub and log in with a token.") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model {name!r} that you may read. {here}") from error
+        raise UserError(f"the hub has no model {name!r}, or you have no access to it. {here}") from error
     except unreachable as error:
         if isinstance(cached, str):
             _check_folder(Path(cached).parent, "cached model")
@@ -126,7 +126,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"the weights in {source!r} are incomplete: {len(missing)} tensors missing, {missing[0]} first."
+            f"the weights in {source!r} are incomplete. Missing tensors: {len(missing)} (first: {missing[0]}). "
+            "Fetch the model again."
         )
     return model.to(device).eval()
 
@@ -162,7 +163,7 @@ def parse_device(name: str = "auto") -> torch.device:
         raise UserError(f"unknown device {name!r}: choose from auto, cpu, cuda, cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        raise UserError(f"device {name!r} was asked for, but this machine has {found} CUDA devices. Try --device cpu.")
+        raise UserError(f"no device {name!r}: this machine has {found} CUDA devices. Use --device cpu.")
     return device
 
 
@@ -196,5 +197,5 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {config[name]!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"config.json in {str(folder)!r} cannot be used ({what}). Nothing was written.") from error
+        raise ModelError(f"config.json in {str(folder)!r} cannot be used ({what}).") from error
     return config

@@ -190,8 +190,8 @@ def check_rank(basis: Tensor) -> None:
     """Raises ValueError for a basis [d_model, k] with k outside 1 .. MAX_RANK."""
     if not 1 <= basis.shape[1] <= MAX_RANK:
         raise KernelSurgeryError(
-            f"the basis has k={basis.shape[1]} columns; project takes 1 to {MAX_RANK}. Fit with a smaller --rank, or "
-            "truncate: Subspace.truncate."
+            f"the basis has k={basis.shape[1]} columns, but project takes 1 to {MAX_RANK}. Fit with a smaller --rank, "
+            "or use Subspace.truncate."
         )
 
 
@@ -215,15 +215,15 @@ def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> 
     check_rank(basis)
     if basis.device != x.device:
         raise KernelSurgeryError(
-            f"x is on {x.device}, the basis on {basis.device}. Move the basis: basis.to(x.device)."
+            f"x is on {x.device}, but the basis is on {basis.device}. Move the basis: basis.to(x.device)."
         )
     row_strength, number = None, 1.0
     if isinstance(strength, Tensor):
         leading = x.shape[:-1]
         if strength.ndim == 0 or strength.shape != leading[: strength.ndim]:
             raise KernelSurgeryError(
-                f"strength has shape {tuple(strength.shape)}; expected a number, one a row: {tuple(leading)}, or one a "
-                f"sequence: {tuple(leading[:1])}."
+                f"strength has shape {tuple(strength.shape)}; expected a number, {tuple(leading)} (one per row), or "
+                f"{tuple(leading[:1])} (one per sequence)."
             )
         missing = (1,) * (len(leading) - strength.ndim)
         row_strength = strength.to(x.device).reshape(*strength.shape, *missing).expand(leading).reshape(-1)
@@ -298,5 +298,5 @@ def _check_beside(x: Tensor, name: str, other: Tensor, shape: torch.Size) -> Non
     if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
         raise KernelSurgeryError(
             f"{name} is {tuple(other.shape)} {other.dtype} on {other.device}; expected {tuple(shape)} {x.dtype} on "
-            f"{x.device}, as x has it."
+            f"{x.device}, like x."
         )

@@ -45,24 +45,24 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(
         "polyglot.train",
-        description="Train the embedded model from nothing on the seven-language problems.",
+        description="Train the embedded model from scratch on the seven-language problems.",
         epilog=EPILOG,
     )
     p.add_argument("--out", type=Path, required=True, help="folder for state, log and the best checkpoint")
     p.add_argument("--steps", type=int, default=16_000, help="optimizer steps in all (default 16000)")
-    p.add_argument("--decay", type=float, default=0.7, help="last part of the steps with falling learning rate (0.7)")
+    p.add_argument("--decay", type=float, default=0.7, help="share of the steps with a falling learning rate (0.7)")
     p.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's learning rate (embedding, biases, norms)")
     p.add_argument("--muon-lr", type=float, default=0.01, help="Muon's learning rate (matrices); 0: AdamW for all")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the initial weights and the training problems (default 0)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     p.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of matrix products and activations; weights and optimizers are float32 either way (default float32)",
+        help="of matrix products and activations (default float32); weights and optimizers are always float32",
     )
     p.add_argument("--compile", action="store_true", help="fuse with torch.compile (needs a C++ compiler on a CPU)")
-    p.add_argument("--minutes", type=float, default=0, help="stop after this long with the state saved (0: no limit)")
+    p.add_argument("--minutes", type=float, default=0, help="save the state and stop after this long (0: no limit)")
     p.add_argument("--eval-every", type=int, default=500, help="steps between dev evaluations and saved states")
     return p
 

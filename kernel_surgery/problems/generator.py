@@ -191,7 +191,7 @@ def _select(category: str, split: str, n: int, seed: int) -> list[tuple[str, Par
         if len(chosen) < n:
             raise KernelSurgeryError(
                 f"cannot take {n} {category} problems from the {split} split: only {len(chosen)} exist.\n"
-                f"Ask for at most {len(chosen)} per category."
+                f"Use at most {len(chosen)} per category."
             )
         rng.shuffle(chosen)
         return chosen[:n]
@@ -215,7 +215,7 @@ def problems(split: str, per_category: int = 40, *, seed: int = 0) -> list[Probl
     if split not in SPLITS:
         raise KernelSurgeryError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if per_category < 1:
-        raise KernelSurgeryError(f"problems per category must be at least 1, got {per_category}")
+        raise KernelSurgeryError(f"problems per category must be at least 1, got {per_category}.")
     # The smallest categories come first, because only they may have too few problems.
     chosen = {category: _select(category, split, per_category, seed) for category in (*_LISTED, *CATEGORIES)}
     return [

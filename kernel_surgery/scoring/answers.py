@@ -347,7 +347,7 @@ def exact_answer(answer: Answer) -> Fraction:
     values = numbers(plain, spanish=False)
     if len(values) != 1 or (values[0].begin, values[0].end) != (0, len(plain)):
         raise KernelSurgeryError(
-            f"cannot compare with the answer {answer!r}: it takes one number (390, 1,234, 3/4, 1.5e3)."
+            f"cannot compare with the answer {answer!r}: expected one number, such as 390, 1,234, 3/4 or 1.5e3."
         )
     return values[0].value
 

@@ -66,7 +66,7 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
         except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError, zipfile.BadZipFile) as error:
             if "pickle" in str(error).lower():
                 raise SubspaceError(
-                    f"{str(path)!r} holds pickled objects, which are never loaded: they can run code.\n"
+                    f"{str(path)!r} is not an .npz of plain arrays. Pickles are never loaded: they can run code.\n"
                     "Save plain float32 arrays: np.savez(path, **{f'{lang}_L{i}': np.asarray(x, np.float32)})."
                 ) from error
             raise SubspaceError(f"{str(path)!r} is not a readable .npz file ({error}).") from error
@@ -82,7 +82,7 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
     for name, given in (("model_id", model_id), ("site", site)):
         if given and provenance.get(name, given) != given:
             raise SubspaceError(
-                f"{str(path)!r} was measured with {name} {provenance[name]!r}, not {given!r}. Leave the option out."
+                f"{str(path)!r} was measured with {name} {provenance[name]!r}, not {given!r}. Omit the option."
             )
         if given:
             provenance[name] = given
@@ -99,12 +99,22 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
         vectors.setdefault(match[1], {})[int(match[2])] = array
     shapes = {f"{lang}_L{i}": tuple(a.shape) for lang, by in vectors.items() for i, a in by.items()}
     if len(vectors) < 2:
-        raise SubspaceError(f"{str(path)!r} holds {len(vectors)} languages; a language subspace needs at least two.")
+        held = ", ".join(vectors) or "none"
+        raise SubspaceError(f"{str(path)!r} holds too few languages ({held}): a language subspace needs at least two.")
     if len(set(shapes.values())) > 1 or len({tuple(sorted(by)) for by in vectors.values()}) > 1:
-        first = next(iter(shapes))
-        other = next((key for key in shapes if shapes[key] != shapes[first]), "a language with other layers")
         raise SubspaceError(
-            f"{str(path)!r} is ragged: {first} is {shapes[first]}, but {other} is {shapes.get(other, 'there')}.\n"
+            f"{str(path)!r} is ragged: {_unequal(vectors, shapes)}.\n"
             "Every language needs the same problems at the same layers."
         )
     return Activations(vectors, provenance)
+
+
+def _unequal(vectors: dict[str, dict[int, torch.Tensor]], shapes: dict[str, tuple]) -> str:
+    """Return the first two entries of different shape, or the first two languages with different layers, in words."""
+    first = next(iter(shapes))
+    if other := next((key for key in shapes if shapes[key] != shapes[first]), None):
+        return f"{first} is {shapes[first]}, but {other} is {shapes[other]}"
+    layers = {language: sorted(by) for language, by in vectors.items()}
+    first = next(iter(layers))
+    other = next(language for language in layers if layers[language] != layers[first])
+    return f"{first} has layers {layers[first]}, but {other} has {layers[other]}"

@@ -124,8 +124,8 @@ class Subspace:
             raise SubspaceError(f"{str(path)!r} has provenance that is not a JSON object ({error}).") from error
         if not provenance.get("fingerprint") and not force:
             raise SubspaceError(
-                f"{str(path)!r} does not say which model it was fitted on, so nothing can tell whether it belongs to "
-                "yours.\nNothing was changed. Use --force (force=True) if you know that it does."
+                f"{str(path)!r} does not say which model it was fitted on, so it cannot be checked against your "
+                "model.\nUse --force (force=True) if you know that they belong together."
             )
         try:
             return cls(
@@ -158,26 +158,26 @@ class Subspace:
         )
         if d_model != self.d_model:
             raise MismatchError(
-                f"the subspace has d_model={self.d_model}, the model {d_model}.\n{both}"
-                "Nothing was changed. Fit a subspace on this model."
+                f"the subspace has d_model={self.d_model}, but the model has {d_model}.\n{both}"
+                "Fit a subspace on this model."
             )
         if self.n_layers not in (None, n_layers):
             raise MismatchError(
-                f"the subspace is of a model with {self.n_layers} layers, this one has {n_layers}.\n{both}"
-                "Nothing was changed. Fit a subspace on this model."
+                f"the subspace was fitted on a model with {self.n_layers} layers, but this one has {n_layers}.\n{both}"
+                "Fit a subspace on this model."
             )
         if force:
             return
         if self.fingerprint is None:
             raise MismatchError(
                 f"the subspace does not say which model's weights it was measured on.\n{both}"
-                "Nothing was changed. Use --force (force=True) if you know that it belongs here."
+                "Use --force (force=True) if you know that they belong together."
             )
         if differing := fingerprint_differences(self.fingerprint, take_fingerprint()):
             more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             raise MismatchError(
                 f"the subspace was measured on other weights: {differing[0]} differs{more}.\n{both}"
-                "Nothing was changed. Fit a subspace on this model, load the one it was fitted on, or use --force "
+                "Fit a subspace on this model, load the one it was fitted on, or use --force "
                 "(force=True)."
             )
 
@@ -195,8 +195,8 @@ def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         first = checked[next(iter(checked))] if checked else basis
         if basis.shape != first.shape:
             raise SubspaceError(
-                f"the basis of layer {layer} is {tuple(basis.shape)}, that of layer {next(iter(checked))} "
-                f"{tuple(first.shape)}; every layer needs one shape."
+                f"the basis of layer {layer} is {tuple(basis.shape)}, but that of layer {next(iter(checked))} is "
+                f"{tuple(first.shape)}. All layers need the same shape."
             )
         basis = basis.detach().float()
         if not torch.isfinite(basis).all():
@@ -205,8 +205,8 @@ def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         worst = float((gram - torch.eye(basis.shape[1], dtype=torch.float64, device=gram.device)).abs().max())
         if worst > ORTHONORMAL:
             raise SubspaceError(
-                f"the basis of layer {layer} is not orthonormal: an entry of U^T U - I is {worst:.1e}, "
-                f"allowed {ORTHONORMAL}."
+                f"the basis of layer {layer} is not orthonormal: the largest entry of U^T U - I is {worst:.1e}, "
+                f"above {ORTHONORMAL}."
             )
         checked[int(layer)] = basis
     return checked

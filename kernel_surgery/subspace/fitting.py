@@ -46,8 +46,8 @@ def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tu
     available = int((s > s[0] * max(rows.shape) * 2.0**-24).sum()) if len(s) else 0
     if not 1 <= rank <= available:
         raise SubspaceError(
-            f"cannot take rank {rank} at {what}: its {rows.shape[0]} rows span {available} dimensions.\n"
-            f"No file was written. Ask for --rank 1 to {available}, or collect more problems or languages."
+            f"cannot fit rank {rank} at {what}: its {rows.shape[0]} rows of data span {available} dimensions.\n"
+            f"Choose --rank 1 to {available}, or collect more problems or languages."
         )
     basis = vectors[:, :rank]
     if not tall:
@@ -79,7 +79,7 @@ def fit_subspace(
     if missing := [layer for layer in layers if layer not in activations.layers]:
         raise SubspaceError(
             f"layers {missing} were not collected: the activations hold {list(activations.layers)}.\n"
-            "No file was written. Choose --layers among them, or collect again."
+            "Choose --layers from these, or collect again."
         )
     bases, means, spectra = {}, {}, {}
     for layer in progress(layers, total=len(layers), desc="fit"):

@@ -129,7 +129,7 @@ def test_a_planted_fault_is_found_and_its_layer_named_though_the_hashes_match(tm
     certificate = json.loads((tmp_path / "c.json").read_text())
     faults = certificate["faults"]
     assert faults and all(fault.startswith("layer 2: model.layers.2.mlp.down_proj.") for fault in faults)
-    assert all(f"broken: {fault}" in said for fault in faults) and "SHA-256" not in said
+    assert all(f"fault: {fault}" in said for fault in faults) and "SHA-256" not in said
     print(faults)
     assert any("it holds NaN or Inf" in fault for fault in faults) == (name == "not_finite")
     # From the file alone, what leaks is found too (a flipped sign leaks too little to be told from rounding, and in
@@ -161,13 +161,13 @@ def test_an_unedited_tensor_that_changed_is_named(tmp_path):
 
     rewritten(folder, change)
     assert certified(folder, model=False)["faults"] == []
-    assert certified(folder)["faults"] == [f"{name} was not to be edited, and differs from the original"]
+    assert certified(folder)["faults"] == [f"{name} should not have been edited, but differs from the original"]
 
     def drop(t, old, bases):
         del t[name]
 
     rewritten(folder, drop)
-    assert certified(folder)["faults"] == [f"{name} is in one of the two checkpoints only"]
+    assert certified(folder)["faults"] == [f"{name} is in only one of the two checkpoints"]
 
 
 def test_a_certificate_is_of_the_subspace_that_was_asked_for(tmp_path):
@@ -175,15 +175,15 @@ def test_a_certificate_is_of_the_subspace_that_was_asked_for(tmp_path):
     other = {1: basis(128, 6, 1), 2: basis(128, 6, 9)}
     Subspace(other, site="mlp_out").save(folder / "subspace.safetensors")
     faults = certified(folder, subspace=True)["faults"]
-    assert "layer 2: baked with another basis" in faults[0] and not any(f.startswith("layer 1") for f in faults)
+    assert "layer 2: the basis differs from that in" in faults[0] and not any(f.startswith("layer 1") for f in faults)
     Subspace({1: basis(128, 6, 1)}, site="mlp_out").save(folder / "subspace.safetensors")
-    with pytest.raises(ValueError, match=r"layers \[1, 2\].* has \[1\]"):
+    with pytest.raises(ValueError, match=r"layers \[1, 2\].* has layers \[1\]"):
         certified(folder, subspace=True)
 
 
 def test_what_is_no_baked_checkpoint_is_refused(tmp_path):
     folder = prepared(tmp_path)
-    with pytest.raises(ValueError, match=r"is not a checkpoint that .*bake has written"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint from python -m kernel_surgery\.bake:"):
         verify_checkpoint(folder / "source")
     with pytest.raises(UserError, match="no folder at"):
         run(["--baked", str(folder / "nowhere")])
@@ -210,9 +210,9 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
     whole, record = load_file(file), folder / "restored" / "provenance.json"
     name, other = DOWN.format(2, "weight"), "model.layers.0.mlp.up_proj.weight"
     wrong = {
-        "still baked": ({name: load_file(folder / "baked" / file.name)[name]}, f"layer 2: {name}: an element is"),
-        "an element": ({name: whole[name].clone()}, f"layer 2: {name}: an element is"),
-        "never edited": ({other: whole[other] + 1}, f"{other} was never edited, and differs"),
+        "still baked": ({name: load_file(folder / "baked" / file.name)[name]}, f"layer 2: {name}: an element differs"),
+        "an element": ({name: whole[name].clone()}, f"layer 2: {name}: an element differs"),
+        "never edited": ({other: whole[other] + 1}, f"{other} was never edited, but differs"),
     }
     wrong["an element"][0][name][5, 5] *= -1
     for change, message in wrong.values():
@@ -222,9 +222,9 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
         record.write_text(json.dumps(rewritten))
         capsys.readouterr()
         assert run(words) == 1
-        broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
-        assert len(broken) == 1 and broken[0].startswith(f"broken: {message}")
-    with pytest.raises(ValueError, match=r"is not a checkpoint that python -m kernel_surgery\.bake --undo has written"):
+        broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fault: ")]
+        assert len(broken) == 1 and broken[0].startswith(f"fault: {message}")
+    with pytest.raises(ValueError, match=r"is not a checkpoint from python -m kernel_surgery\.bake --undo:"):
         run(["--restored", str(folder / "baked")])
 
 
@@ -252,13 +252,13 @@ def test_a_folder_does_not_vouch_for_its_own_bases_layers_and_files(tmp_path):
     right, kept, whole = json.loads(record.read_text()), load_file(undo), undo.read_bytes()
     cases = [
         ({n: t * 0 if n.startswith("basis") else t for n, t in kept.items()}, {}, "layer 1 is not orthonormal"),
-        ({n: t for n, t in kept.items() if n != "basis.2"}, {}, r"holds bases of layers \[1\], rank 6; .* \[1, 2\]"),
+        ({n: t for n, t in kept.items() if n != "basis.2"}, {}, r"layers \[1\], rank 6, but .* \[1, 2\]"),
         ({n: t for n, t in kept.items() if not n.startswith("basis")}, {}, "at least one layer"),
-        (kept, {"rank": 5}, r"rank 6; provenance.json says layers \[1, 2\], rank 5"),
-        (kept, {"strength": None}, "is not a checkpoint that"),
-        (kept, {"strength": "x"}, "is not a checkpoint that"),
-        (kept, {"layers": []}, "is not a checkpoint that"),
-        (kept, {"model_id": 3}, "is not a checkpoint that"),
+        (kept, {"rank": 5}, r"rank 6, but provenance.json says layers \[1, 2\], rank 5"),
+        (kept, {"strength": None}, "is not a checkpoint from"),
+        (kept, {"strength": "x"}, "is not a checkpoint from"),
+        (kept, {"layers": []}, "is not a checkpoint from"),
+        (kept, {"model_id": 3}, "is not a checkpoint from"),
     ]
     for tensors, change, message in cases:
         save_file(tensors, undo)
@@ -269,12 +269,12 @@ def test_a_folder_does_not_vouch_for_its_own_bases_layers_and_files(tmp_path):
     # Files beside the weights are the original's, or our own.
     config = folder / "baked" / "config.json"
     for path, text, fault in (
-        (config, config.read_text().replace("10000", "100"), "config.json is not the original's"),
+        (config, config.read_text().replace("10000", "100"), "config.json differs from the original's"),
         (folder / "baked" / "tokenizer.json", "{}", "tokenizer.json is not in the original"),
         (
             folder / "baked" / "model-2.safetensors",
             "x",
-            "model-2.safetensors holds weights that are not the checkpoint's",
+            "model-2.safetensors holds weights that do not belong to the checkpoint",
         ),
     ):
         before = path.read_text() if path.exists() else None

@@ -243,7 +243,7 @@ def first_basis_everywhere(model, bases, strength):
 def test_a_fault_that_only_shows_with_all_layers_or_in_decoding_is_found_there(mode, wrong, dtype, monkeypatch):
     monkeypatch.setitem(APPLIERS, mode, wrong)
     (fault,) = certified(dtype)["faults"]
-    assert fault.startswith(f"{mode}: decoded with all layers edited at once, the logits err ")
+    assert fault.startswith(f"{mode}: the error of the logits, decoded with all layers edited at once, is ")
     # A model that is too large to be loaded whole has no such figure, and the certificate says so.
     found = certified(dtype, whole=False)
     assert found["faults"] == [] and found["logits"][mode]["decoded"] is None
@@ -279,7 +279,7 @@ def worse(rows, mode, key):
         (
             "check_outputs",
             lambda f: (worse(f[0], "fused", "rule_a"), f[1]),
-            "layer 3: fused: the error of the projection (Rule A) is 1.5 times its bound",
+            "layer 3: fused: the error of the edit on the rounded output is 1.5 times its bound",
         ),
         (
             "check_outputs",
@@ -294,12 +294,12 @@ def worse(rows, mode, key):
         (
             "check_tensor",
             lambda f: f | {"leak_over_floor": 1.5},
-            "layer 3: baked weight: it leaks 1.5 times its floor (allowed: 1.1)",
+            "layer 3: baked weight: its leak is 1.5 times the floor (allowed: 1.1)",
         ),
         (
             "check_tensor",
             lambda f: f | {"error_over_bound": 1.5},
-            "layer 3: baked weight: an element is 1.5 times its bound away from what the edit gives",
+            "layer 3: baked weight: an element differs from the exact edit by 1.5 times its bound",
         ),
         ("check_tensor", lambda f: f | {"finite": False}, "layer 3: baked weight: it holds NaN or Inf"),
     ],
@@ -311,8 +311,8 @@ def test_each_figure_alone_breaks_the_certificate(name, change, sentence, monkey
 @pytest.mark.parametrize(
     "key, what",
     [
-        ("span_rule_a", "the error of the projection inside the subspace (Rule A)"),
-        ("span_leak", "the leak of what lies inside the subspace"),
+        ("span_rule_a", "the error of the edit on rows inside the subspace"),
+        ("span_leak", "the part of rows inside the subspace that the edit left"),
     ],
 )
 def test_each_figure_inside_the_subspace_alone_breaks_the_certificate(key, what, monkeypatch):
@@ -339,9 +339,9 @@ def test_hidden_states_logits_and_decoding_are_each_held_to_the_originals_error(
     monkeypatch.setattr(certifying, "BESIDE_ORIGINAL", 0.5)
     faults = certified(torch.bfloat16)["faults"]
     for mode in ("hook", "fused", "baked", "lora"):
-        hidden = [f for f in faults if f": {mode}: hidden states err " in f]
-        assert len(hidden) == 1 and hidden[0].endswith(" times as much as the original's")
-        for words in ("the logits err ", "decoded with all layers edited at once, the logits err "):
+        hidden = [f for f in faults if f": {mode}: the error of the hidden states is " in f]
+        assert len(hidden) == 1 and hidden[0].endswith(" times the original's")
+        for words in ("the error of the logits is ", "the error of the logits, decoded "):
             assert sum(f.startswith(f"{mode}: {words}") for f in faults) == 1
     assert len(faults) == 12
 
@@ -366,7 +366,7 @@ def test_an_edit_that_never_runs_is_named(monkeypatch):
 
     monkeypatch.setitem(APPLIERS, "fused", at_one_layer(fused, idle))
     faults = certified(torch.bfloat16)["faults"]
-    assert f"layer {WRONG_LAYER}: fused: the edit never ran" in faults
+    assert f"layer {WRONG_LAYER}: fused: the edit did not run" in faults
 
 
 def test_a_fused_layer_that_hands_a_wrong_norm_on_is_named(monkeypatch):
@@ -447,7 +447,7 @@ def test_the_certificate_of_a_checkpoint_is_written_with_its_plot(polyglot_baked
     assert (
         "4 edited layers (2, 3, 4, 5), rank 10, strength 1: everything holds" in said
         and said.count("\n2 ") == 2
-        and "4 sequences: test" in said
+        and "Prompts: 4, test problems" in said
     )
     picture = (tmp_path / "c.svg").read_text()
     assert "<svg" in picture and "error / bound" in picture and 'href="http' not in picture
@@ -473,7 +473,7 @@ def test_a_fault_on_disk_is_found_and_its_layer_named_though_the_hashes_match(po
         record.write_bytes(kept[1])
     faults = json.loads((tmp_path / "c.json").read_text())["faults"]
     print("\n".join(faults))
-    assert f"broken: {faults[0]}" in capsys.readouterr().out
+    assert f"fault: {faults[0]}" in capsys.readouterr().out
     assert all(f.startswith((f"layer {WRONG_LAYER}: ", "baked: ")) for f in faults)
     # Found twice: in the files, and by running them.
     assert any(DOWN in f for f in faults) and any("baked weight" in f for f in faults)
@@ -489,7 +489,7 @@ def test_prompts_are_of_one_length_in_many_languages():
     assert about == f"test problems of {ids.shape[1]} tokens (zh, en, es, ar, ja, ko, sw), seed 0"
     assert torch.equal(prompt_ids(tokenizer, 14, 0, 2048)[0], ids)
     assert not torch.equal(prompt_ids(tokenizer, 14, 1, 2048)[0], ids)
-    with pytest.raises(UserError, match=r"the tokenizer gives id \d+, the model has 64: they do not belong"):
+    with pytest.raises(UserError, match=r"the tokenizer gives id \d+, but the model has only 64 tokens"):
         prompt_ids(tokenizer, 14, 0, 64)
     random, about = prompt_ids(None, 3, 5, 64)
     assert random.shape == (3, 32) and int(random.max()) < 64 and about == "random ids, seed 5"
@@ -510,8 +510,8 @@ def test_a_model_that_overflows_is_not_certified(tmp_path):
         ((), "give --model, --baked, --adapter or --restored"),
         (("--model", "polyglot", "--prompts", "0"), "--prompts must be at least 1"),
         (("--model", "polyglot", "--strength", "nan"), "--strength must be a finite number"),
-        (("--model", str(POLYGLOT)), "needs --subspace, or --baked"),
-        (("--baked", ".", "--adapter", "."), "give one of --baked and --adapter at a time"),
+        (("--model", str(POLYGLOT)), r"needs --subspace \(from kernel_surgery.fit\), or --baked"),
+        (("--baked", ".", "--adapter", "."), "--baked and --adapter cannot be combined"),
         (("--adapter", "nowhere"), "no folder at 'nowhere'"),
         (("--model", "polyglot", "--new-tokens", "600"), "longer than the model's"),
     ],
@@ -551,12 +551,12 @@ def test_a_configuration_that_cannot_be_used_is_one_clear_error(tmp_path, config
 def test_a_checkpoint_is_certified_as_it_was_made(polyglot_baked, tmp_path):
     stored = json.loads((polyglot_baked / "source" / "config.json").read_text())["dtype"]
     other = "float16" if stored != "float16" else "bfloat16"
-    with pytest.raises(UserError, match=f"certified in the dtype it is stored in, {stored}, not {other}"):
+    with pytest.raises(UserError, match=f"certified in its own dtype, {stored}, not {other}"):
         run(words(polyglot_baked, "--dtype", other))
     with pytest.raises(UserError, match=r"was made at strength 1, not 0\.5"):
         run(words(polyglot_baked, "--strength", "0.5"))
     pico("qwen2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the subspace has d_model=128, the model 48"):
+    with pytest.raises(ValueError, match="the subspace has d_model=128, but the model has 48"):
         run(["--model", str(tmp_path), "--subspace", str(SHIPPED)])
 
 

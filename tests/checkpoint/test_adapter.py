@@ -153,7 +153,7 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     words = ["--model", tmp_path / "source", "--subspace", tmp_path / "subspace.safetensors", "--out"]
     adapter = tmp_path / "adapter"
     assert lora.run([str(w) for w in [*words, adapter]]) == 0
-    assert "2 layers, rank 5 filled up to 8, strength 1" in capsys.readouterr().out
+    assert "2 layers, rank 5 padded to 8, strength 1" in capsys.readouterr().out
     assert sorted(p.name for p in adapter.rglob("*") if p.is_file()) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "subspace.safetensors")
     ]
@@ -176,13 +176,14 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
 
     a, b = A.format(2), B.format(2)
     assert faults(lambda t: None) == ""
-    assert "layer 2: model.layers.2.mlp.down_proj: A is" in faults(lambda t: t.update({a: t[a] * 0.99}))
-    assert "A is" in faults(lambda t: t[a][1, 7].mul_(-1)) and "A is" in faults(lambda t: t[a].copy_(t[A.format(1)]))
+    assert "layer 2: model.layers.2.mlp.down_proj: the error of A is" in faults(lambda t: t.update({a: t[a] * 0.99}))
+    assert "error of A is" in faults(lambda t: t[a][1, 7].mul_(-1))
+    assert "error of A is" in faults(lambda t: t[a].copy_(t[A.format(1)]))
     assert faults(lambda t: t[b][3, 2].add_(1e-6), model=False) == "layer 2: model.layers.2.mlp.down_proj: B is not -U"
-    assert "what fills the rank up is not zero" in faults(lambda t: t[a][6, 0].add_(1), model=False)
+    assert "the padding of the rank is not zero" in faults(lambda t: t[a][6, 0].add_(1), model=False)
     assert "A holds NaN" in faults(lambda t: t[a][0, 0].fill_(torch.nan), model=False)
     assert "A or B is missing" in faults(lambda t: t.pop(a))
-    assert "is of no layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
+    assert "does not belong to a layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
     assert faults(lambda t: None) == ""
     # Every field that changes what PEFT computes, also those that are not there.
     config = json.loads((adapter / CONFIG).read_text())
@@ -198,7 +199,7 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
         assert any("SHA-256 differs" in f for f in found)
     for broken in ("{", "3"):
         (adapter / CONFIG).write_text(broken)
-        with pytest.raises(ValueError, match="is no configuration of an adapter"):
+        with pytest.raises(ValueError, match="is not an adapter configuration"):
             verify_adapter(adapter)
 
 
@@ -207,13 +208,13 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     _, subspace = saved(tmp_path)
     write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
     assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
-    assert "A was not compared with a U^T W: give --model for that" in capsys.readouterr().out
+    assert "A was not checked against a U^T W: give --model to check it" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
     save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
     with pytest.raises(ValueError, match="layer 1 is not orthonormal"):
         verify_adapter(tmp_path / "adapter")
     save_file({"basis.1": subspace.bases[1]}, kept)
-    with pytest.raises(ValueError, match=r"holds bases of layers \[1\], rank 5; provenance.json says layers \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"bases of layers \[1\], rank 5, but provenance.json says layers \[1, 2\]"):
         verify_adapter(tmp_path / "adapter")
     kept.unlink()
     with pytest.raises(FileNotFoundError, match=r"subspace\.safetensors"):
@@ -225,7 +226,7 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
 def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
     model, subspace = saved(tmp_path)
     with_bias = pico("llama", bias=True)
-    message = r"layers\.1\.mlp\.down_proj has a bias, and an adapter cannot"
+    message = r"layers\.1\.mlp\.down_proj has a bias, which an adapter cannot"
     with pytest.raises(ValueError, match=message), adapted(with_bias, dict(subspace.bases)):
         pytest.fail("the block was entered")
     # A bias of zero is none.
@@ -255,7 +256,7 @@ def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(tmp_path):
     model.save_pretrained(tmp_path / "broken")
     refused(r"layers\.2\.mlp\.down_proj\.weight holds NaN or Inf", "broken")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(FileExistsError, match="exists and was left as it is"):
+    with pytest.raises(FileExistsError, match=r"already exists\. Choose another --out"):
         write_adapter(tmp_path / "source", subspace, tmp_path / "taken")
     with pytest.raises(UserError, match="finite"):
         lora.run(["--model", "polyglot", "--subspace", "x", "--out", "y", "--strength", "nan"])

@@ -209,7 +209,7 @@ WRONG = {
         lambda b: {"subspace": b, "layers": [0, 1]},
         r"layers \[0\] are not in the subspace, which holds \[1, 2, 3\]",
     ),
-    "no layers": (lambda b: {"subspace": b, "layers": []}, "no layers were asked for"),
+    "no layers": (lambda b: {"subspace": b, "layers": []}, "no layers were given"),
     "layer out of range": (lambda b: {"subspace": b | {7: b[1]}}, "layer 7 is out of range: the model has 4 layers"),
     "d_model": (lambda b: {"subspace": {1: basis(50, 5)}}, r"d_model=50, weight is \(48, 96\)"),
     "not orthonormal": (lambda b: {"subspace": {1: b[1] * 1.01}}, "layer 1 is not orthonormal"),

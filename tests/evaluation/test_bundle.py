@@ -39,7 +39,7 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     capsys.readouterr()
     assert run(["--check", str(bundle)]) == 0
     said = capsys.readouterr().out
-    assert "every figure is what the texts give; the hashes alone hold what no text shows: damage" in said
+    assert "every figure follows from the texts; checked by hash only: damage" in said
     # What is finished is not made again.
     before = {p: p.stat().st_mtime_ns for p in (out / "acts.safetensors", out / "eval" / "results.json")}
     assert run(words) == 0
@@ -85,11 +85,11 @@ CHANGES = {
         lambda text: "",
         "fused en: there is no text of it, and the configuration asks",
     ),
-    "no figures": ("results.json", figure(no_texts), "stands in only one of samples.jsonl and results.json"),
+    "no figures": ("results.json", figure(no_texts), "is in only one of samples.jsonl and results.json"),
     "a mode that nobody ran": (
         "results.json",
         figure(lambda r: r["modes"].update(baked=r["modes"]["fused"])),
-        "baked en: stands in only one of samples.jsonl and results.json",
+        "baked en: is in only one of samples.jsonl and results.json",
     ),
     "a FAT": ("samples.jsonl", first_sample({"fat_tokens": 1}), "fat_tokens was 1, is "),
     "tokens": ("samples.jsonl", first_sample({"tokens": [0]}), "text was "),
@@ -139,7 +139,7 @@ def test_a_strangers_bundle_is_made_again_from_its_texts_whatever_its_hashes_say
     planted(bundle, name, change)
     assert run(["--check", str(bundle)]) == 1
     said = capsys.readouterr().out
-    assert any(line.startswith("broken: ") and message in line for line in said.splitlines()), said
+    assert any(line.startswith("fault: ") and message in line for line in said.splitlines()), said
     assert "SHA-256" not in said
 
 
@@ -158,7 +158,7 @@ def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is no bundle of kernel_surgery\.reproduce"):
+    with pytest.raises(UserError, match=r"is not a bundle from kernel_surgery\.reproduce"):
         run(["--check", str(tmp_path)])
     for words in ([], ["--out", "x"], ["--model", "polyglot"], ["--model", "polyglot", "--out", "x", "--check", "y"]):
         with pytest.raises(UserError, match="give --model and --out to make a bundle, or --check"):

@@ -50,7 +50,7 @@ def test_controls_are_asked_for_by_kind_and_number(text, found):
 
 @pytest.mark.parametrize("text", ["haar", "haar:0", "haar:-1", "haar:x", "gauss:5", ""])
 def test_other_controls_are_refused(text):
-    with pytest.raises(UserError, match=r"--controls takes haar:N, energy:N, pca:N with N of at least 1"):
+    with pytest.raises(UserError, match=r"--controls takes haar:N, energy:N, pca:N with N at least 1"):
         parse_controls(text)
 
 
@@ -160,17 +160,18 @@ def test_words_follow_the_percentile():
         row = percentile(real, others)
         return verdict(row | {"holm_p": min(1, comparisons * row["p"]), "comparisons": comparisons})
 
-    assert words(0.9, [0.5] * 19 + [0.6]) == "unlike random subspaces (corrected p 0.048)"
-    assert words(0.5, [0.4, 0.5, 0.6, 0.5]) == "no further out than any of 4"
+    assert words(0.9, [0.5] * 19 + [0.6]) == "different from random subspaces (corrected p 0.048)"
+    assert words(0.5, [0.4, 0.5, 0.6, 0.5]) == "no farther out than any of 4"
     assert words(0.5, [0.5] * 4) == "the same as all 4"
-    assert words(0.6, [0.5, 0.5, 0.5, 0.9]) == "not told from random subspaces (1 of 4 are as far out)"
-    assert words(9.0, [0.0] * 98 + [99.0]) == "unlike random subspaces (corrected p 0.020)"
+    assert words(0.6, [0.5, 0.5, 0.5, 0.9]) == "indistinguishable from random subspaces (1 of 4 are as far out)"
+    assert words(9.0, [0.0] * 98 + [99.0]) == "different from random subspaces (corrected p 0.020)"
     # Beyond all of them, and still no evidence: too few, or too many comparisons. The number named is the least.
-    assert words(0.0, [0.8] * 5) == "beyond all 5, which are too few to call it unlike them: 1 comparisons need 20"
+    assert words(0.0, [0.8] * 5) == "farther out than all 5, which are too few to show a difference (20 needed)"
     assert (
-        words(0.0, [0.8] * 20, 6) == "beyond all 20, which are too few to call it unlike them: 6 comparisons need 120"
+        words(0.0, [0.8] * 20, 6) == "farther out than all 20, which are too few to show a difference (120 needed)"
     )
-    assert words(0.0, [0.8] * 120, 6).startswith("unlike") and words(0.0, [0.8] * 119, 6).startswith("beyond all")
+    assert words(0.0, [0.8] * 120, 6).startswith("different")
+    assert words(0.0, [0.8] * 119, 6).startswith("farther out than all")
 
 
 def test_every_measure_that_words_are_said_of_is_corrected_for():
@@ -186,8 +187,8 @@ def test_every_measure_that_words_are_said_of_is_corrected_for():
         made = compare(real, rows[2:])
         tested = [made[lang][m] for lang in made for m in TESTED]
         assert {row["comparisons"] for row in tested} == {6} and "holm_p" not in made["en"]["repetition"]
-        false += any(verdict(row).startswith("unlike") for row in tested)
-    print(f"{false} of 400 null runs call something unlike; stated .05")
+        false += any(verdict(row).startswith("different") for row in tested)
+    print(f"{false} of 400 null runs call something different; stated .05")
     assert false <= 400 * 0.05 + 3 * (400 * 0.05 * 0.95) ** 0.5
 
 

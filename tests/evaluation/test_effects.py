@@ -120,18 +120,17 @@ def test_the_table_names_the_worst_layer():
         },
     }
     said = table(found)
-    assert "fused: KL(original || edited) on neutral text, nats a token, mean (p99): en 0.041 (0.35)" in said
+    assert "KL(original || edited) on neutral text, nats per token, mean (99th percentile): en 0.041 (0.35)" in said
     assert (
-        "fused: a linear probe at mlp_out still reads the language: least 0.500 at layer 1 (original 0.990, chance "
-        "0.143, n=140)" in said
+        "fused: a linear probe at mlp_out still reads the language: lowest accuracy 0.500, at layer 1 (original "
+        "0.990, chance 0.143, n=140)" in said
     )
-    assert "at resid_post still reads the language: least 0.900 at layer 1" in said
-    assert (
-        "fused: leak, the part inside the subspace that is left, at most over the edited layers: mlp_out 2e-07" in said
-    )
+    assert "at resid_post still reads the language: lowest accuracy 0.900, at layer 1" in said
+    assert "fused: leak (share of the part inside the subspace that is left)" in said
+    assert "largest over the layers: mlp_out 2e-07" in said
     # Words follow numbers: at chance, or above it by no more than 140 texts may show, nothing is read.
     found["probes"]["fused"]["mlp_out"][1] = 1 / 7
-    assert "at mlp_out is not shown to read the language: least 0.143 at layer 1" in table(found)
+    assert "at mlp_out is not shown to read the language: lowest accuracy 0.143, at layer 1" in table(found)
     assert read_by_probe(0.2, 1 / 7, 140).startswith("is not") and read_by_probe(0.22, 1 / 7, 140) == (
         "still reads the language"
     )

@@ -37,7 +37,8 @@ def test_lines_come_out_as_they_went_in_with_three_fields_more(tmp_path, capsys)
     assert [line["extracted"] for line in made] == ["390", "1234", "5/2", None]
     assert [line["correct"] for line in made] == [True, True, True, False]
     assert [line["language_found"] for line in made] == [["en"], ["es"], ["en"], ["zh"]]
-    assert "en: 1/1 right" in err and "sw: 1/1 right, 1.000 (0.207 to 1.000), fidelity 0.000, coverage 1.000" in err
+    assert "en: 1/1 right" in err
+    assert "sw: 1/1 right, 1.000 (0.207 to 1.000), language fidelity 0.000, judged 1.000" in err
 
 
 def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
@@ -59,16 +60,16 @@ def test_samples_of_an_evaluation_get_the_verdicts_they_had(tmp_path, capsys):
     [
         ("{broken\n", r"line 2 is not JSON"),
         ("[1]\n", r"line 2 is a list, not an object"),
-        ({"answer": 1, "language": "en"}, r"line 2: 'text' is None"),
-        ({"text": "x", "language": "en"}, r"line 2: 'answer' is None"),
-        ({"text": "x", "answer": True, "language": "en"}, r"line 2: 'answer' is True"),
-        ({"text": "x", "answer": "many", "language": "en"}, r"line 2: answer 'many' is no number"),
-        ({"text": "x", "answer": "1/0", "language": "en"}, r"line 2: answer '1/0' is no number"),
-        ({"text": "x", "answer": "1e99999999", "language": "en"}, r"line 2: answer '1e99999999' is no number"),
-        ({"text": "x", "answer": "1e-99999999", "language": "en"}, r"line 2: answer '1e-99999999' is no number"),
-        ({"text": "x", "answer": 1, "value": "abc", "language": "en"}, r"line 2: value 'abc' is no number"),
-        ({"text": "x", "answer": 1, "value": float("inf"), "language": "en"}, r"line 2: value inf is no number"),
-        ({"text": "x", "answer": 1, "prompt": 5, "language": "en"}, r"line 2: 'prompt' is 5"),
+        ({"answer": 1, "language": "en"}, r"line 2: 'text' is missing. It must be a string"),
+        ({"text": "x", "language": "en"}, r"line 2: 'answer' is missing. It must be a number"),
+        ({"text": "x", "answer": True, "language": "en"}, r"line 2: 'answer' is true. It must be a number"),
+        ({"text": "x", "answer": "many", "language": "en"}, r"line 2: answer 'many' is not a number"),
+        ({"text": "x", "answer": "1/0", "language": "en"}, r"line 2: answer '1/0' is not a number"),
+        ({"text": "x", "answer": "1e99999999", "language": "en"}, r"line 2: answer '1e99999999' is not a number"),
+        ({"text": "x", "answer": "1e-99999999", "language": "en"}, r"line 2: answer '1e-99999999' is not a number"),
+        ({"text": "x", "answer": 1, "value": "abc", "language": "en"}, r"line 2: value 'abc' is not a number"),
+        ({"text": "x", "answer": 1, "value": float("inf"), "language": "en"}, r"line 2: value inf is not a number"),
+        ({"text": "x", "answer": 1, "prompt": 5, "language": "en"}, r"line 2: 'prompt' is 5, not a string"),
         ({"text": "x", "answer": 1, "language": "fr"}, r"line 2: unknown language 'fr'; known: zh, en"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_run_is_gone_on_with_only_if_nothing_it_depends_on_changed(tmp_path):
     assert json.loads((run / "config.json").read_text()) == CONFIG
     open_run(run, CONFIG, resume=True)
     before = (run / "config.json").read_bytes()
-    with pytest.raises(UserError, match="holds a run already; it was left as it is"):
+    with pytest.raises(UserError, match=r"already holds a run\. Continue it with --resume"):
         open_run(run, CONFIG, resume=False)
     for key, value in {"mode": "all", "strength": 2.0, "weights": digest([2]), "languages": ["en", "zh"]}.items():
         with pytest.raises(UserError, match=f"other settings: {key} was "):

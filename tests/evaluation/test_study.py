@@ -52,8 +52,8 @@ def test_the_grid_is_the_product_in_the_order_declared(tmp_path):
         ("[grid]\nsite = ['attn']", "grid.site has 'attn'; known: mlp_out, resid_post"),
         ("mode = 'original'", "mode is 'original'; known: hook"),
         ("test = 'some'", "test is 'some'; known: chosen, all"),
-        ("problems = 0", "problems is 0, not a number of at least 1"),
-        ("max_new_tokens = 8\nbudget = 9", "budget 9 is beyond max_new_tokens 8"),
+        ("problems = 0", "problems is 0, not a whole number of at least 1"),
+        ("max_new_tokens = 8\nbudget = 9", "budget is 9, above max_new_tokens, 8"),
         ("languages = ['fr']", "unknown language 'fr'"),
     ],
 )
@@ -106,7 +106,8 @@ def test_a_study_is_one_file_and_what_it_froze(done, capsys):
     words = [str(done / "grid.toml"), "--out", str(out), "--controls", "haar:2"]
     assert run(words) == 0 and kept == {name: (out / name).read_bytes() for name in kept}
     said = capsys.readouterr().out
-    assert "<- chosen" in said and "one of 4; test, 5 problems a language:" in said and "2 haar controls" in said
+    assert "<- chosen" in said and "one of 4 settings\ntest problems, 5 per language:" in said
+    assert "2 random subspaces (haar)" in said
     # Another declaration, or another choice than the frozen one, does not go on in it.
     with pytest.raises(UserError, match="holds a run with other settings: problems was 1, now 2"):
         run([str(declared(done, GRID.replace("problems = 1", "problems = 2"))), "--out", str(out)])

@@ -116,10 +116,10 @@ def test_the_time_until_the_answer_is_compared_where_both_solved():
     said = f"fused en +1.00 ({low:+.2f} to {high:+.2f}, n=3)"
     assert answered_sooner(row) == said
     table = strict_table({"fused": {"en": summarize(made["fused", "en"], 100)}}, [row])
-    assert f"tokens until the answer, problems that both solved: {said}" in table
+    assert f"change in FAT on the problems that both models solved: {said}" in table
     # Where nothing was solved by both there is nothing to say, and of equal ones no interval.
     assert answered_sooner(pair(cells([True], [False]))[0]) == ""
-    assert answered_sooner(pair(cells([True] * 2, [True] * 2))[0]) == "fused en +0.00 (all alike, n=2)"
+    assert answered_sooner(pair(cells([True] * 2, [True] * 2))[0]) == "fused en +0.00 (all equal, n=2)"
 
 
 def test_languages_are_pooled_by_problem_and_equivalence_needs_numbers():
@@ -193,7 +193,7 @@ def test_the_tables_show_what_was_summed_up():
     print(shown)
     assert re.search(r"original +en +3/4 +0\.750 \(0\.\d+ to 0\.\d+\)", shown)
     assert re.search(r"fused +en +3/4 .*\+0\.000 \(.*no difference shown", shown)
-    assert "4 problems a language and 1 comparisons could have shown no difference at all." in shown
+    assert "smallest detectable difference: none (4 problems per language, 1 comparisons)" in shown
     assert power(pair(made)) == [{"language": "en", "n": 4, "comparisons": 1, "smallest_shown": None}]
     metrics = expag_metrics(made)
     assert metrics["fused"]["en"]["total"] == 4 and metrics["fused"]["en"]["languages"] == {

@@ -107,7 +107,7 @@ def test_files_that_do_not_fit_their_configuration_are_refused(tmp_path):
     with pytest.raises(UserError, match=rf"incomplete: {name} is missing"):
         Layerwise(tmp_path, torch.float32)
     save_file(wrong | {name: tensors[name][:-1].contiguous()}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=rf"{name} in .* is \(95, 48\); its config.json makes it \(96, 48\)"):
+    with pytest.raises(UserError, match=rf"{name} in .* has shape \(95, 48\), but config.json gives it \(96, 48\)"):
         Layerwise(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma", "architectures": ["Gemma"]}))

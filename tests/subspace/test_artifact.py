@@ -88,11 +88,11 @@ def test_what_is_not_a_subspace_is_refused_by_name(model, tmp_path):
     "bases, message",
     [
         ({}, "at least one layer"),
-        ({0: torch.eye(8)[:, :2], 1: torch.eye(8)[:, :3]}, r"layer 1 is \(8, 3\), that of layer 0 \(8, 2\)"),
+        ({0: torch.eye(8)[:, :2], 1: torch.eye(8)[:, :3]}, r"layer 1 is \(8, 3\), but that of layer 0 is \(8, 2\)"),
         ({0: torch.eye(8)[0]}, r"shape \(8,\)"),
         ({0: torch.eye(8)[:2]}, r"shape \(2, 8\)"),
         ({0: torch.eye(8)[:, :2] * torch.nan}, "NaN or Inf"),
-        ({0: torch.eye(8)[:, :2] * 1.0001}, r"not orthonormal: .*2\.0e-04, allowed 1e-05"),
+        ({0: torch.eye(8)[:, :2] * 1.0001}, r"not orthonormal: .*2\.0e-04, above 1e-05"),
         ({0: torch.eye(8)[:, [1, 1]]}, r"not orthonormal: .*1\.0e\+00"),
     ],
 )
@@ -125,7 +125,7 @@ def test_other_weights_are_refused_with_both_names(model):
     other = pico("qwen2", seed=1)
     with pytest.raises(ValueError, match=r"other weights: model.embed_tokens.weight differs .and 4 more") as caught:
         made.check_model(other)
-    assert "fitted on pico (mlp_out, rank 4)" in str(caught.value) and "Nothing was changed" in str(caught.value)
+    assert "fitted on pico (mlp_out, rank 4)" in str(caught.value)
     made.check_model(other, force=True)
     # One tensor is enough: a finetuned or baked model is another model.
     edited = pico("qwen2")
@@ -137,9 +137,9 @@ def test_other_weights_are_refused_with_both_names(model):
 
 def test_another_shape_is_refused_whatever_force_says(model):
     made = subspace(model)
-    with pytest.raises(ValueError, match="d_model=48, the model 24"):
+    with pytest.raises(ValueError, match="d_model=48, but the model has 24"):
         made.check_model(pico("qwen2", hidden_size=24, head_dim=6), force=True)
-    with pytest.raises(ValueError, match="4 layers, this one has 3"):
+    with pytest.raises(ValueError, match="4 layers, but this one has 3"):
         made.check_model(pico("qwen2", num_hidden_layers=3), force=True)
 
 
