@@ -9,6 +9,7 @@ Rule B bounds the difference between editing the outputs and editing the weights
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ ON_OUTPUTS = ("hook", "fused")  # the modes that edit the rounded output of down
 
 
 def check_tensor(
-    after: Tensor, before: Tensor | None, inside: Tensor, basis: Tensor, strength: float
+    after: Tensor, before: Tensor | None, inside: Tensor | None, basis: Tensor, strength: float
 ) -> dict[str, float | None]:
     """Check one edited tensor on disk.
 
@@ -62,6 +63,7 @@ def check_tensor(
             old = before[:, block]
             u_t_w = u.T @ old.double()
         else:
+            assert inside is not None  # one of the two is given
             u_t_w = inside[:, block].double()
             # Without dither, the restored W would round back to `after`, and the floor would be the leak itself.
             # A bias has too few elements for one random draw, so it is dithered several times.
@@ -108,7 +110,7 @@ def leak_gate(samples: float) -> float:
     return max(LEAK_GATE, math.sqrt(1 + 7 * math.sqrt(2 / samples)))
 
 
-def broken(row: dict) -> list[str]:
+def broken(row: dict[str, Any]) -> list[str]:
     """Return the limits that a tensor's figures exceed, in words. The list is empty if all hold."""
     faults = []
     if not row["finite"]:
@@ -128,7 +130,7 @@ def check_outputs(
     h: Tensor,
     basis: Tensor,
     strength: float,
-) -> tuple[dict[str, dict], list[dict]]:
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Check the outputs that the modes give for the same input h. Return one row per mode, and one per pair of modes.
 
     outputs: {mode: [rows, d_model]}.
@@ -153,7 +155,7 @@ def check_outputs(
     d_ff, dtype, u = weight.shape[1], weight.dtype, basis.double()
     bounds = {mode: applied_bound(mode, exact, basis, d_ff, dtype, strength) for mode in outputs}
     inside = exact.x @ u
-    modes = {}
+    modes: dict[str, dict[str, Any]] = {}
     for mode, y in outputs.items():
         leaked = y.double() @ u - (1 - strength) * inside
         modes[mode] = {
@@ -166,7 +168,7 @@ def check_outputs(
     pairs = []
     for one, other in itertools.combinations(outputs, 2):
         difference = outputs[one].double() - outputs[other].double()
-        row = {"pair": [one, other]}
+        row: dict[str, Any] = {"pair": [one, other]}
         if one in ON_OUTPUTS and other in ON_OUTPUTS:
             each = 2 * rule_a_bound(rounded, basis, strength)
         elif {one, other} - set(ON_OUTPUTS) == {"baked"}:
@@ -263,7 +265,7 @@ class LogitComparison:
             "top1": float((self.best == self.other_best).double().mean()),
         }
 
-    def divergence(self, sequences: int, start: int) -> dict:
+    def divergence(self, sequences: int, start: int) -> dict[str, int | None]:
         """Find where the mode's own greedy text would first differ from the oracle's.
 
         The positions are `sequences` texts of one length. From position `start` on they are the oracle's own greedy

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def same_bytes(one: Place, other: Place) -> bool:
     return True
 
 
-def check_files(folder: Path, record: dict) -> list[str]:
+def check_files(folder: Path, record: dict[str, Any]) -> list[str]:
     """Return the files that have changed since they were recorded, are missing, or were never recorded."""
     faults = changed_files(folder, record["sha256"])
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -89,7 +90,7 @@ def read(place: Place) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
-def basis_faults(bases: dict, subspace: Path, folder: Path) -> tuple[dict, list[str]]:
+def basis_faults(bases: dict[int, Tensor], subspace: Path, folder: Path) -> tuple[dict[int, Tensor], list[str]]:
     """Return the bases of a subspace file, and a fault for each that differs from the checkpoint's.
 
     Raises CheckpointError if the layers or the rank differ.
@@ -111,14 +112,20 @@ class _Certificate:
     kind: str
     folder: Path
     source: Path | None
-    record: dict
+    record: dict[str, Any]
     bases: dict[int, Tensor]
     faults: list[str] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, kind: str, folder: Path, source: Path | None, subspace: Path | None, record: dict, bases_file: Path = BASES
+        cls,
+        kind: str,
+        folder: Path,
+        source: Path | None,
+        subspace: Path | None,
+        record: dict[str, Any],
+        bases_file: Path = BASES,
     ) -> "_Certificate":
         """Begin a certificate: check the hashes, and read the bases (from `subspace` if it is given)."""
         certificate = cls(kind, folder, source, record, read_bases(folder, record, bases_file))
@@ -145,7 +152,7 @@ class _Certificate:
             self.faults += [f"{name} is in only one of the two checkpoints" for name in alone]
         return new, old
 
-    def done(self, note: str | None = None) -> dict:
+    def done(self, note: str | None = None) -> dict[str, Any]:
         """Finish a certificate and return it as a dict."""
         source = None if self.source is None else str(self.source)
         return {
@@ -157,7 +164,7 @@ class _Certificate:
         }
 
 
-def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
+def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict[str, Any]:
     """Certify a baked checkpoint.
 
     folder: the baked checkpoint.
@@ -204,7 +211,7 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     return certificate.done()
 
 
-def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
+def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict[str, Any]:
     """Certify the files of an adapter.
 
     folder: the adapter. source: the original checkpoint, if it is at hand. subspace: as in `verify_checkpoint`.
@@ -254,9 +261,15 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     return certificate.done("A was not checked against a U^T W: give --model to check it" if source is None else None)
 
 
-def _pair_row(layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | None, strength: float) -> dict:
+def _pair_row(
+    layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | None, strength: float
+) -> dict[str, Any]:
     """Return the figures of one adapted layer. Without the original weight, only whether they are finite."""
-    row = {"layer": layer, "tensor": f"{LLAMA.site(layer)}.lora_A", "dtype": str(a.dtype).removeprefix("torch.")}
+    row: dict[str, Any] = {
+        "layer": layer,
+        "tensor": f"{LLAMA.site(layer)}.lora_A",
+        "dtype": str(a.dtype).removeprefix("torch."),
+    }
     row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
     if weight is not None:
         inside = basis.double().T @ weight.double()
@@ -267,7 +280,7 @@ def _pair_row(layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | 
     return row
 
 
-def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict | None) -> list[str]:
+def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict[str, Any] | None) -> list[str]:
     """Return the faults of one adapted layer. row: its figures, or None."""
     where, k, faults = f"layer {layer}: {LLAMA.site(layer)}", basis.shape[1], []
     if not torch.equal(b[:, :k], -basis):
@@ -285,7 +298,7 @@ def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict | No
     return faults
 
 
-def verify_restored(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict:
+def verify_restored(folder: Path, source: Path | None = None, subspace: Path | None = None) -> dict[str, Any]:
     """Certify a checkpoint whose edit was undone.
 
     folder: the restored checkpoint. source: the original, if it is at hand. subspace: as in `verify_checkpoint`.

@@ -10,8 +10,10 @@ the error that the original model itself makes in that dtype.
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.lora import refuse_bias
 from kernel_surgery.edit.modes import APPLIERS
-from kernel_surgery.models.architectures import LLAMA, next_norm, submodule
+from kernel_surgery.edit.plan import Edit
+from kernel_surgery.models.architectures import LLAMA, DecoderLayer, Norm, next_norm, submodule
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_model, load_tokenizer
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, worst_ratio
@@ -37,19 +40,36 @@ from kernel_surgery.subspace.artifact import Subspace
 BESIDE_ORIGINAL = 2.0
 IDEAL = "ideal"
 WHOLE = 2e9  # bytes: models up to this size are also loaded whole
+# The hidden states [sequences, tokens, d_model] of one mode, and the next norm's result where it is there already.
+Stream = tuple[Tensor, Tensor | None]
+# What a decoder layer is given besides the hidden states (`Layerwise.positions`).
+Where = dict[str, Any]
 
 
 class _Certifier:
     """Collect the figures and faults of one certificate."""
 
-    def __init__(self, source, bases, strength, dtype, device, made: Path | None):
+    def __init__(
+        self,
+        source: Path,
+        bases: Mapping[int, Tensor],
+        strength: float,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        made: Path | None,
+    ):
         self.low = Layerwise(source, dtype, device)
         self.wide = Layerwise(source, torch.float64 if dtype == torch.float32 else torch.float32, device, exact=True)
         self.made = None if made is None else Layerwise(made, dtype, device)
         self.bases = {layer: basis.to(device) for layer, basis in bases.items()}
         self.strength = strength
-        self.modes, self.left_out = list(APPLIERS), {}
-        self.layers, self.pairs, self.tensors, self.faults, self.hidden = [], [], [], [], []
+        self.modes = list(APPLIERS)
+        self.left_out: dict[str, str] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.pairs: list[dict[str, Any]] = []
+        self.tensors: list[dict[str, Any]] = []
+        self.hidden: list[dict[str, Any]] = []
+        self.faults: list[str] = []
         self.providers: dict[str, str] = {}
         self.astray: set[str] = set()
         for layer in bases:
@@ -64,7 +84,9 @@ class _Certifier:
     def fault(self, layer: int, mode: str, what: str) -> None:
         self.faults.append(f"layer {layer}: {mode}: {what}")
 
-    def run_layer(self, index: int, streams: dict, oracles: dict, where: dict, wide_where: dict) -> None:
+    def run_layer(
+        self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor], where: Where, wide_where: Where
+    ) -> None:
         """Run all streams through one layer, and check the layer if it is edited."""
         basis = self.bases.get(index)
         with self.wide.layer(index) as block:
@@ -81,7 +103,7 @@ class _Certifier:
             else:
                 self.edited_layer(block, index, basis, streams, where)
 
-    def plain(self, block: nn.Module, index: int, mode: str, stream: tuple, where: dict) -> tuple:
+    def plain(self, block: DecoderLayer, index: int, mode: str, stream: Stream, where: Where) -> Stream:
         """Run one mode through an unedited layer. A baked checkpoint uses the layer from its own files."""
         hidden, normed = stream
         with _instead(block.input_layernorm, normed):
@@ -90,18 +112,22 @@ class _Certifier:
                     return own(hidden, **where), None
             return block(hidden, **where), None
 
-    def edited_layer(self, block: nn.Module, index: int, basis: Tensor, streams: dict, where: dict) -> None:
-        down, dtype, outputs, rows = submodule(block, LLAMA.projection), self.low.dtype, {}, {}
-        inside, h, rounded = span_rows(basis, dtype)[None], None, None
+    def edited_layer(
+        self, block: DecoderLayer, index: int, basis: Tensor, streams: dict[str, Stream], where: Where
+    ) -> None:
+        down, inside = cast(nn.Linear, submodule(block, LLAMA.projection)), span_rows(basis, self.low.dtype)[None]
+        outputs: dict[str, Tensor] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        h: Tensor | None = None
         for mode in self.modes:
             hidden, normed = streams[mode]
-            from_files = mode == "baked" and self.made is not None
+            made = self.made if mode == "baked" else None
             rows[mode] = {"layer": index, "mode": mode}
             with (
-                self.made.layer(index) if from_files else nullcontext(block) as run,
-                nullcontext() if from_files else self.applied(mode, index, basis) as edit,
+                nullcontext(block) if made is None else made.layer(index) as run,
+                self.applied(mode, index, basis) if made is None else nullcontext() as edit,
             ):
-                site = submodule(run, LLAMA.projection)
+                site = cast(nn.Linear, submodule(run, LLAMA.projection))
                 with (
                     _instead(run.input_layernorm, normed),
                     _seen(site) as entered,
@@ -120,14 +146,15 @@ class _Certifier:
                     with _instead(down, inside):
                         rows[mode] |= check_span(down(h[None])[0], inside[0], basis, self.strength)
             streams[mode] = (out, normed)
-            self.providers[mode] = "weights on disk" if from_files else edit.provider
+            self.providers[mode] = "weights on disk" if edit is None else edit.provider
             if edit is not None and edit.calls and not edit.calls[index]:
                 self.fault(index, mode, "the edit did not run")
             if mode == "baked":
                 self.check_weights(index, basis, after, down)
-            if mode == "fused":
+            if normed is not None:  # in the fused mode
                 norm = next_norm(self.low.model, index)
                 rows[mode] |= self.check_fused(norm, basis, down(_sampled(entered[0])), residual[0], out, normed)
+        assert h is not None  # there is at least one mode
         rounded = down(h)
         modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, basis, self.strength)
         for mode, figures in modes.items():
@@ -142,21 +169,23 @@ class _Certifier:
             if not worst <= 1:
                 self.fault(index, " and ".join(pair["pair"]), f"they differ by {worst:.3g} times their bound")
 
-    def applied(self, mode: str, index: int, basis: Tensor):
+    def applied(self, mode: str, index: int, basis: Tensor) -> AbstractContextManager[Edit]:
         return APPLIERS[mode](self.low.model, {index: basis}, self.strength)
 
-    def check_weights(self, index: int, basis: Tensor, after: list[Tensor], down: nn.Module) -> None:
+    def check_weights(self, index: int, basis: Tensor, after: list[Tensor], down: nn.Linear) -> None:
         """Check the edited weight, and the bias if there is one, element by element."""
         kind = STORED[name_of(self.low.dtype)].code
         before = [p for p in (down.weight, down.bias) if p is not None]
         for part, new, old in zip(("weight", "bias"), after, before, strict=False):
-            row = {"layer": index, "tensor": f"{LLAMA.site(index)}.{part}", "dtype": kind}
+            row: dict[str, Any] = {"layer": index, "tensor": f"{LLAMA.site(index)}.{part}", "dtype": kind}
             new, old = (t.reshape(len(t), -1) for t in (new, old))
             row |= check_tensor(new, old, basis.double().T @ old.double(), basis, self.strength)
             self.tensors.append(row)
             self.faults += [f"layer {index}: baked {part}: {what}" for what in broken(row)]
 
-    def check_fused(self, norm, basis, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor) -> dict[str, float]:
+    def check_fused(
+        self, norm: Norm, basis: Tensor, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor
+    ) -> dict[str, float]:
         """Check the fused layer's output against `add_bound`, and its norm against `rmsnorm_bound`."""
         residual, out, normed = (_sampled(t) for t in (residual, out, normed))
         exact = residual.double() + project_oracle(x, basis, self.strength)
@@ -166,14 +195,18 @@ class _Certifier:
             "norm": worst_ratio((normed.double() - rmsnorm_oracle(out, w, eps)).abs(), rmsnorm_bound(out, w, eps)),
         }
 
-    def compare_hidden(self, index: int, streams: dict, oracles: dict) -> None:
+    def compare_hidden(self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor]) -> None:
         """Record the relative error of the hidden states after a layer, against the oracle's."""
 
         def relative(mode: str, oracle: str) -> float:
             exact = oracles[oracle].double()
             return float((streams[mode][0].double() - exact).norm() / exact.norm())
 
-        row = {"layer": index, "original": relative("original", "original"), IDEAL: relative(IDEAL, "edited")}
+        row: dict[str, Any] = {
+            "layer": index,
+            "original": relative("original", "original"),
+            IDEAL: relative(IDEAL, "edited"),
+        }
         own = row["yardstick"] = max(row["original"], row[IDEAL])
         for mode in self.modes:
             row[mode] = relative(mode, "edited")
@@ -183,7 +216,9 @@ class _Certifier:
                 self.fault(index, mode, f"the error of the hidden states is {row[mode] / own:.3g} times the original's")
         self.hidden.append(row)
 
-    def compare_logits(self, streams: dict, oracles: dict, prompt: int, decoded: dict) -> dict[str, dict]:
+    def compare_logits(
+        self, streams: dict[str, Stream], oracles: dict[str, Tensor], prompt: int, decoded: dict[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
         """Return the figures of the logits by mode, against the oracle's.
 
         decoded: {mode: logits [sequences, new tokens + 1, words]} of the whole model, from the last prompt token on. It
@@ -219,12 +254,12 @@ class _Certifier:
                 figure |= comparisons[mode].divergence(sequences, prompt - 1)
         return figures
 
-    def beside_original(self, found: dict[str, LogitComparison], words: str) -> dict[str, dict]:
+    def beside_original(self, found: dict[str, LogitComparison], words: str) -> dict[str, dict[str, Any]]:
         """Return the figures of every mode, with "of_original": its error over the original's.
 
         Adds a fault for every mode whose error is too large.
         """
-        figures = {mode: comparison.figures() for mode, comparison in found.items()}
+        figures: dict[str, dict[str, Any]] = {mode: comparison.figures() for mode, comparison in found.items()}
         own = max(figures["original"]["relative"], figures[IDEAL]["relative"])
         for mode in self.modes:
             figures[mode]["of_original"] = figures[mode]["relative"] / figures["original"]["relative"]
@@ -239,10 +274,12 @@ class _Certifier:
         The text is given; it is fed token by token with a cache, as in generation. Returns {mode: logits [sequences,
         new tokens + 1, words]}.
         """
-        model, logits_by_mode = load_model(str(self.low.folder), self.low.dtype, self.low.device), {}
+        model = load_model(str(self.low.folder), self.low.dtype, self.low.device)
+        logits_by_mode: dict[str, Tensor] = {}
         ids = ids.to(self.low.device)
         for mode in ("original", *self.modes):
-            running, edit = model, nullcontext()
+            running = model
+            edit: AbstractContextManager[Edit | None] = nullcontext()
             if mode == "baked" and self.made is not None:
                 running = load_model(str(self.made.folder), self.low.dtype, self.low.device)
             elif mode != "original":
@@ -282,7 +319,7 @@ def certify_model(
     new_tokens: int = 16,
     seed: int = 0,
     whole: bool | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Certify a model in every mode. Return the certificate as a dict.
 
     source: folder of the original.
@@ -314,7 +351,7 @@ def certify_model(
     with progress_bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
         ids = greedy(run.wide, ids, run.bases, strength, new_tokens, bar.update)
         hidden, oracle_hidden = run.low.embed(ids), run.wide.embed(ids)
-        streams = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
+        streams: dict[str, Stream] = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
         oracles = {"original": oracle_hidden, "edited": oracle_hidden}
         where, wide_where = (m.positions(0, ids.shape[1]) for m in (run.low, run.wide))
         for index in range(run.low.layers):

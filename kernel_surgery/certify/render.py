@@ -3,9 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.plotting import COLOURS, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # The figures of a mode's row that the plot of error/bound shows, with their labels.
 CHECKS = {
@@ -34,11 +38,11 @@ def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
     ]
 
 
-def tensor_table(rows: list[dict]) -> list[str]:
+def tensor_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return one line per edited tensor on disk."""
     head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
-    keys = (("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f"))
-    keys = (*keys, ("leak_bfloat16", ".2e"))
+    keys = [("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f")]
+    keys.append(("leak_bfloat16", ".2e"))
     lines = [
         [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
     ]
@@ -48,13 +52,14 @@ def tensor_table(rows: list[dict]) -> list[str]:
     return aligned([[row[i] for i in columns] for row in table], left=3)
 
 
-def layer_table(model: dict) -> list[str]:
+def layer_table(model: dict[str, Any]) -> list[str]:
     """Return one line per edited layer.
 
     Every figure is an error over its bound, except the last two columns: leak / floor, and the hidden states' error
     over the original's.
     """
-    modes, by_layer = model["modes"], {}
+    modes: list[str] = model["modes"]
+    by_layer: dict[int, dict[str, dict[str, Any]]] = {}
     for row in model["layers"]:
         by_layer.setdefault(row["layer"], {})[row["mode"]] = row
     hidden = {row["layer"]: row for row in model["hidden"]}
@@ -66,7 +71,7 @@ def layer_table(model: dict) -> list[str]:
         worst = max(pairs, key=lambda p: p["error_over_bound"], default=None)
         weights = [t for t in model["tensors"] if t["layer"] == layer]
 
-        def largest(key: str, rows: list[dict]) -> float | None:
+        def largest(key: str, rows: list[dict[str, Any]]) -> float | None:
             return max((r[key] for r in rows if r.get(key) is not None), default=None)
 
         every = list(rows.values())
@@ -82,7 +87,7 @@ def layer_table(model: dict) -> list[str]:
     return aligned(lines)
 
 
-def logit_table(model: dict) -> list[str]:
+def logit_table(model: dict[str, Any]) -> list[str]:
     """Return one line per mode: the error of its logits against the oracle's."""
     head = ["mode", "run by", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
     head.append("greedy text")
@@ -115,7 +120,7 @@ LOGIT_LEGEND = (
 )
 
 
-def sampled(model: dict) -> str:
+def sampled(model: dict[str, Any]) -> str:
     """Return three lines that say what was run."""
     s = model["sampled"]
     tokens = _counted(s["new_tokens"], "greedy token")
@@ -132,7 +137,7 @@ def _counted(n: int, noun: str) -> str:
     return f"{n} {noun}" + "s" * (n != 1)
 
 
-def shown(certificate: dict) -> str:
+def shown(certificate: dict[str, Any]) -> str:
     """Return the tables as text, with the verdict in the last line."""
     lines, faults = [], certificate["faults"]
     if certificate["tensors"]:
@@ -152,7 +157,7 @@ def shown(certificate: dict) -> str:
     return "\n".join(lines)
 
 
-def _limit(axes, limit: float, label: str) -> None:
+def _limit(axes: "Axes", limit: float, label: str) -> None:
     """Draw a red line at the limit. The axis is linear while everything is below it, else logarithmic."""
     axes.axhline(limit, color="#a3261b", lw=1)
     axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color="#a3261b", va="center")
@@ -163,7 +168,7 @@ def _limit(axes, limit: float, label: str) -> None:
         axes.set_ylim(0, 1.1 * limit)
 
 
-def plot(certificate: dict) -> str:
+def plot(certificate: dict[str, Any]) -> str:
     """Plot a certificate. Return the figure as SVG.
 
     The panels are: error / bound by layer; leak / floor of the weights; relative error of the hidden states by mode.
@@ -183,8 +188,9 @@ def plot(certificate: dict) -> str:
     axes = list(figure.subplots(sum(panels), 1, squeeze=False)[:, 0])
     top = axes.pop(0)
     markers = dict(zip(CHECKS, "osv^Dx", strict=True))
+    layer_rows = model["layers"] if model else []
     for i, mode in enumerate(model["modes"] if model else []):
-        rows = [r for r in model["layers"] if r["mode"] == mode]
+        rows = [r for r in layer_rows if r["mode"] == mode]
         for key, words in CHECKS.items():
             # Shift the modes sideways: hook and fused are often identical and would hide each other.
             if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
@@ -215,7 +221,7 @@ def plot(certificate: dict) -> str:
     return svg(figure)
 
 
-def write(path: Path, certificate: dict) -> None:
+def write(path: Path, certificate: dict[str, Any]) -> None:
     """Write the certificate as JSON, and its plot beside it as SVG.
 
     A number that is not finite becomes null, because JSON cannot express it.
@@ -224,7 +230,7 @@ def write(path: Path, certificate: dict) -> None:
     write_atomic(path.with_suffix(".svg"), plot(_finite(certificate)))
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list):

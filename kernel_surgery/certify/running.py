@@ -1,7 +1,8 @@
 """Running a model layer by layer for a certificate: prompts, greedy text, and replaced modules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,15 @@ from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.problems.generator import problems
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ROWS = 256  # activations per layer that are checked against bounds; more are sampled at even intervals
 
 
-def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tensor, str]:
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase | None", count: int, seed: int, vocabulary: int
+) -> tuple[Tensor, str]:
     """Return token ids [count, tokens] to certify on, and a description of them.
 
     They are test problems that all have the same number of tokens, in as many languages as possible. Without a
@@ -29,14 +35,15 @@ def prompt_ids(tokenizer, count: int, seed: int, vocabulary: int) -> tuple[Tenso
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary, (count, 32), generator=generator), f"random ids, seed {seed}"
 
-    by_length: dict[int, dict[str, list]] = {}
+    by_length: dict[int, dict[str, list[list[int]]]] = {}
     for problem in problems("test", 40, seed=seed):
         for language in LANGUAGES:
             ids = tokenizer(problem.prompts[language]).input_ids
             by_length.setdefault(len(ids), {}).setdefault(language, []).append(ids)
     usable = {n: group for n, group in by_length.items() if sum(map(len, group.values())) >= count} or by_length
     length = max(usable, key=lambda n: (len(usable[n]), sum(map(len, usable[n].values()))))
-    queues, rows = [list(prompts) for prompts in usable[length].values()], []
+    queues = [list(prompts) for prompts in usable[length].values()]
+    rows: list[list[int]] = []
     while len(rows) < count and any(queues):
         for queue in queues:
             if queue and len(rows) < count:
@@ -59,7 +66,7 @@ def exactly_edited(block: nn.Module, basis: Tensor | None, strength: float) -> I
     if basis is None:
         yield
         return
-    handle = submodule(block, LLAMA.projection).register_forward_hook(
+    handle = cast(nn.Module, submodule(block, LLAMA.projection)).register_forward_hook(
         lambda module, inputs, output: project_oracle(output, basis, strength).to(output.dtype)
     )
     try:
@@ -95,7 +102,14 @@ def _seen(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def greedy(oracle: Layerwise, ids: Tensor, bases: dict, strength: float, tokens: int, advance: Callable) -> Tensor:
+def greedy(
+    oracle: Layerwise,
+    ids: Tensor,
+    bases: Mapping[int, Tensor],
+    strength: float,
+    tokens: int,
+    advance: Callable[[], object],
+) -> Tensor:
     """Return `ids` followed by `tokens` greedy tokens of the oracle, the edited model in higher precision.
 
     End-of-text tokens do not stop the text. Every new token takes one pass through the files, with a key-value cache.

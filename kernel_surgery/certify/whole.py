@@ -1,6 +1,7 @@
 """The certificate of a model in every mode, together with a baked checkpoint of it if there is one."""
 
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.certify.files import verify_checkpoint
 from kernel_surgery.certify.model import certify_model
@@ -45,7 +46,7 @@ def verify_model(
     seed: int = 0,
     whole: bool | None = None,
     force: bool = False,
-) -> dict:
+) -> dict[str, Any]:
     """Certify the checkpoint `source` in every mode. Return the certificate as a dict.
 
     source: folder of the original.
@@ -67,16 +68,25 @@ def verify_model(
     stored = stored_dtype(source, subspace.layers[0])
     dtype = stored if dtype == "auto" else dtype
     strength = 1.0 if strength is None else strength
-    certificate = {"kind": "certificate", "of": {"baked": None, "model": str(source)}, "tensors": [], "faults": []}
+    certificate: dict[str, Any] = {"kind": "certificate", "of": {"baked": None, "model": str(source)}}
+    certificate |= {"tensors": [], "faults": []}
     if baked is not None:
         strength = float(read_provenance(baked)["strength"])
         if dtype != stored:
             raise UserError(f"a baked checkpoint is certified in its own dtype, {stored}, not {dtype}. Omit --dtype.")
         certificate = verify_checkpoint(baked, source, subspace_file)
     torch_device = parse_device(device)
-    options = {"prompts": prompts, "new_tokens": new_tokens, "seed": seed, "made": baked, "whole": whole}
     model = certify_model(
-        source, subspace, dtype=STORED[dtype].dtype, device=torch_device, strength=strength, **options
+        source,
+        subspace,
+        dtype=STORED[dtype].dtype,
+        device=torch_device,
+        strength=strength,
+        made=baked,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        seed=seed,
+        whole=whole,
     )
     certificate |= {"model_id": model_id, "strength": strength, "rank": subspace.rank, "note": subspace.note}
     certificate["faults"] = certificate["faults"] + model.pop("faults")

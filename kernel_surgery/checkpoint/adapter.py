@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -63,8 +64,9 @@ def write_adapter(
         if weight.ndim == 1:
             refuse_bias(entry.name.removesuffix(".bias"), weight)
             continue
-        basis = subspace.bases[LLAMA.edited_layer(entry.name, subspace.bases)]
-        pair = lora_pair(weight, basis, strength)
+        layer = LLAMA.edited_layer(entry.name, subspace.bases)
+        assert layer is not None, entry.name  # `editable` returns no other tensors
+        pair = lora_pair(weight, subspace.bases[layer], strength)
         # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
             raise CheckpointError(f"cannot write an adapter: {entry.name} holds NaN or Inf.")
@@ -86,7 +88,7 @@ def write_adapter(
     return rank
 
 
-def configuration(record: dict) -> dict:
+def configuration(record: dict[str, Any]) -> dict[str, Any]:
     """Return adapter_config.json as a dict, in the form that PEFT reads.
 
     Every field that changes PEFT's arithmetic is set explicitly, so that no default of PEFT matters. record: the
@@ -101,7 +103,7 @@ def configuration(record: dict) -> dict:
     }
 
 
-def _card(record: dict) -> str:
+def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the adapter does."""
     model, layers = record["model_id"], record["layers"]
     lines = [

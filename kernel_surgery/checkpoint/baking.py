@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -50,7 +51,9 @@ BASE_CARD = "README.base.md"
 TensorEdit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
 
 
-def _write_file(layout: Layout, target: Path, edits: dict[str, TensorEdit], advance) -> Follower:
+def _write_file(
+    layout: Layout, target: Path, edits: Mapping[str, TensorEdit], advance: Callable[[int], object]
+) -> Follower:
     """Write one weight file from front to back: compute the edited tensors, copy the bytes between them.
 
     Return a `Follower`, which is still hashing the file. advance: called with the number of bytes that were finished.
@@ -89,9 +92,9 @@ def _rewrite(
     source: Path,
     destination: Path,
     layouts: list[Layout],
-    edits: dict[str, TensorEdit],
+    edits: Mapping[str, TensorEdit],
     rename: Callable[[str], str | None],
-    finish: Callable[[Path], dict],
+    finish: Callable[[Path], dict[str, Any]],
 ) -> None:
     """Write `source` with some tensors edited to the new folder `destination`, completely or not at all.
 
@@ -110,13 +113,13 @@ def _rewrite(
             followers[name] = _write_file(layout, temporary / name, edits, bar.update)
         other_files, left_out = others(source)
         for file in other_files:
-            if name := rename(file.name):
-                shutil.copy(file, temporary / name)
+            if new_name := rename(file.name):
+                shutil.copy(file, temporary / new_name)
         record = finish(temporary) | {"left_out": left_out}
         write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
 
 
-def _card(record: dict) -> str:
+def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the weights are and how to undo the edit."""
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
@@ -230,7 +233,7 @@ def bake_checkpoint(
     check_source(source, layouts, subspace, force=force)
     removal = _Removal(editable(layouts, subspace.bases), subspace.bases, strength)
 
-    def finish(folder: Path) -> dict:
+    def finish(folder: Path) -> dict[str, Any]:
         removal.save(folder / UNDO)
         record = edit_record("baked", source, subspace, strength, model_id, command)
         write_atomic(folder / "README.md", _card(record))
@@ -278,12 +281,12 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         norms[name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
         return restored
 
-    def finish(folder: Path) -> dict:
+    def finish(folder: Path) -> dict[str, Any]:
         write_bases(folder, {int(name[6:]): basis for name, basis in undo_tensors.items() if name.startswith("basis.")})
         header = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
-    names = {"README.md": None, BASE_CARD: "README.md"}
+    names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}
     edits = {name.removeprefix("inside."): edit for name in undo_tensors if name.startswith("inside.")}
     _rewrite(source, destination, layouts, edits, lambda n: names.get(n, n), finish)
     return norms

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:
     save_file({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES)
 
 
-def read_bases(folder: Path, record: dict, file: Path = BASES) -> dict[int, torch.Tensor]:
+def read_bases(folder: Path, record: dict[str, Any], file: Path = BASES) -> dict[int, torch.Tensor]:
     """Return the bases {layer: U [d_model, k]} that are stored in a folder.
 
     Raises CheckpointError unless they are orthonormal and have the layers and the rank that the record names.
@@ -58,7 +59,7 @@ def edit_record(
     model_id: str | None,
     command: str | None,
     padded_rank: int | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Return the fields that every record of an edit has: the model, the subspace and the strength.
 
     kind: "baked" or "adapter". padded_rank: of an adapter.
@@ -74,7 +75,7 @@ def edit_record(
     }
 
 
-def write_provenance(folder: Path, record: dict, hashes: dict[str, str]) -> None:
+def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str]) -> None:
     """Write provenance.json: the record, the environment, and the SHA-256 of every file in the folder.
 
     hashes: the hashes that are already known. The others are added to it.
@@ -94,7 +95,7 @@ _WRITER = {
 }
 
 
-def read_provenance(folder: Path, kind: str = "baked") -> dict:
+def read_provenance(folder: Path, kind: str = "baked") -> dict[str, Any]:
     """Return the record of a folder. kind: "baked", "restored" or "adapter".
 
     Raises CheckpointError if the folder has no valid record of that kind.

@@ -1,6 +1,9 @@
 """The checkpoint before the edit: its editable tensors, and whether a subspace belongs to it."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.names import DTYPES
@@ -36,7 +39,7 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     if missing := [name for name in required if name not in file_of]:
         raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
 
-    def weights():
+    def weights() -> Iterator[tuple[str, Tensor]]:
         for name in required:
             with opened(file_of[name]) as file:
                 yield name, file.get_tensor(name)
@@ -57,7 +60,7 @@ def original_layouts(source: Path) -> list[Layout]:
     return [read_layout(file) for file in weight_files(source)]
 
 
-def editable(layouts: list[Layout], bases: dict) -> list[Entry]:
+def editable(layouts: list[Layout], bases: Mapping[int, Tensor]) -> list[Entry]:
     """Return the tensors to edit: the `down_proj` weight of every layer in `bases`, and its bias if there is one.
 
     Raises CheckpointError for a missing weight, a wrong shape, and a dtype that cannot be edited.

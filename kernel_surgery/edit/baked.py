@@ -86,7 +86,7 @@ def baked(
                 "No weight was changed. Use the fused mode, which leaves weights alone."
             )
         owners[pointer] = site.name
-    originals: list[tuple[nn.Parameter, Tensor]] = []
+    originals: list[tuple[Tensor, Tensor]] = []
     norms: dict[int, tuple[float, float]] = {}
     try:
         with torch.no_grad():
@@ -95,7 +95,7 @@ def baked(
                 for parameter in (site.module.weight, site.module.bias):
                     if parameter is not None:
                         originals.append((parameter, parameter.detach().clone()))
-                        parameter.copy_(bake_weight(parameter, plan.bases[layer], plan.strength))
+                        parameter.copy_(bake_weight(parameter, plan.bases[layer], plan.number))
                 norms[layer] = (before, float(site.module.weight.float().norm()))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms)
     finally:

@@ -16,16 +16,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from kernel_surgery import ops
 from kernel_surgery.edit.plan import Edit, Plan
-from kernel_surgery.models.architectures import decoder_layers, layout_of, next_norm, submodule
+from kernel_surgery.models.architectures import decoder_layers, layout_of, model_type, next_norm, submodule
 
 
-def _own_class(module: nn.Module | None, kind: str, ending: str) -> bool:
+def _own_class(module: nn.Module, kind: str, ending: str) -> bool:
     """Return whether a module has exactly the class that transformers defines for an architecture.
 
     A subclass does not count. kind: the model type, such as "qwen2". ending: of the class name, such as "MLP".
@@ -66,8 +67,8 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
 
     Looks at the model as it is now, and changes nothing.
     """
-    kind, block = model.config.model_type, decoder_layers(model)[layer]
-    weight = submodule(block, layout_of(model).projection).weight
+    kind, block = model_type(model), decoder_layers(model)[layer]
+    weight = cast(nn.Linear, submodule(block, layout_of(model).projection)).weight
     if asked == "output":
         return "output", None
     if weight.dtype not in ops.UP_TO_FLOAT32:
@@ -115,7 +116,7 @@ class EditedLayer:
         self.returned: Tensor | None = None
         self.normed: Tensor | None = None
 
-    def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Edit the output of `down_proj`, unless the layer's forward will do it later."""
         self.edit.count(self.layer)
         # A deep copy of the model shares this hook but has its own `down_proj`. There the hook makes the edit.
@@ -134,7 +135,7 @@ class EditedLayer:
         if self.reach == "output":
             yield
             return
-        replaced = [self.block]
+        replaced: list[nn.Module] = [self.block]
         try:
             self.block.forward = self._layer_forward()
             if self.reach == "norm":
@@ -152,7 +153,7 @@ class EditedLayer:
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         block = self.block
 
-        def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        def forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             # Two cases go to the class's own forward, where the hook makes the edit. A deep copy has its own layers.
             # With gradient checkpointing, that forward runs the layer again from its input alone.
             if module is not block or (block.training and getattr(block, "gradient_checkpointing", False)):

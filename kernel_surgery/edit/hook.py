@@ -36,10 +36,10 @@ def hooked(
     Raises what `edit.plan.plan_edit` raises, before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
-    edit = new_edit("hook", plan, "torch/eager")
+    edit, number = new_edit("hook", plan, "torch/eager"), plan.number
 
-    def edited(output: Tensor, basis: Tensor, inputs: tuple) -> Tensor:
-        return project_eager(output, basis, plan.strength)
+    def edited(output: Tensor, basis: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return project_eager(output, basis, number)
 
     with output_hooks(plan, edit, edited):
         yield edit

@@ -106,10 +106,10 @@ def adapted(
     pairs = {}
     for layer, site in plan.sites.items():
         refuse_bias(site.name, site.module.bias)
-        pairs[layer] = lora_pair(site.module.weight, plan.bases[layer], plan.strength).stacked()
+        pairs[layer] = lora_pair(site.module.weight, plan.bases[layer], plan.number).stacked()
     edit = new_edit("lora", plan, "torch/eager")
 
-    def edited(output: Tensor, pair: Tensor, inputs: tuple) -> Tensor:
+    def edited(output: Tensor, pair: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         return add_pair(output, pair, inputs[0])
 
     with output_hooks(plan, edit, edited, pairs):

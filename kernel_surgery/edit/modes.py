@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,13 @@ from kernel_surgery.edit.hook import hooked
 from kernel_surgery.edit.lora import adapted
 from kernel_surgery.edit.plan import Edit, SubspaceLike
 
-APPLIERS = {"hook": hooked, "fused": fused, "baked": baked, "lora": adapted}
+# {mode: the context manager that makes its edit}, called as applier(model, subspace, strength, force=...).
+APPLIERS: dict[str, Callable[..., AbstractContextManager[Edit]]] = {
+    "hook": hooked,
+    "fused": fused,
+    "baked": baked,
+    "lora": adapted,
+}
 
 
 def modes_of(name: str) -> list[str]:
@@ -23,7 +30,7 @@ def modes_of(name: str) -> list[str]:
     return list(MODES) if name == "all" else list(dict.fromkeys(["original", name]))
 
 
-def applier_of(mode: str) -> Callable:
+def applier_of(mode: str) -> Callable[..., AbstractContextManager[Edit]]:
     """Return the context manager that makes a mode's edit. Raises KeyError for "original"."""
     return APPLIERS[mode]
 
@@ -44,7 +51,7 @@ def applied(
         yield (edit,)
 
 
-def describe_edit(edit: Edit) -> dict:
+def describe_edit(edit: Edit) -> dict[str, Any]:
     """Return the JSON form of an edit's record, as results.json holds it."""
     return {
         "provider": edit.provider,

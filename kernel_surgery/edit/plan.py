@@ -18,6 +18,8 @@ from kernel_surgery.models.architectures import Site, mlp_outputs
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
 SubspaceLike = Subspace | Mapping[int, Tensor]
+# A forward hook of a `down_proj`: called with the module, its inputs and its output. None leaves the output as it is.
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 _names = itertools.count()
 
 
@@ -60,10 +62,16 @@ class Plan:
     sites: {layer: the `down_proj` to edit}. bases: {layer: U [d_model, k]}, each on its module's device.
     """
 
-    sites: dict[int, Site]
+    sites: dict[int, Site[nn.Linear]]
     bases: dict[int, Tensor]
     strength: float | Tensor
     note: str | None
+
+    @property
+    def number(self) -> float:
+        """The strength in a mode that takes one number only."""
+        assert isinstance(self.strength, float)  # `check_strength` without `per_sequence`
+        return self.strength
 
 
 def buffer_name() -> str:
@@ -181,7 +189,7 @@ def buffers(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[str]:
 
 
 @contextmanager
-def hooks(plan: Plan, hook_of: Callable[[int], Callable]) -> Iterator[None]:
+def hooks(plan: Plan, hook_of: Callable[[int], Hook]) -> Iterator[None]:
     """Register the forward hook `hook_of(layer)` on every planned module while the block runs."""
     handles = []
     try:
@@ -201,7 +209,7 @@ def hooks(plan: Plan, hook_of: Callable[[int], Callable]) -> Iterator[None]:
 def output_hooks(
     plan: Plan,
     edit: Edit,
-    function: Callable[[Tensor, Tensor, tuple], Tensor],
+    function: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
     values: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Make every planned module return `function(output, value, inputs)` instead of its output while the block runs.
@@ -210,8 +218,8 @@ def output_hooks(
     """
     with buffers(plan, plan.bases if values is None else values) as name:
 
-        def hook_of(layer: int) -> Callable:
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        def hook_of(layer: int) -> Hook:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 edit.count(layer)
                 return function(output, getattr(module, name), inputs)
 
@@ -221,6 +229,13 @@ def output_hooks(
             yield
 
 
-def new_edit(mode: str, plan: Plan, provider: str, **more) -> Edit:
-    """Return the record of a planned edit, with its call counts at zero."""
-    return Edit(mode, tuple(plan.sites), plan.strength, provider, plan.note, calls=dict.fromkeys(plan.sites, 0), **more)
+def new_edit(
+    mode: str,
+    plan: Plan,
+    provider: str,
+    reach: dict[int, str] | None = None,
+    fallbacks: dict[int, str] | None = None,
+) -> Edit:
+    """Return the record of a planned edit, with its call counts at zero. reach, fallbacks: of the fused mode."""
+    layers, calls = tuple(plan.sites), dict.fromkeys(plan.sites, 0)
+    return Edit(mode, layers, plan.strength, provider, plan.note, {}, calls, reach or {}, fallbacks or {})

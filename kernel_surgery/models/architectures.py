@@ -6,10 +6,11 @@ weights) are not in the list and are refused by name: an edit in nearly the righ
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
 
@@ -48,18 +49,42 @@ LLAMA = Layout()
 ARCHITECTURES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)
 
 
+class Norm(nn.Module):
+    """A type for RMSNorms of transformers, to say what they have. Nothing is an instance of it."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+
+class DecoderLayer(nn.Module):
+    """A type for decoder layers of transformers, to say what they have. Nothing is an instance of it."""
+
+    input_layernorm: Norm
+    self_attn: nn.Module
+    post_attention_layernorm: Norm
+    mlp: nn.Module
+
+
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+
+
 @dataclass(frozen=True)
-class Site:
+class Site(Generic[M_co]):
     """One place in one layer. `name` is the module's path in the model."""
 
     layer: int
     name: str
-    module: nn.Module
+    module: M_co
 
 
-def layout_of(model) -> Layout:
+def model_type(model: nn.Module) -> str:
+    """The model type that the configuration names, such as "qwen2"; the class's name where there is none."""
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def layout_of(model: nn.Module) -> Layout:
     """The layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = model_type(model)
     if kind not in ARCHITECTURES:
         raise ModelError(
             f"cannot find the MLP outputs of a {kind!r} model ({type(model).__name__}): known architectures are "
@@ -70,24 +95,25 @@ def layout_of(model) -> Layout:
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
     """The module at a dotted path, or None."""
+    found: nn.Module | None = module
     for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+        found = getattr(found, name, None)
+    return found
 
 
-def decoder_layers(model) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> Sequence[DecoderLayer]:
     """The decoder layers of a causal LM. Raises ModelError for an unknown architecture, or one without layers."""
     layout = layout_of(model)
-    layers = submodule(model, layout.layers)
+    layers = cast(Sequence[DecoderLayer] | None, submodule(model, layout.layers))
     if layers is None or len(layers) == 0:
-        kind = model.config.model_type
+        kind = model_type(model)
         raise ModelError(f"this {kind!r} model ({type(model).__name__}) has no decoder layers at {layout.layers}.")
     return layers
 
 
-def next_norm(model, layer: int) -> nn.Module | None:
+def next_norm(model: nn.Module, layer: int) -> Norm:
     """The norm that reads what a layer returns: the next layer's first, or the model's last."""
-    return submodule(model, layout_of(model).next_norm(layer, len(decoder_layers(model))))
+    return cast(Norm, submodule(model, layout_of(model).next_norm(layer, len(decoder_layers(model)))))
 
 
 def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -105,7 +131,7 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def mlp_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
+def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[nn.Linear]]:
     """{layer: Site} of `down_proj` in the given layers (default: all).
 
     Raises ValueError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
@@ -116,7 +142,7 @@ def mlp_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
     for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
         name, module = layout.site(layer), submodule(blocks[layer], layout.projection)
         if module is None:
-            raise ModelError(f"{name} does not exist in this {model.config.model_type!r} model.")
+            raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
         if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
             raise ModelError(
                 f"{name} is a {type(module).__name__}, not a floating-point nn.Linear.\n"
@@ -126,7 +152,7 @@ def mlp_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
     return sites
 
 
-def residual_outputs(model, layers: Iterable[int] | None = None) -> dict[int, Site]:
+def residual_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[DecoderLayer]]:
     """{layer: Site} of whole decoder layers: their output is the residual stream after the layer."""
     blocks, layout = decoder_layers(model), layout_of(model)
     chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))

@@ -4,9 +4,10 @@ The modules are transformers' own, made without memory (on the meta device) and 
 is what `from_pretrained` would run: in float32 on one device, the same bits. Sequences are of one length, not padded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.files.folder import located
 from kernel_surgery.files.tensorfile import read_tensor, rows_of
-from kernel_surgery.models.architectures import decoder_layers, layout_of, next_norm, submodule
+from kernel_surgery.models.architectures import DecoderLayer, Norm, decoder_layers, layout_of, next_norm, submodule
 from kernel_surgery.models.load import quiet_transformers, read_config
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
 
@@ -91,7 +92,7 @@ class Layerwise:
             return read_tensor(file.fileno(), rows_of(entry, start, stop)).to(self.device, self.dtype)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int) -> Iterator[DecoderLayer]:
         """While the block lasts, decoder layer `index`, and the norm that follows it, have their weights."""
         norm = next_norm(self.model, index)
         with ExitStack() as stack:
@@ -112,9 +113,9 @@ class Layerwise:
                 _replace(module, name, parameter)
 
     @contextmanager
-    def final_norm(self) -> Iterator[nn.Module]:
+    def final_norm(self) -> Iterator[Norm]:
         """While the block lasts, the norm before the output embedding has its weights."""
-        norm = submodule(self.model, self.layout.norm)
+        norm = cast(Norm, submodule(self.model, self.layout.norm))
         with self._filled(norm, self.layout.norm):
             yield norm
 
@@ -124,7 +125,7 @@ class Layerwise:
         table = torch.cat([self.rows(f"{self.layout.embedding}.weight", int(i), int(i) + 1) for i in wanted])
         return table[where.to(self.device)]
 
-    def positions(self, start: int, stop: int) -> dict:
+    def positions(self, start: int, stop: int) -> dict[str, Any]:
         """What a decoder layer wants to know of positions start .. stop."""
         ids = torch.arange(start, stop, device=self.device)[None]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -153,7 +154,7 @@ def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(module.get_submodule(path), last, parameter)
 
 
-def _exact_norm(norm: nn.Module):
+def _exact_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
         return rmsnorm_oracle(hidden_states, norm.weight, norm.variance_epsilon).to(hidden_states.dtype)
 
