@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.evaluation.generate import generate
@@ -20,7 +18,7 @@ from kernel_surgery.evaluation.samples import append_cell
 from kernel_surgery.problems.generator import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Returns a context manager that edits the model. It yields the records of the edits; for the original there are none.
 EditBlock = Callable[[], AbstractContextManager[Sequence[Edit]]]
@@ -33,7 +31,7 @@ class Context:
     problems: in the order in which they are asked. budget: the maximum number of new tokens per text.
     """
 
-    model: nn.Module
+    model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     problems: tuple[Problem, ...]
     languages: tuple[str, ...]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.command import command_line
 from kernel_surgery.common.environment import environment_record
@@ -17,12 +18,15 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
-from kernel_surgery.evaluation.judging import score_again, score_kept
+from kernel_surgery.evaluation.judging import Cells, score_again, score_kept
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.load import load_tokenizer
-from kernel_surgery.problems.generator import expag_problems, problems
+from kernel_surgery.problems.generator import Problem, expag_problems, problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUNDLE = ("subspace.safetensors", "certificate.json", "certificate.svg", "provenance.json")
 RUN = ("config.json", "results.json", "samples.jsonl", "report.html")
@@ -153,17 +157,20 @@ def check_bundle(folder: Path) -> list[str]:
 UNCHECKED = "checked by hash only: damage and probes, the certificate, the subspace, report.html"
 
 
-def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
+def scored_again(
+    path: Path, known: dict[str, Problem], tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[Cells, list[str]]:
     """Score a file of samples again with the current code. Return ({(mode, language): samples}, faults).
 
     known: {id: problem}. tokenizer: the model's, or None. Without it, tokens and the figures counted in tokens are only
     compared with each other.
     """
-    cells, faults = {}, []
+    cells: Cells = {}
+    faults: list[str] = []
     samples = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-    fields = ("extracted", "correct", "language_passed")
+    fields = ["extracted", "correct", "language_passed"]
     if tokenizer is not None:
-        fields += ("text", "fat_tokens", "correct_at")
+        fields += ["text", "fat_tokens", "correct_at"]
     for sample in progress(samples, total=len(samples), desc="score"):
         key = sample["mode"], sample["language"]
         problem = known.get(sample["id"])
@@ -191,7 +198,13 @@ def scored_again(path: Path, known: dict, tokenizer) -> tuple[dict, list[str]]:
     return cells, faults
 
 
-def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenizer) -> list[str]:
+def check_controls(
+    folder: Path,
+    said: dict[str, Any],
+    cells: Cells,
+    config: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> list[str]:
     """Compute the controls' figures again from controls.jsonl. Return faults."""
     path = folder / "controls.jsonl"
     if not path.is_file():
@@ -208,7 +221,7 @@ def check_controls(folder: Path, said: dict, cells: dict, config: dict, tokenize
     return faults + differences("controls", json.loads(json.dumps(recomputed)), reported)
 
 
-def differences(where: str, made, said) -> list[str]:
+def differences(where: str, made: Any, said: Any) -> list[str]:
     """Return the differences of two JSON values as sentences. Numbers are compared to nine digits."""
     if isinstance(made, dict) and isinstance(said, dict):
         keys = sorted(made.keys() | said.keys())

@@ -13,24 +13,29 @@ The activations are the outputs of `down_proj` at every token of the dev split's
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.edit.modes import applier_of
-from kernel_surgery.edit.plan import Edit
+from kernel_surgery.edit.plan import Edit, Hook
 from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
-from kernel_surgery.evaluation.judging import Cells, score_again
+from kernel_surgery.evaluation.judging import Cells, Sample, score_again
 from kernel_surgery.evaluation.samples import take_up
 from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.subspace.artifact import Subspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("haar", "energy", "pca")
 COMPONENTS = 100
@@ -82,17 +87,21 @@ class Moments:
 
 
 def moments(
-    model, tokenizer, prompts: Sequence[str], layers: Iterable[int], batch_size: int = 32
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    layers: Iterable[int],
+    batch_size: int = 32,
 ) -> dict[int, Moments]:
     """Return {layer: Moments} over every token of the prompts, without padding.
 
     Numerics: sums in float64.
     """
-    sums: dict[int, list] = {}
-    mask = None
+    sums: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    mask = torch.empty(0)  # of the batch that runs
 
-    def catch(layer: int):
-        def hook(module, inputs, output):
+    def catch(layer: int) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x = output[mask.bool()].double()
             mean, second, n = sums.get(layer, (0, 0, 0))
             sums[layer] = (mean + x.sum(0), second + x.T @ x, n + len(x))
@@ -141,7 +150,7 @@ def draw(
     shorter list is the beginning of a longer one. Raises KernelSurgeryError if the activations have fewer principal
     components than the subspace has dimensions.
     """
-    controls = []
+    controls, known = [], found or {}
     for number, name in enumerate(names_of(kind, count)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * number + KINDS.index(kind))
         bases, strengths = {}, {}
@@ -149,7 +158,7 @@ def draw(
             d, k = basis.shape
             strengths[layer] = strength
             if kind == "pca":
-                inside = found[layer].components(COMPONENTS).cpu()
+                inside = known[layer].components(COMPONENTS).cpu()
                 if inside.shape[1] < k:
                     raise KernelSurgeryError(
                         f"layer {layer}: the activations span {inside.shape[1]} components, the subspace has rank {k}. "
@@ -159,14 +168,16 @@ def draw(
             else:
                 u = uniform_basis(d, k, generator)
             if kind == "energy":
-                strengths[layer] = strength * (found[layer].energy(basis) / found[layer].energy(u)) ** 0.5
+                strengths[layer] = strength * (known[layer].energy(basis) / known[layer].energy(u)) ** 0.5
             bases[layer] = u.float().contiguous()
         controls.append(Control(name, bases, strengths))
     return controls
 
 
 @contextmanager
-def controlled(applier: Callable, model, control: Control) -> Iterator[list[Edit]]:
+def controlled(
+    applier: Callable[..., AbstractContextManager[Edit]], model: nn.Module, control: Control
+) -> Iterator[list[Edit]]:
     """Apply a control's edit while the block runs.
 
     It makes one edit per layer, because each layer may have its own strength. Raises RuntimeError at the end of the
@@ -207,7 +218,7 @@ def compare(real: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
     return percentiles
 
 
-def verdict(found: dict, alpha: float = 0.05) -> str:
+def verdict(found: dict[str, Any], alpha: float = 0.05) -> str:
     """Return the words that a percentile allows, with Holm's correction for everything that is compared.
 
     "Unlike" needs the corrected p. A value may lie beyond all controls when there are too few controls for that. Then
@@ -224,7 +235,7 @@ def verdict(found: dict, alpha: float = 0.05) -> str:
     return f"farther out than all {n}, which are too few to show a difference ({needed} needed)"
 
 
-def table(controls: dict) -> str:
+def table(controls: dict[str, Any]) -> str:
     """Return the text that a run prints about its controls: the real figure, the controls' range, and the words."""
     lines = [
         f"Controls: {controls['count']} random subspaces ({controls['kind']}) with the same rank, layers and site, "
@@ -255,7 +266,7 @@ def run_controls(
     seed: int,
     pace: float | None = None,
     say: Callable[[str], object] = print,
-) -> dict:
+) -> dict[str, Any]:
     """Ask random subspaces the first problems of the test set. Return the controls' entry in results.json.
 
     cells: the texts of the original and of the real edit.
@@ -267,7 +278,9 @@ def run_controls(
     Every finished cell is stored in controls.jsonl, so an interrupted run continues from there. Raises what `draw` and
     `evaluation.answering.answer_cells` raise.
     """
-    kind, count = parse_controls(asked_for)
+    parsed = parse_controls(asked_for)
+    assert parsed is not None  # it is None for None alone
+    kind, count = parsed
     languages, mode = context.languages, "fused" if mode == "all" else mode
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
     problem_list = problems("test", per_category, seed=seed)
@@ -301,13 +314,13 @@ def compared(
     languages: Sequence[str],
     ids: set[str],
     budget: int,
-) -> dict:
+) -> dict[str, Any]:
     """Compare the controls' texts (`done`) with the run's own (`cells`), on the problems `ids`.
 
     Returns {"rows", "real", "original", "percentiles"}. Raises KeyError for a control without texts.
     """
 
-    def figures(cell: list[dict]) -> dict:
+    def figures(cell: list[Sample]) -> dict[str, Any]:
         summary = summarize([s for s in cell if s["id"] in ids], budget)
         return {key: summary[key] for key in MEASURES}
 

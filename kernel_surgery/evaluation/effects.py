@@ -6,7 +6,8 @@ layer by layer. They read at the site (the MLP's output, after the edit) and in 
 still writes to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,24 @@ from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context
 from kernel_surgery.evaluation.stats import wilson
 from kernel_surgery.models.architectures import decoder_layers
-from kernel_surgery.problems.generator import problems
+from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.problems.neutral import SENTENCES
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.collecting import collect_activations
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# {language: [(logits, tokens) of each neutral sentence]}.
+Neutral = dict[str, list[tuple[Tensor, Tensor]]]
+# {site: {layer: [problems * languages, d_model]}}.
+States = dict[str, dict[int, Tensor]]
 RIDGE = 1e-3  # in units of the probe's mean squared feature
 
 
-def next_token_logits(model, tokenizer, text: str) -> tuple[Tensor, Tensor]:
+def next_token_logits(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str
+) -> tuple[Tensor, Tensor]:
     """Return the logits of one text and the tokens that follow, on the CPU.
 
     Shapes: logits [tokens - 1, vocabulary] float32, tokens [tokens - 1].
@@ -35,7 +45,7 @@ def next_token_logits(model, tokenizer, text: str) -> tuple[Tensor, Tensor]:
     return logits, ids[0, 1:].cpu()
 
 
-def neutral_logits(model, tokenizer, languages: Sequence[str]) -> dict:
+def neutral_logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", languages: Sequence[str]) -> Neutral:
     """Return {language: [(logits, tokens) of each neutral sentence]}.
 
     Those of the original are stored, so that every edit can be compared with them.
@@ -43,7 +53,9 @@ def neutral_logits(model, tokenizer, languages: Sequence[str]) -> dict:
     return {lang: [next_token_logits(model, tokenizer, s) for s in SENTENCES[lang]] for lang in languages}
 
 
-def damage(model, tokenizer, before: dict) -> dict[str, dict]:
+def damage(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", before: Neutral
+) -> dict[str, dict[str, float]]:
     """Compare a model on neutral text with the logits of the original, `before`.
 
     Returns {language: {"tokens", "kl_mean", "kl_p99", "perplexity", "original_perplexity"}}. Numerics: float64 from
@@ -69,7 +81,7 @@ def damage(model, tokenizer, before: dict) -> dict[str, dict]:
     return figures
 
 
-def table(found: dict) -> str:
+def table(found: dict[str, Any]) -> str:
     """Return the text that a run prints: the divergence on neutral text, and what the probes still read."""
     lines = []
     for mode, by_language in found["neutral"].items():
@@ -126,7 +138,13 @@ def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) ->
     return correct / len(x)
 
 
-def last_states(model, tokenizer, problems, languages: Sequence[str], batch_size: int = 32) -> dict[str, dict]:
+def last_states(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: Sequence[Problem],
+    languages: Sequence[str],
+    batch_size: int = 32,
+) -> States:
     """Return the states at the last prompt token, of the model as it is now.
 
     {"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force, "mlp_out" is read
@@ -141,7 +159,7 @@ def last_states(model, tokenizer, problems, languages: Sequence[str], batch_size
     }
 
 
-def probes(states: dict, languages: int) -> dict[str, dict[int, float]]:
+def probes(states: States, languages: int) -> dict[str, dict[int, float]]:
     """Return {site: {layer: held-out probe accuracy}} for the result of `last_states`.
 
     languages: their number. Chance is 1 / languages.
@@ -155,14 +173,14 @@ def probes(states: dict, languages: int) -> dict[str, dict[int, float]]:
     return accuracies
 
 
-def leaks(before: dict, after: dict, bases: dict) -> dict[str, dict[int, float]]:
+def leaks(before: States, after: States, bases: Mapping[int, Tensor]) -> dict[str, dict[int, float]]:
     """Return {site: {edited layer: leak}} for two results of `last_states`.
 
     The leak is norm(U^T y) / norm(U^T x) over the rows; 0 means that nothing is left in the subspace. At mlp_out it is
     the part of the layer's own output that the edit left. In the residual stream it is all that the subspace still
     holds, most of it written by attention and by other layers.
     """
-    leak_of = {}
+    leak_of: dict[str, dict[int, float]] = {}
     for site in before:
         leak_of[site] = {}
         for layer, basis in bases.items():
@@ -174,7 +192,7 @@ def leaks(before: dict, after: dict, bases: dict) -> dict[str, dict[int, float]]
 
 def measure_effects(
     context: Context, modes: Sequence[str], subspace: Subspace | None, *, strength: float, seed: int, force: bool
-) -> dict:
+) -> dict[str, Any]:
     """Measure neutral text for every mode, and probes and leak for the first edited mode.
 
     Returns the "damage" entry of results.json.
@@ -182,7 +200,7 @@ def measure_effects(
     model, tokenizer = context.model, context.tokenizer
     before, dev_problems = neutral_logits(model, tokenizer, context.languages), problems("dev", 20, seed=seed)
     states = last_states(model, tokenizer, dev_problems, LANGUAGES)
-    effects = {
+    effects: dict[str, Any] = {
         **{"neutral": {}, "leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)},
         "probes": {"original": probes(states, len(LANGUAGES))},
     }
@@ -192,5 +210,6 @@ def measure_effects(
             if number == 0:
                 edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
                 effects["probes"][mode] = probes(edited, len(LANGUAGES))
+                assert subspace is not None  # `applied` has used it
                 effects["leak"][mode] = leaks(states, edited, subspace.bases)
     return effects

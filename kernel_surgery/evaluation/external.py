@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.names import LANGUAGES
@@ -25,10 +26,10 @@ from kernel_surgery.scoring.language import fidelity, judge
 # A larger exponent would make an exact number with more digits than any text states.
 LARGEST_EXPONENT = 400
 # The required fields and their types.
-_FIELDS = {"text": str, "answer": (str, int, float), "language": str}
+_FIELDS: dict[str, type | tuple[type, ...]] = {"text": str, "answer": (str, int, float), "language": str}
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read and check the lines of a file. Raises UserError that names the line and the wrong field."""
     lines = []
     # Split at line feeds only: a text may contain U+2028.
@@ -84,7 +85,7 @@ def exact(answer: str | int | float) -> Fraction:
         return exact_answer(written)
 
 
-def scored(line: dict) -> dict:
+def scored(line: dict[str, Any]) -> dict[str, Any]:
     """Return the line with the verdict of the strict protocol."""
     verdicts = judged(line["text"], line.get("prompt") or "", line["language"], exact(line["answer"]))
     return line | {key: verdicts[key] for key in ("extracted", "correct", "language_found")}
@@ -136,6 +137,7 @@ def label_table(lines: Sequence[dict]) -> str:
     for language in [*languages, None]:
         subset = [line for line in lines if language in (None, line["language"])]
         ours, script = agreement(subset), agreement(subset, "expag")
+        assert ours.same_value is not None  # only the script's rule takes no answer
         rows.append(
             f"{language or 'all':<5} {ours.n:>5} {ours.are_right:>5}   {ours.precision:>9.3f} {ours.recall:>6.3f}"
             f"  {ours.same_value / ours.n:>11.3f}   {script.precision:>28.3f} {script.recall:>6.3f}"

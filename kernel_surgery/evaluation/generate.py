@@ -1,15 +1,19 @@
 """Greedy generation for many prompts: batched and left-padded, with texts that do not depend on the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.evaluation.judging import Generation
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def end_tokens(model, tokenizer) -> tuple[int, ...]:
+
+def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Return every token id that ends a text.
 
     These are the generation config's ids (a base model may list several) and the tokenizer's.
@@ -19,7 +23,7 @@ def end_tokens(model, tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
 
 
-def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
+def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int) -> "GenerationConfig":
     """Return a greedy GenerationConfig that sets every option that can change greedy text."""
     from transformers import GenerationConfig
 
@@ -45,7 +49,7 @@ def greedy_config(max_new_tokens: int, ends: Sequence[int], pad: int):
 
 
 @contextmanager
-def checkpoint_settings_aside(model):
+def checkpoint_settings_aside(model: "PreTrainedModel") -> Iterator[None]:
     """Give the model a blank generation config while the block runs.
 
     `generate` fills options that a GenerationConfig leaves unset from the model's own config. Otherwise a repetition
@@ -62,8 +66,8 @@ def checkpoint_settings_aside(model):
 
 
 def generate(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
     max_new_tokens: int,

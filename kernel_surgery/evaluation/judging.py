@@ -1,13 +1,20 @@
 """Judging one text. The result is a sample: one line of samples.jsonl."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.scoring.answers import Answer, extract_answer, first_answer_character, first_answer_token
 from kernel_surgery.scoring.language import judge
 
-Sample = dict
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Sample = dict[str, Any]
 Cells = dict[tuple[str, str], list[Sample]]
+# Turns token ids into text.
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Generation:
     finish: str
 
 
-def judged(text: str, prompt: str, language: str, answer: Answer) -> dict:
+def judged(text: str, prompt: str, language: str, answer: Answer) -> dict[str, Any]:
     """Judge a text alone: the answer it gives, whether that is right, and which languages it uses."""
     extraction, verdict = extract_answer(text, prompt, language=language), judge(text, language)
     return {
@@ -31,7 +38,7 @@ def judged(text: str, prompt: str, language: str, answer: Answer) -> dict:
     }
 
 
-def score(problem: Problem, language: str, mode: str, generation: Generation, decode) -> Sample:
+def score(problem: Problem, language: str, mode: str, generation: Generation, decode: Decode) -> Sample:
     """Score one text by the strict protocol: one final answer, compared exactly. Return the sample.
 
     decode: turns token ids into text. It is needed for FAT, the first answer token: the number of tokens until the
@@ -64,15 +71,15 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
     }
 
 
-def text_of(tokenizer):
+def text_of(tokenizer: "PreTrainedTokenizerBase") -> Decode:
     """Return a function that decodes token ids to text, without special tokens."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def score_again(tokenizer):
+def score_again(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Problem, Sample], Sample]:
     """Return a function that scores a stored sample again with the current code."""
 
-    def again(problem: Problem, sample: dict) -> dict:
+    def again(problem: Problem, sample: Sample) -> Sample:
         generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
         return score(problem, sample["language"], sample["mode"], generation, text_of(tokenizer))
 
@@ -90,7 +97,7 @@ def score_kept(problem: Problem, sample: Sample) -> Sample:
 BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def correct_at(answer: int, prompt: str, language: str, generation: Generation, decode) -> dict[str, bool]:
+def correct_at(answer: int, prompt: str, language: str, generation: Generation, decode: Decode) -> dict[str, bool]:
     """Return {budget: whether the text gives the right answer if it is cut off there}.
 
     Only the BUDGETS shorter than the text are included. At any longer budget the verdict is that of the whole text.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
@@ -48,6 +49,9 @@ from kernel_surgery.problems.generator import (
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import variance_captured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # No text depends on these options, so they may change when a run is resumed.
 LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate")
@@ -150,7 +154,7 @@ class Evaluation:
     """
 
     folder: Path
-    results: dict
+    results: dict[str, Any]
     cells: Cells
 
 
@@ -170,7 +174,7 @@ def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
     return Subspace.load(path, force=options.force), path
 
 
-def read_certificate(path: Path | None) -> dict | None:
+def read_certificate(path: Path | None) -> dict[str, Any] | None:
     """Read a certificate from `verify`. Raises UserError for a file that is not one."""
     if path is None:
         return None
@@ -183,7 +187,9 @@ def read_certificate(path: Path | None) -> dict | None:
     return certificate
 
 
-def check_edits(modes: list[str], model, subspace: Subspace | None, options: Options) -> dict[str, dict]:
+def check_edits(
+    modes: list[str], model: "PreTrainedModel", subspace: Subspace | None, options: Options
+) -> dict[str, dict[str, Any]]:
     """Make and undo every edit once. Return {mode: its record as JSON}.
 
     An edit that cannot be made is thus found before anything is written.
@@ -196,7 +202,7 @@ def check_edits(modes: list[str], model, subspace: Subspace | None, options: Opt
     return edits
 
 
-def notes_of(subspace: Subspace | None, edits: dict[str, dict], options: Options) -> list[str]:
+def notes_of(subspace: Subspace | None, edits: dict[str, dict[str, Any]], options: Options) -> list[str]:
     """Return the notes that every output shows beside the figures.
 
     Raises UserError if the subspace was fitted on the problems that are asked, unless `force` is set.
@@ -223,7 +229,9 @@ def notes_of(subspace: Subspace | None, edits: dict[str, dict], options: Options
     return list(dict.fromkeys(notes))
 
 
-def configuration(options: Options, context: Context, subspace_path: Path | None, environment: dict) -> dict:
+def configuration(
+    options: Options, context: Context, subspace_path: Path | None, environment: dict[str, Any]
+) -> dict[str, Any]:
     """Return config.json: everything that a text depends on.
 
     The weights are included by a digest, so the same options with other weights are a different run.
@@ -242,7 +250,7 @@ def configuration(options: Options, context: Context, subspace_path: Path | None
     }
 
 
-def describe_model(name: str, model) -> dict:
+def describe_model(name: str, model: "PreTrainedModel") -> dict[str, Any]:
     """Return the model's entry in results.json."""
     return {
         "id": name,
@@ -254,12 +262,14 @@ def describe_model(name: str, model) -> dict:
     }
 
 
-def describe_subspace(subspace: Subspace, path: Path, sha256: str) -> dict:
-    """Return the subspace's entry in results.json.
+def describe_subspace(subspace: Subspace | None, path: Path | None, sha256: str | None) -> dict[str, Any] | None:
+    """Return the subspace's entry in results.json; None for mode "original".
 
     "captured" is the share of the language variance that the basis holds, by layer. "spectrum" holds the leading
     singular values.
     """
+    if subspace is None or path is None:
+        return None
     spectrum = {str(layer): values for layer, values in subspace.spectrum.items() if layer in subspace.bases}
     leading = max(40, 2 * subspace.rank)
     return {
@@ -281,7 +291,7 @@ def evaluate(
     *,
     command: str | None = None,
     say: Callable[[str], object] = lambda line: None,
-    **settings,
+    **settings: Any,
 ) -> Evaluation:
     """Run an evaluation: generate, judge, compare, and write results.json, samples.jsonl and report.html.
 
@@ -321,6 +331,7 @@ def evaluate(
     seconds_per_text = (time.monotonic() - started) / new_texts if new_texts else None
     controls = damage = None
     if options.controls:
+        assert subspace is not None  # `Options.check`
         controls = run_controls(
             *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
             *(seconds_per_text, say),
@@ -335,7 +346,7 @@ def evaluate(
         "config": config,
         "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         "model": describe_model(options.model, model),
-        "subspace": None if subspace is None else describe_subspace(subspace, subspace_path, config["subspace"]),
+        "subspace": describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,
         "command": command,
         # The code that ran the edit: the fused operator's if it was used, else PyTorch's own operations.

@@ -13,13 +13,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.problems.generator import Problem
 
 OUTPUTS = ("samples.jsonl", "results.json", "report.html")
-Cell = list[dict]
+Cell = list[dict[str, Any]]
 
 
 def digest(value: object) -> str:
@@ -27,7 +28,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def open_run(folder: Path, config: dict, *, resume: bool) -> None:
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Create the folder of a run with its config.json or, with `resume`, check that the folder holds this run.
 
     Raises UserError, with nothing changed, for a folder that holds another run, that holds a run although `resume` is
@@ -92,7 +93,7 @@ def append_cell(samples: Path, cell: Cell) -> None:
 
 
 def take_up(
-    samples: Path, asked: Sequence[Problem], score: Callable[[Problem, dict], dict]
+    samples: Path, asked: Sequence[Problem], score: Callable[[Problem, dict[str, Any]], dict[str, Any]]
 ) -> dict[tuple[str, str], Cell]:
     """Return the complete cells of an interrupted run, scored again. The file then holds only those.
 
@@ -108,5 +109,5 @@ def take_up(
     return cells
 
 
-def _line(sample: dict) -> str:
+def _line(sample: dict[str, Any]) -> str:
     return json.dumps(sample, ensure_ascii=False) + "\n"

@@ -124,7 +124,7 @@ def newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence:
     edited, original = both + gained, both + lost
     edited_low, edited_high = wilson(edited, n, confidence)
     original_low, original_high = wilson(original, n, confidence)
-    agreement = both * neither - gained * lost
+    agreement: float = both * neither - gained * lost
     if agreement > 0:
         agreement = max(agreement - n / 2, 0)
     margins = edited * (n - edited) * original * (n - original)

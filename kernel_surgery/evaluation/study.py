@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
@@ -40,15 +41,30 @@ from kernel_surgery.subspace.collecting import collect_languages
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import fit_subspace
 
-DEFAULTS = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULTS: dict[str, Any] = {
     **{"model": "polyglot", "mode": "fused", "languages": ["en", "zh"], "problems": 40, "max_new_tokens": 256},
     **{"seed": 0, "test": "chosen", "dtype": "auto", "device": "auto", "batch_size": 64},
 }
-GRID = {"rank": [10], "site": ["mlp_out"], "pool": ["last"], "strength": [1.0], "layers": ["middle"]}
-_KINDS = {"rank": int, "site": str, "pool": str, "strength": (int, float), "layers": str}
+GRID: dict[str, list[Any]] = {
+    "rank": [10],
+    "site": ["mlp_out"],
+    "pool": ["last"],
+    "strength": [1.0],
+    "layers": ["middle"],
+}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "rank": int,
+    "site": str,
+    "pool": str,
+    "strength": (int, float),
+    "layers": str,
+}
 
 
-def read_grid(path: Path) -> dict:
+def read_grid(path: Path) -> dict[str, Any]:
     """Read a declaration and fill in the defaults.
 
     Raises UserError for unknown settings and for values that cannot be used.
@@ -70,6 +86,7 @@ def read_grid(path: Path) -> dict:
         listed = values if isinstance(values, list) else []
         if not listed or any(not isinstance(v, _KINDS[name]) or isinstance(v, bool) for v in listed):
             raise UserError(f"{str(path)!r}: grid.{name} is {values!r}, not a list such as {GRID[name]!r}.")
+    choices: tuple[str, ...]
     for name, choices in (("site", SITES), ("pool", POOLS)):
         for value in settings["grid"][name]:
             if value not in choices:
@@ -88,7 +105,7 @@ def read_grid(path: Path) -> dict:
     return settings
 
 
-def cells_of(grid: dict) -> dict[str, dict]:
+def cells_of(grid: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """Return {name: setting} of every cell, in the order of the declaration. The name spells out the setting."""
     cells = {}
     for values in itertools.product(*grid.values()):
@@ -97,13 +114,19 @@ def cells_of(grid: dict) -> dict[str, dict]:
     return cells
 
 
-def frozen_digest(setting: dict, declared: dict) -> str:
+def frozen_digest(setting: dict[str, Any], declared: dict[str, Any]) -> str:
     """Return the SHA-256 of a chosen setting with everything else that its texts depend on."""
     rest = {key: value for key, value in declared.items() if key != "grid"}
     return hashlib.sha256(json.dumps([setting, rest], sort_keys=True).encode()).hexdigest()
 
 
-def subspaces(model, tokenizer, declared: dict, cells: dict[str, dict], folder: Path) -> Iterator[tuple[str, object]]:
+def subspaces(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    declared: dict[str, Any],
+    cells: dict[str, dict[str, Any]],
+    folder: Path,
+) -> Iterator[tuple[str, Subspace]]:
     """Fit the subspace of every cell. Yields (name, Subspace).
 
     Activations are collected once per site and pooling, and stored in the folder.
@@ -132,7 +155,9 @@ def subspaces(model, tokenizer, declared: dict, cells: dict[str, dict], folder: 
         yield name, fit_subspace(activations[site, pool], setting["rank"], layers=list(fit_layers))
 
 
-def edit_blocks(model, declared: dict, settings: Mapping[str, tuple[dict, Subspace]]) -> dict[str, EditBlock]:
+def edit_blocks(
+    model: "PreTrainedModel", declared: dict[str, Any], settings: Mapping[str, tuple[dict[str, Any], Subspace]]
+) -> dict[str, EditBlock]:
     """Return the edits to ask: the original's, and one for every (setting, subspace)."""
     blocks: dict[str, EditBlock] = {"original": partial(applied, "original", model, None, 1.0)}
     for name, (setting, subspace) in settings.items():
@@ -140,9 +165,10 @@ def edit_blocks(model, declared: dict, settings: Mapping[str, tuple[dict, Subspa
     return blocks
 
 
-def at_budget(cells: dict, budget: int, tokenizer) -> dict:
+def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase") -> Cells:
     """Return the cells as a budget of `budget` tokens would have left them, scored again."""
-    decode, shortened = text_of(tokenizer), {}
+    decode = text_of(tokenizer)
+    shortened: Cells = {}
     for (name, language), cell in cells.items():
         shortened[name, language] = []
         for sample in cell:
@@ -158,17 +184,17 @@ def at_budget(cells: dict, budget: int, tokenizer) -> dict:
     return shortened
 
 
-def figures(cells: dict, names: list[str], languages: list[str], budget: int) -> dict[str, dict]:
+def figures(cells: Cells, names: list[str], languages: list[str], budget: int) -> dict[str, dict[str, Any]]:
     """Return {name: {language: summary}}."""
     return {name: {lang: summarize(cells[name, lang], budget) for lang in languages} for name in names}
 
 
-def choose(dev: dict[str, dict], names: list[str]) -> str:
+def choose(dev: dict[str, dict[str, Any]], names: list[str]) -> str:
     """Return the name of the cell with the highest mean accuracy on dev. Ties go to the first declared."""
     return max(names, key=lambda name: sum(r["accuracy"] for r in dev[name].values()))
 
 
-def table(dev: dict[str, dict], chosen: str) -> str:
+def table(dev: dict[str, dict[str, Any]], chosen: str) -> str:
     """Return the table of all cells on dev, with the chosen one marked."""
     width = max(map(len, dev))
     lines = ["dev problems, on which the setting with the highest accuracy is chosen:"]
@@ -178,7 +204,9 @@ def table(dev: dict[str, dict], chosen: str) -> str:
     return "\n".join(lines)
 
 
-def run_study(declared: dict, folder: Path, *, controls: str | None = None, command: str | None = None) -> dict:
+def run_study(
+    declared: dict[str, Any], folder: Path, *, controls: str | None = None, command: str | None = None
+) -> dict[str, Any]:
     """Run a study: fit, ask on dev, choose, freeze, ask on test, compare. Return the contents of study.json.
 
     declared: the result of `read_grid`.
@@ -199,7 +227,7 @@ def run_study(declared: dict, folder: Path, *, controls: str | None = None, comm
     subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder))
     settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
-    def ask(split: str, settings: Mapping[str, tuple[dict, Subspace]]) -> tuple[Context, Cells]:
+    def ask(split: str, settings: Mapping[str, tuple[dict[str, Any], Subspace]]) -> tuple[Context, Cells]:
         split_problems = tuple(problems(split, declared["problems"], seed=declared["seed"]))
         context = Context(
             model, tokenizer, split_problems, tuple(languages), declared["max_new_tokens"], declared["batch_size"]
@@ -232,7 +260,7 @@ def run_study(declared: dict, folder: Path, *, controls: str | None = None, comm
     return study
 
 
-def freeze(folder: Path, chosen: str, cells: dict[str, dict], declared: dict) -> dict:
+def freeze(folder: Path, chosen: str, cells: dict[str, dict[str, Any]], declared: dict[str, Any]) -> dict[str, Any]:
     """Write the choice to frozen.json, before any test problem is asked. Return its contents.
 
     A continued study writes the same file again. Raises UserError if the file holds another choice.
@@ -246,7 +274,7 @@ def freeze(folder: Path, chosen: str, cells: dict[str, dict], declared: dict) ->
     return frozen
 
 
-def shown(study: dict) -> str:
+def shown(study: dict[str, Any]) -> str:
     """Return the text that the command prints about a study."""
     frozen, declared = study["frozen"], study["declared"]
     lines = [table(study["dev"], frozen["cell"])]

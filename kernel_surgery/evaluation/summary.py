@@ -5,6 +5,7 @@ A *sample* is one line of samples.jsonl (a dict). A *cell* is the samples of one
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from kernel_surgery.evaluation.judging import BUDGETS, Cells, Sample
 from kernel_surgery.evaluation.stats import (
@@ -43,7 +44,7 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def summarize(cell: Sequence[Sample], budget: int) -> dict:
+def summarize(cell: Sequence[Sample], budget: int) -> dict[str, Any]:
     """Summarise one cell.
 
     "accuracy" has a Wilson interval, "ci95". "fat_tokens" is the mean number of tokens until the right answer is
@@ -51,7 +52,7 @@ def summarize(cell: Sequence[Sample], budget: int) -> dict:
     with no line in another language. "coverage" is the share of texts whose language could be judged.
     """
     n, correct = len(cell), sum(s["correct"] for s in cell)
-    categories = {}
+    categories: dict[str, dict[str, int]] = {}
     for sample in cell:
         entry = categories.setdefault(sample["category"], {"n": 0, "correct": 0})
         entry["n"] += 1
@@ -77,7 +78,7 @@ def summarize(cell: Sequence[Sample], budget: int) -> dict:
     }
 
 
-def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
+def pair(cells: Cells, margin: float = 0.05) -> list[dict[str, Any]]:
     """Compare every edited cell with the original's in the same language. Return one row per comparison.
 
     Both models answered the same problems, so the test is McNemar's exact test, with Holm's correction over all rows
@@ -89,7 +90,8 @@ def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
 
     Raises RuntimeError if the cells hold different problems.
     """
-    rows, pooled = [], {}
+    rows: list[dict[str, Any]] = []
+    pooled: dict[str, list[tuple[dict[str, Any], list[int]]]] = {}
     for (mode, language), cell in cells.items():
         if mode == "original":
             continue
@@ -130,7 +132,7 @@ def pair(cells: Cells, margin: float = 0.05) -> list[dict]:
 POOLED = "all"
 
 
-def _pooled_row(mode: str, rows: list[dict], moves: list[list[int]]) -> dict:
+def _pooled_row(mode: str, rows: list[dict[str, Any]], moves: list[list[int]]) -> dict[str, Any]:
     """Return the row of a mode over all its languages. n counts problems."""
     difference = clustered_difference(list(zip(*moves, strict=True)))
     return {"mode": mode, "language": POOLED, **asdict(difference), "languages": [row["language"] for row in rows]} | {
@@ -138,7 +140,7 @@ def _pooled_row(mode: str, rows: list[dict], moves: list[list[int]]) -> dict:
     }
 
 
-def power(paired: list[dict]) -> list[dict]:
+def power(paired: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, per language, the smallest difference that the comparisons could have detected.
 
     Rows: {"language", "n", "comparisons", "smallest_shown"}; see `evaluation.stats.smallest_shown`.
