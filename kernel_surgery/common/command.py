@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     name: the command's name, such as "eval" or "polyglot.train". The usage line shows how the command was called.
     """
 
-    def __init__(self, name: str, **kwargs):
+    def __init__(self, name: str, **kwargs: Any) -> None:
         as_script = Path(sys.argv[0]).name == SCRIPT
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -15,7 +15,7 @@ def progress(iterable: Iterable[T], total: int | None = None, desc: str | None =
     return iter(progress_bar(total, desc, iterable=iterable, leave=False))
 
 
-def progress_bar(total: int | None, desc: str | None = None, **options) -> "tqdm":
+def progress_bar(total: int | None, desc: str | None = None, **options: Any) -> "tqdm":
     """Return a bar on stderr: a context manager with `update`. options: further arguments of tqdm."""
     from tqdm import tqdm
 

@@ -12,7 +12,8 @@ class Follower:
 
     def __init__(self, path: Path, size: int):
         self._path, self._size, self._ready, self._news = path, size, 0, threading.Condition()
-        self._digest, self._error = hashlib.sha256(), None
+        self._digest = hashlib.sha256()
+        self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

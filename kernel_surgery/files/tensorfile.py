@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:
     """Write a tensor over the bytes of an entry. Raises CheckpointError if its dtype or shape is not the entry's."""
     if tuple(tensor.shape) != entry.shape or tensor.dtype != EDITABLE[entry.dtype]:
         raise CheckpointError(f"{entry.name} is {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    view, done = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), 0
+    view, done = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, 0
     while done < len(view):
         done += os.pwrite(file, view[done:], entry.begin + done)
 
@@ -169,7 +169,7 @@ def copy_range(source: int, target: int, begin: int, end: int, advance: Callable
 
 
 @contextmanager
-def opened(file: Path):
+def opened(file: Path) -> Iterator[safe_open]:
     """Open a safetensors file within the block.
 
     Raises FileNotFoundError, and CheckpointError if the file is damaged. Both name the file.

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,9 @@ from safetensors import SafetensorError
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLYGLOT = PACKAGE / "polyglot" / "model"
 POLYGLOT_SUBSPACE = POLYGLOT / "subspace.safetensors"
@@ -106,7 +110,7 @@ def _resolve_hub_id(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu"):
+def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> "PreTrainedModel":
     """A causal LM from `resolve_model(name)`, in `dtype`, on `device`, in eval mode.
 
     The dtype is given to the loader: casting afterwards (`model.to(dtype)`) would round the rotary
@@ -132,7 +136,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     return model.to(device).eval()
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of `resolve_model(name)`. Raises UserError when there is none that can be read."""
     source = resolve_model(name)
     quiet_transformers()
@@ -188,7 +192,7 @@ def local_folder(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises ValueError for one that is missing, cannot be read, or lacks what an edit asks of it."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def in_full(x: Tensor) -> AbstractContextManager:
 @torch.compiler.assume_constant_result  # dynamo cannot trace this; it recompiles if the setting changes
 def _float32_is_whole(device: str) -> bool:
     """Whether a device computes float32 products in float32. `torch.set_float32_matmul_precision` can lower that."""
-    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
+    backend: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
     return backend is None or backend.matmul.fp32_precision in ("none", "ieee")
 
 
@@ -69,8 +70,9 @@ def whole_products() -> Iterator[None]:
     bits, and the process may have allowed TF32. The settings apply to the whole process, so use this in a check and not
     beside other work. They are restored at the end.
     """
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    wanted = [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
+    mkldnn: Any = torch.backends.mkldnn
+    cuda, cpu = torch.backends.cuda.matmul, mkldnn.matmul
+    wanted: list[tuple[Any, str, str | bool]] = [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
     wanted += [(cuda, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("bf16", "fp16")]
     before = [getattr(where, name) for where, name, _ in wanted]
     try:

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def compile_project(
     form: str | None = None,
     per_row: bool = True,
     separate: bool = True,
-    **overrides,
+    **overrides: Any,
 ) -> Compiled:
     """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d],
     every tensor beginning at a multiple of 16 bytes.
@@ -139,13 +140,15 @@ def compile_project(
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         # Triton compiles for sm_90a where it can; ptxas must be told what the PTX says.
-        target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)[1]
-        words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file, "-o", Path(folder) / "kernel.cubin"]
+        target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)
+        assert target is not None  # every PTX names it
+        words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", file, "-o", Path(folder) / "kernel.cubin"]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    used = re.search(r"Used (\d+) registers", said)
+    assert used is not None, said  # ptxas -v says so
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
     late = ptx.partition("bar.sync")[2].count("ld.global")
-    needs = registers, spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
+    needs = int(used[1]), spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
     return Compiled(sm, operation, form, dtype, rows, d, k, *needs)
 
 

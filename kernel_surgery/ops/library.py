@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.library import CustomOpDef
 from torch.nn import Parameter
 
 from kernel_surgery.common.errors import KernelSurgeryError
@@ -161,7 +162,7 @@ _DIRECT = {
 }
 
 
-def _called(op: Callable, *tensors: Tensor | None) -> Callable:
+def _called(op: CustomOpDef, *tensors: Tensor | None) -> Callable:
     """The operator, or what it would run, where nobody but that needs to see the call.
 
     A custom operator's way through the dispatcher costs the host more than a small edit does itself (measured: 10 us of
@@ -177,7 +178,7 @@ def _called(op: Callable, *tensors: Tensor | None) -> Callable:
         or torch._C._get_tracing_state() is not None
         or any(t is not None and (type(t) not in (Tensor, Parameter) or (needed and t.requires_grad)) for t in tensors)
     )
-    return op if watched else _DIRECT[op].get(tensors[0].device.type, op)
+    return op if watched else _DIRECT[op].get(tensors[0].device.type, op)  # type: ignore[union-attr]  # x comes first
 
 
 _NO_GRADIENT = (

@@ -125,7 +125,8 @@ def _subtract(a: int, b: int) -> str:
 
 
 def _divide(a: int, b: int) -> str:
-    steps, rest = [], 0
+    steps: list[str] = []
+    rest = 0
     for position, digit in enumerate(str(a)):
         rest = 10 * rest + int(digit)
         # The first digits are taken together until they reach the divisor (or the number ends).

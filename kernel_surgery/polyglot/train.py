@@ -104,7 +104,8 @@ def chunk_batches(tokenizer, seed: int, chunk: int):
         total += len(rows[-1][0])
     rows.sort(key=lambda row: len(row[0]))
     # Cut into CHUNK pieces of equal token count (not row count): every step then costs about the same.
-    batches, goal, seen = [[]], total / CHUNK, 0
+    batches: list[list[tuple[list[int], int]]] = [[]]
+    goal, seen = total / CHUNK, 0
     for row in rows:
         if seen >= goal * len(batches) and len(batches) < CHUNK:
             batches.append([])

@@ -205,8 +205,10 @@ class _Reading:
     def _cut(self, words: re.Pattern | None, asked: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text up to a new question, and the spans in it that repeat the prompt."""
         text, repeated = self.plain.text, []
+        once = words.search(asked) if words else None
+        asked_for = once.groups() if once else None
         for match in words.finditer(text) if words else ():
-            same_numbers = match.groups() == words.search(asked).groups()
+            same_numbers = match.groups() == asked_for
             line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()] + text[match.end() :].partition("\n")[0]
             # The wording alone in a line is a new question if a number precedes it or its numbers differ. Otherwise it
             # is a step, or a repetition of the problem.
@@ -217,9 +219,9 @@ class _Reading:
                 repeated.append(match.span())
         # If only a number precedes a question, the number is the answer.
         if question := _QUESTION_END.search(text):
-            line = text.rfind("\n", 0, question.start()) + 1
-            if re.fullmatch(r"-?[\d.,' ]*\d[.。]?", text[:line].strip()):
-                text = text[:line]
+            begin = text.rfind("\n", 0, question.start()) + 1
+            if re.fullmatch(r"-?[\d.,' ]*\d[.。]?", text[:begin].strip()):
+                text = text[:begin]
         expected = sorted(n.value for n in self.prompt_numbers)
         for match in _NEW_QUESTION.finditer(text):
             line = re.split(r"\n|(?<=[?؟])", text[match.end() :].lstrip(" *\n"), maxsplit=1)[0]
@@ -311,9 +313,9 @@ class _Reading:
             if results:
                 return self.final([(n.value, n.begin, n.end) for n in results], "marker")
         # A letter at the beginning of the text chooses one of the options in the prompt.
-        match = re.match(r"\s*\(?([A-Ha-hابجدアイウエオカ가나다라마바①-⑧])(?:[.):]|\s*$)", self.text, re.MULTILINE)
-        if match and match[1] in self.options and not self.listed:
-            return self.final([(self.options[match[1]], *match.span(1))], "marker")
+        first = re.match(r"\s*\(?([A-Ha-hابجدアイウエオカ가나다라마바①-⑧])(?:[.):]|\s*$)", self.text, re.MULTILINE)
+        if first and first[1] in self.options and not self.listed:
+            return self.final([(self.options[first[1]], *first.span(1))], "marker")
         return None
 
     def last(self) -> Extracted | None:
@@ -373,7 +375,7 @@ def first_answer_character(text: str, answer: Answer, prompt: str = "", *, langu
         if number.value == value and not reading.echo(number):
             return reading.plain.span(number.begin, number.end)[1]
     extraction = reading.boxed() or reading.marked()
-    return extraction.span[1] if extraction and extraction.value == value else None
+    return extraction.span[1] if extraction and extraction.span and extraction.value == value else None
 
 
 def first_answer_token(

@@ -26,9 +26,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.common.names import LANGUAGES
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
 
 OTHER = "other"
 # A line with fewer is a label, a unit or a name ("cm", "Solution:", "解:"). It does not show a language.
@@ -115,7 +119,7 @@ def _evidence(line: str) -> tuple[Counter, list[str]]:
 
 
 @functools.cache
-def _identifier():
+def _identifier() -> "LanguageIdentifier":
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     # A separate instance. Restricting the library's shared one would change it for other callers.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,9 @@ from safetensors.torch import save_file
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
 from kernel_surgery.common.files import replacing
 from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "kernel-surgery-subspace-1"
 ORTHONORMAL = 1e-5  # largest entry of U^T U - I that float32 storage of a float64 basis leaves room for
@@ -41,10 +45,10 @@ class Subspace:
     model_id: str | None = None
     revision: str | None = None
     n_layers: int | None = None
-    fingerprint: dict | None = None
-    fit: dict | None = None
+    fingerprint: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bases", dict(sorted(check_bases(self.bases).items())))
 
     @property
@@ -137,7 +141,7 @@ class Subspace:
         except ValueError as error:
             raise SubspaceError(f"{str(path)!r}: {error}") from error
 
-    def check_model(self, model, *, force: bool = False) -> None:
+    def check_model(self, model: "PreTrainedModel", *, force: bool = False) -> None:
         """Refuse a model that the subspace was not fitted on: `check` with what the loaded model says."""
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
         self.check(

@@ -1,18 +1,23 @@
 """Activations of the same problems in several languages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import POOLS, SITES
 from kernel_surgery.common.progress import progress
-from kernel_surgery.models.architectures import decoder_layers, mlp_outputs, parse_layers, residual_outputs
+from kernel_surgery.models.architectures import Site, decoder_layers, mlp_outputs, parse_layers, residual_outputs
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.subspace.activations import Activations
 from kernel_surgery.subspace.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pool_states(states: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
@@ -30,8 +35,8 @@ def pool_states(states: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Te
 
 
 def collect_activations(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     layers: Sequence[int],
     *,
@@ -50,12 +55,13 @@ def collect_activations(
         raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")
     if pool not in POOLS:
         raise SubspaceError(f"unknown pooling {pool!r}; known: {', '.join(POOLS)}")
-    sites = (mlp_outputs if site == "mlp_out" else residual_outputs)(model, layers)
+    sites: Mapping[int, Site[nn.Module]]
+    sites = mlp_outputs(model, layers) if site == "mlp_out" else residual_outputs(model, layers)
     caught: dict[int, torch.Tensor] = {}
-    mask = None
+    mask = torch.empty(0)  # of the batch that runs
 
-    def catch(layer: int):
-        def hook(module, inputs, output):
+    def catch(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             states = output[0] if isinstance(output, tuple) else output
             caught[layer] = pool_states(states, mask, pool).cpu()
 
@@ -88,7 +94,12 @@ def collect_activations(
 
 
 def collect_languages(
-    model, tokenizer, chosen: list, languages: Sequence[str], layers: Sequence[int], **options
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    chosen: Sequence[Problem],
+    languages: Sequence[str],
+    layers: Sequence[int],
+    **options: Any,
 ) -> dict[str, dict[int, torch.Tensor]]:
     """`collect` for each language: {language: {layer: [problems, d_model]}}, row i the same problem in each."""
     return {
@@ -107,8 +118,8 @@ _FIELDS = (
 
 
 def collect_from(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     asked: Sequence[Problem],
     languages: Sequence[str],
     layers: str = "all",
@@ -116,7 +127,7 @@ def collect_from(
     site: str = "mlp_out",
     pool: str = "last",
     batch_size: int = 32,
-    about: dict | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Activations:
     """The activations of a loaded model, with their provenance: what `python -m kernel_surgery.collect` saves.
 
@@ -127,7 +138,7 @@ def collect_from(
         tokenizer.pad_token = tokenizer.eos_token
     n_layers = len(decoder_layers(model))
     chosen = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
-    options = {"site": site, "pool": pool, "batch_size": batch_size}
+    options: dict[str, Any] = {"site": site, "pool": pool, "batch_size": batch_size}
     vectors = collect_languages(model, tokenizer, asked, languages, chosen, **options)
     record = (about or {}) | {
         "revision": getattr(model.config, "_commit_hash", None),

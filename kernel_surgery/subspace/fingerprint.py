@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,10 +11,13 @@ from kernel_surgery.models.architectures import layout_of, mlp_outputs
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.numerics.rounding import underflow, unit_roundoff
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SAMPLES = 16  # weights a tensor in a fingerprint
 
 
-def fingerprint(model) -> dict:
+def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
     """A few weights by value: {"dtype", "samples": {tensor name: values}} from embedding and down_proj.
 
     Values, not a hash, so that the same model loaded in another dtype is recognised.
@@ -22,7 +26,7 @@ def fingerprint(model) -> dict:
     return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
 
 
-def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict:
+def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
     """The fingerprint of named weights, the first of which gives the dtype."""
     samples, dtype = {}, None
     for name, weight in named:
@@ -42,7 +46,7 @@ def _spacing(dtype: str) -> tuple[float, float]:
     return unit_roundoff(kind), underflow(kind)
 
 
-def fingerprint_differences(fitted: dict, loaded: dict) -> list[str]:
+def fingerprint_differences(fitted: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
     """Names of sampled tensors that are not the same weights.
 
     In one dtype, every value must be equal. Otherwise each may differ by one rounding to either dtype: u |value| in
