@@ -8,7 +8,7 @@ help:
 	@echo "make reproduce MODEL=Qwen/Qwen2.5-3B   collect, fit, bake, verify, evaluate; one bundle"
 	@echo "make test   the everyday tests, in two minutes"
 	@echo "make slow   the other tests; CI runs both"
-	@echo "make check  ruff, the import order and the packaging: half a minute"
+	@echo "make check  ruff, mypy, the import order and the packaging: a minute"
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
 	@echo "make bench  the list of benchmarks; make bench NAME=opcount runs one"
@@ -27,6 +27,7 @@ slow:
 
 check:
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/test_imports.py tests/test_packaging.py
 
 fix:
