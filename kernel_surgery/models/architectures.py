@@ -78,7 +78,7 @@ class Site(Generic[M_co]):
 
 
 def model_type(model: nn.Module) -> str:
-    """The model type that the configuration names, such as "qwen2"; the class's name where there is none."""
+    """Return the model type that the configuration names, such as "qwen2", or else the name of the class."""
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 
