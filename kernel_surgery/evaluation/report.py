@@ -198,8 +198,8 @@ def answers(results: dict) -> str:
         for mode, by in results["modes"].items()
         for language, r in by.items()
     ]
-    head = "<h2>By category</h2><p class=small>Correct answers and problems, by kind of problem.</p>"
-    return out + head + table(["mode", "language", *categories], by_category, 2)
+    title = "<h2>By category</h2><p class=small>Correct answers and problems, by kind of problem.</p>"
+    return out + title + table(["mode", "language", *categories], by_category, 2)
 
 
 def subspace_section(results: dict) -> str:

@@ -313,7 +313,7 @@ def evaluate(
     dtype = parse_dtype(options.dtype, device)
     subspace, subspace_path = subspace_of(options)
     modes = modes_of(options.mode)
-    if options.resume and options.out is None:
+    if options.out is None:  # `with_folder` leaves it so with `resume` alone
         raise UserError("--resume needs --out, the folder of the run to continue.")
     folder, environment = options.out, environment_record(device)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)

@@ -75,9 +75,9 @@ def read_grid(path: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not TOML ({error}).") from error
     grid = declaration.pop("grid", {})
     known = {*DEFAULTS, "budget"}
-    for prefix, names, choices in (("", declaration, known), ("grid.", grid, GRID)):
-        for name in names.keys() - choices:
-            choose = ", ".join(f"{prefix}{choice}" for choice in sorted(choices))
+    for prefix, names, expected in (("", declaration, known), ("grid.", grid, {*GRID})):
+        for name in names.keys() - expected:
+            choose = ", ".join(f"{prefix}{choice}" for choice in sorted(expected))
             raise UserError(f"{str(path)!r}: unknown setting {prefix + name!r}: choose from {choose}.")
     settings = DEFAULTS | declaration
     settings["budget"] = declaration.get("budget", settings["max_new_tokens"])
