@@ -265,7 +265,7 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     )
     status, out, err = call("eval", capsys, *words, "--controls", "energy:3", "--certificate", certificate)
     assert status == 0 and err == ""
-    assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts, about 1 min")
+    assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts to generate, about 1 min")
     assert "3 random subspaces (energy) with the same rank, layers and site, 10 problems per language" in out
     assert "hook: KL(original || edited) on neutral text" in out
     assert "a linear probe at resid_post still reads the language: lowest accuracy" in out

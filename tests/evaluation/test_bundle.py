@@ -83,7 +83,7 @@ CHANGES = {
     "no texts at all": (
         "samples.jsonl",
         lambda text: "",
-        "fused en: there is no text of it, and the configuration asks",
+        "fused en: there are no texts, but the configuration names them",
     ),
     "no figures": ("results.json", figure(no_texts), "is in only one of samples.jsonl and results.json"),
     "a mode that nobody ran": (
@@ -110,9 +110,9 @@ CHANGES = {
     ),
     "a verdict": ("samples.jsonl", first_sample({"correct": False}), "correct was False, is True"),
     "a text": ("samples.jsonl", first_sample({"text": "The answer is -1."}), "extracted was "),
-    "an answer": ("samples.jsonl", first_sample({"answer": -1}), "says the answer is -1, it is "),
+    "an answer": ("samples.jsonl", first_sample({"answer": -1}), "says the answer is -1, but it is "),
     "a prompt": ("samples.jsonl", first_sample({"prompt": "1 + 1?"}), "is not a problem of this test set"),
-    "a text left out": ("samples.jsonl", lambda text: text.split("\n", 1)[1], "9 texts, not those of the 10 problems"),
+    "a text left out": ("samples.jsonl", lambda text: text.split("\n", 1)[1], "9 texts are not those of the 10 problems"),
     "an accuracy": (
         "results.json",
         figure(lambda r: r["modes"]["fused"]["en"].update(accuracy=0.123)),
