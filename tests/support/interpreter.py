@@ -46,8 +46,8 @@ PATHS = {
 # chunk by chunk; "row chunks" takes them all so.
 SHAPES = [
     *((0, 64, 1), (199, 64, 16), (3, 129, 10), (199, 129, 64), (17, 2048, 16), (3, 2048, 64)),
-    *((2, 2049, 33), (1, 2049, 1), (3, 3584, 10), (1, 3584, 16), (1, 8192, 1), (2, 8192, 64)),
-    *((0, 128, 16), (17, 896, 16), (199, 128, 32), (17, 2048, 32), (3, 2560, 16), (2, 4096, 16)),
+    *((2, 2049, 33), (1, 2049, 1), (3, 3584, 10), (1, 3584, 16), (2, 8192, 64)),
+    *((0, 128, 16), (17, 896, 16), (199, 128, 32), (17, 896, 32), (3, 2560, 16), (2, 4096, 16)),
 ]
 # What tells faults apart without a minute of waiting: a last block and a last chunk that are not full, and two chunks.
 FEW = [(17, 129, 10), (17, 384, 16)]
@@ -55,8 +55,8 @@ EPS = 0.3  # of the size of the mean square, so that where it stands in the form
 
 
 def takes(path, m, d, k):
-    if "row" in path:
-        return m <= 64
+    if "row" in path:  # a program takes one row: more rows show nothing new, and in chunks they take a minute
+        return m <= 64 and not ("chunks" in path and m > 3 and d > 400)
     return "tile" not in path or (d % 128 == 0 and k in (16, 32))
 
 
@@ -125,6 +125,8 @@ def shapes(path, sizes=SHAPES):
     for m, d, k in sizes:
         if not takes(path, m, d, k):
             continue
+        if sizes is FEW and "row" in path:
+            m = 3
         u = basis(d, k)
         yield check(f"{path} {m}x{d} k={k}", torch.randn(m, d).to(dtype), u, 0.7, both=False, **options)
         if "pieces" in path:
@@ -241,7 +243,10 @@ def results(module, groups, paths):
             "rows": rows,
             "batches": batches,
         }[group](path)
-    same = all(bool(g.isnan().all()) for g in guards)
+        same = all(bool(g.isnan().all()) for g in guards)
+        guards.clear()
+        if not same:
+            break
     yield {"case": "rows behind the output", "same_bits": same}
 
 
