@@ -45,7 +45,7 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
     from kernel_surgery.problems.generator import parse_languages, problems
-    from kernel_surgery.subspace.collecting import collect_from
+    from kernel_surgery.subspace.collecting import collect_activations
 
     languages = parse_languages(args.languages)
     if len(languages) < 2:
@@ -56,7 +56,7 @@ def run(argv: list[str] | None = None) -> int:
     source, device = resolve_model(args.model), parse_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-    activations = collect_from(
+    activations = collect_activations(
         model,
         tokenizer,
         chosen_problems,

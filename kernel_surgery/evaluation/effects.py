@@ -20,7 +20,7 @@ from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.problems.neutral import SENTENCES
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import collect_activations
+from kernel_surgery.subspace.collecting import prompt_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +152,7 @@ def last_states(
     """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     return {
-        site: collect_activations(
+        site: prompt_states(
             model, tokenizer, prompts, layers, site=site, batch_size=batch_size, desc=f"probe {site}"
         )
         for site in SITES

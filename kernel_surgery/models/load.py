@@ -110,14 +110,20 @@ def _resolve_hub_id(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> "PreTrainedModel":
-    """A causal LM from `resolve_model(name)`, in `dtype`, on `device`, in eval mode.
+def load_model(
+    name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> "PreTrainedModel":
+    """Load a causal LM in eval mode.
+
+    name: "polyglot" (the embedded model), a folder, or a hub id org/name.
+    dtype: None is bfloat16 on CUDA and float32 on the CPU.
 
     The dtype is given to the loader: casting afterwards (`model.to(dtype)`) would round the rotary
     embedding's inv_freq. Runs no remote code, unpickles nothing. Raises UserError when the checkpoint
     cannot be read or lacks a weight, which transformers would otherwise fill with random numbers.
     """
     source = resolve_model(name)
+    dtype = parse_dtype("auto", device) if dtype is None else dtype
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 

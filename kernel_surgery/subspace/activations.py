@@ -26,6 +26,11 @@ class Activations:
     vectors: dict[str, dict[int, torch.Tensor]]
     provenance: dict
 
+    def __repr__(self) -> str:
+        rows, d_model = next(iter(next(iter(self.vectors.values())).values())).shape
+        shape = f"{rows} problems, {', '.join(self.languages)}; {len(self.layers)} layers; d_model={d_model}"
+        return f"Activations({shape})"
+
     @property
     def languages(self) -> tuple[str, ...]:
         return tuple(self.vectors)

@@ -51,6 +51,10 @@ class Subspace:
     def __post_init__(self) -> None:
         object.__setattr__(self, "bases", dict(sorted(check_bases(self.bases).items())))
 
+    def __repr__(self) -> str:
+        where = f"layers={list(self.layers)}, rank={self.rank}, d_model={self.d_model}, site={self.site!r}"
+        return f"Subspace({where}, model_id={self.model_id!r})"
+
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self.bases)

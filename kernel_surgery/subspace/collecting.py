@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError
-from kernel_surgery.common.names import POOLS, SITES
+from kernel_surgery.common.names import LANGUAGES, POOLS, SITES
 from kernel_surgery.common.progress import progress
 from kernel_surgery.models.architectures import Site, decoder_layers, mlp_outputs, parse_layers, residual_outputs
 from kernel_surgery.numerics.precision import name_of
-from kernel_surgery.problems.generator import Problem
+from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.activations import Activations
 from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -34,7 +34,7 @@ def pool_states(states: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Te
     return torch.where(kept > 0, states.float(), 0.0).sum(1) / kept.sum(1)
 
 
-def collect_activations(
+def prompt_states(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
@@ -101,9 +101,9 @@ def collect_languages(
     layers: Sequence[int],
     **options: Any,
 ) -> dict[str, dict[int, torch.Tensor]]:
-    """`collect` for each language: {language: {layer: [problems, d_model]}}, row i the same problem in each."""
+    """Return {language: {layer: [problems, d_model]}}. Row i is the same problem in every language."""
     return {
-        language: collect_activations(
+        language: prompt_states(
             model, tokenizer, [p.prompts[language] for p in chosen], layers, desc=f"collect {language}", **options
         )
         for language in languages
@@ -117,11 +117,11 @@ _FIELDS = (
 )
 
 
-def collect_from(
+def collect_activations(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    asked: Sequence[Problem],
-    languages: Sequence[str],
+    chosen: Sequence[Problem] | None = None,
+    languages: Sequence[str] = LANGUAGES,
     layers: str = "all",
     *,
     site: str = "mlp_out",
@@ -129,17 +129,30 @@ def collect_from(
     batch_size: int = 32,
     about: dict[str, Any] | None = None,
 ) -> Activations:
-    """The activations of a loaded model, with their provenance: what `python -m kernel_surgery.collect` saves.
+    """Read the activations of a loaded model for the same problems in several languages.
 
-    layers: such as "9-26", or "all". about: what the provenance says besides (model_id, split, seed). Raises what
-    `collect_activations` raises, and ModelError for layers that the model does not have.
+    chosen: the problems (default: the fit split, 40 per category).
+    languages: at least two, such as ("en", "sw") (default: all seven).
+    layers: such as "9-26" or "2,3,5-7", or "all".
+    site: "mlp_out" (the output of `down_proj`, which is edited) or "resid_post" (the residual stream after the layer).
+    pool: "last" (the last prompt token) or "mean" (the mean over the prompt).
+    batch_size: prompts in one forward pass.
+    about: fields to add to the provenance: "model_id", "split", "seed".
+
+    Returns `Activations`: one float32 vector [d_model] on the CPU per problem, language and layer. `fit_subspace` takes
+    them, and `Activations.save` writes them. Raises ModelError for a model or layers that are not known, SubspaceError
+    for an unknown site or pool, or for one language alone.
     """
+    if len(languages) < 2:
+        raise SubspaceError(f"a language subspace needs at least two languages, got {', '.join(languages) or 'none'}.")
+    if chosen is None:
+        chosen, about = problems("fit", 40), {"split": "fit", "seed": 0} | (about or {})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     n_layers = len(decoder_layers(model))
-    chosen = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
+    indices = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
     options: dict[str, Any] = {"site": site, "pool": pool, "batch_size": batch_size}
-    vectors = collect_languages(model, tokenizer, asked, languages, chosen, **options)
+    vectors = collect_languages(model, tokenizer, chosen, languages, indices, **options)
     record = (about or {}) | {
         "revision": getattr(model.config, "_commit_hash", None),
         "n_layers": n_layers,
@@ -148,7 +161,7 @@ def collect_from(
         "site": site,
         "pool": pool,
         "languages": list(languages),
-        "problems": len(asked),
+        "problems": len(chosen),
         "dtype": name_of(model.dtype),
         "environment": environment_record(model.device),
     }

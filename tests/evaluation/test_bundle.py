@@ -112,7 +112,11 @@ CHANGES = {
     "a text": ("samples.jsonl", first_sample({"text": "The answer is -1."}), "extracted was "),
     "an answer": ("samples.jsonl", first_sample({"answer": -1}), "says the answer is -1, but it is "),
     "a prompt": ("samples.jsonl", first_sample({"prompt": "1 + 1?"}), "is not a problem of this test set"),
-    "a text left out": ("samples.jsonl", lambda text: text.split("\n", 1)[1], "9 texts are not those of the 10 problems"),
+    "a text left out": (
+        "samples.jsonl",
+        lambda text: text.split("\n", 1)[1],
+        "9 texts are not those of the 10 problems",
+    ),
     "an accuracy": (
         "results.json",
         figure(lambda r: r["modes"]["fused"]["en"].update(accuracy=0.123)),

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kernel_surgery import fit_subspace, hooked
+from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.problems.generator import problems
-from kernel_surgery.subspace.collecting import collect_activations, collect_languages, pool_states
+from kernel_surgery.subspace.collecting import collect_activations, collect_languages, pool_states, prompt_states
 from tests.support.models import pico
 
 
@@ -61,7 +63,7 @@ def by_hand(model, prompt, layer, site, pool):
 def test_every_padding_and_batch_gives_what_one_unpadded_prompt_gives(model, site, pool, side):
     layers = [1, 2]
     for batch_size in (1, 3, 4):
-        got = collect_activations(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
+        got = prompt_states(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
         assert set(got) == set(layers)
         for layer in layers:
             want = torch.stack([by_hand(model, p, layer, site, pool) for p in PROMPTS])
@@ -97,16 +99,37 @@ def test_the_model_is_left_as_it_was_also_on_an_exception(model):
                 raise KeyboardInterrupt
             return super().__call__(texts, **kwargs)
 
-    collect_activations(model, Characters("left"), PROMPTS, [1])
+    prompt_states(model, Characters("left"), PROMPTS, [1])
     with pytest.raises(KeyboardInterrupt):
-        collect_activations(model, Broken("left"), PROMPTS, [1])
+        prompt_states(model, Broken("left"), PROMPTS, [1])
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_unknown_words_are_refused(model):
     with pytest.raises(ValueError, match="unknown site 'attn'; known: mlp_out, resid_post"):
-        collect_activations(model, Characters("left"), PROMPTS, [1], site="attn")
+        prompt_states(model, Characters("left"), PROMPTS, [1], site="attn")
     with pytest.raises(ValueError, match="unknown pooling 'max'; known: last, mean"):
-        collect_activations(model, Characters("left"), PROMPTS, [1], pool="max")
+        prompt_states(model, Characters("left"), PROMPTS, [1], pool="max")
     with pytest.raises(ValueError, match="99"):
-        collect_activations(model, Characters("left"), PROMPTS, [99])
+        prompt_states(model, Characters("left"), PROMPTS, [99])
+
+
+def test_what_is_collected_is_what_fit_takes(model):
+    """The steps of the public API, without the command line between them."""
+    activations = collect_activations(model, Characters("left"), problems("fit", 2), ("en", "sw"), "1-2", batch_size=3)
+    assert activations.languages == ("en", "sw") and activations.layers == (1, 2)
+    record = activations.provenance
+    assert (record["site"], record["pool"], record["problems"], record["d_model"]) == ("mlp_out", "last", 10, 48)
+    assert repr(activations) == "Activations(10 problems, en, sw; 2 layers; d_model=48)"
+    subspace = fit_subspace(activations, rank=3)
+    assert repr(subspace) == "Subspace(layers=[1, 2], rank=3, d_model=48, site='mlp_out', model_id=None)"
+    with hooked(model, subspace):
+        pass  # it belongs to the model
+    with pytest.raises(SubspaceError, match="at least two languages, got en"):
+        collect_activations(model, Characters("left"), problems("fit", 1), ("en",))
+
+
+def test_without_problems_the_fit_split_is_collected(model):
+    activations = collect_activations(model, Characters("left"), languages=("en", "sw"), layers="1")
+    record = activations.provenance
+    assert (record["split"], record["seed"], record["problems"]) == ("fit", 0, 200)
