@@ -1,1 +1,1 @@
-"""Loading a model, and where in it an edit is made."""
+"""Load models, and find the modules that are read and edited."""

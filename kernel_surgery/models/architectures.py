@@ -1,4 +1,4 @@
-"""Where a model is read and edited: its decoder layers, and the projection that ends each layer's MLP.
+"""The modules of a model that are read and edited: its decoder layers, and the last projection of each MLP.
 
 One piece of code for every Llama-shaped architecture: `model.model.layers[i].mlp.down_proj`, an `nn.Linear` whose
 output is added to the residual stream as it is. Architectures that differ there (a norm after the MLP, experts, fused
@@ -17,7 +17,7 @@ from kernel_surgery.common.errors import ModelError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a causal LM are. A path names a module, and begins the name of its tensors on disk."""
+    """The paths of a causal LM's parts. A path names a module and is the prefix of its tensors' names on disk."""
 
     layers: str = "model.layers"
     projection: str = "mlp.down_proj"  # the module in a layer whose output is the MLP's
@@ -27,25 +27,25 @@ class Layout:
     input_norm: str = "input_layernorm"  # the first thing in a layer
 
     def layer(self, index: int) -> str:
-        """The path of a decoder layer."""
+        """Return the path of a decoder layer."""
         return f"{self.layers}.{index}"
 
     def site(self, index: int) -> str:
-        """The path of the module whose output is edited."""
+        """Return the path of the module whose output is edited."""
         return f"{self.layers}.{index}.{self.projection}"
 
     def next_norm(self, index: int, n_layers: int) -> str:
-        """The path of the norm that reads what a layer returns."""
+        """Return the path of the norm that reads a layer's output."""
         return f"{self.layer(index + 1)}.{self.input_norm}" if index + 1 < n_layers else self.norm
 
     def edited_layer(self, tensor: str, layers: Container[int]) -> int | None:
-        """The layer of a tensor that an edit of `layers` concerns (weight or bias), else None."""
+        """Return the layer of a weight or bias that an edit of `layers` changes, else None."""
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.{re.escape(self.projection)}\.(?:weight|bias)", tensor)
         return int(match[1]) if match and int(match[1]) in layers else None
 
 
 LLAMA = Layout()
-# One row an architecture: {model_type of config.json: where its parts are}.
+# {model_type in config.json: layout}, one entry per supported architecture.
 ARCHITECTURES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)
 
 
@@ -83,7 +83,7 @@ def model_type(model: nn.Module) -> str:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
+    """Return the layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
     kind = model_type(model)
     if kind not in ARCHITECTURES:
         raise ModelError(
@@ -94,7 +94,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a dotted path, or None."""
+    """Return the module at a dotted path, or None."""
     found: nn.Module | None = module
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -102,7 +102,7 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def decoder_layers(model: nn.Module) -> Sequence[DecoderLayer]:
-    """The decoder layers of a causal LM. Raises ModelError for an unknown architecture, or one without layers."""
+    """Return the decoder layers of a causal LM. Raises ModelError if the architecture is unknown or has none."""
     layout = layout_of(model)
     layers = cast(Sequence[DecoderLayer] | None, submodule(model, layout.layers))
     if layers is None or len(layers) == 0:
@@ -112,12 +112,12 @@ def decoder_layers(model: nn.Module) -> Sequence[DecoderLayer]:
 
 
 def next_norm(model: nn.Module, layer: int) -> Norm:
-    """The norm that reads what a layer returns: the next layer's first, or the model's last."""
+    """Return the norm that reads a layer's output: the first of the next layer, or the model's last."""
     return cast(Norm, submodule(model, layout_of(model).next_norm(layer, len(decoder_layers(model)))))
 
 
 def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    """The layers, sorted. Raises ValueError for none, for duplicates, and for one outside 0 .. n_layers - 1."""
+    """Return the layers, sorted. Raises ModelError for none, duplicates, and any outside 0 .. n_layers - 1."""
     chosen = list(layers)
     if not chosen:
         raise ModelError("no layers were given.")
@@ -132,9 +132,9 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
 
 
 def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[nn.Linear]]:
-    """{layer: Site} of `down_proj` in the given layers (default: all).
+    """Return {layer: Site} of `down_proj` in the given layers (default: all).
 
-    Raises ValueError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
+    Raises ModelError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
     `nn.Linear` (quantised weights have no rows to project).
     """
     blocks, layout = decoder_layers(model), layout_of(model)
@@ -153,14 +153,14 @@ def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[i
 
 
 def residual_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[DecoderLayer]]:
-    """{layer: Site} of whole decoder layers: their output is the residual stream after the layer."""
+    """Return {layer: Site} of whole decoder layers, whose output is the residual stream after the layer."""
     blocks, layout = decoder_layers(model), layout_of(model)
     chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
     return {layer: Site(layer, layout.layer(layer), blocks[layer]) for layer in chosen}
 
 
 def default_layers(n_layers: int) -> range:
-    """The middle half: ceil(n/4) .. floor(3n/4) - 1, such as 9 .. 26 of 36. Raises ValueError below 2 layers."""
+    """Return the middle half: ceil(n/4) .. floor(3n/4) - 1, such as 9 .. 26 of 36. Raises ModelError if it is empty."""
     chosen = range(-(-n_layers // 4), 3 * n_layers // 4)
     if not chosen:
         raise ModelError(f"a model of {n_layers} layers has no middle half. Choose the layers with --layers.")
@@ -168,7 +168,7 @@ def default_layers(n_layers: int) -> range:
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:
-    """`9-26` or `2,3,5-7` as a sorted list. Raises ValueError for anything else and for layers out of range."""
+    """Read `9-26` or `2,3,5-7` as a sorted list. Raises ModelError for other texts and for layers out of range."""
     chosen: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)

@@ -1,7 +1,8 @@
-"""A causal LM with one decoder layer in memory at a time, straight from its checkpoint's files.
+"""Run a causal LM with one decoder layer in memory at a time, read from its checkpoint's files.
 
-The modules are transformers' own, made without memory (on the meta device) and filled layer by layer, so that what runs
-is what `from_pretrained` would run: in float32 on one device, the same bits. Sequences are of one length, not padded.
+The modules are those of transformers. They are created without memory (on the meta device) and filled layer by layer,
+so they compute the same as after `from_pretrained`: bit-identical in float32 on one device. All sequences have the same
+length, without padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ BLOCK = 8192  # rows of the output embedding at a time
 
 
 class Layerwise:
-    """`model` is the skeleton; `layer(i)` fills one layer of it. With `exact`, norms are computed in float64 (those of
-    transformers are float32 whatever the model's dtype).
+    """A model without weights, of which `layer(i)` fills one layer at a time.
+
+    exact: compute norms in float64. Those of transformers use float32 in every dtype.
 
     Raises UserError for a folder whose tensors do not fit its configuration, ValueError for an unknown architecture.
     """
@@ -37,7 +39,7 @@ class Layerwise:
         read_config(self.folder)
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            # sdpa whatever the configuration says: with no mask given, it alone knows by itself that it is causal.
+            # Always sdpa: without a mask, it is the only attention that is causal by itself.
             options = {"dtype": dtype, "trust_remote_code": False, "attn_implementation": "sdpa"}
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(self.config, **options).eval()
@@ -57,7 +59,7 @@ class Layerwise:
                     f"{name} in {str(folder)!r} has shape {self.places[name][1].shape}, but config.json gives it "
                     f"{tuple(shape)}."
                 )
-        # Made again on the device itself: its tables are no parameters, and on meta they hold nothing.
+        # Created again on the device: its tables are not parameters, and on the meta device they are empty.
         self.rotary = type(self.model.model.rotary_emb)(config=self.config).to(self.device)
         if exact:
             for module in self.model.modules():
@@ -69,7 +71,7 @@ class Layerwise:
         return len(decoder_layers(self.model))
 
     def check_length(self, length: int) -> None:
-        """Raises UserError for sequences that the model, or an attention window of it, does not reach across."""
+        """Raise UserError for sequences longer than the model's positions or its attention window."""
         window = (
             getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
         )
@@ -80,20 +82,20 @@ class Layerwise:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the checkpoint, in the dtype and on the device."""
+        """Return a tensor of the checkpoint in the model's dtype, on its device."""
         path, entry = self.places[name]
         with path.open("rb") as file:
             return read_tensor(file.fileno(), entry).to(self.device, self.dtype)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop of a matrix of the checkpoint."""
+        """Return rows start .. stop - 1 of a matrix of the checkpoint."""
         path, entry = self.places[name]
         with path.open("rb") as file:
             return read_tensor(file.fileno(), rows_of(entry, start, stop)).to(self.device, self.dtype)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderLayer]:
-        """While the block lasts, decoder layer `index`, and the norm that follows it, have their weights."""
+        """Give decoder layer `index` and the norm after it their weights while the block runs."""
         norm = next_norm(self.model, index)
         with ExitStack() as stack:
             stack.enter_context(self._filled(norm, self.layout.next_norm(index, self.layers)))
@@ -114,32 +116,32 @@ class Layerwise:
 
     @contextmanager
     def final_norm(self) -> Iterator[Norm]:
-        """While the block lasts, the norm before the output embedding has its weights."""
+        """Give the norm before the output embedding its weights while the block runs."""
         norm = cast(Norm, submodule(self.model, self.layout.norm))
         with self._filled(norm, self.layout.norm):
             yield norm
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids [sequences, tokens] as [sequences, tokens, d_model]; only their rows are read."""
+        """Embed ids [sequences, tokens] as [sequences, tokens, d_model]. Only their rows are read from the file."""
         wanted, where = ids.unique(return_inverse=True)
         table = torch.cat([self.rows(f"{self.layout.embedding}.weight", int(i), int(i) + 1) for i in wanted])
         return table[where.to(self.device)]
 
     def positions(self, start: int, stop: int) -> dict[str, Any]:
-        """What a decoder layer wants to know of positions start .. stop."""
+        """Return a decoder layer's arguments for positions start .. stop - 1."""
         ids = torch.arange(start, stop, device=self.device)[None]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return {"position_ids": ids, "position_embeddings": self.rotary(like, ids)}
 
     def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows [<= BLOCK, d_model]) of the output embedding, one block in memory at a time."""
+        """Yield (first row, rows [<= BLOCK, d_model]) of the output embedding, one block in memory at a time."""
         name = f"{self.layout.embedding if self.tied else self.layout.head}.weight"
         total = self.places[name][1].shape[0]
         for start in range(0, total, BLOCK):
             yield start, self.rows(name, start, min(start + BLOCK, total))
 
     def next_tokens(self, hidden: Tensor) -> Tensor:
-        """Greedy choice after normed hidden states [sequences, d_model]: [sequences]."""
+        """Return the greedy next tokens [sequences] for normed hidden states [sequences, d_model]."""
         best = torch.full(hidden.shape[:1], -torch.inf, dtype=self.dtype, device=self.device)
         chosen = torch.zeros(hidden.shape[:1], dtype=torch.long, device=self.device)
         for start, rows in self.head_blocks():

@@ -1,4 +1,4 @@
-"""Names turned into models: resolve, load, device and dtype."""
+"""Resolve and load models and tokenizers by name; read devices and dtypes."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ _HUB_TIMEOUT_S = 5.0
 
 
 def quiet_transformers() -> None:
-    """No loading bars and no advice from transformers, unless TRANSFORMERS_VERBOSITY asks for it."""
+    """Turn off transformers' progress bars and advice, unless TRANSFORMERS_VERBOSITY is set."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
@@ -36,12 +36,11 @@ def quiet_transformers() -> None:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` should be given for `name`; checked before anything is loaded.
+    """Return the folder or hub id that `from_pretrained` needs for `name`. Nothing is loaded.
 
-    "polyglot" is the embedded model. A local folder must hold config.json and complete safetensors weights.
-    For a hub id (org/name) the hub is asked once, with a time limit of five seconds, instead of failing
-    after the loader's half-minute of retries; where it cannot be reached, or HF_HUB_OFFLINE is set, the
-    copy in the local cache is used. Raises UserError in every other case.
+    "polyglot" is the embedded model. A local folder must hold config.json and complete safetensors weights. For a hub
+    id (org/name) the hub is asked once, for five seconds at most: the loader would retry for half a minute. If it
+    cannot be reached, or HF_HUB_OFFLINE is set, the copy in the local cache is used. Raises UserError otherwise.
     """
     if name == "polyglot":
         _check_folder(POLYGLOT, "the embedded model")
@@ -88,8 +87,7 @@ def _resolve_hub_id(name: str) -> str:
 
     cached = try_to_load_from_cache(name, "config.json")
     here = f"There is no local folder {name!r} either."
-    # Transport errors descend from the first base of the hub client's HTTP error, in every HTTP library it
-    # used.
+    # Transport errors inherit from the first base class of the hub client's HTTP error, whatever HTTP library it uses.
     unreachable = (OSError, HfHubHTTPError.__bases__[0])
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
@@ -118,9 +116,9 @@ def load_model(
     name: "polyglot" (the embedded model), a folder, or a hub id org/name.
     dtype: None is bfloat16 on CUDA and float32 on the CPU.
 
-    The dtype is given to the loader: casting afterwards (`model.to(dtype)`) would round the rotary
-    embedding's inv_freq. Runs no remote code, unpickles nothing. Raises UserError when the checkpoint
-    cannot be read or lacks a weight, which transformers would otherwise fill with random numbers.
+    The loader gets the dtype, because casting afterwards (`model.to(dtype)`) would round the rotary embedding's
+    inv_freq. Remote code is never run, and nothing is unpickled. Raises UserError if the checkpoint cannot be read or
+    lacks a weight, which transformers would fill with random numbers.
     """
     source = resolve_model(name)
     dtype = parse_dtype("auto", device) if dtype is None else dtype
@@ -143,7 +141,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `resolve_model(name)`. Raises UserError when there is none that can be read."""
+    """Load the tokenizer of a model. Raises UserError if there is none that can be read. name: as in `load_model`."""
     source = resolve_model(name)
     quiet_transformers()
     from transformers import AutoTokenizer
@@ -152,7 +150,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
-    # Where the files are missing, transformers makes an empty tokenizer of the model's class without a word.
+    # If the files are missing, transformers returns an empty tokenizer of the model's class without a warning.
     if not tokenizer("0").input_ids:
         raise UserError(f"cannot load a tokenizer from {source!r}: it has no vocabulary. Is tokenizer.json missing?")
     return tokenizer
@@ -163,9 +161,9 @@ def _first_line(error: Exception) -> str:
 
 
 def parse_device(name: str = "auto") -> torch.device:
-    """auto (CUDA where there is one), cpu, cuda or cuda:N as a device.
+    """Return the device of a name: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
 
-    Raises UserError for any other name, and for a CUDA device that is not there.
+    Raises UserError for any other name, and for a CUDA device that does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +176,7 @@ def parse_device(name: str = "auto") -> torch.device:
 
 
 def parse_dtype(name: str = "auto", device: torch.device | str = "cpu") -> torch.dtype:
-    """float32, bfloat16 or float16 as a dtype; auto is bfloat16 on CUDA and float32 on the CPU.
+    """Return the dtype of a name: float32, bfloat16 or float16. auto is bfloat16 on CUDA and float32 on the CPU.
 
     Raises UserError for any other name.
     """
@@ -190,7 +188,7 @@ def parse_dtype(name: str = "auto", device: torch.device | str = "cpu") -> torch
 
 
 def local_folder(source: str) -> Path:
-    """The folder of a resolved model: itself, or the hub's files in the local cache, fetched if need be."""
+    """Return the folder of a resolved model. A hub id is fetched into the local cache first."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -199,7 +197,7 @@ def local_folder(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises ValueError for one that is missing, cannot be read, or lacks what an edit asks of it."""
+    """Return config.json as a dict. Raises ModelError if it cannot be read or lacks a field that an edit needs."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for name, kind in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):

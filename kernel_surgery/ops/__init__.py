@@ -1,4 +1,4 @@
-"""The edit as PyTorch operators."""
+"""The edit as operators on tensors: PyTorch custom operators, and their ATen and plain forms."""
 
 from kernel_surgery.ops.library import (
     MAX_RANK,

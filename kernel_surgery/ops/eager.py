@@ -1,4 +1,4 @@
-"""The edit as one would write it first."""
+"""The edit as the plain formula, which the mode `hook` runs."""
 
 from torch import Tensor
 
@@ -6,7 +6,10 @@ from kernel_surgery.numerics.precision import computed_in, in_full
 
 
 def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """y as anyone would write it: float32 (float64 for float64 x) arithmetic, one rounding to x's dtype at the end."""
+    """Return y = x - a U (U^T x), computed in float32 (float64 for float64 x) and rounded once to x's dtype.
+
+    x: [..., d_model]. basis: U [d_model, k].
+    """
     wide = computed_in(x)
     x_wide, u = x.to(wide), basis.to(wide)
     with in_full(x):

@@ -1,10 +1,10 @@
-"""The edit as PyTorch operators: Triton on CUDA, ATen on the CPU, with fake and autograd.
+"""The edit as PyTorch operators: Triton on CUDA, ATen on the CPU, with fake tensors and gradients.
 
     kernel_surgery::project               y = x - a U (U^T x)
     kernel_surgery::project_add           h = residual + y
     kernel_surgery::project_add_rmsnorm   h, and n = rmsnorm(h) * weight
 
-Operators rather than functions so that torch.compile sees one opaque, differentiable call and CUDA graphs capture it.
+They are operators, not functions: torch.compile sees one opaque, differentiable call, and CUDA graphs capture it.
 """
 
 import math
@@ -25,13 +25,14 @@ _invariant = False
 
 
 def set_batch_invariant(enabled: bool) -> bool:
-    """Whether the kernels on CUDA give a row the same bits whatever rows stand beside it; returns what was set before.
+    """Choose whether a row has the same bits on CUDA whatever the other rows are. Return the setting before.
 
-    Off by default: up to 64 rows take a kernel of their own, which is faster and sums in another order, so that a row's
-    last bits depend on the number of rows. On, few rows take the kernel of many. Of the whole process, read at every
-    launch; a captured graph keeps what it was captured with. It says nothing about other operations: a model's own
-    products (cuBLAS, attention) have to be invariant too for its logits to be. On the CPU it changes nothing: there a
-    BLAS library chooses by the number of rows.
+    Off by default. Up to 64 rows then use a faster kernel that sums in another order, so the last bits of a row depend
+    on the number of rows. If it is on, few rows use the same kernel as many rows.
+
+    The setting is global to the process and is read at every launch. A captured graph keeps the setting that it was
+    captured with. Other operations are not affected: for invariant logits the model's own products (cuBLAS, attention)
+    must be invariant too. On the CPU it changes nothing, because a BLAS library chooses by the number of rows.
     """
     global _invariant
     before, _invariant = _invariant, bool(enabled)
@@ -39,7 +40,10 @@ def set_batch_invariant(enabled: bool) -> bool:
 
 
 def provider(where: Tensor | torch.device | str) -> str:
-    """What runs for a tensor or device: "triton/cuda" or "aten/cpu" (float64 on CUDA is "aten/cuda")."""
+    """Return the implementation that runs for a tensor or device: "triton/cuda" or "aten/cpu".
+
+    Float64 on CUDA is "aten/cuda".
+    """
     device = where.device if isinstance(where, Tensor) else torch.device(where)
     if device.type == "cuda" and not (isinstance(where, Tensor) and where.dtype == torch.float64):
         return "triton/cuda"
@@ -54,11 +58,11 @@ _project_add_rmsnorm = torch.library.custom_op(
 
 
 def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
-    # Late: it imports triton, which is not there on every platform.
+    # Imported late: it needs triton, which does not exist on every platform.
     from kernel_surgery.kernels.project import project as launch
 
-    # A broadcast row (stride 0) is read as it is; elements that do not lie side by side are not. A view may carry its
-    # minus sign as a bit beside memory that a kernel reads raw.
+    # The kernel takes a broadcast row (stride 0), but not elements with a gap between them. A negated view stores its
+    # minus sign as a flag, and a kernel would read the memory without it.
     x = (x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()
     more = {name: v.resolve_neg() if isinstance(v, Tensor) else v for name, v in more.items()}
     row_strength = None if row_strength is None else row_strength.float().contiguous().resolve_neg()
@@ -113,7 +117,7 @@ def _remember_edit(ctx, basis: Tensor, strength: float, row_strength: Tensor | N
     ctx.strength = strength
 
 
-# I - a U U^T is symmetric: a gradient passes through the same operator.
+# I - a U U^T is symmetric, so a gradient passes through the same operator.
 
 
 def _project_setup(ctx, inputs, output) -> None:
@@ -163,11 +167,11 @@ _DIRECT = {
 
 
 def _called(op: CustomOpDef, *tensors: Tensor | None) -> Callable:
-    """The operator, or what it would run, where nobody but that needs to see the call.
+    """Return the operator, or its implementation if nothing needs to see the operator's call.
 
-    A custom operator's way through the dispatcher costs the host more than a small edit does itself (measured: 10 us of
-    24 at one row, three times that among a model's other work). It is taken where it matters: for a gradient, a
-    compiler, a tracer, a dispatch mode, a functional transform or a tensor of another class.
+    The dispatcher costs more host time than a small edit itself (measured: 10 of 24 us at one row, and three times that
+    within a model). So it is used only where it matters: for a gradient, a compiler, a tracer, a dispatch mode, a
+    functional transform, or a subclass of Tensor.
     """
     needed = torch.is_grad_enabled()
     watched = (
@@ -188,7 +192,7 @@ _NO_GRADIENT = (
 
 
 def check_rank(basis: Tensor) -> None:
-    """Raises ValueError for a basis [d_model, k] with k outside 1 .. MAX_RANK."""
+    """Raise KernelSurgeryError for a basis [d_model, k] with k outside 1 .. MAX_RANK."""
     if not 1 <= basis.shape[1] <= MAX_RANK:
         raise KernelSurgeryError(
             f"the basis has k={basis.shape[1]} columns, but project takes 1 to {MAX_RANK}. Fit with a smaller --rank, "
@@ -197,15 +201,16 @@ def check_rank(basis: Tensor) -> None:
 
 
 def packed(basis: Tensor) -> Tensor:
-    """The basis as float32, contiguous, with zero columns up to a multiple of 16: [d_model, k] -> [d_model, k'].
+    """Return the basis in float32, contiguous, padded with zero columns to a multiple of 16.
 
-    The same edit, in the memory layout that the fastest kernel wants. Done once by the appliers, not at every call.
+    [d_model, k] becomes [d_model, k']. The edit is the same; the memory layout is the one that the fastest kernel
+    needs. The modes call this once, not at every call.
     """
     return torch.nn.functional.pad(basis.float(), (0, -basis.shape[1] % 16)).contiguous()
 
 
 def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> tuple[Tensor, float, Tensor | None]:
-    """Check what an operator is given; (x as [rows, d_model], strength of all rows, strength of each row or None)."""
+    """Check an operator's arguments. Return (x as [rows, d_model], strength of all rows, strengths per row or None)."""
     if x.dtype not in dtypes:
         raise TypeError(f"expected x of {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {x.dtype}")
     if basis.ndim != 2 or x.ndim < 1 or basis.shape[0] != x.shape[-1]:
@@ -232,23 +237,25 @@ def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> 
         number = float(strength)
         if not math.isfinite(number):
             raise KernelSurgeryError(f"strength must be a finite number, got {number}.")
-    # 2-D before the operator: on 3-D activations a compiled caller specialises on batch 1 and length 1 until dynamo's
-    # recompile limit, and then runs eagerly without a word.
+    # Made 2-D before the operator. On 3-D activations a compiled caller specialises on batch 1 and length 1 until it
+    # reaches dynamo's recompile limit, and then runs eagerly without a warning.
     return x.reshape(-1, x.shape[-1]), number, row_strength
 
 
 def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-    """y = x - a U (U^T x), as a fresh contiguous tensor of x's shape and dtype.
+    """Return y = x - a U (U^T x), a new contiguous tensor with x's shape and dtype. Differentiable in x.
 
-    x [..., d_model] float32, bfloat16, float16 or float64; basis U [d_model, k], k <= 64, orthonormal columns, any
-    floating dtype (used in float32), same device; strength a: a number, or a tensor of one a row, x.shape[:-1], or of
-    one a sequence, its leading dimensions. Rows of strength 0 come back bit for bit. Float32 accumulation, one
-    rounding at the store: `reference.rule_a_bound`. On CUDA the number of rows, d_model and k choose between three
-    kernels (`kernels/project.py`, `form_of`): across a threshold the last bits of a row may differ, unless
-    `set_batch_invariant` says otherwise. Differentiable in x.
+    x: [..., d_model], float32, bfloat16, float16 or float64.
+    basis: U [d_model, k] on the same device, k <= 64, orthonormal columns. Any floating dtype; it is used in float32.
+    strength: a. A number, a tensor of shape x.shape[:-1] (one per row), or of its leading dimensions (one per
+    sequence). Rows with strength 0 are returned bit-identical.
 
-    Raises ValueError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and for a
-    basis or strength that requires a gradient; TypeError for an x of another dtype.
+    Numerics: float32 accumulation and one rounding when y is stored (bound: `numerics.bounds.rule_a_bound`). On CUDA
+    the number of rows, d_model and k choose one of three kernels (`form_of` in kernels/project.py). The last bits of a
+    row may differ between them; `set_batch_invariant` avoids that.
+
+    Raises KernelSurgeryError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and
+    for a basis or strength that requires a gradient. Raises TypeError for an x of another dtype.
     """
     rows, number, row_strength = _rows(x, basis, strength, (*UP_TO_FLOAT32, torch.float64))
     return _called(_project, rows, basis, row_strength)(rows, basis, number, row_strength).reshape(x.shape)
@@ -257,11 +264,13 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
 def project_add(
     x: Tensor, residual: Tensor, basis: Tensor, strength: float | Tensor = 1.0, *, separate: bool = True
 ) -> Tensor:
-    """h = residual + x - a U (U^T x), fresh and contiguous: `project` and the residual addition in one pass.
+    """Return h = residual + x - a U (U^T x), new and contiguous: `project` and the residual addition in one pass.
 
-    residual: of x's shape, dtype and device. separate: y is rounded to x's dtype before it is added, as it would be by
-    two operations; otherwise once, at the end. Everything else, errors too, as in `project` (no float64); residual is
-    differentiable too.
+    residual: of x's shape, dtype and device. It is differentiable too.
+    separate: round y to x's dtype before the addition, as two separate operations do. Otherwise round once, at the end.
+
+    Everything else is as in `project`, errors included, but float64 is not supported. Bound:
+    `numerics.bounds.add_bound`.
     """
     rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
     _check_beside(x, "residual", residual, x.shape)
@@ -280,11 +289,13 @@ def project_add_rmsnorm(
     *,
     separate: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(h, n): `project_add`, and n = h / sqrt(mean(h^2) + eps) * weight, fresh and contiguous, in one pass.
+    """Return (h, n) in one pass: h of `project_add`, and n = h / sqrt(mean(h^2) + eps) * weight.
 
-    weight: [d_model] of x's dtype and device. n is computed from h as it is returned, in float32. separate: rounded
-    before the multiplication by weight too, as Llama-shaped models do; otherwise once, at the end. As in
-    `project_add` otherwise; weight is differentiable too. Bound: `reference.rmsnorm_bound`.
+    weight: [d_model] of x's dtype and device. It is differentiable too.
+    separate: also round before the multiplication by weight, as Llama's norm does. Otherwise round once, at the end.
+
+    Numerics: n is computed in float32 from h as returned (bound: `numerics.bounds.rmsnorm_bound`; RMSNorm: Zhang and
+    Sennrich 2019, arXiv:1910.07467). Everything else is as in `project_add`.
     """
     rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
     _check_beside(x, "residual", residual, x.shape)

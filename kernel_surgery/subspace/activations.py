@@ -1,4 +1,4 @@
-"""Activations as a file: ours, or the reference script's .npz."""
+"""Activations and their files: our safetensors format, or the reference script's .npz."""
 
 import json
 import os
@@ -21,7 +21,11 @@ FORMAT = "kernel-surgery-activations-1"
 
 @dataclass(frozen=True)
 class Activations:
-    """`vectors[language][layer]` is [problems, d_model] float32; row i is the same problem in every language."""
+    """One activation per problem, language and layer.
+
+    vectors: {language: {layer: [problems, d_model] float32}}. Row i is the same problem in every language.
+    provenance: the model, site, pooling, problems and environment that they were measured with.
+    """
 
     vectors: dict[str, dict[int, torch.Tensor]]
     provenance: dict
@@ -40,7 +44,7 @@ class Activations:
         return tuple(sorted(next(iter(self.vectors.values()))))
 
     def save(self, path: str | os.PathLike) -> None:
-        """One safetensors file, `{lang}_L{layer}` as the reference script names them; complete or not there."""
+        """Write one safetensors file, completely or not at all. Tensors are named `{lang}_L{layer}`."""
         tensors = {f"{lang}_L{i}": t.contiguous() for lang, by in self.vectors.items() for i, t in by.items()}
         metadata = {"provenance": json.dumps({"format": FORMAT} | self.provenance, ensure_ascii=False)}
         with replacing(path) as partial:
@@ -51,10 +55,12 @@ _KEY = re.compile(r"([a-z]{2,3})_L(\d+)")
 
 
 def load_activations(path: Path, model_id: str | None = None, site: str | None = None) -> Activations:
-    """Our safetensors file, or the reference script's .npz (keys "{lang}_L{layer}"), which is never unpickled.
+    """Read activations from our safetensors file or the reference script's .npz (keys "{lang}_L{layer}").
 
-    `model_id` and `site` say what an .npz cannot. Raises ValueError, naming the file and the entry, for a file that
-    is neither, that needs pickle, that holds other keys, ragged shapes, or numbers that are not finite.
+    An .npz is never unpickled. model_id, site: provenance that an .npz cannot hold.
+
+    Raises MissingFileError if there is no file. Raises SubspaceError, naming the file and the entry, if the format is
+    another, if it needs pickle, or for unknown keys, ragged shapes, and numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +73,7 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
         try:
             with np.load(path, allow_pickle=False) as data:
                 arrays = {key: torch.from_numpy(np.asarray(data[key], dtype=np.float32)) for key in data.files}
-        # numpy raises whatever its parser meets: EOFError for an empty file, TypeError for a .npy under this name.
+        # numpy passes on any error of its parser: EOFError for an empty file, TypeError for a .npy with this suffix.
         except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError, zipfile.BadZipFile) as error:
             if "pickle" in str(error).lower():
                 raise SubspaceError(

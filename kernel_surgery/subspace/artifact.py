@@ -1,9 +1,9 @@
-"""A language subspace as a frozen artefact: one orthonormal basis a layer, and where it came from.
+"""The language subspace and its file: one orthonormal basis per layer, with provenance.
 
 The file is safetensors: `layer.{i}.basis` [d_model, k] float32, optionally `layer.{i}.mean` [d_model] and
 `layer.{i}.spectrum`, with the provenance as JSON in the metadata. The provenance holds a *fingerprint*: a few weights
-of the model that was measured, by value. A subspace of one model is meaningless in another of the same shape, and
-nothing else would notice.
+of the measured model, by value. A subspace means nothing in another model of the same shape, and only the fingerprint
+shows such a mistake.
 """
 
 import json
@@ -25,15 +25,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "kernel-surgery-subspace-1"
-ORTHONORMAL = 1e-5  # largest entry of U^T U - I that float32 storage of a float64 basis leaves room for
+ORTHONORMAL = 1e-5  # largest allowed entry of U^T U - I: a float64 basis stored in float32 stays below it
 _FIELDS = ("site", "pool", "model_id", "revision", "n_layers", "fingerprint", "fit")
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """`bases[layer]` is [d_model, k] float32 with orthonormal columns; the rest says how it was found.
+    """A language subspace: an orthonormal basis per layer, and how it was fitted.
 
-    Raises ValueError for no layers, unequal shapes, numbers that are not finite, and columns that are not
+    bases: {layer: U [d_model, k] float32 with orthonormal columns}.
+    site, pool: where and how the activations were read. means: {layer: [d_model]}. spectrum: {layer: singular values}.
+    model_id, revision, n_layers, fingerprint: the model it was fitted on. fit: method, rank, languages, problems.
+
+    Raises SubspaceError for no layers, unequal shapes, numbers that are not finite, and columns that are not
     orthonormal.
     """
 
@@ -69,11 +73,11 @@ class Subspace:
 
     @property
     def note(self) -> str | None:
-        """What every output says where the basis was fitted at another site than the one that is edited."""
+        """A sentence for every output if the basis was fitted at another site than the edited one, else None."""
         return None if self.site in (None, "mlp_out") else f"{self.site} basis applied at mlp_out"
 
     def truncate(self, rank: int) -> "Subspace":
-        """The leading `rank` columns of every basis. Raises ValueError beyond the rank that is there."""
+        """Return the subspace of the first `rank` columns of every basis. Raises SubspaceError beyond its rank."""
         if not 1 <= rank <= self.rank:
             raise SubspaceError(
                 f"cannot truncate a subspace of rank {self.rank} to rank {rank}. Choose 1 to {self.rank}."
@@ -82,14 +86,14 @@ class Subspace:
         return replace(self, bases=bases, fit=(self.fit or {}) | {"rank": rank, "truncated_from": self.rank})
 
     def select(self, layers: Iterable[int]) -> "Subspace":
-        """The same subspace at fewer layers. Raises ValueError for a layer that it does not hold."""
+        """Return the same subspace with fewer layers. Raises SubspaceError for a layer that it does not hold."""
         chosen = list(layers)
         if missing := [layer for layer in chosen if layer not in self.bases]:
             raise SubspaceError(f"layers {missing} are not in the subspace, which holds {list(self.layers)}.")
         return replace(self, bases={layer: self.bases[layer] for layer in chosen})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file, all of it or none."""
+        """Write the file, completely or not at all."""
         named = (("basis", self.bases), ("mean", self.means), ("spectrum", self.spectrum))
         tensors = {
             f"layer.{layer}.{name}": tensor.detach().cpu().float().contiguous()
@@ -98,16 +102,16 @@ class Subspace:
             if layer in self.bases
         }
         provenance = {"format": FORMAT} | {name: getattr(self, name) for name in _FIELDS}
-        # One entry: safetensors writes several in random order, and equal subspaces would not be equal files.
+        # One entry only: safetensors writes several in random order, so equal subspaces would give different files.
         metadata = {"provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, force: bool = False) -> "Subspace":
-        """Read a file. Raises FileNotFoundError, or ValueError for what is not a subspace.
+        """Read a file. A file without provenance (bases alone) is refused unless `force`.
 
-        A file without provenance (bases alone) is refused unless `force`.
+        Raises MissingFileError if there is no file, and SubspaceError if it is not a subspace.
         """
         path = Path(path)
         if not path.is_file():
@@ -146,7 +150,7 @@ class Subspace:
             raise SubspaceError(f"{str(path)!r}: {error}") from error
 
     def check_model(self, model: "PreTrainedModel", *, force: bool = False) -> None:
-        """Refuse a model that the subspace was not fitted on: `check` with what the loaded model says."""
+        """Check a loaded model as `check` does."""
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
         self.check(
             model.config.hidden_size, model.config.num_hidden_layers, lambda: fingerprint(model), name, force=force
@@ -157,8 +161,8 @@ class Subspace:
     ) -> None:
         """Refuse a model that the subspace was not fitted on.
 
-        Raises ValueError for another d_model or layer count, whatever `force` says, and, unless `force`, for other
-        weights than those measured: a finetuned, merged or already baked model included.
+        Raises MismatchError for another d_model or number of layers, even with `force`. Without `force`, raises it for
+        other weights than those measured, so also for a finetuned, merged or already baked model.
         """
         both = (
             f"  subspace: fitted on {self.model_id or 'an unnamed model'} ({self.site or 'site not stated'}, "
@@ -191,7 +195,8 @@ class Subspace:
 
 
 def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """The bases in float32, checked: at least one, of one shape, finite, orthonormal columns. ValueError otherwise."""
+    """Return the bases in float32. Raises SubspaceError unless there is one, and all have one shape, finite numbers and
+    orthonormal columns."""
     if not bases:
         raise SubspaceError("a subspace needs a basis for at least one layer, got none.")
     checked: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Activations of the same problems in several languages."""
+"""Read a model's activations for the same problems in several languages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 def pool_states(states: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
-    """One vector a prompt: [batch, tokens, d_model] and a 0/1 mask [batch, tokens] to [batch, d_model] float32.
+    """Pool to one vector per prompt: [batch, tokens, d_model] to [batch, d_model] float32.
 
-    "last" is the last position the mask keeps, wherever the padding is; "mean" averages the kept ones in float32.
+    mask: [batch, tokens], 1 for tokens and 0 for padding on either side.
+    pool: "last" is the last token that is not padding. "mean" is the mean over those tokens, in float32.
     """
     if pool == "last":
         tokens = torch.arange(mask.shape[1], device=mask.device)
         last = (tokens * mask).argmax(dim=1)
         return states[torch.arange(states.shape[0], device=states.device), last].float()
     kept = mask.unsqueeze(-1).float()
-    # Masked positions are selected away, not multiplied by zero: an Inf in the padding must not become NaN.
+    # Padding is replaced, not multiplied by zero: an Inf in the padding would become NaN.
     return torch.where(kept > 0, states.float(), 0.0).sum(1) / kept.sum(1)
 
 
@@ -45,11 +46,13 @@ def prompt_states(
     batch_size: int = 32,
     desc: str = "collect",
 ) -> dict[int, torch.Tensor]:
-    """One activation a prompt and layer: {layer: [prompts, d_model] float32 on the CPU}, in the order of `prompts`.
+    """Return one activation per prompt and layer: {layer: [prompts, d_model] float32 on the CPU}, in prompt order.
 
-    Prompts are batched by length; positions are counted from the mask, so that padding on either side changes neither
-    rotary positions nor what is read. Raises ValueError for an unknown site or pool and what `sites` raises for a
-    model or layer it does not know; RuntimeError if a requested layer did not run.
+    Prompts are batched by length. Positions are counted from the mask, so padding on either side changes neither the
+    rotary positions nor the token that is read.
+
+    Raises SubspaceError for an unknown site or pool, ModelError for an unknown architecture or layer, and RuntimeError
+    if a layer did not run.
     """
     if site not in SITES:
         raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")

@@ -14,32 +14,32 @@ from kernel_surgery.numerics.rounding import underflow, unit_roundoff
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLES = 16  # weights a tensor in a fingerprint
+SAMPLES = 16  # weights per tensor in a fingerprint
 
 
 def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
-    """A few weights by value: {"dtype", "samples": {tensor name: values}} from embedding and down_proj.
+    """Return a few weights of the embedding and of every `down_proj`: {"dtype", "samples": {tensor name: values}}.
 
-    Values, not a hash, so that the same model loaded in another dtype is recognised.
+    They are values, not a hash, so that the same model in another dtype is recognised.
     """
     named = [(f"{layout_of(model).embedding}.weight", model.get_input_embeddings().weight)]
     return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
 
 
 def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """The fingerprint of named weights, the first of which gives the dtype."""
+    """Return the fingerprint of named weights. The first one gives the dtype."""
     samples, dtype = {}, None
     for name, weight in named:
         flat = weight.detach().reshape(-1)
         dtype = dtype or str(flat.dtype).removeprefix("torch.")
         step = max(1, flat.numel() // SAMPLES)
-        # 7 apart on top of the stride: one that divides the row length would read a single column.
+        # 7 more than the stride: a stride that divides the row length would read a single column.
         samples[name] = flat[[(i * step + 7 * i) % flat.numel() for i in range(SAMPLES)]].double().tolist()
     return {"dtype": dtype, "samples": samples}
 
 
 def _spacing(dtype: str) -> tuple[float, float]:
-    """What rounding to a dtype may be off by: relative to a value, and absolute below the normal range."""
+    """Return the largest error of rounding to a dtype: relative to a value, and absolute below the normal range."""
     if dtype not in DTYPES:
         return 0.0, 0.0
     kind = STORED[dtype].dtype
@@ -47,10 +47,10 @@ def _spacing(dtype: str) -> tuple[float, float]:
 
 
 def fingerprint_differences(fitted: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
-    """Names of sampled tensors that are not the same weights.
+    """Return the names of the sampled tensors whose weights differ.
 
-    In one dtype, every value must be equal. Otherwise each may differ by one rounding to either dtype: u |value| in
-    the normal range, half a subnormal spacing below it.
+    In the same dtype every value must be equal. Otherwise a value may differ by one rounding to either dtype: u |value|
+    in the normal range, half a subnormal spacing below it.
     """
     if set(fitted["samples"]) != set(loaded["samples"]):
         return sorted(set(fitted["samples"]) ^ set(loaded["samples"]))

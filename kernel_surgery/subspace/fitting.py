@@ -1,4 +1,4 @@
-"""From activations to a language subspace."""
+"""Fit a language subspace to activations: an exact PCA of the differences between languages."""
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -11,10 +11,13 @@ from kernel_surgery.subspace.artifact import Subspace
 
 
 def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
-    """Vectors with the singular values and right singular vectors of the deviations (or of the centroids').
+    """Return rows with the same singular values and right singular vectors as the deviations between languages.
 
-    x [problems, languages, d_model]; returned [rows, d_model] float64. Of a problem's deviations from its mean, one is
-    minus the sum of the others: languages - 1 orthonormal contrasts (Helmert's) hold them exactly, D^T D = (Hx)^T (Hx).
+    x: [problems, languages, d_model]. Returns [rows, d_model] float64.
+    method: "deviations" (every problem minus its mean over languages) or "centroids" (the languages' means).
+
+    The deviations D of one problem sum to zero. So languages - 1 orthonormal Helmert contrasts H hold them exactly:
+    D^T D = (Hx)^T (Hx). Raises SubspaceError for another method.
     """
     from scipy.linalg import helmert
 
@@ -29,15 +32,17 @@ def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
 
 
 def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tuple[torch.Tensor, torch.Tensor]:
-    """(basis [d_model, rank] float32, all singular values float32) of rows [n, d_model].
+    """Return the first right singular vectors of rows [n, d_model], and all singular values.
 
-    By the eigenvectors of the smaller Gram matrix in float64, several times faster than a full SVD
+    Returns (basis [d_model, rank] float32, singular values float32). The largest entry of each basis vector is
+    positive, so equal data give equal files.
+
+    Numerics: float64 eigenvectors of the smaller Gram matrix, several times faster than a full SVD
     (`python -m bench.fit`). Squaring loses nothing that float32 activations hold: singular values are resolved down to
-    s_1 sqrt(n 2^-52), and the rank ends well above that. Each basis vector's largest entry is positive, so that equal
-    data give equal files.
+    s_1 sqrt(n 2^-52), far below the smallest one that counts.
 
-    Raises ValueError if `rank` exceeds the numerical rank: singular values below s_1 * max(n, d_model) * 2^-24 are
-    rounding of the float32 activations, and vectors that belong to them point anywhere.
+    Raises SubspaceError if `rank` exceeds the numerical rank. Singular values below s_1 * max(n, d_model) * 2^-24 are
+    rounding of the float32 activations, and their vectors are arbitrary.
     """
     rows = rows.double()
     tall = rows.shape[0] > rows.shape[1]
@@ -51,14 +56,14 @@ def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tu
         )
     basis = vectors[:, :rank]
     if not tall:
-        # X^T v = s u, orthogonal but for float64's rounding times s_1 / s_k. Gram-Schmidt, strongest first, mends that.
+        # X^T v = s u is orthogonal up to float64 rounding times s_1 / s_k. Gram-Schmidt, strongest first, corrects it.
         basis = torch.linalg.qr(rows.T @ basis)[0]
     signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     return (basis * signs).float().contiguous(), s.float()
 
 
 def variance_captured(spectrum: torch.Tensor, rank: int) -> float:
-    """Share of the squared singular values that the first `rank` hold."""
+    """Return the share of the sum of squared singular values that the first `rank` of them have."""
     squares = spectrum.double() ** 2
     return float(squares[:rank].sum() / squares.sum())
 
@@ -71,9 +76,15 @@ def fit_subspace(
     layers: list[int] | None = None,
     command: str | None = None,
 ) -> Subspace:
-    """The language subspace of `activations` at `layers` (default: every layer they hold).
+    """Fit the language subspace of `activations`.
 
-    Raises ValueError for layers that were not collected, for a rank beyond the data's, and for an unknown method.
+    rank: k, the number of directions per layer.
+    method: "deviations" or "centroids" (`language_rows`).
+    layers: the layers to fit (default: all that were collected).
+    command: the command line, for the record.
+
+    Numerics: float64; the bases are stored in float32. Raises SubspaceError for layers that were not collected, a rank
+    beyond the data's, and an unknown method.
     """
     layers = list(activations.layers) if layers is None else list(layers)
     if missing := [layer for layer in layers if layer not in activations.layers]:
