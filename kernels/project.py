@@ -1,31 +1,30 @@
-"""y = x - a U (U^T x) for rows x [M, d] and an orthonormal basis U [d, k], and what follows it in a decoder layer.
+"""Triton kernels: y = x - a U (U^T x) for rows x [M, d] and an orthonormal basis U [d, k], and what follows in a layer.
 
-Three operations, told apart at compile time: y alone; h = residual + y (ADD); and also n = rmsnorm(h) * weight (NORM).
-The last needs x, the residual, h and n once each, as adding and normalising alone do; what a form reads again (U, and x
-or h) comes from cache where it fits there. How near that comes to free is not measured on a GPU yet.
+There are three operations, chosen at compile time: y; h = residual + y (ADD); and also n = rmsnorm(h) * weight (NORM).
+NORM reads x and the residual once and writes h and n once, as the addition and the norm alone would. Data that is read
+again (U, and x or h) comes from the cache if it fits. How close this comes to free is not measured on a GPU yet.
 
-Three kernels, one function:
+Three kernels compute the same function:
 
-    row         one row a program, float32 products without tensor cores: few rows, where only latency counts. U of up
-                to 32768 elements (d = 2048, k = 16), packed, is read once and stays in registers, as x does
-    tile        x is read once and stays in registers, the warps share the columns: bfloat16, packed U, k = 16
-    two-pass    a block of rows is read twice, the second time from cache where it fits: every other shape
+    row         one row per program, float32 products without tensor cores. For few rows, where only latency counts.
+                Packed U of up to 32768 elements (d = 2048, k = 16) is read once and stays in registers, as x does
+    tile        x is read once and stays in registers; the warps share the columns. For bfloat16, packed U, k = 16
+    two-pass    a block of rows is read twice, the second time from the cache if it fits. For every other shape
 
-`form_of` chooses by shape alone. Crossing one of its thresholds changes the order of summation and so the last bits of
-a row: the same row in a batch of 64 and of 65 may differ by a rounding. Every form meets the same bound. Where a row
-must have the same bits in any batch, `invariant` chooses as for many rows, whatever their number; few rows then take
-longer.
+`form_of` chooses by shape alone. On either side of one of its thresholds the order of summation differs, and so may the
+last bits: a row in a batch of 64 and in one of 65 may differ by a rounding. All forms meet the same bound. `invariant`
+gives a row the same bits in any batch: it always chooses as for many rows, and few rows then take longer.
 
-The danger in a kernel like this is z = U^T x. Handing it to the tensor cores in bfloat16, as LoRA kernels do, leaks
-twelve times what float32 arithmetic leaks when x lies inside span(U), and random x does not show it. So U and z both
-go in as two bfloat16 pieces (hi + lo), which keeps 16 bits of each: z = x Uh + x Ul, then zh Uh + zl Uh + zh Ul.
-float16 has no such pieces for z (it overflows at 65504) and takes three TF32 products instead; float32 takes IEEE
-products and no tensor cores. All sums are float32, with one rounding at the store.
+The numerically delicate step is z = U^T x. With bfloat16 inputs on tensor cores, as in LoRA kernels, twelve times as
+much is left in span(U) as in float32 when x lies inside it, and random x does not show this. So U and z are each split
+into two bfloat16 pieces (hi + lo), which keep 16 bits: z = x Uh + x Ul, then zh Uh + zl Uh + zh Ul. In float16 z cannot
+be split (it overflows at 65504), so three TF32 products are used. float32 uses IEEE products without tensor cores. All
+sums are float32, with one rounding at the store.
 
-With ADD and NORM there is a choice of roundings. SEPARATE rounds where separate operations would round: y, then h, then
-h / rms(h), then n. Otherwise y and h / rms(h) stay in float32. n is always the norm of h as it was stored.
+ADD and NORM have a choice of roundings. SEPARATE rounds where separate operations would: y, then h, then h / rms(h),
+then n. Otherwise y and h / rms(h) stay in float32. n is always the norm of h as stored.
 
-Not here: a form that splits d for very small M and large U.
+There is no form that splits d for very small M and large U.
 """
 
 import torch
@@ -35,7 +34,7 @@ import triton.language as tl
 
 @triton.jit
 def load_basis(basis_ptr, column, d, k, stride_d, stride_k, BLOCK_K: tl.constexpr):
-    """Rows `column` of U as float32 [len(column), BLOCK_K], zero beyond d and k."""
+    """Load rows `column` of U as float32 [len(column), BLOCK_K], with zeros beyond d and k."""
     column_k = tl.arange(0, BLOCK_K)
     return tl.load(
         basis_ptr + column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k,
@@ -46,7 +45,7 @@ def load_basis(basis_ptr, column, d, k, stride_d, stride_k, BLOCK_K: tl.constexp
 
 @triton.jit
 def gather(x, u, z, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """z + x u for a chunk x [..., rows, columns] and u [..., columns, k] float32."""
+    """Return z + x u for a chunk x [..., rows, columns] and u [..., columns, k] float32."""
     if PIECES is not None:
         u_hi = u.to(PIECES)
         u_lo = (u - u_hi.to(tl.float32)).to(PIECES)
@@ -58,7 +57,7 @@ def gather(x, u, z, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """z u, what is to be removed from a chunk: z [..., rows, k], u [..., k, columns] float32. Small terms first."""
+    """Return z u, the part to remove from a chunk: z [..., rows, k], u [..., k, columns] float32. Small terms first."""
     if PIECES is not None:
         z_hi = z.to(PIECES)
         z_lo = (z - z_hi.to(tl.float32)).to(PIECES)
@@ -73,9 +72,9 @@ def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def edited(x, removed, a, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPARATE: tl.constexpr):
-    """x - a removed, plus the residual with ADD; one rounding to `kind`, the dtype that is stored.
+    """Return x - a removed (with ADD: plus the residual), rounded once to `kind`, the stored dtype.
 
-    A row of strength 0 comes back bit for bit, whatever its z became.
+    A row with strength 0 is returned bit-identical, even if its z is not finite.
     """
     wide = x.to(tl.float32)
     wide = tl.where(a == 0.0, wide, wide - a * removed)
@@ -88,7 +87,7 @@ def edited(x, removed, a, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPAR
 
 @triton.jit
 def normalized(h, weight, inverse_rms, kind: tl.constexpr, SEPARATE: tl.constexpr):
-    """h / rms(h) * weight in `kind`."""
+    """Return h / rms(h) * weight in `kind`."""
     wide = h.to(tl.float32) * inverse_rms
     if SEPARATE:
         wide = wide.to(kind).to(tl.float32)
@@ -102,11 +101,11 @@ def _project_row_kernel(
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PER_ROW: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr,
 ):
-    """One row a program, z summed in float32 registers.
+    """One row per program; z is summed in float32 registers.
 
-    WHOLE: BLOCK_D holds all of the row. Whatever is needed is asked for before anything is waited for, read once, and
-    stays in registers: one wait for memory instead of one a chunk and pass, which is all that a small batch costs.
-    Otherwise chunk by chunk, with x and U read a second time, and h too for the norm.
+    WHOLE: BLOCK_D holds the whole row. All loads are issued before the first wait, and the data stays in registers.
+    That is one wait for memory instead of one per chunk and pass, and waiting is the whole cost of a small batch.
+    Otherwise the row is read in chunks. x and U are then read a second time, and h too for the norm.
     """
     kind: tl.constexpr = y_ptr.dtype.element_ty
     # int64 before any multiplication by a stride: M * d may pass 2^31.
@@ -167,7 +166,7 @@ def _project_row_kernel(
 
 @triton.jit
 def block_of_rows(row_strength_ptr, strength, rows, BLOCK_M: tl.constexpr, PER_ROW: tl.constexpr):
-    """(row numbers int64 [BLOCK_M], strengths float32 [BLOCK_M]) of this program."""
+    """Return (row numbers int64 [BLOCK_M], strengths float32 [BLOCK_M]) of this program."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if PER_ROW:
         a = tl.load(row_strength_ptr + row, mask=row < rows, other=0.0) * strength
@@ -204,7 +203,7 @@ def _project_two_pass_kernel(
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows a program, walked over twice (with NORM a third time over h). PIECES: dtype of the hi and lo
+    """BLOCK_M rows per program, read twice (with NORM, h is read a third time). PIECES: dtype of the hi and lo
     pieces, or None for float32 products of PRECISION ("ieee" or "tf32x3")."""
     kind: tl.constexpr = y_ptr.dtype.element_ty
     row, a = block_of_rows(row_strength_ptr, strength, rows, BLOCK_M, PER_ROW)
@@ -269,9 +268,9 @@ def _project_tile_kernel(
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows a program, read once: chunks of BLOCK_D columns in registers. d a multiple of BLOCK_D, U packed.
+    """BLOCK_M rows per program, read once: chunks of BLOCK_D columns in registers. BLOCK_D divides d, U is packed.
 
-    Every tensor has a leading dimension of SPLIT, one slice of the columns a warp: [SPLIT, BLOCK_M, BLOCK_D / SPLIT].
+    Every tensor has a leading dimension of SPLIT, one slice of the columns per warp: [SPLIT, BLOCK_M, BLOCK_D / SPLIT].
     Without it every warp would hold all of x and U as matrix operands, and the kernel would spill kilobytes.
     """
     kind: tl.constexpr = y_ptr.dtype.element_ty
@@ -326,10 +325,10 @@ TILE_WIDEST = 2560
 
 
 def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) -> str:
-    """Which kernel runs for x [rows, d] and a basis of k columns: "row", "tile" or "two-pass".
+    """Return the kernel for x [rows, d] and a basis of k columns: "row", "tile" or "two-pass".
 
-    packed: the basis lies in memory as [d, k] without gaps. `ops.packed` makes it so, with zero columns for a k that
-    the tile form does not take. The same for all three operations: h has the same bits with the norm and without.
+    packed: the basis is [d, k] in memory without gaps. `ops.packed` makes it so, and pads k with zero columns for the
+    tile form. The choice is the same for all three operations: h is bit-identical with the norm and without.
     """
     if rows <= FEW_ROWS:
         return "row"
@@ -338,14 +337,14 @@ def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) 
 
 
 def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str, **overrides) -> dict:
-    """Constexprs and launch parameters of a form for x of `dtype` [rows, d] and a basis of k columns; `overrides`
-    replace some of them.
+    """Return constexprs and launch parameters of a form, for x of `dtype` [rows, d] and a basis of k columns.
 
-    None of them spills on sm_80 or sm_90: see `python -m kernel_surgery.aot`. Not tuned on a GPU yet.
+    overrides: replace some of them. No choice spills registers on sm_80 or sm_90 (`python -m kernel_surgery.aot`). They
+    are not tuned on a GPU yet.
     """
     block_k = max(16, triton.next_power_of_2(k))
     if form == "row":
-        # 64 registers a thread for a chunk of U. One that is not padded is not read in whole vectors and takes more.
+        # 64 registers per thread for a chunk of U. If U is not padded, it is not read in whole vectors and takes more.
         block_d = min(triton.next_power_of_2(d), (32768 if k == block_k else 4096) // block_k)
         warps = max(4, block_d * block_k // 2048)
         options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
@@ -379,13 +378,13 @@ def project(
     invariant: bool = False,
     **overrides,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch a kernel; returns fresh contiguous (y, None), or with `weight` (h, n), each [M, d] of x's dtype.
+    """Launch a kernel. Return new contiguous (y, None), or with `weight` (h, n), each [M, d] of x's dtype.
 
-    x [M, d] bfloat16, float16 or float32, last stride 1, any row stride; basis [d, k] float32, any strides, k <= 64;
-    row_strength [M] float32 contiguous, multiplied by `strength`; residual like x, added; weight [d] contiguous of x's
-    dtype, only with a residual. separate: SEPARATE above. invariant: a row's bits are the same in any batch. Shapes are
-    the caller's to check. `form` names a kernel instead of `form_of`; `overrides` replace launch options. Raises
-    ValueError for a tile form that cannot be.
+    x: [M, d] bfloat16, float16 or float32, last stride 1, any row stride. basis: [d, k] float32, any strides, k <= 64.
+    row_strength: [M] float32 contiguous, multiplied by `strength`. residual: like x; it is added.
+    weight: [d] contiguous of x's dtype, only with a residual. separate: SEPARATE above.
+    invariant: a row has the same bits in any batch. form: a kernel instead of `form_of`'s choice. overrides: replace
+    launch options. The caller checks shapes. Raises ValueError for a shape that the tile form cannot take.
     """
     rows, d = x.shape
     k = basis.shape[1]

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels ahead of time for a GPU that is not there, and reads off what they need.
+"""Compile the Triton kernels ahead of time for a GPU that is not present, and report what they need.
 
     python -m kernel_surgery.aot [--out FILE]     registers, spills and shared memory for sm_80 and sm_90
 
-`triton.compile` accepts a kernel that no device could launch: shared memory and spills have to be looked at, and that
-no row number or stride is multiplied in 32 bits. Needs no GPU; the ptxas in Triton's wheel does the work. Not for a
-process with TRITON_INTERPRET set (there is nothing to compile then).
+`triton.compile` accepts kernels that no device could launch. So shared memory and spills are checked, and that no row
+number or stride is multiplied in 32 bits. No GPU is needed: the ptxas in Triton's wheel compiles. TRITON_INTERPRET must
+not be set, because nothing is compiled then.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one specialisation needs: registers a thread, bytes spilled, bytes of shared memory a block.
+    """What one compiled kernel needs: registers per thread, bytes spilled, bytes of shared memory per block.
 
-    narrow: how many products of a row number, a size or a stride are 32 bits wide. M * d may pass 2^31: it must be 0.
-    late_loads: how many loads from memory stand behind the first barrier, where a program has waited already.
+    narrow: number of 32-bit products of a row number, a size or a stride. It must be 0, because M * d may pass 2^31.
+    late_loads: number of loads after the first barrier, when the program has already waited once.
     """
 
     sm: int
@@ -60,7 +60,7 @@ class Compiled:
     late_loads: int
 
     def faults(self) -> list[str]:
-        """Why this could not run well, or at all; empty if it can."""
+        """Return the reasons why it cannot run, or cannot run well. The list is empty if it can."""
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
@@ -72,7 +72,7 @@ class Compiled:
 
 
 def narrow_products(ttir: str) -> int:
-    """Products in 32 bits of anything that comes from a program id or an integer argument, in Triton's IR.
+    """Count the 32-bit products in Triton's IR of anything derived from a program id or an integer argument.
 
     Products of columns alone are bounded by d * k and may be 32 bits wide.
     """
@@ -101,11 +101,10 @@ def compile_project(
     separate: bool = True,
     **overrides: Any,
 ) -> Compiled:
-    """Compile `kernels/project.py` for compute capability `sm` (80 or 90) as it would be launched for x [rows, d],
-    every tensor beginning at a multiple of 16 bytes.
+    """Compile `kernels/project.py` for compute capability `sm` (80 or 90), as it would be launched for x [rows, d].
 
-    operation: a key of OPERATIONS. form, overrides: replace its choice of kernel and launch options. Raises what
-    Triton raises for a kernel that does not compile.
+    Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. form, overrides: replace
+    the choice of kernel and its launch options. Raises what Triton raises for a kernel that does not compile.
     """
     import triton
     from triton import knobs
@@ -118,7 +117,7 @@ def compile_project(
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     element = STORED[dtype].triton
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
-    # A row-major basis has stride_basis_k = 1, which Triton specialises when it launches: so does this.
+    # A row-major basis has stride_basis_k = 1, for which Triton compiles a special kernel at launch. So does this.
     constants |= {"d": d} if form == "tile" else {"stride_basis_k": 1}
     signature = {
         **{f"{name}_ptr": f"*{element}" for name in ("x", "residual", "weight", "y", "n")},
@@ -139,7 +138,7 @@ def compile_project(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        # Triton compiles for sm_90a where it can; ptxas must be told what the PTX says.
+        # Triton may compile for sm_90a. ptxas must get the target that the PTX names.
         target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)
         assert target is not None  # every PTX names it
         words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", file, "-o", Path(folder) / "kernel.cubin"]
@@ -153,5 +152,5 @@ def compile_project(
 
 
 def kernel_sha256() -> str:
-    """Of the source that is compiled: a table belongs to one."""
+    """Return the SHA-256 of the kernels' source. A table of compiled kernels is valid for one source only."""
     return hashlib.sha256(Path(project.__file__).read_bytes()).hexdigest()
