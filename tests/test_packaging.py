@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kernel_surgery
+from tests.support.marks import everyday
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_FILES = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CONTRIBUTING.md Makefile constraints.txt"
@@ -189,7 +190,7 @@ def places(tmp_path_factory) -> Places:
 
 
 @pytest.mark.parametrize("with_stand_in", [False, True], ids=["without", "with"])
-@pytest.mark.parametrize("module", [False, True], ids=["-c", "-m"])
+@pytest.mark.parametrize("module", everyday([False, True], True), ids=["-c", "-m"])
 def test_in_a_bare_clone_each_name_finds_its_own(places, module, with_stand_in):
     # The whole of it once: transformers imports the package, and our module runs beside it.
     deep = " hub import" if with_stand_in and module else ""
@@ -199,7 +200,7 @@ def test_in_a_bare_clone_each_name_finds_its_own(places, module, with_stand_in):
 
 
 @pytest.mark.parametrize("with_stand_in", [False, True], ids=["without", "with"])
-@pytest.mark.parametrize("kind", ["editable", "wheel"])
+@pytest.mark.parametrize("kind", everyday(["editable", "wheel"], "wheel"))
 def test_installed_each_name_finds_its_own(places, kind, with_stand_in):
     # What transformers makes of each answer is seen in the clone; once more here, where the package is there.
     report = places.probe(kind, with_stand_in, what="transformers import" if with_stand_in else "")
@@ -211,7 +212,7 @@ def test_installed_each_name_finds_its_own(places, kind, with_stand_in):
     assert complaints(report, with_stand_in, False, project[kind]) == []
 
 
-@pytest.mark.parametrize("with_stand_in", [False, True], ids=["without", "with"])
+@pytest.mark.parametrize("with_stand_in", everyday([False, True], False), ids=["without", "with"])
 def test_a_planted_init_file_is_caught(places, tmp_path, with_stand_in):
     """The same check, on the same tree with the one file that must not be there."""
     trapped = tmp_path / "clone"

@@ -74,6 +74,7 @@ def test_the_generated_pages_and_plots_are_up_to_date():
     assert list(pages.outdated()) == [], "run python -m bench.pages"
 
 
+@pytest.mark.slow
 def test_the_check_names_each_page_that_is_not_up_to_date_and_writes_nothing(monkeypatch, tmp_path, capsys):
     for name in [*SECTIONS, *(f"bench/plots/{p.name}" for p in ROOT.glob("bench/plots/*.svg"))]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,7 @@ def test_rows_are_added_run_after_run_and_a_run_replaces_its_own(tmp_path):
     assert [r["provider"] for r in store.newest(file)] == ["copy", "eager"]
 
 
+@pytest.mark.slow
 def test_the_pictures_are_compared_without_their_last_digit():
     """The last printed digit of a coordinate depends on the machine's maths library."""
     from bench.plots import draw, same_picture

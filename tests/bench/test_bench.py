@@ -44,6 +44,7 @@ def test_the_operators_benchmark_prints_its_ceiling_then_rows_that_are_right(tmp
     assert all(row["noise"] >= 0 and row["ratio_ci95"][0] <= row["ratio"] <= row["ratio_ci95"][1] for row in rows)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_says_so_and_leaves_the_others_alone(monkeypatch, capsys):
     """As a form that needs more shared memory than a device has: Triton's own error, not a RuntimeError."""
 
@@ -62,6 +63,7 @@ def test_what_cannot_be_run_says_so_and_leaves_the_others_alone(monkeypatch, cap
     assert "2 of our own rows could not be run" in captured.err and captured.out.count(" of copy, ") == 8
 
 
+@pytest.mark.slow
 def test_a_wrong_provider_of_ours_fails_the_benchmark(monkeypatch, capsys):
     real = op.projections
 

@@ -179,6 +179,7 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
         smoke.run(["--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
     from bench import tune
     from kernel_surgery.kernels import project as kernels

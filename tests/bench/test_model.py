@@ -17,6 +17,7 @@ def small():
     return made, bases, model.Oracle(made, bases, tokens=16)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_every_provider_computes_the_edit_and_an_unedited_one_is_not_timed(small, phase):
@@ -66,6 +67,7 @@ def test_compiled_providers_do_not_run_each_others_graphs(small, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_status_is_1_where_a_mode_of_ours_was_not_timed_and_0_where_it_is_exact(small, monkeypatch):
     from bench import model
 

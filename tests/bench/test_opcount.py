@@ -155,6 +155,7 @@ for form in ("row", "tile", "two-pass"):
 """
 
 
+@pytest.mark.slow
 def test_every_operator_is_one_launch_in_every_form():
     """Counted in the interpreter, through the launcher that CUDA takes: with the addition and the norm too."""
     done = subprocess.run(

@@ -23,6 +23,7 @@ from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.ops.eager import project_eager
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.verify import run
+from tests.support.marks import everyday
 from tests.support.models import basis, pico
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -421,7 +422,7 @@ ON_DISK = {
 }
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.fixture(scope="module", params=everyday(DTYPES, torch.bfloat16), ids=lambda d: str(d).removeprefix("torch."))
 def polyglot_baked(request, tmp_path_factory):
     """polyglot stored in a dtype, and baked."""
     folder = tmp_path_factory.mktemp("polyglot")

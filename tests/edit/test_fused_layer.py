@@ -316,9 +316,8 @@ def test_it_works_with_every_kind_of_cache_and_of_call(bases):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k == "qwen2" else pytest.param(k, marks=pytest.mark.slow) for k in ARCHITECTURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_it_compiles_into_one_graph_with_a_static_cache_and_goes_when_the_edit_goes(kind, bases):
     from transformers import StaticCache
 

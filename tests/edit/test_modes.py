@@ -9,6 +9,7 @@ from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.bounds import rule_b_bounds, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
+from tests.support.marks import everyday
 from tests.support.models import basis, pico
 
 MODES = {"hook": hooked, "baked": baked, "fused": fused, "lora": adapted}
@@ -256,7 +257,7 @@ def test_an_unknown_architecture_is_refused_by_name(mode, bases):
         pytest.fail("the block was entered")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", everyday(MODES, "fused"))
 def test_code_compiled_before_sees_the_edit_come_and_go(mode, bases):
     """Dynamo does not look at hooks again by itself: without the reset the edit would silently not be there."""
     model = pico("llama")

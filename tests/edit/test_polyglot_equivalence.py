@@ -129,6 +129,7 @@ def test_bf16_layers_meet_rule_b_on_real_activations(models, subspace):
         assert worst_ratio((x.double() - ours).norm(dim=-1), row) > 1
 
 
+@pytest.mark.slow
 def test_bf16_logits_of_every_mode_err_like_the_original_model_in_bf16(models, tokenizer, subspace, oracle):
     """What bfloat16 costs the edited model is what it costs the original: the yardstick is measured in the same run.
 

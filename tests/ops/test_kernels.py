@@ -58,6 +58,7 @@ def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, case
     assert [r["broken"] for r in results if r["broken"]] == []
 
 
+@pytest.mark.slow
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for():
     results = interpret("batches", "float32", "float16")
     assert len(results) == 4

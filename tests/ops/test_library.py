@@ -13,12 +13,15 @@ from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.ops import library
 from kernel_surgery.ops.library import _DIRECT, project, project_add, project_add_rmsnorm, provider
+from tests.support.marks import everyday
 from tests.support.models import basis
 
 OPERATOR = torch.ops.kernel_surgery.project.default
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", everyday([torch.float32, torch.bfloat16, torch.float16, torch.float64], torch.bfloat16)
+)
 @pytest.mark.parametrize("per_row", [False, True], ids=["number", "per row"])
 def test_opcheck_passes(dtype, per_row):
     x = torch.randn(5, 24).to(dtype).requires_grad_(dtype in (torch.float32, torch.float64))

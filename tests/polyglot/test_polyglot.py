@@ -153,6 +153,7 @@ def test_the_card_states_what_results_json_says():
     assert set(results["modes"]["original"]) == set(LANGUAGES)
 
 
+@pytest.mark.slow
 def test_dev_accuracy_is_exactly_what_greedy_decoding_does(model, tokenizer):
     chosen = problems("dev", 1)
     rows = [(p, language) for p in chosen for language in LANGUAGES]
@@ -169,6 +170,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "TOKENS", 512)
 
 
+@pytest.mark.slow
 def test_training_resumes_where_it_stopped_and_gives_the_same_weights(tmp_path, small, capsys):
     """Three steps in one go, and one step, a stop, then the rest: bit for bit the same state."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
