@@ -455,7 +455,9 @@ def test_the_certificate_of_a_checkpoint_is_written_with_its_plot(polyglot_baked
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_DISK)
+@pytest.mark.parametrize(
+    "polyglot_baked, name", [(DTYPES[i % 3], name) for i, name in enumerate(ON_DISK)], indirect=["polyglot_baked"]
+)
 def test_a_fault_on_disk_is_found_and_its_layer_named_though_the_hashes_match(polyglot_baked, name, tmp_path, capsys):
     (file,) = (polyglot_baked / "baked").glob("*.safetensors")
     record = polyglot_baked / "baked" / "provenance.json"

@@ -317,7 +317,7 @@ def test_it_works_with_every_kind_of_cache_and_of_call(bases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])  # biases in attention, and norms within it
 def test_it_compiles_into_one_graph_with_a_static_cache_and_goes_when_the_edit_goes(kind, bases):
     from transformers import StaticCache
 

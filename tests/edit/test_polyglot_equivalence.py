@@ -155,7 +155,7 @@ def test_bf16_logits_of_every_mode_err_like_the_original_model_in_bf16(models, t
 @pytest.mark.slow
 def test_all_modes_write_the_same_texts_in_float32(models, tokenizer, subspace):
     """On the English and Chinese test set; two texts may part only where the two best logits are within 1e-4."""
-    model, texts = models[torch.float32], prompts(20)
+    model, texts = models[torch.float32], prompts(10)
     written = {}
     for mode, applier in MODES.items():
         with applier(model, subspace):
@@ -171,4 +171,4 @@ def test_all_modes_write_the_same_texts_in_float32(models, tokenizer, subspace):
             gap = float(best[0] - best[1])
             print(f"hook and {other} part at token {at} of {prompt!r}: gap of the two best logits {gap:.1e}")
             assert gap < 1e-4
-    assert len({g.text for g in written["hook"]}) > 100
+    assert len({g.text for g in written["hook"]}) > 50

@@ -41,9 +41,9 @@ PATHS = {
     "float16 tile pieces": (torch.float16, {"form": "tile", "PIECES": tl.float16}),
 }
 # Every size of rows {0, 1, 3, 17, 199}, d {64, 129, 2048, 2049, 3584, 8192} and k {1, 10, 16, 33, 64} is here, many
-# rows beside a small d: the interpreter takes a minute where the compiled kernel takes a microsecond. The tile form
-# takes those it can: d a multiple of 128, k of 16. The row form takes a row whole where U fits into registers, else
-# chunk by chunk; "row chunks" takes them all so.
+# rows beside a small d: the interpreter takes a minute where the compiled kernel takes a microsecond. One path of each
+# form takes the widest. The tile form takes those it can: d a multiple of 128, k of 16. The row form takes a row whole
+# where U fits into registers, else chunk by chunk; "row chunks" takes them all so.
 SHAPES = [
     *((0, 64, 1), (199, 64, 16), (3, 129, 10), (199, 129, 64), (17, 2048, 16), (3, 2048, 64)),
     *((2, 2049, 33), (1, 2049, 1), (3, 3584, 10), (1, 3584, 16), (2, 8192, 64)),
@@ -56,8 +56,10 @@ EPS = 0.3  # of the size of the mean square, so that where it stands in the form
 
 def takes(path, m, d, k):
     if "row" in path:  # a program takes one row: more rows show nothing new, and in chunks they take a minute
-        return m <= 64 and not ("chunks" in path and m > 3 and d > 400)
-    return "tile" not in path or (d % 128 == 0 and k in (16, 32))
+        return m <= 64 and not ("chunks" in path and ((m > 3 and d > 400) or d > 3600))
+    if "tile" in path:
+        return d % 128 == 0 and k in (16, 32)
+    return d < 2100 or path == "float32" or (path == "float16 pieces" and (d, k) == (3584, 10))
 
 
 def layouts(x):
