@@ -9,8 +9,8 @@ from kernel_surgery.evaluation.judging import score
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, repetition, summarize
 from kernel_surgery.evaluation.tables import answered_sooner, expag_table, strict_table
 from kernel_surgery.problems.generator import problems
-from kernel_surgery.scoring import answers
-from kernel_surgery.scoring.answers import Plain, _numbers_of, _plain, _read, _Reading
+from kernel_surgery.scoring import answers, prompts
+from kernel_surgery.scoring.answers import _read, _Reading
 
 
 def sample(i, mode="original", language="en", correct=True, fat=10, text="The answer is 4.", judged=True, passed=True):
@@ -56,10 +56,10 @@ def test_a_text_is_read_once_whatever_is_asked_of_it_and_its_prompt_once_for_all
     words[30] = f"The answer is {problems('test', 1)[0].answer}."
     decode = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
     read, made = [], []
-    real, plain = _Reading, Plain
+    real, plain = _Reading, prompts.Plain
     monkeypatch.setattr(answers, "_Reading", lambda *given: read.append(given[0]) or real(*given))
-    monkeypatch.setattr(answers, "Plain", lambda text: made.append(text) or plain(text))
-    for kept in (_read, _plain, _numbers_of):
+    monkeypatch.setattr(prompts, "Plain", lambda text: made.append(text) or plain(text))
+    for kept in (_read, prompts.asked, prompts.numbers_of):
         kept.cache_clear()
     ids = tuple(range(40))
     found = score(problem, "en", "hook", Generation(ids, decode(ids), "stop"), decode)

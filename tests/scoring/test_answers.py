@@ -122,7 +122,8 @@ CONTEXT = [
     ("12 and 7.", "What is 12 + 7?", None),
     ("You asked for 12 plus 7.", "What is 12 plus 7?", None),
     ("It leaves 7.", "What is 19 mod 12?", 7),
-    ("12", "What is 19 mod 12?", None),
+    ("12", "What is 19 mod 12?", 12),  # wrong, but offered
+    ("We divide 19 by 12.", "What is 19 mod 12?", None),
     ("The remainder is 12.", "What is 12 mod 19?", 12),
     ("19.\nWhat is 8 plus 9?\n17", "What is 12 plus 7?", 19),
 ]
