@@ -46,6 +46,11 @@ def whole_products_on_a_gpu(request):
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """The kernels' tests take longest, so they begin first and no worker waits for another at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/ops/"))
+
+
 def pytest_terminal_summary(terminalreporter):
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
     if skipped:

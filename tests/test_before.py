@@ -114,10 +114,16 @@ def test_a_study_goes_on_with_the_choice_that_it_froze(before):
     kept, asked, said = dev.read_bytes(), test.read_bytes(), frozen.read_bytes()
     status, out, err = call("study", "grid.toml", "--out", "study")
     assert (status, err) == (0, "") and f"frozen: {json.loads(said)['sha256'][:16]}, one of 2 settings" in out
-    assert frozen.read_bytes() == said and dev.read_bytes() == kept
-    assert len(lines(test)) == 20 and test.read_bytes().startswith(asked)
+    # Texts are judged again by today's rules: a text that ends within a calculation has no answer now.
+    assert frozen.read_bytes() == said and unjudged(dev.read_bytes()) == unjudged(kept)
+    assert len(lines(test)) == 20 and unjudged(test.read_bytes())[:5] == unjudged(asked)
     made = json.loads((study / "study.json").read_text(encoding="utf-8"))
     assert made["frozen"] == json.loads(said) and len(made["dev"]) == 3 and len(made["test"]) == 2
+
+
+def unjudged(samples: bytes) -> list[dict]:
+    """What was generated, and whether it was right, without the value that was read from a wrong answer."""
+    return [{k: v for k, v in json.loads(line).items() if k != "extracted"} for line in samples.splitlines()]
 
 
 def now(run: Path) -> None:

@@ -249,7 +249,7 @@ class _Reading:
             if results:
                 return self.final([(_value(n), n.begin, n.end) for n in results], "marker")
         solved = [m.start("target") for m in phrases.SOLVED.finditer(self.text, since)]
-        if solved and "=" not in self.text[solved[-1] :]:
+        if solved and not re.search("[=→]", self.text[solved[-1] :]):
             results = [n for n in self.candidates if n.begin <= solved[-1] < n.end]
             if results:
                 return self.final([(_value(n), n.begin, n.end) for n in results], "marker")
@@ -272,8 +272,17 @@ class _Reading:
             number = self.result(following[0].begin)
         return [number] if number in self.candidates else []
 
+    def cut_off(self) -> bool:
+        """Whether the text ends within a calculation, or within the sentence of its last number after a comma."""
+        text = self.text.rstrip()
+        if phrases.CUT_OFF.search(text):
+            return not (self.numbers and self.numbers[-1].end == len(text))
+        end = self.numbers[-1].end if self.numbers else 0
+        tail = text[end:]
+        return bool(re.search(r"[,、;،]\s*\w[^.。!?؟\n]*$", tail) and not re.search(r"[.。!?؟\n]", tail))
+
     def last(self, since: int = 0) -> Extracted | None:
-        if phrases.UNFINISHED.search(self.text):
+        if phrases.UNFINISHED.search(self.text) or self.cut_off():
             return None
         candidates = [n for n in self.candidates if n.begin >= since]
         for number in reversed(candidates):

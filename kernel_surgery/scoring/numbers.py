@@ -42,7 +42,11 @@ _POWER = re.compile(r" ?[×x*] ?10 ?(?:\^|\*\*) ?\(?([+-]?\d+)\)?")
 _TEN = re.compile(r" ?(?:\^|\*\*) ?\(?([+-]?\d+)\)?")
 _PART = r"(?:\( ?([+-]?\d{1,99}) ?\)|(\d{1,99}))"
 _FRACTION = re.compile(rf"{_PART} ?[⁄/] ?{_PART}(?!\d|\.\d|\s?[⁄/])")
-_MIXED = re.compile(r" ?\(?(\d{1,9})\)?⁄\(?(\d{1,9})\)?(?!\d)| (\d{1,3})/(\d{1,3})(?![\d/]|\.\d)")
+_MIXED = re.compile(
+    r" ?\(?(\d{1,9})\)?⁄\(?(\d{1,9})\)?(?!\d)"
+    r"|(?: | ?[と又과와] ?| (?:and|y|na"
+    r"|و) ?)(\d{1,3})[/⁄](\d{1,3})(?![\d/]|\.\d)"
+)
 # The largest exponent and the longest literal that are read. Longer ones are noise, and slow to compare.
 _LARGEST_EXPONENT, _LONGEST = 400, 400
 _MULTIPLIERS = (
@@ -75,7 +79,8 @@ _OPERAND_AFTER = re.compile(
 )
 _ARGUMENTS = re.compile(r"(?<![A-Za-z])(?:[A-Za-z]|gcd|lcm|mcd|mcm|comb|binom|sqrt|log|ln|range)\([^()\n]*\)")
 # --- signs
-_DASH = re.compile(r"([-±—―<>≤≥≠])( {0,3})$")
+_CURRENCY = r"(?:(?:US|R|[KT]?[Ss]h|Rs|USD|EUR)\b\.? {0,2})?"
+_DASH = re.compile(rf"([-±—―<>≤≥≠])( {{0,3}}){_CURRENCY}$")
 # What may stand before a minus sign and a space. After other words the dash may be punctuation.
 _BEFORE_MINUS = re.compile(
     r"(?:[=:→≈~(\[⟦{,;|]|\b(?:is|are|be|equals?|to|get|gives?|es|son|ni|ndiyo|ndio|sawa na|igual a)|是|为|為"
@@ -101,7 +106,9 @@ _UNCERTAIN_AFTER = re.compile(
     r"[,.،:_]\d| ?~ ?\d| (?:or|o|au|او) -?\d| ?(?:或|または|또는) ?-?\d|[kKM](?![\w])|-(?![\w\s(>])"
 )
 _UNCERTAIN_BEFORE = re.compile(
-    r"(?:\d(?:[,،:_]| ?~ ?| (?:or|o|au|او) )|\d ?(?:或|または|또는) ?|\bbetween \S{1,12} and )$", re.IGNORECASE
+    r"(?:\d(?:[,،:_]| ?~ ?| (?:or|o|au|او) )|\d ?(?:或|または|또는) ?"
+    r"|\b(?:between|entre|kati ya|بين) \S{1,12} (?:and|y|na|و) ?)$",
+    re.IGNORECASE,
 )
 _ARABIC_LETTER = re.compile("[\u0621-\u064a]")
 

@@ -39,7 +39,7 @@ LEAD = (
 NUMBER = rf"{LEAD}(?P<target>-?\.?\d)"
 LETTER = (
     r"(?P<target>(?-i:[A-H](?![A-Za-z'(])|[a-h](?=\s*[).]|\s*$))|[ابجد](?!\w)|[アイウエオカ](?![ァ-ヶー])"
-    r"|[가나다라마바](?=\))|[①-⑧])"
+    r"|[가나다라마바](?=\)|번|입니다|이다|예요)|[①-⑧])"
 )
 
 
@@ -58,11 +58,13 @@ def backward(nouns: str) -> re.Pattern:
 
 # Words for "answer" come before words for "result". Only a letter may follow a word for "option".
 # After "Solution:" a worked solution may follow, so the number must stand right after the colon or "is".
-SOLVED = re.compile(rf"(?:{SOLUTION}) ?(?:{IS}|[:=→])(?!\s*\n){MARKS}{NUMBER}", re.IGNORECASE)
+SOLVED = re.compile(rf"(?:{SOLUTION}) ?(?:{IS}|[:=→】」])(?!\s*\n){MARKS}{NUMBER}", re.IGNORECASE)
 NUMBER_MARKERS = [(forward(nouns, NUMBER), backward(nouns)) for nouns in (ANSWER, RESULT)]
 LETTER_MARKERS = [forward(nouns, LETTER) for nouns in (ANSWER, RESULT, CHOICE)]
 # The text ends just before the answer. "That is the answer" and "Answer:" alone do not match.
 UNFINISHED = re.compile(rf"(?:{ANSWER})[^\n.。!?؟:=]{{0,60}}?{IS}{MARKS}:?{MARKS}$", re.IGNORECASE)
+# The text ends within a calculation or a list.
+CUT_OFF = re.compile(r"(?<!/)[=+\-×÷*/^(→,、،] *$")
 DENIED = re.compile(
     r"\b(?:because|since|not|no|porque|pues|kwa sababu|si|sio)\b|n't\b|因为|不是|不等|ため|ない|لان|ليس|때문|아니",
     re.IGNORECASE,

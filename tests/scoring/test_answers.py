@@ -223,19 +223,18 @@ LABELLED = Path(__file__).parents[1] / "labelled.jsonl"
 
 
 def test_the_scorer_agrees_with_a_reader_on_texts_it_was_not_written_for(capsys):
-    """316 outputs labelled by hand before the scorer saw them, 45 or so a language, of fourteen kinds.
+    """491 outputs labelled by hand before the scorer saw them, about 70 per language, of 25 kinds.
 
-    When it first saw them precision was .993 and recall .966; options named by lower-case letters, kana, hangul and
-    circled digits, and a question after a bare number, were then added. The reference script's rule stands beside.
+    docs/scoring.md has the figures at first sight, and what was then added. The reference script's rule stands beside.
     """
     lines = read_lines(LABELLED)
     assert len(lines) >= 200 and {line["language"] for line in lines} == set(LANGUAGES)
-    assert len({line["id"] for line in lines}) == len(lines) and len({line["kind"] for line in lines}) == 14
+    assert len({line["id"] for line in lines}) == len(lines) and len({line["kind"] for line in lines}) == 25
     assert run([str(LABELLED), "--labels"]) == 0
     said = capsys.readouterr().out
     print(said)
     ours, script = agreement(lines), agreement(lines, "expag")
-    assert ours.precision >= 0.99 and ours.recall >= 0.99
+    assert ours.precision >= 0.995 and ours.recall >= 0.985
     assert f"{ours.precision:.3f}  {ours.recall:.3f}" in said.splitlines()[-1]
     # Teeth: the script's rule on the same texts.
     assert script.precision < 0.75 and script.recall < 0.75

@@ -3,7 +3,7 @@
     python -m tests.support.interpreter GROUP[,GROUP] [PATH...]
         one JSON line per case: ratios to bounds, or same_bits
     python -m tests.support.interpreter --first FILE...
-        for each kernel source, the first case that breaks a rule; a file named F.*.py starts with the cases of form F
+        for each kernel source, the first case that breaks a rule; a file named F.*.py starts with path or form F
 
 The interpreter cannot do bfloat16 (it works on raw bits), so the two-piece paths run in float16 pieces here; their
 bfloat16 arithmetic is emulated in tests/ops/test_kernels.py, and the compiled kernels are checked on hardware.
@@ -258,8 +258,8 @@ if __name__ == "__main__":
             spec = importlib.util.spec_from_file_location(f"kernels_{number}", file)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            form = Path(file).name.split(".")[0]
-            paths = sorted(PATHS, key=lambda path: PATHS[path][1]["form"] != form)
+            first = Path(file).name.split(".")[0]
+            paths = sorted(PATHS, key=lambda path: first not in (path, PATHS[path][1]["form"]))
             cases = results(module, ("few", "memory", "rows"), paths)
             print(json.dumps(next(filter(None, map(broken, cases)), "")), flush=True)
     else:
