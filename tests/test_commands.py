@@ -122,7 +122,7 @@ def errors(tmp_path, foreign):
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
             *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", POLYGLOT / "subspace.safetensors"),
-            *("--out", out, "--strength must be a finite number, got nan"),
+            *("--out", out, "--strength must be a finite number of at most 3.4e+38, got nan"),
         ),
     }
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from kernel_surgery.checkpoint.record import edit_record, write_bases, write_provenance
 from kernel_surgery.checkpoint.source import check_source, editable, original_layouts
@@ -14,7 +13,7 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_bias
 from kernel_surgery.files.folder import check_absent, new_folder
-from kernel_surgery.files.tensorfile import read_tensor
+from kernel_surgery.files.tensorfile import read_tensor, save_tensors
 from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.subspace.artifact import Subspace
 
@@ -69,7 +68,9 @@ def write_adapter(
         pair = lora_pair(weight, subspace.bases[layer], strength)
         # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
-            raise CheckpointError(f"cannot write an adapter: {entry.name} holds NaN or Inf.")
+            raise CheckpointError(
+                f"cannot write an adapter: {entry.name} holds NaN or Inf, or strength {strength:g} is too large for it."
+            )
         padding = rank - subspace.rank
         module = PREFIX + entry.name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
@@ -80,7 +81,7 @@ def write_adapter(
     record["base"] = model_id if is_id else str(source.resolve())
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_bases(folder, dict(subspace.bases))
         write_atomic(folder / CONFIG, json.dumps(configuration(record), indent=2) + "\n")
         write_atomic(folder / "README.md", _card(record))

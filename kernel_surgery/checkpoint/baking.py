@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from kernel_surgery.checkpoint.record import edit_record, read_provenance, write_bases, write_provenance
 from kernel_surgery.checkpoint.source import (
@@ -37,6 +36,7 @@ from kernel_surgery.files.tensorfile import (
     opened,
     read_layout,
     read_tensor,
+    save_tensors,
     share_blocks,
     write_tensor,
 )
@@ -174,6 +174,7 @@ class _Removal:
         # A NaN or Inf in a column makes the whole column of U^T W NaN or Inf, so checking U^T W is enough.
         if not torch.isfinite(inside).all():
             raise CheckpointError(f"cannot bake {name}: it holds NaN or Inf.")
+        _check_fits(name, edited, self.strength)
         # The exact noise takes as long as the edit. Compute it only if its cheap upper bound leaves the case open.
         inside_norm, checkable = float(inside.norm()), self.strength == 1 and weight.ndim == 2
         if (
@@ -195,7 +196,16 @@ class _Removal:
         path.parent.mkdir()
         tensors = {f"basis.{layer}": basis.contiguous() for layer, basis in self.bases.items()}
         tensors |= {f"inside.{name}": inside.contiguous() for name, inside in self.inside.items()}
-        save_file(tensors, path, metadata={"strength": repr(self.strength)})
+        save_tensors(tensors, path, metadata={"strength": repr(self.strength)})
+
+
+def _check_fits(name: str, edited: torch.Tensor, strength: float) -> None:
+    if not torch.isfinite(edited).all():
+        kind, most = str(edited.dtype).removeprefix("torch."), torch.finfo(edited.dtype).max
+        raise CheckpointError(
+            f"cannot write {name}: at strength {strength:g}, some of its elements are beyond the largest {kind} number "
+            f"({most:.3g}). Choose a strength nearer to 1."
+        )
 
 
 def bake_checkpoint(
@@ -278,6 +288,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         with in_full(weight):
             restored = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=record["strength"])
         restored = restored.reshape(weight.shape).to(weight.dtype)
+        _check_fits(name, restored, record["strength"])
         norms[name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
         return restored
 

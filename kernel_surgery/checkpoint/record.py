@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.files.folder import PROVENANCE
 from kernel_surgery.files.hashing import sha256
-from kernel_surgery.files.tensorfile import opened
+from kernel_surgery.files.tensorfile import opened, save_tensors
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
 BASES = Path("kernel_surgery") / "subspace.safetensors"
@@ -27,7 +26,7 @@ BASES = Path("kernel_surgery") / "subspace.safetensors"
 def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:
     """Store the bases in the folder, so that it can be checked without the subspace file."""
     (folder / BASES).parent.mkdir(exist_ok=True)
-    save_file({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES)
+    save_tensors({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES, {})
 
 
 def read_bases(folder: Path, record: dict[str, Any], file: Path = BASES) -> dict[int, torch.Tensor]:

@@ -14,7 +14,6 @@ traceback. This module imports neither torch nor transformers, so `--help` is fa
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.names import LARGEST_STRENGTH
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PACKAGE_NAME = "kernel_surgery"
@@ -113,6 +113,6 @@ def command_line(name: str, argv: list[str] | None) -> str:
 
 
 def check_finite_strength(strength: float | None) -> None:
-    """Raise UserError if --strength is NaN or infinite."""
-    if strength is not None and not math.isfinite(strength):
-        raise UserError(f"--strength must be a finite number, got {strength}.")
+    """Raise UserError if --strength is NaN, infinite, or beyond float32."""
+    if strength is not None and not abs(strength) <= LARGEST_STRENGTH:
+        raise UserError(f"--strength must be a finite number of at most {LARGEST_STRENGTH:.2g}, got {strength}.")

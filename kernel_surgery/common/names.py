@@ -9,3 +9,4 @@ POOLS = ("last", "mean")
 METHODS = ("deviations", "centroids")
 MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
+LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

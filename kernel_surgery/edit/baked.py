@@ -94,8 +94,15 @@ def baked(
                 before = float(site.module.weight.float().norm())
                 for parameter in (site.module.weight, site.module.bias):
                     if parameter is not None:
+                        edited = bake_weight(parameter, plan.bases[layer], plan.number)
+                        if bool(torch.isfinite(parameter).all()) and not bool(torch.isfinite(edited).all()):
+                            raise KernelSurgeryError(
+                                f"cannot bake {site.name}: at strength {plan.number:g}, some elements are beyond the "
+                                f"largest number of {parameter.dtype}. The model is unchanged. Choose a strength "
+                                "nearer to 1."
+                            )
                         originals.append((parameter, parameter.detach().clone()))
-                        parameter.copy_(bake_weight(parameter, plan.bases[layer], plan.number))
+                        parameter.copy_(edited)
                 norms[layer] = (before, float(site.module.weight.float().norm()))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms)
     finally:

@@ -4,7 +4,6 @@ Everything is checked before anything is changed, and every requested layer is a
 """
 
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kernel_surgery.common.errors import KernelSurgeryError, MismatchError
+from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
+from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.models.architectures import Site, mlp_outputs
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
@@ -97,8 +97,11 @@ def check_strength(strength: float | Tensor, per_sequence: bool) -> float | Tens
             )
         return strength
     strength = float(strength)
-    if not math.isfinite(strength):
-        raise KernelSurgeryError(f"strength must be a finite number, got {strength}. The model is unchanged.")
+    if not abs(strength) <= LARGEST_STRENGTH:
+        raise KernelSurgeryError(
+            f"strength must be a finite number of at most {LARGEST_STRENGTH:.2g}, got {strength}. "
+            "The model is unchanged."
+        )
     return strength
 
 
@@ -138,6 +141,12 @@ def plan_edit(
             f"layers {missing} are not in the subspace, which holds {list(bases)}. The model is unchanged."
         )
     sites = mlp_outputs(model, layer_list)
+    if offloaded := [site.name for site in sites.values() if site.module.weight.is_meta]:
+        raise ModelError(
+            f"cannot edit {offloaded[0]}: its weight is not in memory ({len(offloaded)} of {len(sites)} layers are "
+            "offloaded to the CPU or the disk). The model is unchanged. Load the model without offloading, or bake the "
+            "checkpoint."
+        )
     for layer, site in sites.items():
         shape, basis = tuple(site.module.weight.shape), bases[layer]
         if shape[0] != basis.shape[0]:

@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.files.hashing import CHUNK
@@ -47,6 +48,17 @@ class Layout:
     path: Path
     entries: dict[str, Entry]
     size: int
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file (0666 less the umask).
+
+    safetensors writes through a temporary file that only its owner may read, and keeps its permissions.
+    """
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata or None)
+    os.chmod(path, mode & 0o777)
 
 
 def read_layout(path: Path) -> Layout:

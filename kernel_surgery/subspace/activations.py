@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import MissingFileError, SubspaceError
 from kernel_surgery.common.files import replacing
 from kernel_surgery.common.names import SITES
+from kernel_surgery.files.tensorfile import save_tensors
 
 FORMAT = "kernel-surgery-activations-1"
 
@@ -48,7 +48,7 @@ class Activations:
         tensors = {f"{lang}_L{i}": t.contiguous() for lang, by in self.vectors.items() for i, t in by.items()}
         metadata = {"provenance": json.dumps({"format": FORMAT} | self.provenance, ensure_ascii=False)}
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
+            save_tensors(tensors, partial, metadata=metadata)
 
 
 _KEY = re.compile(r"([a-z]{2,3})_L(\d+)")

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
 from kernel_surgery.common.files import replacing
+from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Subspace:
         # One entry only: safetensors writes several in random order, so equal subspaces would give different files.
         metadata = {"provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
+            save_tensors(tensors, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, force: bool = False) -> "Subspace":

@@ -56,7 +56,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(model, tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(artifact, "save_tensors", full)
     with pytest.raises(OSError, match="disk full"):
         subspace(model, k=2).save(file)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
