@@ -36,7 +36,7 @@ setup(
         "kernel_surgery": ["py.typed"],
         "kernel_surgery.kernels": ["*.json"],
         "kernel_surgery.polyglot": [
-            *("model/*.safetensors", "model/*.json", "model/*.jsonl", "model/*.md"),
+            *("model/*.safetensors", "model/*.json", "model/*.md", "*.safetensors", "*.json", "*.jsonl"),
         ],
     },
     include_package_data=False,

@@ -71,7 +71,7 @@ def load(case: str, dtype, device, layers: int | None = None):
         from kernel_surgery.subspace.artifact import Subspace
 
         model = load_model("polyglot", dtype, device).requires_grad_(False)
-        bases = Subspace.load(POLYGLOT / "subspace.safetensors").bases
+        bases = Subspace.load(POLYGLOT.parent / "subspace.safetensors").bases
         return model, {layer: basis.to(device) for layer, basis in bases.items()}
     model = random_model(dtype, device, **SHAPES[case] | ({"num_hidden_layers": layers} if layers else {}))
     return model, random_bases(model, layers=[0] if case == "layer" else None)

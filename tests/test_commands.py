@@ -62,7 +62,7 @@ def foreign(tmp_path):
     from tests.support.models import pico
 
     config = json.loads((POLYGLOT / "config.json").read_text())
-    other = Subspace.load(POLYGLOT / "subspace.safetensors")
+    other = Subspace.load(POLYGLOT.parent / "subspace.safetensors")
 
     from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -81,7 +81,7 @@ def errors(tmp_path, foreign):
     out = tmp_path / "out"
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    shipped = Subspace.load(POLYGLOT / "subspace.safetensors")
+    shipped = Subspace.load(POLYGLOT.parent / "subspace.safetensors")
     wide, leaky = tmp_path / "wide.safetensors", tmp_path / "leaky.safetensors"
     replace(shipped, bases={i: torch.eye(shipped.d_model)[:, :65] for i in shipped.layers}).save(wide)
     replace(shipped, fit=shipped.fit | {"split": "test"}).save(leaky)
@@ -121,7 +121,8 @@ def errors(tmp_path, foreign):
         "no certificate": ("eval", "--certificate", POLYGLOT / "config.json", "--out", out, "is not a certificate"),
         "strength nan": ("eval", "--strength", "nan", "--out", out, "finite"),
         "bake at strength nan": (
-            *("bake", "--model", "polyglot", "--strength", "nan", "--subspace", POLYGLOT / "subspace.safetensors"),
+            *("bake", "--model", "polyglot", "--strength", "nan"),
+            *("--subspace", POLYGLOT.parent / "subspace.safetensors"),
             *("--out", out, "--strength must be a finite number of at most 3.4e+38, got nan"),
         ),
     }

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN, BEFORE = ROOT / "tests" / "golden", ROOT / "tests" / "data" / "before"
 PACKAGE = Path(kernel_surgery.__file__).resolve().parent
 POLYGLOT = PACKAGE / "polyglot" / "model"
-SHIPPED = POLYGLOT / "subspace.safetensors"
+SHIPPED = POLYGLOT.parent / "subspace.safetensors"
 STAGES = (
     *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce"),
     *("polyglot.train", "polyglot.card"),
@@ -381,7 +381,7 @@ def provenance(file: Path) -> dict:
 # {name: the words, the first of them the command}. {tmp} is the folder of the inputs, {package} the package's own.
 _OUT = "--out {tmp}/out"
 _MODEL, _SUBSPACE = "--model {tmp}/before/model", "--subspace {tmp}/before/subspace.safetensors"
-_SHIPPED = "--subspace {package}/polyglot/model/subspace.safetensors"
+_SHIPPED = "--subspace {package}/polyglot/subspace.safetensors"
 _BAKED, _ADAPTER = "--baked {tmp}/before/baked", "--adapter {tmp}/before/adapter"
 _RUN = "--mode hook --problems 1 --max-new-tokens 48 --device cpu --out {tmp}/before/run"
 CASES = {

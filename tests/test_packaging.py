@@ -249,6 +249,7 @@ def wheel_complaints(wheel: Path, source: Path) -> list[str]:
         *(path.relative_to(source).as_posix() for path in (source / "kernel_surgery").glob("[!k]*/*.py")),
         "kernel_surgery/py.typed",
         *(f"kernel_surgery/polyglot/model/{path.name}" for path in polyglot.glob("model/*") if path.suffix in data),
+        *(f"kernel_surgery/polyglot/{path.name}" for path in polyglot.glob("*.*") if path.suffix in data | {".jsonl"}),
     ]
     found += [f"{name} is there {names.count(name)} times" for name in expected if names.count(name) != 1]
     return found

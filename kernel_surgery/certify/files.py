@@ -22,10 +22,12 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.files.folder import PROVENANCE, changed_files, located, others, weight_files
+from kernel_surgery.files.contents import PROVENANCE, contents
+from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import CHUNK, sha256
 from kernel_surgery.files.tensorfile import Entry, opened, read_tensor
 from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
 from kernel_surgery.subspace.artifact import Subspace
 
@@ -47,11 +49,20 @@ def same_bytes(one: Place, other: Place) -> bool:
     return True
 
 
+def seen(folder: Path) -> dict[str, Path]:
+    """Return {name: path} of the files in a folder, without the hidden ones."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
 def check_files(folder: Path, record: dict[str, Any]) -> list[str]:
-    """Return the files that have changed since they were recorded, are missing, or were never recorded."""
+    """Return the files that have changed since they were recorded, are missing, or were never recorded.
+
+    Hidden files are not looked at: a download from the hub adds some.
+    """
     faults = changed_files(folder, record["sha256"])
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    unknown = sorted(there - record["sha256"].keys() - {PROVENANCE})
+    there = seen(folder)
+    unknown = sorted(there.keys() - record["sha256"].keys() - {PROVENANCE})
     return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]
 
 
@@ -61,8 +72,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
     Each must be byte for byte the original's, or one of ours. Without `source` only the safetensors files are checked.
     Returns faults.
     """
-    weights = {file.name for file in weight_files(folder)}
-    there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    weights, there = set(contents(folder).weights), seen(folder)
     faults = [
         f"{name} holds weights that do not belong to the checkpoint"
         for name in sorted(there)
@@ -71,7 +81,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
     if source is None:
         return faults
     own = weights | {PROVENANCE, "README.md", BASE_CARD, UNDO.as_posix(), BASES.as_posix()}
-    along = {file.name: file for file in others(source)[0] if file.name not in weights}
+    along = {name: source / name for name in contents(source).along}
     for name in sorted(there.keys() - own | (along.keys() - {"README.md"})):
         if name not in along:
             faults.append(f"{name} is not in the original")

@@ -10,10 +10,10 @@ from kernel_surgery.checkpoint.source import check_source
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES
-from kernel_surgery.files.folder import located, weight_files
-from kernel_surgery.files.tensorfile import EDITABLE, read_layout
+from kernel_surgery.files.tensorfile import EDITABLE
 from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.load import parse_device
+from kernel_surgery.models.stored import layouts, located
 from kernel_surgery.numerics.precision import STORED, name_of
 from kernel_surgery.subspace.artifact import Subspace
 
@@ -64,7 +64,7 @@ def verify_model(
     be certified.
     """
     subspace = Subspace.load(subspace_file, force=force)
-    check_source(source, [read_layout(file) for file in weight_files(source)], subspace, force=force)
+    check_source(source, layouts(source), subspace, force=force)
     stored = stored_dtype(source, subspace.layers[0])
     dtype = stored if dtype == "auto" else dtype
     strength = 1.0 if strength is None else strength

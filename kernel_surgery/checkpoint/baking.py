@@ -27,26 +27,27 @@ from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.baked import remove
-from kernel_surgery.files.folder import PROVENANCE, check_absent, new_folder, others, weight_files
+from kernel_surgery.files.contents import OURS, PROVENANCE, contents
+from kernel_surgery.files.folder import check_absent, new_folder
 from kernel_surgery.files.hashing import Follower, sha256
 from kernel_surgery.files.tensorfile import (
     Entry,
     Layout,
     copy_range,
     opened,
-    read_layout,
     read_tensor,
     save_tensors,
     share_blocks,
     write_tensor,
 )
 from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
 from kernel_surgery.subspace.artifact import Subspace
 
 # In a subfolder, because some engines load every *.safetensors beside the weights.
-UNDO = Path("kernel_surgery") / "undo.safetensors"
+UNDO = Path(OURS) / "undo.safetensors"
 BASE_CARD = "README.base.md"
 TensorEdit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
 
@@ -111,11 +112,12 @@ def _rewrite(
         for layout in layouts:
             name = layout.path.name
             followers[name] = _write_file(layout, temporary / name, edits, bar.update)
-        other_files, left_out = others(source)
-        for file in other_files:
-            if new_name := rename(file.name):
-                shutil.copy(file, temporary / new_name)
-        record = finish(temporary) | {"left_out": left_out}
+        found = contents(source)
+        for name in found.along:
+            if new_name := rename(name):
+                (temporary / new_name).parent.mkdir(exist_ok=True)
+                shutil.copy(source / name, temporary / new_name)
+        record = finish(temporary) | {"left_out": list(found.left_out)}
         write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
 
 
@@ -275,7 +277,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
                 f"{str(source / name)!r} is not the file that was written when this checkpoint was baked. Undoing the "
                 "edit would not restore the original."
             )
-    layouts = [read_layout(file) for file in weight_files(source)]
+    layouts = stored_layouts(source)
     with opened(source / UNDO) as file:
         undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     layers = [int(name.removeprefix("basis.")) for name in undo_tensors if name.startswith("basis.")]

@@ -15,12 +15,12 @@ import torch
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.files.folder import PROVENANCE
+from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
-BASES = Path("kernel_surgery") / "subspace.safetensors"
+BASES = Path(OURS) / "subspace.safetensors"
 
 
 def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.names import DTYPES
-from kernel_surgery.files.folder import PROVENANCE, weight_files
-from kernel_surgery.files.tensorfile import Entry, Layout, opened, read_layout
+from kernel_surgery.files.contents import PROVENANCE
+from kernel_surgery.files.tensorfile import Entry, Layout, read_tensor
 from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
 from kernel_surgery.models.load import read_config
+from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import sample_weights
@@ -34,15 +35,16 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
             f"{', '.join(ARCHITECTURES)}."
         )
     n_layers = config["num_hidden_layers"]
-    file_of = {name: layout.path for layout in layouts for name in layout.entries}
+    places = {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
     required = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
-    if missing := [name for name in required if name not in file_of]:
+    if missing := [name for name in required if name not in places]:
         raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in required:
-            with opened(file_of[name]) as file:
-                yield name, file.get_tensor(name)
+            path, entry = places[name]
+            with path.open("rb") as file:
+                yield name, read_tensor(file.fileno(), entry)
 
     subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
 
@@ -57,7 +59,7 @@ def original_layouts(source: Path) -> list[Layout]:
             f"{str(source)!r} was baked before: it holds {PROVENANCE}. A second edit removes nothing more at strength "
             "1, and adds to the first at any other. Use the original checkpoint."
         )
-    return [read_layout(file) for file in weight_files(source)]
+    return stored_layouts(source)
 
 
 def editable(layouts: list[Layout], bases: Mapping[int, Tensor]) -> list[Entry]:

@@ -1,7 +1,6 @@
-"""Checkpoint folders: the files that belong to one, and folders that are created completely or not at all."""
+"""Folders that are created completely or not at all, and what has changed in one."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,50 +11,8 @@ from safetensors import SafetensorError
 
 from kernel_surgery.common.errors import CheckpointError, ExistsError
 from kernel_surgery.common.progress import progress
+from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.hashing import sha256
-from kernel_surgery.files.tensorfile import Entry, read_layout
-
-# Suffixes of weight files. Copies in other formats hold unedited weights, so they do not belong in an edited folder.
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: the files that its index names, or model.safetensors.
-
-    They need not exist.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
-
-
-def located(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """Return the place of every tensor of a checkpoint: {name: (file, entry)}.
-
-    Raises FileNotFoundError for a missing file, and CheckpointError for a damaged one.
-    """
-    layouts = [read_layout(file) for file in weight_files(folder)]
-    return {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
-
-
-def others(source: Path) -> tuple[list[Path], list[str]]:
-    """Sort a checkpoint's other files. Return (files to copy unchanged, names of files to leave out).
-
-    The second list holds weights in other formats, and safetensors files that are not in the index. Subfolders, hidden
-    files and the provenance record are in neither list.
-    """
-    along, left_out = [], []
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name == PROVENANCE:
-            continue
-        if file.suffix in _OTHER_WEIGHTS:
-            left_out.append(file.name)
-        else:
-            along.append(file)
-    weights = {file.name for file in weight_files(source)}
-    return along, [name for name in left_out if name not in weights]
 
 
 @contextlib.contextmanager
@@ -80,9 +37,6 @@ def locked_folder(path: Path) -> Iterator[None]:
             raise
     finally:
         os.close(handle)
-
-
-PROVENANCE = "provenance.json"
 
 
 def check_absent(destination: Path) -> None:

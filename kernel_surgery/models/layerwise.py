@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.files.folder import located
 from kernel_surgery.files.tensorfile import read_tensor, rows_of
 from kernel_surgery.models.architectures import DecoderLayer, Norm, decoder_layers, layout_of, next_norm, submodule
 from kernel_surgery.models.load import quiet_transformers, read_config
+from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
 
 BLOCK = 8192  # rows of the output embedding at a time

@@ -1,6 +1,7 @@
 """Resolve and load models and tokenizers by name; read devices and dtypes."""
 
 import functools
+import glob
 import json
 import os
 import re
@@ -13,12 +14,13 @@ from safetensors import SafetensorError
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
+from kernel_surgery.files.contents import contents, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLYGLOT = PACKAGE / "polyglot" / "model"
-POLYGLOT_SUBSPACE = POLYGLOT / "subspace.safetensors"
+POLYGLOT_SUBSPACE = PACKAGE / "polyglot" / "subspace.safetensors"
 # Letters, digits and -_. on both sides of exactly one slash: what the hub allows as a repository's name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_TIMEOUT_S = 5.0
@@ -43,11 +45,11 @@ def resolve_model(name: str) -> str:
     cannot be reached, or HF_HUB_OFFLINE is set, the copy in the local cache is used. Raises UserError otherwise.
     """
     if name == "polyglot":
-        _check_folder(POLYGLOT, "the embedded model")
+        contents(POLYGLOT, "the embedded model")
         return str(POLYGLOT)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        _check_folder(path, "model")
+        contents(path)
         return str(path)
     if path.is_file():
         raise UserError(f"model {name!r} is a file. Give the folder that holds config.json and the weights.")
@@ -57,27 +59,6 @@ def resolve_model(name: str) -> str:
         f"no model at {name!r}: there is no such folder. "
         'Give "polyglot" (the embedded model), a folder with config.json and weights, or a hub id org/name.'
     )
-
-
-def _check_folder(path: Path, what: str) -> None:
-    if not (path / "config.json").is_file():
-        raise UserError(f"{what} {str(path)!r} has no config.json, so it is not a model folder.")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{what}: {str(index)!r} is not a safetensors index ({error}). Fetch it again.") from error
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            raise UserError(
-                f"{what} {str(path)!r} is incomplete: {len(missing)} of {len(shards)} weight files missing "
-                f"(first: {missing[0]}). Fetch the model again."
-            )
-    elif not (path / "model.safetensors").is_file():
-        pickled = next(iter(sorted(path.glob("pytorch_model*.bin"))), None)
-        found = f"only pickled weights ({pickled.name}), which are never loaded" if pickled else "no weights"
-        raise UserError(f"{what} {str(path)!r} has {found}. It needs model.safetensors, or an index and its shards.")
 
 
 @functools.cache
@@ -97,7 +78,7 @@ def _resolve_hub_id(name: str) -> str:
         raise UserError(f"the hub has no model {name!r}, or you have no access to it. {here}") from error
     except unreachable as error:
         if isinstance(cached, str):
-            _check_folder(Path(cached).parent, "cached model")
+            contents(Path(cached).parent, "cached model")
             return str(Path(cached).parent)
         if isinstance(error, OfflineModeIsEnabled):
             raise UserError(f"model {name!r} is not in the local cache, and HF_HUB_OFFLINE is set. {here}") from error
@@ -120,7 +101,7 @@ def load_model(
     inv_freq. Remote code is never run, and nothing is unpickled. Raises UserError if the checkpoint cannot be read or
     lacks a weight, which transformers would fill with random numbers.
     """
-    source = resolve_model(name)
+    source = str(local_folder(resolve_model(name)))
     dtype = parse_dtype("auto", device) if dtype is None else dtype
     quiet_transformers()
     from transformers import AutoModelForCausalLM
@@ -137,12 +118,14 @@ def load_model(
             f"the weights in {source!r} are incomplete. Missing tensors: {len(missing)} (first: {missing[0]}). "
             "Fetch the model again."
         )
+    if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
+        model.config._commit_hash = folder.name
     return model.to(device).eval()
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model. Raises UserError if there is none that can be read. name: as in `load_model`."""
-    source = resolve_model(name)
+    source = str(local_folder(resolve_model(name)))
     quiet_transformers()
     from transformers import AutoTokenizer
 
@@ -188,12 +171,23 @@ def parse_dtype(name: str = "auto", device: torch.device | str = "cpu") -> torch
 
 
 def local_folder(source: str) -> Path:
-    """Return the folder of a resolved model. A hub id is fetched into the local cache first."""
+    """Return the folder of a resolved model.
+
+    Of a hub id, the files that belong to the checkpoint (`files.contents`) are fetched into the local cache first.
+    """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md", "*.jinja"]))
+    info = HfApi().model_info(source, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+    def read(name: str) -> str:
+        return Path(hf_hub_download(source, name, revision=info.sha)).read_text(encoding="utf-8")
+
+    found = select(sizes, read, f"model {source!r}")
+    names = [glob.escape(name) for name in (*found.weights, *found.along)]
+    return Path(snapshot_download(source, revision=info.sha, allow_patterns=names))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""polyglot, the embedded model: `model/` holds weights, tokenizer, card, subspace; the rest is how they were made."""
+"""polyglot, the embedded model: `model/` is its checkpoint. Beside it lie its subspace and how it was made."""

@@ -1,7 +1,7 @@
 """polyglot's card, written from measured results: python -m kernel_surgery.polyglot.card --results DIR
 
 DIR is a finished `kernel_surgery.eval --mode original --languages all`. The part of results.json that the card is
-made from is kept beside it as evaluation.json, so that the card can be checked against it.
+made from is kept beside the model's folder as evaluation.json, so that the card can be checked against it.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def history(log: list[dict]) -> str:
 def card(results: dict, folder: Path) -> str:
     """The card's text from an evaluation of the original model, the checkpoint's config and its training log."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (folder.parent / "training.jsonl").read_text(encoding="utf-8").splitlines()]
     log, starts = [line for line in lines if "step" in line], [line for line in lines if "options" in line]
     original = results["modes"]["original"]
     rows = []
@@ -143,16 +143,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Write evaluation.json and README.md into the model's folder."""
+    """Write README.md into the model's folder, and evaluation.json beside the folder."""
     args = parser().parse_args(argv)
     results = json.loads((args.results / "results.json").read_text(encoding="utf-8"))
     if set(results["modes"].get("original", {})) != set(LANGUAGES) or results["config"]["protocol"] != "strict":
         raise UserError(f"{str(args.results)!r} is not a strict evaluation of the original in all languages.")
     kept = {key: results[key] for key in _KEPT} | {"parameters": results["model"]["parameters"]}
     kept["modes"] = {"original": results["modes"]["original"]}
-    write_atomic(args.folder / "evaluation.json", json.dumps(kept, indent=1) + "\n")
+    write_atomic(args.folder.parent / "evaluation.json", json.dumps(kept, indent=1) + "\n")
     write_atomic(args.folder / "README.md", card(kept, args.folder))
-    print(f"{args.folder}: evaluation.json, README.md")
+    print(f"{args.folder}: README.md; {args.folder.parent}: evaluation.json")
     return 0
 
 

@@ -273,7 +273,7 @@ def run(argv: list[str] | None = None) -> int:
             if accuracy["all"] >= best:  # of equals the later: trained for longer, at a lower learning rate
                 best = accuracy["all"]
                 save_checkpoint(model, tokenizer_folder, args.out / "best")
-                shutil.copy(log_file, args.out / "best" / "training.jsonl")
+                shutil.copy(log_file, args.out / "training.jsonl")
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both]}
             state |= {"step": step, "tokens": tokens, "best": best, "elapsed": seconds}
             torch.save(state, state_file.with_suffix(".new"))

@@ -27,7 +27,7 @@ from tests.support.marks import everyday
 from tests.support.models import basis, pico
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHIPPED = POLYGLOT / "subspace.safetensors"
+SHIPPED = POLYGLOT.parent / "subspace.safetensors"
 WRONG_LAYER = 3
 
 

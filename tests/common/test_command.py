@@ -268,7 +268,7 @@ def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch, org):
         ("weightless", "model 'weightless' has no weights. It needs model.safetensors, or an index and its shards"),
         ("pickled", r"has only pickled weights \(pytorch_model.bin\), which are never loaded"),
         ("sharded", "model 'sharded' is incomplete: 1 of 2 weight files missing \\(first: b.safetensors\\)"),
-        ("garbled", "'garbled/model.safetensors.index.json' is not a safetensors index"),
+        ("garbled", "model 'garbled': 'model.safetensors.index.json' is not a safetensors index"),
         ("org/absent", "model 'org/absent' is not in the local cache, and HF_HUB_OFFLINE is set"),
     ],
 )
@@ -282,7 +282,7 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch, nam
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     model_folder(tmp_path / "garbled", "config.json", "model.safetensors.index.json")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(KernelSurgeryError, match=message):
         resolve_model(name)
 
 

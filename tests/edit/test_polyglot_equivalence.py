@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def subspace():
-    return Subspace.load(POLYGLOT / "subspace.safetensors")
+    return Subspace.load(POLYGLOT.parent / "subspace.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from kernel_surgery.scoring.language import judge
 
 @pytest.fixture(scope="module")
 def polyglot():
-    subspace = Subspace.load(POLYGLOT / "subspace.safetensors")
+    subspace = Subspace.load(POLYGLOT.parent / "subspace.safetensors")
     return load_model("polyglot", torch.float32), load_tokenizer("polyglot"), subspace
 
 

@@ -281,7 +281,7 @@ def real_pairs():
     from kernel_surgery.problems.generator import problems
 
     model, tokenizer = load_model("polyglot", torch.float32), load_tokenizer("polyglot")
-    subspace = Subspace.load(POLYGLOT / "subspace.safetensors")
+    subspace = Subspace.load(POLYGLOT.parent / "subspace.safetensors")
     asked, pairs = problems("test", 20), {}
     for language in ("en", "zh"):
         prompts, right = [p.prompts[language] for p in asked], []

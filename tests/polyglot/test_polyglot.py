@@ -148,7 +148,7 @@ def test_the_card_states_what_results_json_says():
     """The card is written by a command from a results file that travels with it; nobody types a figure."""
     from kernel_surgery.polyglot.card import card
 
-    results = json.loads((MODEL / "evaluation.json").read_text(encoding="utf-8"))
+    results = json.loads((MODEL.parent / "evaluation.json").read_text(encoding="utf-8"))
     assert (MODEL / "README.md").read_text(encoding="utf-8") == card(results, MODEL)
     assert set(results["modes"]["original"]) == set(LANGUAGES)
 
@@ -238,7 +238,7 @@ def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, caps
     assert collect.run(["--model", "polyglot", "--out", str(acts)]) == 0
     assert fit.run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
     assert "lang variance captured" in capsys.readouterr().out
-    shipped, again = Subspace.load(MODEL / "subspace.safetensors"), Subspace.load(made)
+    shipped, again = Subspace.load(MODEL.parent / "subspace.safetensors"), Subspace.load(made)
     assert (shipped.layers, shipped.site, shipped.pool, shipped.rank) == (again.layers, again.site, again.pool, 10)
     assert shipped.fingerprint == again.fingerprint
 
