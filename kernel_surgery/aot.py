@@ -1,6 +1,6 @@
 """Command: compile the Triton kernels ahead of time for GPUs that are not present.
 
-python -m kernel_surgery.aot [--out FILE]
+python -m kernel_surgery.aot [--out FILE [--overwrite]]
 """
 
 import argparse
@@ -8,22 +8,26 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.command import Parser, add_overwrite, main
+from kernel_surgery.common.files import check_output, write_atomic
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("aot", description="Compile the Triton kernels ahead of time, without a GPU. Show what each one needs.")
     p.add_argument("--out", type=Path, help="also write the table to this JSON file")
+    add_overwrite(p)
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
     """Print the table of compiled kernels. Return 1 if one spills registers or does not fit, else 0."""
     args = parser().parse_args(argv)
+    if args.out is not None:
+        check_output(args.out, overwrite=args.overwrite)
+
     import triton
 
-    from kernel_surgery.common.files import write_atomic
     from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, compile_project, kernel_sha256
 
     print("target operation           form     dtype     rows    d  k registers spilled late loads  shared (limit)")

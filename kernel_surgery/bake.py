@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import check_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,8 +36,11 @@ def run(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     check_finite_strength(args.strength)
-    if args.undo == (args.subspace is not None):
-        raise UserError("give either --subspace to bake, or --undo to undo an edit.")
+    if args.undo and args.subspace is not None:
+        raise UserError("give --subspace to bake or --undo to undo an edit, not both.")
+    if not args.undo and args.subspace is None:
+        raise UserError("--subspace is missing: the file from python -m kernel_surgery.fit. Or give --undo.")
+    check_output(args.out)
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
     from kernel_surgery.models.load import local_folder, resolve_model

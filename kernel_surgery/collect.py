@@ -11,8 +11,9 @@ takes the last prompt token, or the mean over the prompt's tokens. Padding is ne
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, main, untouched
+from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import DTYPES, LANGUAGES, POOLS, SITES, SPLITS
 
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     p.add_argument("--batch-size", type=int, default=32, help="prompts in one forward pass (default 32)")
+    add_overwrite(p)
     return p
 
 
@@ -43,7 +45,17 @@ def run(argv: list[str] | None = None) -> int:
     """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
+    from kernel_surgery.models.architectures import parse_layers
+    from kernel_surgery.models.before import check_config, check_positions, check_stored
+    from kernel_surgery.models.load import (
+        load_model,
+        load_tokenizer,
+        local_folder,
+        parse_device,
+        parse_dtype,
+        public_name,
+        resolve_model,
+    )
     from kernel_surgery.problems.generator import parse_languages, problems
     from kernel_surgery.subspace.collecting import collect_activations
 
@@ -53,9 +65,18 @@ def run(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     chosen_problems = problems(args.split, args.problems, seed=args.seed)
-    source, device = resolve_model(args.model), parse_device(args.device)
-    dtype = parse_dtype(args.dtype, device)
-    model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
+    check_output(args.out, overwrite=args.overwrite)
+    source, device = str(local_folder(resolve_model(args.model))), parse_device(args.device)
+    dtype, config = parse_dtype(args.dtype, device), check_config(Path(source))
+    check_stored(Path(source), config)
+    n_layers = config["num_hidden_layers"]
+    layers = range(n_layers) if args.layers == "all" else parse_layers(args.layers, n_layers)
+    size = 4 * config["hidden_size"] * len(layers) * len(languages) * len(chosen_problems)
+    check_output(args.out, size=size, overwrite=args.overwrite)
+    tokenizer = load_tokenizer(source)
+    prompts = [problem.prompts[language] for problem in chosen_problems for language in languages]
+    check_positions(config.get("max_position_embeddings"), tokenizer, prompts)
+    model = load_model(source, dtype, device)
     activations = collect_activations(
         model,
         tokenizer,
@@ -65,7 +86,7 @@ def run(argv: list[str] | None = None) -> int:
         site=args.site,
         pool=args.pool,
         batch_size=args.batch_size,
-        about={"model_id": args.model, "split": args.split, "seed": args.seed},
+        about={"model_id": public_name(args.model), "split": args.split, "seed": args.seed},
     )
     activations.save(args.out)
     size = args.out.stat().st_size / 1e6

@@ -16,7 +16,8 @@ The k leading right singular vectors are the basis U [d_model, k]. They are comp
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, main, untouched
+from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
+from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import METHODS
 
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", help='such as "9-26" (default: the middle half of the model)')
     p.add_argument("--model-id", help="model that an .npz was measured on")
     p.add_argument("--site", help="where an .npz was measured: mlp_out or resid_post")
+    add_overwrite(p)
     return p
 
 
@@ -42,6 +44,7 @@ def run(argv: list[str] | None = None) -> int:
     Raises what `subspace.activations.load_activations` and `subspace.fitting.fit_subspace` raise.
     """
     args = parser().parse_args(argv)
+    check_output(args.out, overwrite=args.overwrite)
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import load_activations

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
+from kernel_surgery.common.files import check_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +37,7 @@ def run(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     check_finite_strength(args.strength)
+    check_output(args.out)
 
     from kernel_surgery.checkpoint.adapter import write_adapter
     from kernel_surgery.models.load import local_folder, resolve_model

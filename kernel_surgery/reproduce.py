@@ -54,10 +54,10 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, check_bundle, make_bundle
 
     if args.check is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        options = {name: value for name, value in vars(args).items() if name != "check"}
+        recipe = Recipe(**{name: value for name, value in vars(args).items() if name != "check"})
         with untouched(lambda: kept_in(args.out)):
-            return 0 if make_bundle(Recipe(**options), command_line("reproduce", argv), run_command, say) else 1
+            recipe.check()
+            return 0 if make_bundle(recipe, command_line("reproduce", argv), run_command, say) else 1
     faults = check_bundle(args.check)
     for fault in faults:
         print(f"fault: {fault}")

@@ -15,8 +15,9 @@ Exit status: 0 if everything holds; 1 if a check fails, with the layer named; 2 
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main
+from kernel_surgery.common.command import Parser, add_overwrite, check_finite_strength, command_line, main
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import DTYPES
 
 
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--whole", action="store_true", default=None, help=more)
     p.add_argument("--seed", type=int, default=0, help="selects the prompts (default 0)")
     p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
+    add_overwrite(p)
     return p
 
 
@@ -65,6 +67,9 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
         raise UserError(f"--model {args.model} needs --subspace (from kernel_surgery.fit), or --baked.")
     if args.out is not None and args.out.suffix == ".svg":
         raise UserError(f"--out {str(args.out)!r} is where the plot would go: name the JSON file.")
+    if args.out is not None:
+        for file in (args.out, args.out.with_suffix(".svg")):
+            check_output(file, overwrite=args.overwrite)
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -77,7 +82,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.certify.render import shown, write
     from kernel_surgery.certify.whole import verify_model
     from kernel_surgery.checkpoint.record import read_provenance
-    from kernel_surgery.models.load import POLYGLOT_SUBSPACE, local_folder, resolve_model
+    from kernel_surgery.models.load import POLYGLOT_SUBSPACE, local_folder, public_name, resolve_model
 
     subspace = args.subspace
     if subspace is None and args.model == "polyglot" and not folders:
@@ -96,7 +101,7 @@ def run(argv: list[str] | None = None) -> int:
     elif source is not None and subspace is not None:
         names = ("baked", "strength", "dtype", "device", "prompts", "new_tokens", "seed", "whole", "force")
         options = {name: getattr(args, name) for name in names}
-        certificate = verify_model(source, subspace, model_id=args.model, **options)
+        certificate = verify_model(source, subspace, model_id=public_name(args.model), **options)
     else:
         certificate = verify_checkpoint(args.baked, source, subspace)
     certificate["command"] = command_line("verify", argv)

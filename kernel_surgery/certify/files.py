@@ -20,6 +20,7 @@ from kernel_surgery.checkpoint.baking import BASE_CARD, UNDO
 from kernel_surgery.checkpoint.record import BASES, read_bases, read_provenance
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.files import shareable
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.files.contents import PROVENANCE, contents
@@ -27,6 +28,7 @@ from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import CHUNK, sha256
 from kernel_surgery.files.tensorfile import Entry, opened, read_tensor
 from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.load import public_name
 from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
 from kernel_surgery.subspace.artifact import Subspace
@@ -112,7 +114,7 @@ def basis_faults(bases: dict[int, Tensor], subspace: Path, folder: Path) -> tupl
             f"{str(folder)!r} was made with {layers[0]}, but {str(subspace)!r} has {layers[1]}. Omit --subspace."
         )
     different = [i for i in expected if not torch.equal(expected[i], bases[i])]
-    return expected, [f"layer {i}: the basis differs from that in {str(subspace)!r}" for i in different]
+    return expected, [f"layer {i}: the basis differs from that in {shareable(subspace)!r}" for i in different]
 
 
 @dataclass
@@ -164,10 +166,10 @@ class _Certificate:
 
     def done(self, note: str | None = None) -> dict[str, Any]:
         """Finish a certificate and return it as a dict."""
-        source = None if self.source is None else str(self.source)
+        source = None if self.source is None else public_name(self.source)
         return {
             "kind": "certificate",
-            "of": {self.kind: str(self.folder), "model": source},
+            "of": {self.kind: shareable(self.folder), "model": source},
             **({} if note is None else {"note": note}),
             **{key: self.record[key] for key in ("model_id", "strength", "rank")},
             **{"tensors": self.rows, "faults": self.faults, "environment": environment_record()},

@@ -12,7 +12,7 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.files.tensorfile import EDITABLE
 from kernel_surgery.models.architectures import LLAMA
-from kernel_surgery.models.load import parse_device
+from kernel_surgery.models.load import parse_device, public_name
 from kernel_surgery.models.stored import layouts, located
 from kernel_surgery.numerics.precision import STORED, name_of
 from kernel_surgery.subspace.artifact import Subspace
@@ -68,7 +68,7 @@ def verify_model(
     stored = stored_dtype(source, subspace.layers[0])
     dtype = stored if dtype == "auto" else dtype
     strength = 1.0 if strength is None else strength
-    certificate: dict[str, Any] = {"kind": "certificate", "of": {"baked": None, "model": str(source)}}
+    certificate: dict[str, Any] = {"kind": "certificate", "of": {"baked": None, "model": public_name(source)}}
     certificate |= {"tensors": [], "faults": []}
     if baked is not None:
         strength = float(read_provenance(baked)["strength"])

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from kernel_surgery.checkpoint.record import edit_record, write_bases, write_provenance
+from kernel_surgery.checkpoint.record import base_model_line, edit_record, write_bases, write_provenance
 from kernel_surgery.checkpoint.source import check_source, editable, original_layouts
 from kernel_surgery.common.errors import CheckpointError
-from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_bias
-from kernel_surgery.files.folder import check_absent, new_folder
+from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.tensorfile import read_tensor, save_tensors
 from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.load import hub_id
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,13 +51,14 @@ def write_adapter(
     is not finite, and files that cannot be read or written. After any exception `destination` does not exist.
     """
     source, destination = Path(source), Path(destination)
-    check_absent(destination)
+    check_output(destination)
     rank = padded_rank(subspace.rank)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     files = {name: layout.path for layout in layouts for name in layout.entries}
     tensors = {}
     entries = editable(layouts, subspace.bases)
+    check_output(destination, size=sum(4 * rank * sum(entry.shape) for entry in entries if len(entry.shape) == 2))
     for entry in progress(entries, total=len(entries), desc=destination.name):
         with files[entry.name].open("rb") as file:
             weight = read_tensor(file.fileno(), entry)
@@ -76,9 +78,8 @@ def write_adapter(
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
         tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, padding)).contiguous()
     record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank)
-    # PEFT loads the base model by this name. A folder needs its full path, whatever the command line called it.
-    is_id = model_id is not None and not Path(model_id).exists() and model_id != "polyglot"
-    record["base"] = model_id if is_id else str(source.resolve())
+    # PEFT can load the base model by this name. Only a hub id means the same on another machine.
+    record["base"] = hub_id(model_id or source)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
         save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -93,7 +94,7 @@ def configuration(record: dict[str, Any]) -> dict[str, Any]:
     """Return adapter_config.json as a dict, in the form that PEFT reads.
 
     Every field that changes PEFT's arithmetic is set explicitly, so that no default of PEFT matters. record: the
-    provenance, with "padded_rank", "layers" and "base" (name or path of the base model).
+    provenance, with "padded_rank", "layers" and "base" (hub id of the base model, or None).
     """
     rank = record["padded_rank"]
     return {
@@ -108,7 +109,7 @@ def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the adapter does."""
     model, layers = record["model_id"], record["layers"]
     lines = [
-        *("---", f"base_model: {json.dumps(model)}", "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
+        *("---", *base_model_line(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed: an adapter", ""),
         f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
         f"`mlp.down_proj` acts as W - a U (U^T W), with U of rank {record['rank']} and a = {record['strength']:g}.",

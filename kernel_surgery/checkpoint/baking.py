@@ -9,7 +9,6 @@ which subspace. `kernel_surgery/undo.safetensors` holds the part that was remove
 `--undo` restores the weights from it to within a rounding.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,18 +16,24 @@ from typing import Any
 
 import torch
 
-from kernel_surgery.checkpoint.record import edit_record, read_provenance, write_bases, write_provenance
+from kernel_surgery.checkpoint.record import (
+    base_model_line,
+    edit_record,
+    read_provenance,
+    write_bases,
+    write_provenance,
+)
 from kernel_surgery.checkpoint.source import (
     check_source,
     editable,
     original_layouts,
 )
 from kernel_surgery.common.errors import CheckpointError
-from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files.contents import OURS, PROVENANCE, contents
-from kernel_surgery.files.folder import check_absent, new_folder
+from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.hashing import Follower, sha256
 from kernel_surgery.files.tensorfile import (
     Entry,
@@ -125,7 +130,7 @@ def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the weights are and how to undo the edit."""
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
-        *("---", f"base_model: {json.dumps(model)}", "tags: [kernel-surgery]", "---", ""),
+        *("---", *base_model_line(record), "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed", ""),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
         f"the weight W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
@@ -240,7 +245,7 @@ def bake_checkpoint(
     also by the weights. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
-    check_absent(destination)
+    check_output(destination)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     removal = _Removal(editable(layouts, subspace.bases), subspace.bases, strength)
@@ -269,7 +274,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     its files have changed since. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
-    check_absent(destination)
+    check_output(destination)
     record = read_provenance(source)
     for name, digest in record["sha256"].items():
         if not (source / name).is_file() or sha256(source / name) != digest:

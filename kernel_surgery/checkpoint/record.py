@@ -18,6 +18,7 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
+from kernel_surgery.models.load import hub_id, public_name
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
 BASES = Path(OURS) / "subspace.safetensors"
@@ -66,12 +67,18 @@ def edit_record(
     # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
     return {
-        **{"kind": kind, "model_id": model_id or str(source), "strength": strength},
+        **{"kind": kind, "model_id": public_name(model_id or source), "strength": strength},
         **{"layers": list(subspace.layers), "rank": subspace.rank},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
         **{"site": subspace.site, "revision": revision, "note": subspace.note, "fit": subspace.fit},
         "command": command,
     }
+
+
+def base_model_line(record: dict[str, Any]) -> list[str]:
+    """Return the line of a card's header that names the base model: only a hub id means the same elsewhere."""
+    base = hub_id(record["model_id"])
+    return [f"base_model: {json.dumps(base)}"] if base else []
 
 
 def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -1,18 +1,22 @@
 """The checkpoint before the edit: its editable tensors, and whether a subspace belongs to it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
+from kernel_surgery.checkpoint.record import read_provenance
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.names import DTYPES
+from kernel_surgery.edit.lora import refuse_bias
 from kernel_surgery.files.contents import PROVENANCE
-from kernel_surgery.files.tensorfile import Entry, Layout, read_tensor
-from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
-from kernel_surgery.models.load import read_config
+from kernel_surgery.files.tensorfile import Entry, Layout, mapped
+from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.before import check_config, check_stored, edited_tensors
 from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import STORED
+from kernel_surgery.ops.library import check_rank
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import sample_weights
 
@@ -25,28 +29,45 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     layouts: the headers of its weight files. force: accept a subspace of unknown origin, or one fitted on another
     model. Reads only a few tensors, to compare with the weights that the subspace recorded.
 
-    Raises CheckpointError for an unknown architecture or a missing tensor, and MismatchError if the subspace does not
-    belong to the checkpoint.
+    Raises ModelError for an unknown architecture, CheckpointError for a missing tensor, and MismatchError if the
+    subspace does not belong to the checkpoint.
     """
-    config = read_config(folder)
-    if config.get("model_type") not in ARCHITECTURES:
-        raise CheckpointError(
-            f"cannot edit a {config.get('model_type')!r} checkpoint: known architectures are "
-            f"{', '.join(ARCHITECTURES)}."
-        )
+    config = check_config(folder)
     n_layers = config["num_hidden_layers"]
+    check_stored(folder, config, layouts)
     places = {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
-    required = [f"{LLAMA.embedding}.weight", *(f"{LLAMA.site(i)}.weight" for i in range(n_layers))]
-    if missing := [name for name in required if name not in places]:
-        raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        for name in required:
-            path, entry = places[name]
-            with path.open("rb") as file:
-                yield name, read_tensor(file.fileno(), entry)
+        return ((name, mapped(*places[name])) for name in edited_tensors(config))
 
     subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
+
+
+def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force: bool = False) -> None:
+    """Refuse an edit that cannot be made on a checkpoint, before the model is loaded. It reads headers and a few pages.
+
+    modes: the ways in which the edit will be made, "original" apart. force: as in `check_source`.
+
+    Raises CheckpointError for a checkpoint that was baked, KernelSurgeryError for a rank that the fused operators do
+    not take and for a bias with mode "lora", and what `check_source` raises.
+    """
+    record = None
+    with suppress(CheckpointError):  # no record of a baked checkpoint, as expected
+        record = read_provenance(folder)
+    if record:
+        raise CheckpointError(
+            f"{str(folder)!r} was baked: the edit is in its weights already (rank {record['rank']}, strength "
+            f"{record['strength']:g}). Evaluate it with --mode original, or the original model with --mode baked."
+        )
+    found = stored_layouts(folder)
+    check_source(folder, found, subspace, force=force)
+    if "fused" in modes:
+        check_rank(next(iter(subspace.bases.values())))
+    if "lora" in modes:
+        places = {name: (layout.path, entry) for layout in found for name, entry in layout.entries.items()}
+        for site in map(LLAMA.site, subspace.layers):
+            if f"{site}.bias" in places:
+                refuse_bias(site, mapped(*places[f"{site}.bias"]))
 
 
 def original_layouts(source: Path) -> list[Layout]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.files import shareable
 from kernel_surgery.common.names import LARGEST_STRENGTH
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -101,15 +102,31 @@ def untouched(sentence: str | Callable[[], str]) -> Iterator[None]:
 
 def kept_in(folder: Path | None) -> str:
     """What a command that resumes leaves in its folder after an error."""
-    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+    try:
+        if folder is None or not any(folder.iterdir()):
+            return "Nothing was written."
+    except OSError:  # no such folder, or a name that no folder can have
         return "Nothing was written."
     return f"The files in {str(folder)!r} were kept."
 
 
 def command_line(name: str, argv: list[str] | None) -> str:
-    """Return the command line as it was called, for a record. name: the command's name, such as "eval"."""
+    """Return the command line as it was called, for a record. name: the command's name, such as "eval".
+
+    Records travel, so of an absolute path only the last name is kept.
+    """
     words = sys.argv[1:] if argv is None else map(str, argv)
-    return shlex.join(["python", "-m", f"{PACKAGE_NAME}.{name}", *words])
+    return shlex.join(["python", "-m", f"{PACKAGE_NAME}.{name}", *map(_without_place, words)])
+
+
+def _without_place(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + shareable(value)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add the option --overwrite of a command that writes a file."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the file at --out if there is one")
 
 
 def check_finite_strength(strength: float | None) -> None:

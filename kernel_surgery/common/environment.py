@@ -75,7 +75,8 @@ def _git_state() -> tuple[str | None, bool | None]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return fallback
-        # bench/results holds measured results. A change there does not change the code that is measured.
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
+        # Only code counts: what a run leaves in the clone does not change what is measured.
+        code = ("kernel_surgery/*.py", "kernels/*.py", "kernel_surgery/polyglot", "bench/*.py", "setup.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *code))
     except (OSError, subprocess.SubprocessError):
         return fallback

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.command import command_line
 from kernel_surgery.common.environment import environment_record
-from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.errors import SubspaceError, UserError
+from kernel_surgery.common.files import check_folder, write_atomic
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
 from kernel_surgery.evaluation.judging import Cells, score_again, score_kept
+from kernel_surgery.evaluation.run import Options
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
+from kernel_surgery.files.contents import weight_files
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import sha256
-from kernel_surgery.models.load import load_tokenizer
-from kernel_surgery.problems.generator import Problem, expag_problems, problems
+from kernel_surgery.models.before import check_config, check_stored
+from kernel_surgery.models.load import load_tokenizer, local_folder, public_name, resolve_model
+from kernel_surgery.ops.library import MAX_RANK
+from kernel_surgery.problems.generator import Problem, expag_problems, parse_languages, problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +49,29 @@ class Recipe:
     problems: int | None = None
     seed: int = 0
     controls: str | None = None
+
+    def check(self) -> None:
+        """Check what the steps would otherwise find one after the other, before the first one runs. Creates the folder.
+
+        Raises UserError for options of the evaluation, and for too little disk space. Raises SubspaceError for a rank
+        that the model cannot have, and what `models.before.check_config` raises.
+        """
+        options = Options(
+            *(self.mode, self.model, self.out / BUNDLE[0], "strict", self.languages, self.problems, self.seed),
+            controls=self.controls,
+        )
+        options.check()
+        options.asked(parse_languages(self.languages))
+        check_folder(self.out)
+        source = local_folder(resolve_model(self.model))
+        config = check_config(source)
+        check_stored(source, config)
+        most = min(config["hidden_size"], MAX_RANK)
+        if not 1 <= self.rank <= most:
+            raise SubspaceError(f"--rank is {self.rank}: choose 1 to {most} for this model.")
+        if not (self.out / "baked").exists():
+            check_folder(self.out, size=sum(file.stat().st_size for file in weight_files(source)))
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[tuple[str, Path, list[str]]]:
         """Return the steps in order, as (command, file or folder that it creates, its arguments)."""
@@ -89,7 +116,7 @@ def make_bundle(
     for file in files:
         shutil.copy(file, bundle / file.name)
     manifest = {
-        **{"kind": "bundle", "schema": 1, "command": command, "commands": commands, "model": recipe.model},
+        **{"kind": "bundle", "schema": 1, "command": command, "commands": commands, "model": public_name(recipe.model)},
         **{"environment": environment_record(), "sha256": {file.name: sha256(bundle / file.name) for file in files}},
     }
     write_atomic(bundle / MANIFEST, json.dumps(manifest, indent=2) + "\n")

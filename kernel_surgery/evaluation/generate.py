@@ -8,6 +8,8 @@ import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.evaluation.judging import Generation
+from kernel_surgery.models.before import check_positions
+from kernel_surgery.models.padding import padded, padding_id
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,30 +84,28 @@ def generate(
     text does not depend on its batch, except for floating-point rounding. Rounding can swap two logits that are almost
     equal.
 
-    Raises KernelSurgeryError for a batch size or budget below 1, and for a prompt without tokens.
+    Raises KernelSurgeryError for a batch size or budget below 1, for a prompt without tokens, and for a prompt and
+    budget that need more positions than the model has.
     """
     for name, value in (("batch size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise KernelSurgeryError(f"{name} must be at least 1, got {value}")
     ends = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or (0,))[0]
+    pad = padding_id(model, tokenizer, ends)
     config = greedy_config(max_new_tokens, ends, pad)
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     if empty := [i for i, ids in enumerate(encoded) if not ids]:
         raise KernelSurgeryError(f"prompt {empty[0]} is empty after tokenization: there is nothing to continue")
+    check_positions(getattr(model.config, "max_position_embeddings", None), tokenizer, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     done: dict[int, Generation] = {}
     with checkpoint_settings_aside(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            width = len(encoded[batch[0]])
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=model.device)
-            mask = torch.tensor(
-                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=model.device
-            )
+            ids, mask = padded([encoded[i] for i in batch], pad, "left", model.device)
             with torch.no_grad():
                 out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for i, row in zip(batch, out[:, width:].tolist(), strict=True):
+            for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((t for t, token in enumerate(row) if token in ends), None)
                 new_ids = tuple(row if stop is None else row[:stop])
                 text = tokenizer.decode(new_ids, skip_special_tokens=True)

@@ -17,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from kernel_surgery.checkpoint.source import check_edit
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
@@ -26,16 +29,16 @@ from kernel_surgery.evaluation.answering import Context, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
 from kernel_surgery.evaluation.effects import measure_effects
 from kernel_surgery.evaluation.judging import Cells, score_again
+from kernel_surgery.evaluation.loading import load_checked
 from kernel_surgery.evaluation.report import write_report
-from kernel_surgery.evaluation.samples import digest, open_run, take_up, write_cells
+from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.models.load import (
     POLYGLOT_SUBSPACE,
-    load_model,
-    load_tokenizer,
     parse_device,
     parse_dtype,
+    public_name,
     resolve_model,
 )
 from kernel_surgery.numerics.precision import name_of
@@ -202,11 +205,18 @@ def check_edits(
     return edits
 
 
-def notes_of(subspace: Subspace | None, edits: dict[str, dict[str, Any]], options: Options) -> list[str]:
-    """Return the notes that every output shows beside the figures.
+def check_held_out(subspace: Subspace | None, options: Options) -> None:
+    """Raise UserError if the subspace was fitted on the problems that are asked, unless `force` is set."""
+    split = (subspace.fit or {}).get("split") if subspace is not None else None
+    if options.strict and split == "test" and not options.force:
+        raise UserError(
+            "the subspace was fitted on the test problems, on which it would be evaluated here. Collect on the fit "
+            "split. With --force the evaluation runs, and its outputs say so."
+        )
 
-    Raises UserError if the subspace was fitted on the problems that are asked, unless `force` is set.
-    """
+
+def notes_of(subspace: Subspace | None, edits: dict[str, dict[str, Any]], options: Options) -> list[str]:
+    """Return the notes that every output shows beside the figures."""
     notes = [edit["note"] for edit in edits.values() if edit["note"]]
     for edit in edits.values():
         for reason in dict.fromkeys(edit["fallbacks"].values()):
@@ -217,11 +227,6 @@ def notes_of(subspace: Subspace | None, edits: dict[str, dict[str, Any]], option
         notes.append("expag: the 20 problems and the scoring of the reference script, only to compare with its figures")
     elif subspace is not None:
         split = (subspace.fit or {}).get("split")
-        if split == "test" and not options.force:
-            raise UserError(
-                "the subspace was fitted on the test problems, on which it would be evaluated here. Collect on the "
-                "fit split. With --force the evaluation runs, and its outputs say so."
-            )
         if split == "test":
             notes.append("the subspace was fitted on the test problems: these figures are not held out")
         elif split is None:
@@ -230,22 +235,27 @@ def notes_of(subspace: Subspace | None, edits: dict[str, dict[str, Any]], option
 
 
 def configuration(
-    options: Options, context: Context, subspace_path: Path | None, environment: dict[str, Any]
+    options: Options,
+    asked: tuple[list[Problem], tuple[str, ...]],
+    where: tuple[torch.dtype, torch.device],
+    subspace_path: Path | None,
+    environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return config.json: everything that a text depends on.
+    """Return config.json, everything that a text depends on, but for "weights": a digest of the model's.
 
-    The weights are included by a digest, so the same options with other weights are a different run.
+    asked: the problems and the languages. where: the model's dtype and device.
     """
+    (asked_problems, languages), (dtype, device) = asked, where
     config = {key: value for key, value in asdict(options).items() if key not in LATER}
     return config | {
-        "languages": list(context.languages),
-        "problems": len(context.problems),
-        "max_new_tokens": context.budget,
-        "dtype": name_of(context.model.dtype),
-        "device": context.model.device.type,
+        "model": public_name(options.model),
+        "languages": list(languages),
+        "problems": len(asked_problems),
+        "max_new_tokens": options.budget,
+        "dtype": name_of(dtype),
+        "device": device.type,
         "subspace": hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None,
-        "weights": digest(fingerprint(context.model)),
-        "prompts": digest([[p.id, p.prompts[lang]] for p in context.problems for lang in context.languages]),
+        "prompts": digest([[p.id, p.prompts[lang]] for p in asked_problems for lang in languages]),
         "versions": {name: environment[name] for name in ("kernel_surgery", "torch", "transformers")},
     }
 
@@ -286,6 +296,29 @@ def describe_subspace(subspace: Subspace | None, path: Path | None, sha256: str 
     }
 
 
+def _beside(
+    context: Context,
+    cells: Cells,
+    options: Options,
+    folder: Path,
+    subspace: Subspace | None,
+    seconds_per_text: float | None,
+    say: Callable[[str], object],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Run what is shown beside the answers: random subspaces, and the effects on neutral text. Return both results."""
+    controls = damage = None
+    if options.controls:
+        assert subspace is not None  # `Options.check`
+        controls = run_controls(
+            *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
+            *(seconds_per_text, say),
+        )
+    if options.strict and not options.no_damage:
+        modes, seed, force = modes_of(options.mode), options.seed, options.force
+        damage = measure_effects(context, modes, subspace, strength=options.strength, seed=seed, force=force)
+    return controls, damage
+
+
 def evaluate(
     options: Options | None = None,
     *,
@@ -309,18 +342,26 @@ def evaluate(
     problem_list = options.asked(languages)
     options.check()
     certificate = read_certificate(options.certificate)
-    source, device = resolve_model(options.model), parse_device(options.device)
-    dtype = parse_dtype(options.dtype, device)
-    subspace, subspace_path = subspace_of(options)
-    modes = modes_of(options.mode)
     if options.out is None:  # `with_folder` leaves it so with `resume` alone
         raise UserError("--resume needs --out, the folder of the run to continue.")
-    folder, environment = options.out, environment_record(device)
-    model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
+    source, device = resolve_model(options.model), parse_device(options.device)
+    folder, modes = options.out, modes_of(options.mode)
+    dtype, environment = parse_dtype(options.dtype, device), environment_record(device)
+    subspace, subspace_path = subspace_of(options)
+    check_held_out(subspace, options)
+    config = configuration(options, (problem_list, languages), (dtype, device), subspace_path, environment)
+    check_run(folder, config, resume=options.resume)
+
+    def check(source: Path, config: dict[str, Any]) -> None:
+        if subspace is not None:
+            check_edit(source, subspace, modes, force=options.force)
+
+    prompts = [problem.prompts[language] for problem in problem_list for language in languages]
+    model, tokenizer = load_checked(source, (dtype, device), prompts, options.budget, check)
     context = Context(model, tokenizer, tuple(problem_list), languages, options.budget, options.batch_size)
     edits = check_edits(modes, model, subspace, options)
     notes = notes_of(subspace, edits, options)
-    config = configuration(options, context, subspace_path, environment)
+    config["weights"] = digest(fingerprint(model))
     open_run(folder, config, resume=options.resume)
 
     samples, started = folder / "samples.jsonl", time.monotonic()
@@ -329,23 +370,13 @@ def evaluate(
     cells = answer_cells(context, blocks, done, samples)
     new_texts = len(cells.keys() - done.keys()) * len(problem_list)
     seconds_per_text = (time.monotonic() - started) / new_texts if new_texts else None
-    controls = damage = None
-    if options.controls:
-        assert subspace is not None  # `Options.check`
-        controls = run_controls(
-            *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
-            *(seconds_per_text, say),
-        )
-    if options.strict and not options.no_damage:
-        damage = measure_effects(
-            context, modes, subspace, strength=options.strength, seed=options.seed, force=options.force
-        )
+    controls, damage = _beside(context, cells, options, folder, subspace, seconds_per_text, say)
     paired = pair(cells, options.margin)
     results = {
         "schema": 1,
         "config": config,
         "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-        "model": describe_model(options.model, model),
+        "model": describe_model(public_name(options.model), model),
         "subspace": describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,
         "command": command,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.files import check_folder, write_atomic
 from kernel_surgery.problems.generator import Problem
 
 OUTPUTS = ("samples.jsonl", "results.json", "report.html")
@@ -29,11 +29,22 @@ def digest(value: object) -> str:
 
 
 def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Create the folder of a run with its config.json or, with `resume`, check that the folder holds this run.
+    """Create the folder of a run with its config.json, if `check_run` finds nothing wrong."""
+    check_run(folder, config, resume=resume)
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
-    Raises UserError, with nothing changed, for a folder that holds another run, that holds a run although `resume` is
+
+def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Check that a run can be written to `folder` or, with `resume`, that the folder holds this run. Changes nothing.
+
+    config: what is known of the run so far.
+
+    Raises UserError for a folder that cannot be written, that holds another run, that holds a run although `resume` is
     not set, or that holds our output files without a config.json.
     """
+    check_folder(folder)
     file = folder / "config.json"
     if not file.exists():
         if strays := [name for name in OUTPUTS if (folder / name).exists()]:
@@ -41,8 +52,6 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
                 f"{str(folder)!r} holds {strays[0]} but no config.json, so it is not a run of this command. "
                 "Choose another --out."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         return
     if not resume:
         raise UserError(

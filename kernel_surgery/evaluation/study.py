@@ -20,20 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
-from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.files import check_folder, write_atomic
 from kernel_surgery.common.names import LANGUAGES, MODES, POOLS, SITES
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
 from kernel_surgery.evaluation.controls import table as control_table
 from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
-from kernel_surgery.evaluation.samples import digest, open_run, take_up
+from kernel_surgery.evaluation.loading import load_checked
+from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from kernel_surgery.evaluation.tables import strict_table
 from kernel_surgery.models.architectures import decoder_layers, default_layers, parse_layers
-from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
+from kernel_surgery.models.load import parse_device, parse_dtype, public_name
+from kernel_surgery.ops.library import MAX_RANK
 from kernel_surgery.problems.generator import Problem, parse_languages, problems
 from kernel_surgery.subspace.activations import Activations, load_activations
 from kernel_surgery.subspace.artifact import Subspace
@@ -114,6 +117,22 @@ def cells_of(grid: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     return cells
 
 
+def check_cells(cells: dict[str, dict[str, Any]], mode: str, config: dict[str, Any]) -> None:
+    """Check the layers and ranks of all cells against a model's configuration.
+
+    Raises ModelError for layers that it does not have, and KernelSurgeryError for a rank that it cannot have.
+    """
+    most = min(config["hidden_size"], MAX_RANK if mode == "fused" else config["hidden_size"])
+    for setting in cells.values():
+        _layers(setting["layers"], config["num_hidden_layers"])
+        if not 1 <= setting["rank"] <= most:
+            raise KernelSurgeryError(f"grid.rank has {setting['rank']}: choose 1 to {most} for this model and mode.")
+
+
+def _layers(text: str, n_layers: int) -> list[int]:
+    return list(default_layers(n_layers) if text == "middle" else parse_layers(text, n_layers))
+
+
 def frozen_digest(setting: dict[str, Any], declared: dict[str, Any]) -> str:
     """Return the SHA-256 of a chosen setting with everything else that its texts depend on."""
     rest = {key: value for key, value in declared.items() if key != "grid"}
@@ -140,8 +159,9 @@ def subspaces(
             if not file.exists():
                 fit_problems = problems("fit", declared["problems"], seed=declared["seed"])
                 vectors = collect_languages(model, tokenizer, fit_problems, LANGUAGES, layers, site=site, pool=pool)
-                provenance = {"model_id": declared["model"], "n_layers": len(layers), "fingerprint": fingerprint(model)}
+                provenance = {"model_id": public_name(declared["model"]), "n_layers": len(layers)}
                 provenance |= {
+                    "fingerprint": fingerprint(model),
                     "site": site,
                     "pool": pool,
                     "split": "fit",
@@ -150,9 +170,8 @@ def subspaces(
                 }
                 Activations(vectors, provenance).save(file)
             activations[site, pool] = load_activations(file)
-        layers_text = setting["layers"]
-        fit_layers = default_layers(len(layers)) if layers_text == "middle" else parse_layers(layers_text, len(layers))
-        yield name, fit_subspace(activations[site, pool], setting["rank"], layers=list(fit_layers))
+        fit_layers = _layers(setting["layers"], len(layers))
+        yield name, fit_subspace(activations[site, pool], setting["rank"], layers=fit_layers)
 
 
 def edit_blocks(
@@ -218,22 +237,33 @@ def run_study(
     frozen.json holds.
     """
     parse_controls(controls)
-    source, device = resolve_model(declared["model"]), parse_device(declared["device"])
-    dtype = parse_dtype(declared["dtype"], device)
-    model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-    config = declared | {"weights": digest(fingerprint(model)), "resolved_dtype": str(dtype)}
-    open_run(folder, config, resume=(folder / "config.json").exists())
     cells, languages, budget = cells_of(declared["grid"]), declared["languages"], declared["budget"]
+    for setting in cells.values():
+        check_finite_strength(setting["strength"])
+    device = parse_device(declared["device"])
+    dtype = parse_dtype(declared["dtype"], device)
+    named = declared | {"model": public_name(declared["model"])}
+    config = named | {"resolved_dtype": str(dtype)}
+    check_folder(folder)
+    resume = (folder / "config.json").exists()
+    check_run(folder, config, resume=resume)
+    splits = {split: tuple(problems(split, declared["problems"], seed=declared["seed"])) for split in ("dev", "test")}
+    prompts = [p.prompts[language] for split in splits.values() for p in split for language in languages]
+    model, tokenizer = load_checked(
+        *(declared["model"], (dtype, device), prompts, declared["max_new_tokens"]),
+        lambda source, found: check_cells(cells, declared["mode"], found),
+    )
+    config["weights"] = digest(fingerprint(model))
+    open_run(folder, config, resume=resume)
     subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder))
     settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
     def ask(split: str, settings: Mapping[str, tuple[dict[str, Any], Subspace]]) -> tuple[Context, Cells]:
-        split_problems = tuple(problems(split, declared["problems"], seed=declared["seed"]))
         context = Context(
-            model, tokenizer, split_problems, tuple(languages), declared["max_new_tokens"], declared["batch_size"]
+            model, tokenizer, splits[split], tuple(languages), declared["max_new_tokens"], declared["batch_size"]
         )
         samples = folder / f"{split}.jsonl"
-        done = take_up(samples, split_problems, score_again(tokenizer))
+        done = take_up(samples, splits[split], score_again(tokenizer))
         texts = answer_cells(context, edit_blocks(model, declared, settings), done, samples)
         return context, at_budget(texts, budget, tokenizer)
 
@@ -252,7 +282,7 @@ def run_study(
             context, own, folder, subspace_of[best], controls, mode, strength, declared["seed"]
         )
     study = {
-        **{"schema": 1, "command": command, "declared": declared, "environment": environment_record(device)},
+        **{"schema": 1, "command": command, "declared": named, "environment": environment_record(device)},
         **{"dev": dev, "frozen": frozen, "test": figures(texts, ["original", *reported], languages, budget)},
         **{"paired": paired, "power": power(paired), "controls": control_results},
     }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kernel_surgery.common.errors import CheckpointError, ExistsError
+from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.files import check_output
 from kernel_surgery.common.progress import progress
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.hashing import sha256
@@ -39,29 +40,17 @@ def locked_folder(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def check_absent(destination: Path) -> None:
-    """Raise ExistsError if `destination` exists."""
-    if destination.exists():
-        raise ExistsError(f"{str(destination)!r} already exists. Choose another --out.")
-
-
 @contextmanager
 def new_folder(destination: Path, size: int) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`. It is renamed to `destination` when the block ends.
 
     On any exception, the temporary folder is removed. size: the number of bytes that the block will write.
 
-    Raises ExistsError if the destination exists. Raises CheckpointError if the disk has too little space, if another
-    process is writing the same folder, and for an error of the file system inside the block.
+    Raises what `common.files.check_output` raises: the destination exists, or the disk has too little space. Raises
+    CheckpointError if another process is writing the same folder, and for an error of the file system inside the block.
     """
-    check_absent(destination)
+    check_output(destination, size=size)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < size:
-        raise CheckpointError(
-            f"{str(destination)!r} needs {size / 1e9:.2f} GB, but {str(destination.parent)!r} has only "
-            f"{free / 1e9:.2f} GB left. Choose another --out."
-        )
     temporary = destination.with_name(f".{destination.name}.baking")
     try:
         with locked_folder(temporary):

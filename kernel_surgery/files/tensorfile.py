@@ -9,17 +9,20 @@ import contextlib
 import errno
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.files import mistaken
 from kernel_surgery.files.hashing import CHUNK
 from kernel_surgery.numerics.precision import STORED
 
@@ -53,11 +56,17 @@ class Layout:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
     """Write a safetensors file with the permissions of any new file (0666 less the umask).
 
-    safetensors writes through a temporary file that only its owner may read, and keeps its permissions.
+    safetensors writes through a temporary file that only its owner may read, and keeps its permissions. It wraps the
+    errors of the file system; here they are OSErrors again.
     """
     Path(path).touch()
     mode = Path(path).stat().st_mode
-    save_file(dict(tensors), path, metadata=metadata or None)
+    try:
+        save_file(dict(tensors), path, metadata=metadata or None)
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
     os.chmod(path, mode & 0o777)
 
 
@@ -68,7 +77,7 @@ def read_layout(path: Path) -> Layout:
     """
 
     def damaged(why: str) -> CheckpointError:
-        return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({why}).")
+        return CheckpointError(f"{str(path)!r} cannot be read as safetensors ({mistaken(path) or why}).")
 
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -129,6 +138,20 @@ def read_tensor(file: int, entry: Entry) -> torch.Tensor:
         done += n
     flat = torch.frombuffer(buffer, dtype=EDITABLE[entry.dtype]) if buffer else torch.empty(0)
     return flat.reshape(entry.shape)
+
+
+def mapped(path: Path, entry: Entry) -> torch.Tensor:
+    """Return one tensor without reading it: the operating system reads the pages that are used.
+
+    Raises CheckpointError for a dtype that is not a float.
+    """
+    if entry.dtype not in EDITABLE:
+        raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, not as a float")
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=EDITABLE[entry.dtype])
+    # "c": changes stay in memory. torch warns about memory that cannot be written.
+    flat = np.memmap(path, np.uint8, "c", entry.begin, (entry.end - entry.begin,))
+    return torch.from_numpy(flat).view(EDITABLE[entry.dtype]).reshape(entry.shape)
 
 
 def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:

@@ -26,6 +26,29 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_TIMEOUT_S = 5.0
 
 
+def public_name(name: str | os.PathLike) -> str:
+    """Return the name of a model for records and cards, which travel: the hub id if it has one, else its folder's name.
+
+    name: as in `load_model`. The hub's cache knows the id of a folder.
+    """
+    path = Path(name).expanduser()
+    if str(name) == "polyglot" or not path.is_dir():
+        return str(name)
+    folder = path.resolve()
+    if folder == POLYGLOT:
+        return "polyglot"
+    return hub_id(folder) or folder.name
+
+
+def hub_id(name: str | os.PathLike) -> str | None:
+    """Return the hub id of a model, or None if it has none that is known. name: as in `load_model`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        cached = re.fullmatch(r"models--([^/]+)--([^/]+)", path.resolve().parent.parent.name)
+        return f"{cached[1]}/{cached[2]}" if cached and path.resolve().parent.name == "snapshots" else None
+    return str(name) if _HUB_ID.fullmatch(str(name)) else None
+
+
 def quiet_transformers() -> None:
     """Turn off transformers' progress bars and advice, unless TRANSFORMERS_VERBOSITY is set."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernel_surgery.common.errors import MissingFileError, SubspaceError
-from kernel_surgery.common.files import replacing
+from kernel_surgery.common.files import mistaken, replacing
 from kernel_surgery.common.names import SITES
 from kernel_surgery.files.tensorfile import save_tensors
+from kernel_surgery.subspace.fingerprint import check_provenance
 
 FORMAT = "kernel-surgery-activations-1"
 
@@ -73,8 +74,14 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
         try:
             with np.load(path, allow_pickle=False) as data:
                 arrays = {key: torch.from_numpy(np.asarray(data[key], dtype=np.float32)) for key in data.files}
-        # numpy passes on any error of its parser: EOFError for an empty file, TypeError for a .npy with this suffix.
+        # numpy takes a file that it does not know for a pickle. Only one that looks like an array can hold one.
+        # It passes on any error of its parser: EOFError for an empty file, TypeError for a .npy with this suffix.
         except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+            with path.open("rb") as file:
+                head = file.read(20)
+            if (what := mistaken(path)) or not head.startswith((b"PK", b"\x93NUMPY", b"\x80")):
+                what = what or f"it starts with {head.decode(errors='replace')!r}"
+                raise SubspaceError(f"{str(path)!r} is not an .npz file ({what}).") from error
             if "pickle" in str(error).lower():
                 raise SubspaceError(
                     f"{str(path)!r} is not an .npz of plain arrays. Pickles are never loaded: they can run code.\n"
@@ -86,9 +93,12 @@ def load_activations(path: Path, model_id: str | None = None, site: str | None =
             with safe_open(path, "pt") as file:
                 arrays = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
                 provenance = json.loads((file.metadata() or {}).get("provenance", "{}"))
-        except (SafetensorError, ValueError) as error:
+            check_provenance(provenance)
+        except SubspaceError as error:
+            raise SubspaceError(f"{str(path)!r}: {error}") from error
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise SubspaceError(
-                f"{str(path)!r} is neither a safetensors file of activations nor an .npz ({error})."
+                f"{str(path)!r} is neither a safetensors file of activations nor an .npz ({mistaken(path) or error})."
             ) from error
     for name, given in (("model_id", model_id), ("site", site)):
         if given and provenance.get(name, given) != given:

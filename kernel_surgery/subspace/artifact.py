@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
-from kernel_surgery.common.files import replacing
+from kernel_surgery.common.files import mistaken, replacing
 from kernel_surgery.files.tensorfile import save_tensors
-from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences
+from kernel_surgery.subspace.fingerprint import check_provenance, fingerprint, fingerprint_differences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +37,8 @@ class Subspace:
     site, pool: where and how the activations were read. means: {layer: [d_model]}. spectrum: {layer: singular values}.
     model_id, revision, n_layers, fingerprint: the model it was fitted on. fit: method, rank, languages, problems.
 
-    Raises SubspaceError for no layers, unequal shapes, numbers that are not finite, and columns that are not
-    orthonormal.
+    Raises SubspaceError for no layers, unequal shapes, numbers that are not finite, columns that are not orthonormal,
+    and provenance of the wrong type.
     """
 
     bases: Mapping[int, torch.Tensor]
@@ -53,6 +53,7 @@ class Subspace:
     fit: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_provenance({name: getattr(self, name) for name in _FIELDS})
         object.__setattr__(self, "bases", dict(sorted(check_bases(self.bases).items())))
 
     def __repr__(self) -> str:
@@ -129,7 +130,7 @@ class Subspace:
                         )
                     found[parts[2]][int(parts[1])] = file.get_tensor(key)
         except SafetensorError as error:
-            raise SubspaceError(f"{str(path)!r} is not a safetensors file ({error}).") from error
+            raise SubspaceError(f"{str(path)!r} is not a safetensors file ({mistaken(path) or error}).") from error
         try:
             provenance = dict(json.loads(metadata.get("provenance", "{}")))
         except (ValueError, TypeError) as error:
@@ -161,25 +162,13 @@ class Subspace:
     ) -> None:
         """Refuse a model that the subspace was not fitted on.
 
-        Raises MismatchError for another d_model or number of layers, even with `force`. Without `force`, raises it for
-        other weights than those measured, so also for a finetuned, merged or already baked model.
+        Raises what `check_shape` raises, even with `force`. Without `force`, raises MismatchError for other weights
+        than those measured, so also for a finetuned, merged or already baked model.
         """
-        both = (
-            f"  subspace: fitted on {self.model_id or 'an unnamed model'} ({self.site or 'site not stated'}, "
-            f"rank {self.rank})\n  model:    {name}\n"
-        )
-        if d_model != self.d_model:
-            raise MismatchError(
-                f"the subspace has d_model={self.d_model}, but the model has {d_model}.\n{both}"
-                "Fit a subspace on this model."
-            )
-        if self.n_layers not in (None, n_layers):
-            raise MismatchError(
-                f"the subspace was fitted on a model with {self.n_layers} layers, but this one has {n_layers}.\n{both}"
-                "Fit a subspace on this model."
-            )
+        self.check_shape(d_model, n_layers, name)
         if force:
             return
+        both = self._beside(name)
         if self.fingerprint is None:
             raise MismatchError(
                 f"the subspace does not say which model's weights it was measured on.\n{both}"
@@ -191,6 +180,34 @@ class Subspace:
                 f"the subspace was measured on other weights: {differing[0]} differs{more}.\n{both}"
                 "Fit a subspace on this model, load the one it was fitted on, or use --force "
                 "(force=True)."
+            )
+
+    def _beside(self, name: str) -> str:
+        return (
+            f"  subspace: fitted on {self.model_id or 'an unnamed model'} ({self.site or 'site not stated'}, "
+            f"rank {self.rank})\n  model:    {name}\n"
+        )
+
+    def check_shape(self, d_model: int, n_layers: int, name: str) -> None:
+        """Refuse a model of another shape. name: the model's, for the message.
+
+        Raises MismatchError for another d_model or number of layers, and for a layer that the model does not have.
+        """
+        both = self._beside(name)
+        if d_model != self.d_model:
+            raise MismatchError(
+                f"the subspace has d_model={self.d_model}, but the model has {d_model}.\n{both}"
+                "Fit a subspace on this model."
+            )
+        if self.n_layers not in (None, n_layers):
+            raise MismatchError(
+                f"the subspace was fitted on a model with {self.n_layers} layers, but this one has {n_layers}.\n{both}"
+                "Fit a subspace on this model."
+            )
+        if self.layers[-1] >= n_layers:
+            raise MismatchError(
+                f"the subspace holds layer {self.layers[-1]}, but the model has {n_layers} layers, 0 to "
+                f"{n_layers - 1}.\n{both}Fit a subspace on this model."
             )
 
 

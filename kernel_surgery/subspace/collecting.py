@@ -11,6 +11,7 @@ from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import LANGUAGES, POOLS, SITES
 from kernel_surgery.common.progress import progress
 from kernel_surgery.models.architectures import Site, decoder_layers, mlp_outputs, parse_layers, residual_outputs
+from kernel_surgery.models.padding import padded, padding_id
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.activations import Activations
@@ -71,19 +72,19 @@ def prompt_states(
         return hook
 
     # Longest first: if memory runs out, it does so in the first batch.
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokenizer(prompts[i]).input_ids))
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    order, pad = sorted(range(len(prompts)), key=lambda i: -len(encoded[i])), padding_id(model, tokenizer)
     rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in sites}
     handles = [found.module.register_forward_hook(catch(layer)) for layer, found in sites.items()]
     try:
         starts = range(0, len(order), batch_size)
         for start in progress(starts, total=len(starts), desc=desc):
-            texts = [prompts[i] for i in order[start : start + batch_size]]
-            batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-            mask = batch["attention_mask"]
+            batch = [encoded[i] for i in order[start : start + batch_size]]
+            ids, mask = padded(batch, pad, tokenizer.padding_side, model.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             caught.clear()
             with torch.no_grad():
-                model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
+                model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
             if silent := [layer for layer in sites if layer not in caught]:
                 raise RuntimeError(f"layers {silent} did not run: nothing was read there, nothing was written")
             for layer, vectors in caught.items():
@@ -150,8 +151,6 @@ def collect_activations(
         raise SubspaceError(f"a language subspace needs at least two languages, got {', '.join(languages) or 'none'}.")
     if chosen is None:
         chosen, about = problems("fit", 40), {"split": "fit", "seed": 0} | (about or {})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     n_layers = len(decoder_layers(model))
     indices = range(n_layers) if layers == "all" else parse_layers(layers, n_layers)
     options: dict[str, Any] = {"site": site, "pool": pool, "batch_size": batch_size}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.models.architectures import layout_of, mlp_outputs
 from kernel_surgery.numerics.precision import STORED
@@ -38,6 +39,35 @@ def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
     return {"dtype": dtype, "samples": samples}
 
 
+_KINDS: dict[str, type] = {
+    **{"site": str, "pool": str, "model_id": str, "revision": str},
+    **{"n_layers": int, "fit": dict, "fingerprint": dict},
+}
+_WORDS = {str: "a text", int: "a whole number", dict: "a JSON object"}
+
+
+def check_provenance(provenance: object) -> None:
+    """Check the types of what a file says about the model it was measured on. Every field may be None or missing.
+
+    Raises SubspaceError, naming the field.
+    """
+    if not isinstance(provenance, dict):
+        raise SubspaceError(f"its provenance is {provenance!r:.60}, not a JSON object.")
+    for name, kind in _KINDS.items():
+        value = provenance.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise SubspaceError(f"its provenance has {name} = {value!r:.60}; expected {_WORDS[kind]}.")
+    if taken := provenance.get("fingerprint"):
+        samples = taken.get("samples")
+        values = list(samples.values()) if isinstance(samples, dict) else [None]
+        if not isinstance(taken.get("dtype"), str) or not all(map(_numbers, values)):
+            raise SubspaceError("its fingerprint is damaged: it needs a dtype, and numbers for every sampled tensor.")
+
+
+def _numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+
 def _spacing(dtype: str) -> tuple[float, float]:
     """Return the largest error of rounding to a dtype: relative to a value, and absolute below the normal range."""
     if dtype not in DTYPES:
@@ -59,7 +89,11 @@ def fingerprint_differences(fitted: dict[str, Any], loaded: dict[str, Any]) -> l
     relative, absolute = (sum(values) for values in zip(*pairs, strict=True))
     differing = []
     for name, values in fitted["samples"].items():
-        for a, b in zip(values, loaded["samples"][name], strict=True):
+        others = loaded["samples"][name]
+        if len(values) != len(others):
+            differing.append(name)
+            continue
+        for a, b in zip(values, others, strict=True):
             room = 0.0 if same else relative * max(abs(a), abs(b)) + absolute
             if not (math.isfinite(a) and math.isfinite(b)) or abs(a - b) > room:
                 differing.append(name)

@@ -49,6 +49,8 @@ def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tu
     values, vectors = torch.linalg.eigh(rows.T @ rows if tall else rows @ rows.T)
     s, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     available = int((s > s[0] * max(rows.shape) * 2.0**-24).sum()) if len(s) else 0
+    if not available:
+        raise _alike(what)
     if not 1 <= rank <= available:
         raise SubspaceError(
             f"cannot fit rank {rank} at {what}: its {rows.shape[0]} rows of data span {available} dimensions.\n"
@@ -60,6 +62,13 @@ def principal_basis(rows: torch.Tensor, rank: int, what: str = "the data") -> tu
         basis = torch.linalg.qr(rows.T @ basis)[0]
     signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     return (basis * signs).float().contiguous(), s.float()
+
+
+def _alike(what: str) -> SubspaceError:
+    return SubspaceError(
+        f"there is no subspace to fit at {what}: the activations do not differ between languages.\n"
+        "Were they measured on prompts in several languages? Collect again."
+    )
 
 
 def variance_captured(spectrum: torch.Tensor, rank: int) -> float:
@@ -95,7 +104,10 @@ def fit_subspace(
     bases, means, spectra = {}, {}, {}
     for layer in progress(layers, total=len(layers), desc="fit"):
         x = torch.stack([activations.vectors[lang][layer] for lang in activations.languages], dim=1)
-        bases[layer], spectra[layer] = principal_basis(language_rows(x, method), rank, f"layer {layer}")
+        rows = language_rows(x, method)
+        if not bool((rows.abs() > 2.0**-24 * x.abs().max()).any()):  # nothing but rounding of float32
+            raise _alike(f"layer {layer}")
+        bases[layer], spectra[layer] = principal_basis(rows, rank, f"layer {layer}")
         means[layer] = x.double().mean((0, 1)).float()
     found = activations.provenance
     return Subspace(

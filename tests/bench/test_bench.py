@@ -202,7 +202,8 @@ def test_the_fit_benchmark_runs_and_tells_a_rough_subspace(tmp_path, capsys):
 def test_the_evaluation_benchmark_compares_texts_before_times(tmp_path, capsys, monkeypatch):
     from bench import evaluation
 
-    words = ["--problems", "1", "--languages", "en", "--rounds", "1", "--out", str(tmp_path / "rows.json")]
+    words = ["--problems", "1", "--languages", "en", "--rounds", "1", "--max-new-tokens", "24"]
+    words += ["--out", str(tmp_path / "rows.json")]
     assert evaluation.run(words) == 0
     said = capsys.readouterr().out
     assert (

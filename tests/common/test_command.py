@@ -411,7 +411,11 @@ def test_an_installed_copy_does_not_report_the_commit_around_it(tmp_path, monkey
     monkeypatch.setattr(environment, "PACKAGE", tmp_path.resolve() / "kernel_surgery")  # git knows better
     commit, dirty = _git_state.__wrapped__()
     assert len(commit) == 40 and dirty is False
-    (tmp_path / "new.py").touch()
+    for record in ("certificate.json", "kernel_surgery/notes.txt", "docs/page.md", "tests/test_new.py"):
+        (tmp_path / record).parent.mkdir(exist_ok=True)
+        (tmp_path / record).touch()
+    assert _git_state.__wrapped__() == (commit, False), "what a run or a reader leaves there changes no figure"
+    (tmp_path / "kernel_surgery" / "new.py").touch()
     assert _git_state.__wrapped__() == (commit, True)
 
 
@@ -425,7 +429,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(KernelSurgeryError, match=r"cannot write '.*results.json': No space left on device. Make room"):
         write_atomic(target, "second")
     assert target.read_text(encoding="utf-8") == "één\n"
     assert [path.name for path in target.parent.iterdir()] == ["results.json"]

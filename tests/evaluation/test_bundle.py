@@ -6,6 +6,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check_bundle, differences
 from kernel_surgery.reproduce import run
@@ -34,6 +35,9 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     certificate = json.loads((bundle / "certificate.json").read_text())
     assert certificate["faults"] == [] and certificate["model"]["providers"]["baked"] == "weights on disk"
     assert "<h2>Certificate</h2>" in (bundle / "report.html").read_text()
+    for file in [path for path in out.rglob("*") if path.is_file()]:
+        for folder in (out, PACKAGE):
+            assert str(folder).encode() not in file.read_bytes(), f"{file.relative_to(out)} names a folder"
     # Without the model: nothing is loaded.
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     capsys.readouterr()

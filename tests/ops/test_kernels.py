@@ -351,7 +351,7 @@ def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
     from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
 
     table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
-    remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json"
+    remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json --overwrite"
     assert table["kernel_sha256"] == kernel_sha256(), remedy
     names = {(r["sm"], r["operation"], r["dtype"], r["rows"], r["d"], r["k"]) for r in table["rows"]}
     assert names == {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.fit import run
 from kernel_surgery.subspace.activations import Activations, load_activations
 from kernel_surgery.subspace.fitting import fit_subspace, language_rows, principal_basis, variance_captured
@@ -87,7 +88,7 @@ def test_rank_beyond_the_data_is_refused_with_the_number():
     assert fit_subspace(noisy, 6, method="centroids").rank == 6
     with pytest.raises(ValueError, match="span 6 dimensions"):
         fit_subspace(noisy, 7, method="centroids")
-    with pytest.raises(ValueError, match="its 0 rows of data span 0 dimensions"):
+    with pytest.raises(SubspaceError, match="there is no subspace to fit at the data: the activations do not differ"):
         principal_basis(language_rows(torch.randn(5, 1, 8), "deviations"), 1)
     with pytest.raises(ValueError, match="rank 0"):
         principal_basis(torch.randn(10, 5), 0)
@@ -165,7 +166,7 @@ def test_a_file_that_only_says_npz_is_refused(tmp_path):
     (tmp_path / "text.npz").write_text("en_L2")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     for name in ("array", "empty", "text", "cut"):
-        with pytest.raises(ValueError, match=rf"{name}\.npz' is not (a readable \.npz|an \.npz of plain arrays)"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz' is not (an?|a readable) \.npz"):
             load_activations(tmp_path / f"{name}.npz")
 
 

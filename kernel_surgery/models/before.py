@@ -1,0 +1,67 @@
+"""What can be known before a model is loaded: from its configuration, its tokenizer and the headers of its files."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernel_surgery.common.errors import CheckpointError, ModelError
+from kernel_surgery.files.tensorfile import Layout
+from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
+from kernel_surgery.models.load import read_config
+from kernel_surgery.models.stored import layouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """Return config.json as a dict. Raises ModelError if it cannot be used or names an unknown architecture."""
+    config = read_config(folder)
+    if config["model_type"] not in ARCHITECTURES:
+        raise ModelError(
+            f"cannot find the MLP outputs of a {config['model_type']!r} model: known architectures are "
+            f"{', '.join(ARCHITECTURES)}.\nTo support it, add its layout to kernel_surgery/models/architectures.py."
+        )
+    return config
+
+
+def check_stored(folder: Path, config: dict[str, Any], found: Sequence[Layout] | None = None) -> None:
+    """Check the headers of the weight files: whole, and with every tensor that is read or edited.
+
+    found: the headers, if they were read before.
+
+    Raises CheckpointError for a damaged file and for a tensor that is missing, such as in an incomplete download.
+    """
+    stored = {name for layout in (layouts(folder) if found is None else found) for name in layout.entries}
+    missing = [name for name in edited_tensors(config) if name not in stored]
+    if missing:
+        raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
+
+
+def edited_tensors(config: dict[str, Any]) -> list[str]:
+    """Return the names of the embedding and of every layer's last MLP projection."""
+    sites = (LLAMA.site(layer) for layer in range(config["num_hidden_layers"]))
+    return [f"{name}.weight" for name in (LLAMA.embedding, *sites)]
+
+
+def check_positions(
+    positions: int | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Iterable[str],
+    new_tokens: int = 0,
+    option: str = "--max-new-tokens",
+) -> None:
+    """Raise ModelError if a prompt and the tokens after it need more positions than the model was made for.
+
+    positions: max_position_embeddings of the configuration; None if it has no such limit. Beyond it a model with rotary
+    positions still runs, and writes nonsense.
+    """
+    longest = max((len(ids) for ids in tokenizer(list(prompts)).input_ids), default=0)
+    if positions is None or longest + new_tokens <= positions:
+        return
+    if longest >= positions or not new_tokens:
+        raise ModelError(f"the longest prompt has {longest} tokens, but the model has {positions} positions.")
+    raise ModelError(
+        f"prompts of up to {longest} tokens and {new_tokens} new ones are longer than the model's {positions} "
+        f"positions. Use {option} {positions - longest} at most."
+    )
