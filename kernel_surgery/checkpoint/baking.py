@@ -9,6 +9,7 @@ which subspace. `kernel_surgery/undo.safetensors` holds the part that was remove
 `--undo` restores the weights from it to within a rounding.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
-from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.artifact import Subspace, check_bases
 
 # In a subfolder, because some engines load every *.safetensors beside the weights.
 UNDO = Path(OURS) / "undo.safetensors"
@@ -261,6 +262,35 @@ def bake_checkpoint(
     return removal.norms
 
 
+def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return what a baked checkpoint keeps for its undoing: ({layer: U}, {tensor name: U^T W}).
+
+    Raises CheckpointError for a file that does not fit the checkpoint.
+    """
+    with opened(path) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    entries = {name: entry for layout in layouts for name, entry in layout.entries.items()}
+    bases: dict[int, torch.Tensor] = {}
+    insides: dict[str, torch.Tensor] = {}
+    for name, tensor in found.items():
+        kind, _, of = name.partition(".")
+        if kind == "basis" and of.isdecimal():
+            bases[int(of)] = tensor
+        elif kind == "inside":
+            insides[of] = tensor
+    bases = check_bases(bases)
+    for name, inside in insides.items():
+        layer, entry = LLAMA.edited_layer(name, bases), entries.get(name)
+        shape = () if entry is None else entry.shape
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+        if layer is None or bases[layer].shape[0] != rows or inside.shape != (bases[layer].shape[1], columns):
+            raise CheckpointError(
+                f"{str(path)!r} does not fit its checkpoint: it holds {tuple(inside.shape)} numbers for {name}, whose "
+                f"shape is {shape or 'missing'}. The edit cannot be undone."
+            )
+    return bases, insides
+
+
 def undo_checkpoint(source: Path, destination: Path, *, command: str | None = None) -> dict[str, tuple[float, float]]:
     """Write the baked checkpoint `source` with its edit undone to the new folder `destination`.
 
@@ -283,13 +313,13 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
                 "edit would not restore the original."
             )
     layouts = stored_layouts(source)
-    with opened(source / UNDO) as file:
-        undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    layers = [int(name.removeprefix("basis.")) for name in undo_tensors if name.startswith("basis.")]
+    bases, insides = _read_undo(source / UNDO, layouts)
     norms: dict[str, tuple[float, float]] = {}
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        basis, inside = undo_tensors[f"basis.{LLAMA.edited_layer(name, layers)}"], undo_tensors[f"inside.{name}"]
+        layer = LLAMA.edited_layer(name, bases)
+        assert layer is not None  # `_read_undo`
+        basis, inside = bases[layer], insides[name]
         wide = computed_in(weight)
         columns = weight.to(wide).reshape(weight.shape[0], -1)
         with in_full(weight):
@@ -300,11 +330,11 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         return restored
 
     def finish(folder: Path) -> dict[str, Any]:
-        write_bases(folder, {int(name[6:]): basis for name, basis in undo_tensors.items() if name.startswith("basis.")})
+        write_bases(folder, bases)
         header = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}
-    edits = {name.removeprefix("inside."): edit for name in undo_tensors if name.startswith("inside.")}
+    edits = dict.fromkeys(insides, edit)
     _rewrite(source, destination, layouts, edits, lambda n: names.get(n, n), finish)
     return norms

@@ -3,14 +3,15 @@
 Baking a checkpoint on disk uses the same arithmetic: see `checkpoint.baking`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError
-from kernel_surgery.edit.plan import Edit, SubspaceLike, plan_edit
+from kernel_surgery.edit.marks import Mark, marked, put_back
+from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
 
 ROWS_AT_ONCE = 256
@@ -68,12 +69,14 @@ def baked(
 
     The parameters stay the same objects, so optimizers and compiled code see the edit. A copy of each original is kept
     on the same device. When the block ends, normally or by an exception, the originals are put back and are
-    bit-identical. Yields the record of the edit, with the weight norms before and after.
+    bit-identical. A block that was opened inside must have ended by then. Yields the record of the edit, with the
+    weight norms before and after.
 
     Numerics: as in `remove`.
 
-    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight. Both come before
-    anything is changed.
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight and for a block of
+    another mode around this one (`edit.marks`). All come before anything is changed. At its end, raises
+    KernelSurgeryError if a block inside it is still open.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     owners: dict[int, str] = {}
@@ -86,9 +89,8 @@ def baked(
                 "No weight was changed. Use the fused mode, which leaves weights alone."
             )
         owners[pointer] = site.name
-    originals: list[tuple[Tensor, Tensor]] = []
     norms: dict[int, tuple[float, float]] = {}
-    try:
+    with marked(plan.sites.values(), "baked") as marks, _restored(plan, marks):
         with torch.no_grad():
             for layer, site in plan.sites.items():
                 before = float(site.module.weight.float().norm())
@@ -101,11 +103,22 @@ def baked(
                                 f"largest number of {parameter.dtype}. The model is unchanged. Choose a strength "
                                 "nearer to 1."
                             )
-                        originals.append((parameter, parameter.detach().clone()))
+                        marks[layer].originals.append((parameter, parameter.detach().clone()))
                         parameter.copy_(edited)
                 norms[layer] = (before, float(site.module.weight.float().norm()))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms)
+
+
+@contextmanager
+def _restored(plan: Plan, marks: Mapping[int, Mark]) -> Iterator[None]:
+    """Put the original weights back when the block ends. Raises KernelSurgeryError if an inner block is still open."""
+    try:
+        yield
     finally:
-        with torch.no_grad():
-            for parameter, original in reversed(originals):
-                parameter.copy_(original)
+        still_open = [mode for layer, site in plan.sites.items() if (mode := put_back(site, marks[layer]))]
+    if still_open:
+        raise KernelSurgeryError(
+            f"a block of mode {still_open[0]} that was opened inside this baked one is still open. "
+            "Blocks must end in reverse order. The original weights are back when it ends; until then the model is "
+            "neither the original nor edited by that block alone."
+        )

@@ -14,6 +14,7 @@ from kernel_surgery import ops
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.common.names import REACHES
 from kernel_surgery.edit.fused_layer import EditedLayer, reach_of
+from kernel_surgery.edit.marks import marked
 from kernel_surgery.edit.plan import Edit, SubspaceLike, buffers, hooks, new_edit, plan_edit
 
 
@@ -63,6 +64,7 @@ def fused(
     reasons = {layer: why for layer, (_, why) in reach_and_reason.items() if why}
     edit = new_edit("fused", plan, provider, reach=reaches, fallbacks=reasons)
     with ExitStack() as stack:
+        stack.enter_context(marked(plan.sites.values(), "fused"))
         buffer = stack.enter_context(buffers(plan, plan.bases))
         edited = {layer: EditedLayer(model, layer, plan, edit, buffer) for layer in plan.sites}
         for layer in edited.values():

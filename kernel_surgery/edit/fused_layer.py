@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from kernel_surgery import ops
-from kernel_surgery.edit.plan import Edit, Plan
+from kernel_surgery.edit.plan import Edit, Plan, stored
 from kernel_surgery.models.architectures import decoder_layers, layout_of, model_type, next_norm, submodule
 
 
@@ -122,7 +122,7 @@ class EditedLayer:
         # A deep copy of the model shares this hook but has its own `down_proj`. There the hook makes the edit.
         if self.further_on and module is self.down:
             return None
-        return ops.project(output, getattr(module, self.buffer), self.plan.strength)
+        return ops.project(output, stored(module, self.buffer), self.plan.strength)
 
     def output_watched(self) -> bool:
         """Return whether a hook other than ours sees the MLP's output."""
@@ -177,7 +177,7 @@ class EditedLayer:
             self.further_on = False
         if at_once:
             return residual + output
-        basis, strength = getattr(self.down, self.buffer), self.plan.strength
+        basis, strength = stored(self.down, self.buffer), self.plan.strength
         if output.dtype != residual.dtype:  # under autocast
             return residual + ops.project(output, basis, strength)
         if self.reach != "norm" or _watched(self.block, self.readers):

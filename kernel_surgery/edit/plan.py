@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
 from kernel_surgery.common.names import LARGEST_STRENGTH
+from kernel_surgery.edit.marks import marked, refuse_copy
 from kernel_surgery.models.architectures import Site, mlp_outputs
 from kernel_surgery.subspace.artifact import Subspace, check_bases
 
@@ -122,8 +123,8 @@ def plan_edit(
     force: accept a subspace of unknown origin, or one fitted on another model.
 
     Raises KernelSurgeryError for a strength, subspace, layer or model that cannot be used. Its subclass MismatchError
-    says that the subspace does not fit the model, ModelError that the architecture is unknown. Raises TypeError for
-    arguments of the wrong type.
+    says that the subspace does not fit the model, ModelError that the architecture is unknown. A model
+    that was copied inside a block is refused (`edit.marks`). Raises TypeError for arguments of the wrong type.
     """
     strength = check_strength(strength, per_sequence)
     note = None
@@ -147,6 +148,8 @@ def plan_edit(
             "offloaded to the CPU or the disk). The model is unchanged. Load the model without offloading, or bake the "
             "checkpoint."
         )
+    for site in sites.values():
+        refuse_copy(site)
     for layer, site in sites.items():
         shape, basis = tuple(site.module.weight.shape), bases[layer]
         if shape[0] != basis.shape[0]:
@@ -182,19 +185,25 @@ def forget_compiled_graphs() -> None:
 
 @contextmanager
 def buffers(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[str]:
-    """Register `values[layer]` as a buffer of every planned module while the block runs. Yields the buffers' name.
+    """Store `values[layer]`, float32, in every planned module while the block runs. Yields the name for `stored`.
 
-    A buffer follows its module to another device and into captured CUDA graphs. It is not part of the state dict.
+    They are buffers, so they follow their module to another device and into captured CUDA graphs. They are kept as
+    integers, so `model.to(dtype)` leaves them float32. They are not part of the state dict.
     """
     name = buffer_name()
     try:
         for layer, site in plan.sites.items():
-            site.module.register_buffer(name, values[layer], persistent=False)
+            site.module.register_buffer(name, values[layer].contiguous().view(torch.int32), persistent=False)
         yield name
     finally:
         for site in plan.sites.values():
             site.module._buffers.pop(name, None)
             site.module._non_persistent_buffers_set.discard(name)
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """Return the float32 tensor that `buffers` stored in a module. It is not copied."""
+    return getattr(module, name).view(torch.float32)
 
 
 @contextmanager
@@ -225,12 +234,12 @@ def output_hooks(
 
     values: {layer: tensor}, by default the plan's bases. They are stored with `buffers`. `edit.calls` counts the calls.
     """
-    with buffers(plan, plan.bases if values is None else values) as name:
+    with marked(plan.sites.values(), edit.mode), buffers(plan, plan.bases if values is None else values) as name:
 
         def hook_of(layer: int) -> Hook:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 edit.count(layer)
-                return function(output, getattr(module, name), inputs)
+                return function(output, stored(module, name), inputs)
 
             return hook
 

@@ -8,6 +8,7 @@ tensor is in memory at a time.
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import struct
@@ -91,22 +92,31 @@ def read_layout(path: Path) -> Layout:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             start = 8 + length
+            for e in header.values():
+                if not all(type(n) is int and n >= 0 for n in (*e["shape"], *e["data_offsets"])):
+                    raise TypeError(f"{e} holds something else than whole numbers")
+                if not isinstance(e["dtype"], str):
+                    raise TypeError(f"{e} has no dtype")
             entries = {
                 name: Entry(name, e["dtype"], tuple(e["shape"]), *(start + offset for offset in e["data_offsets"]))
                 for name, e in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, OverflowError) as error:
             raise damaged(f"its header is invalid: {error}") from error
     for entry in entries.values():
-        count = 1
-        for n in entry.shape:
-            count *= n
+        count = math.prod(entry.shape)
         width = _BYTES.get(entry.dtype)
         if not start <= entry.begin <= entry.end or (width and entry.end - entry.begin != count * width):
             raise damaged(f"the position of {entry.name} does not fit its shape")
     end = max((entry.end for entry in entries.values()), default=start)
     if end != size:
         raise damaged(f"its tensors end at byte {end}, the file at {size}")
+    try:
+        # What the format's own library refuses is refused, so that whatever is made from the file can be loaded.
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise damaged(str(error)) from error
     return Layout(path, entries, size)
 
 

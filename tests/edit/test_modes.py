@@ -1,5 +1,7 @@
 """hooked, baked, fused, adapted as context managers: what they change, what they leave alone, what they refuse."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -148,18 +150,103 @@ def test_fewer_layers_and_another_strength_are_what_is_applied(mode, bases):
     assert worst_ratio((seen["edited"] - plain[2]).flatten(0, 1).abs(), each) > 1
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_edits_nest_and_unwind(mode, bases):
-    model = pico("llama")
+NESTED = [(outer, inner) for outer in MODES for inner in MODES if inner in ("hook", "fused") or outer == "baked"]
+
+
+@pytest.mark.parametrize(("outer", "inner"), NESTED)
+def test_nested_edits_are_made_one_after_the_other(outer, inner, bases):
+    """Against hooks of the plainest kind that do the same; a pair that adds up instead would differ at once."""
+    model, other = pico("llama"), {2: basis(48, 3, seed=9)}
     before, out = anatomy(model), logits(model)
-    other = {2: basis(48, 3, seed=9)}
-    with MODES[mode](model, bases):
+    with MODES[outer](model, bases):
         once = logits(model)
-        with MODES[mode](model, other):
+        with MODES[inner](model, other):
             twice = logits(model)
         assert torch.equal(logits(model), once)
     assert not torch.equal(once, twice) and not torch.equal(once, out)
     same_anatomy(before, anatomy(model))
+    handles = []
+    for edit in (bases, other):
+        for layer, u in edit.items():
+            down = model.model.layers[layer].mlp.down_proj
+            handles.append(down.register_forward_hook(lambda module, inputs, y, u=u: y - (y @ u) @ u.T))
+    torch.testing.assert_close(twice, logits(model), rtol=1e-4, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(o, i) for o in MODES for i in MODES if (o, i) not in NESTED])
+def test_a_pair_that_would_not_be_one_after_the_other_is_refused(outer, inner, bases):
+    model = pico("llama")
+    other = {2: basis(48, 3, seed=9)}
+    with MODES[outer](model, bases):
+        once, before = logits(model), anatomy(model)
+        with pytest.raises(ValueError, match=rf"in mode {inner} inside a block of mode {outer}: "):
+            MODES[inner](model, other).__enter__()
+        same_anatomy(before, anatomy(model))
+        assert torch.equal(logits(model), once)
+        with MODES[inner](model, {0: other[2]}):  # another layer
+            logits(model)
+
+
+@pytest.mark.parametrize(("outer", "inner"), NESTED)
+def test_blocks_that_end_in_the_wrong_order_leave_the_model_as_it_was(outer, inner, bases):
+    model, other = pico("llama"), {2: basis(48, 3, seed=9)}
+    before, out = anatomy(model), logits(model)
+    first, second = MODES[outer](model, bases), MODES[inner](model, other)
+    first.__enter__()
+    second.__enter__()
+    if outer == "baked":
+        with pytest.raises(ValueError, match=rf"mode {inner} .* still open\. Blocks must end in reverse order"):
+            first.__exit__(None, None, None)
+    else:
+        first.__exit__(None, None, None)
+        alone = pico("llama")
+        with MODES[inner](alone, other):
+            assert torch.equal(logits(model), logits(alone)), "what is left is the inner block's edit"
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(model), out)
+    same_anatomy(before, anatomy(model))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_made_inside_a_block_keeps_the_edit_and_takes_no_other(mode, bases):
+    model = pico("llama")
+    out = logits(model)
+    with MODES[mode](model, bases):
+        edited, copy = logits(model), deepcopy(model)
+        torch.testing.assert_close(logits(copy), edited)
+    assert torch.equal(logits(model), out)
+    torch.testing.assert_close(logits(copy), edited)
+    before = anatomy(copy)
+    for again in MODES:
+        with pytest.raises(ValueError, match=f"a copy that was made inside a block of mode {mode}"):
+            MODES[again](copy, bases).__enter__()
+    same_anatomy(before, anatomy(copy))
+    with MODES[mode](model, bases):  # the original takes the next one
+        assert torch.equal(logits(model), edited)
+
+
+@pytest.mark.parametrize("mode", ["hook", "fused", "lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_inside_the_block_does_not_touch_the_basis(mode, dtype, bases):
+    """The same bits as an edit of the model that was cast before; lora's pair comes from the uncast weights."""
+    model = pico("llama")
+    with MODES[mode](model, bases):
+        model.to(dtype)
+        inside = logits(model)
+        held = [b for name, b in model.named_buffers() if "kernel_surgery" in name]
+        assert len(held) == len(LAYERS) and all(b.dtype == torch.int32 for b in held)
+        if mode != "lora":
+            for layer, b in zip(LAYERS, held, strict=True):
+                assert torch.equal(b.view(torch.float32), bases[layer])
+    with MODES[mode](model, bases):
+        after = logits(model)
+    if mode == "lora":
+        room = 0.05 if dtype != torch.float64 else 1e-4
+        torch.testing.assert_close(inside, after, rtol=room, atol=room)
+    else:
+        assert torch.equal(inside, after)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,9 +282,10 @@ def test_the_basis_follows_the_model_and_stays_out_of_a_save(bases, tmp_path):
     with fused(model, bases):
         names = [name for name, _ in model.named_buffers() if "kernel_surgery" in name]
         assert len(names) == len(LAYERS)
-        model.double()  # what .to(device) does too: buffers move with their module
-        assert all(buffer.dtype == torch.float64 for name, buffer in model.named_buffers() if name in names)
-        logits(model)
+        model.to("meta")  # buffers move with their module
+        assert all(buffer.is_meta for name, buffer in model.named_buffers() if name in names)
+    model = pico("llama")
+    with fused(model, bases):
         model.save_pretrained(tmp_path)
     from safetensors import safe_open
 
