@@ -71,7 +71,7 @@ def parts(out: Path) -> list[Part]:
     python = sys.executable
     tests = [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-rP", "-o", "faulthandler_timeout=90"]
     if importlib.util.find_spec("xdist"):  # these tests mostly compile, on one core each
-        tests += ["-n", "6"]
+        tests += ["-n", "12"]
     kernels = "tests/ops/test_kernels.py"
     sanitize = ["compute-sanitizer", "--error-exitcode", str(FOUND_ERRORS), "--tool"]
     # Ignore what a library's probing of the driver returns, and hazards that are merely possible.

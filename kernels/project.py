@@ -2,17 +2,18 @@
 
 There are three operations, chosen at compile time: y; h = residual + y (ADD); and also n = rmsnorm(h) * weight (NORM).
 NORM reads x and the residual once and writes h and n once, as the addition and the norm alone would. Data that is read
-again (U, and x or h) comes from the cache if it fits. How close this comes to free is not measured on a GPU yet.
+again (U, and x or h) comes from the cache if it fits. How close this comes to free is measured: bench/results/.
 
 Three kernels compute the same function:
 
     row         one row per program, float32 products without tensor cores. For few rows, where only latency counts.
                 Packed U of up to 32768 elements (d = 2048, k = 16) is read once and stays in registers, as x does
-    tile        x is read once and stays in registers; the warps share the columns. For bfloat16, packed U, k = 16
+    tile        x is read once and stays in registers, as the operands of the tensor cores; the warps share the
+                columns. For bfloat16, packed U, k = 16
     two-pass    a block of rows is read twice, the second time from the cache if it fits. For every other shape
 
 `form_of` chooses by shape alone. On either side of one of its thresholds the order of summation differs, and so may the
-last bits: a row in a batch of 64 and in one of 65 may differ by a rounding. All forms meet the same bound. `invariant`
+last bits: a row in a batch of 256 and in one of 257 may differ by a rounding. All forms meet the same bound. `invariant`
 gives a row the same bits in any batch: it always chooses as for many rows, and few rows then take longer.
 
 The numerically delicate step is z = U^T x. With bfloat16 inputs on tensor cores, as in LoRA kernels, twelve times as
@@ -44,11 +45,24 @@ def load_basis(basis_ptr, column, d, k, stride_d, stride_k, BLOCK_K: tl.constexp
 
 
 @triton.jit
+def pieces(u, PIECES: tl.constexpr):
+    """Split finite float32 u into (hi, lo) of dtype PIECES, hi being u rounded to nearest, ties away from zero.
+
+    hi is rounded by integer arithmetic. If it were made by conversion, one conversion would serve hi and lo, and the
+    compiler would then convert element by element on a slow unit instead of two at once. Rounding with floating-point
+    products (Veltkamp) would not survive a fused multiply-add.
+    """
+    below: tl.constexpr = 16 if tl.bfloat16 == PIECES else 13  # bits of a float32 below the last bit of hi
+    rounded = (u.to(tl.int32, bitcast=True) + (1 << (below - 1))) & -(1 << below)
+    hi = rounded.to(tl.float32, bitcast=True)
+    return hi.to(PIECES), (u - hi).to(PIECES)
+
+
+@triton.jit
 def gather(x, u, z, PIECES: tl.constexpr, PRECISION: tl.constexpr):
     """Return z + x u for a chunk x [..., rows, columns] and u [..., columns, k] float32."""
     if PIECES is not None:
-        u_hi = u.to(PIECES)
-        u_lo = (u - u_hi.to(tl.float32)).to(PIECES)
+        u_hi, u_lo = pieces(u, PIECES)
         z = tl.dot(x, u_hi, z)
         return tl.dot(x, u_lo, z)
     else:
@@ -61,8 +75,7 @@ def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
     if PIECES is not None:
         z_hi = z.to(PIECES)
         z_lo = (z - z_hi.to(tl.float32)).to(PIECES)
-        u_hi = u.to(PIECES)
-        u_lo = (u - u_hi.to(tl.float32)).to(PIECES)
+        u_hi, u_lo = pieces(u, PIECES)
         removed = tl.dot(z_hi, u_lo)
         removed = tl.dot(z_lo, u_hi, removed)
         return tl.dot(z_hi, u_hi, removed)
@@ -71,13 +84,15 @@ def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def edited(x, removed, a, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPARATE: tl.constexpr):
-    """Return x - a removed (with ADD: plus the residual), rounded once to `kind`, the stored dtype.
+def unless_off(z, a):
+    """Return z, and 0 in rows whose strength is 0: these come out bit-identical, even if their z is not finite."""
+    return tl.where(a == 0.0, 0.0, z)
 
-    A row with strength 0 is returned bit-identical, even if its z is not finite.
-    """
-    wide = x.to(tl.float32)
-    wide = tl.where(a == 0.0, wide, wide - a * removed)
+
+@triton.jit
+def edited(x, removed, a, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPARATE: tl.constexpr):
+    """Return x - a removed (with ADD: plus the residual), rounded once to `kind`, the stored dtype."""
+    wide = x.to(tl.float32) - a * removed
     if ADD:
         if SEPARATE:
             wide = wide.to(kind).to(tl.float32)
@@ -127,7 +142,7 @@ def _project_row_kernel(
             r = tl.load(residual_row + lane, mask=inside, other=0.0)
         if NORM:
             w = tl.load(weight_ptr + lane, mask=inside, other=0.0)
-        z = tl.sum(x.to(tl.float32)[:, None] * u, 0)
+        z = unless_off(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)
         y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
         tl.store(y_row + lane, y, mask=inside)
         if NORM:
@@ -141,6 +156,7 @@ def _project_row_kernel(
             x = tl.load(x_row + column, mask=column < d, other=0.0)
             u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
             z += tl.sum(x.to(tl.float32)[:, None] * u, 0)
+        z = unless_off(z, a)
         squares = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, d, BLOCK_D):
             column = start + lane
@@ -177,31 +193,10 @@ def block_of_rows(row_strength_ptr, strength, rows, BLOCK_M: tl.constexpr, PER_R
 
 @triton.jit
 def _project_two_pass_kernel(
-    x_ptr,
-    basis_ptr,
-    residual_ptr,
-    weight_ptr,
-    row_strength_ptr,
-    y_ptr,
-    n_ptr,
-    strength,
-    eps,
-    rows,
-    d,
-    k,
-    stride_x,
-    stride_residual,
-    stride_basis_d,
-    stride_basis_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    PIECES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    strength, eps, rows, d, k, stride_x, stride_residual, stride_basis_d, stride_basis_k,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PER_ROW: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """BLOCK_M rows per program, read twice (with NORM, h is read a third time). PIECES: dtype of the hi and lo
     pieces, or None for float32 products of PRECISION ("ieee" or "tf32x3")."""
@@ -217,6 +212,7 @@ def _project_two_pass_kernel(
         x = tl.load(x_row + column[None, :], mask=row_in & (column < d)[None, :], other=0.0)
         u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
         z = gather(x, u, z, PIECES, PRECISION)
+    z = unless_off(z, a[:, None])
     squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
@@ -242,83 +238,183 @@ def _project_two_pass_kernel(
             tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=inside)
 
 
+# The tile form. Between the two products nothing moves from lane to lane: what a lane loads is its own share of the
+# operands of mma.m16n8k16, as Triton lays them out, and what the second product leaves in a lane belongs to the x that
+# the lane holds. The order of the terms of a sum is free, as long as both operands have it; so columns and ranks are
+# numbered in another order than in memory. The order of the columns of a result is that of x in the lane.
+#
+# Lane l of a warp has quad = l // 4 and inner = l % 4. Of 32 neighbouring columns it holds the 8 from 8 * inner on, one
+# vector, in the rows quad, quad + 8, quad + 16, ... of its program: pieces of x [lanes, 8]. Of U it loads the ranks
+# 2 * quad and 2 * quad + 1 of these columns for U^T x^T, and the ranks from 4 * inner on of the columns
+# 8 * (quad // 2) + 2 * t + quad % 2 for z U^T. In other layouts than these the code is right but slow: data then moves
+# through shared memory. `python -m kernel_surgery.aot` shows it.
+
+
+@triton.jit
+def ranks_by_columns(at, WARPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load 4 columns a lane of U^T as the left operand of U^T x^T: float32 [WARPS, 16, 16]."""
+    low = tl.join(tl.load(at), tl.load(at + BLOCK_K))
+    high = tl.join(tl.load(at + 2 * BLOCK_K), tl.load(at + 3 * BLOCK_K))
+    u = tl.permute(tl.reshape(tl.join(low, high), (WARPS, 8, 4, 2, 2, 2)), (0, 3, 1, 2, 5, 4))
+    return tl.reshape(u, (WARPS, 16, 16))
+
+
+@triton.jit
+def rank_by_columns(at, WARPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load 4 columns a lane of U^T as the right operand of z U^T: float32 [WARPS, 16, 32]."""
+    low = tl.join(tl.load(at), tl.load(at + 2 * BLOCK_K))
+    high = tl.join(tl.load(at + 4 * BLOCK_K), tl.load(at + 6 * BLOCK_K))
+    u = tl.permute(tl.reshape(tl.join(low, high), (WARPS, 8, 16, 2, 2)), (0, 2, 4, 3, 1))
+    return tl.reshape(u, (WARPS, 16, 32))
+
+
+@triton.jit
+def columns_by_rows(kept, first: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):
+    """Take 2 * TILES pieces of x as right operands of U^T x^T: two of [WARPS, 16, 16 * TILES], 4 columns a lane."""
+    if TILES == 1:
+        x = tl.reshape(tl.join(kept[first], kept[first + 1]), (WARPS, 8, 4, 2, 4, 2))
+        x = tl.reshape(tl.permute(x, (0, 2, 4, 5, 1, 3)), (WARPS, 16, 16, 2))
+    else:
+        low, high = tl.join(kept[first], kept[first + 1]), tl.join(kept[first + 2], kept[first + 3])
+        x = tl.reshape(tl.join(low, high), (WARPS, 8, 4, 2, 4, 2, 2))
+        x = tl.reshape(tl.permute(x, (0, 2, 4, 6, 5, 1, 3)), (WARPS, 16, 32, 2))
+    return tl.split(x)
+
+
+@triton.jit
+def over_warps(z, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Sum z [WARPS, 16, BLOCK_M] over the warps, as a tree.
+
+    tl.sum would do the same in one step, but stores to shared memory with a stride of WARPS words: each store would
+    then take WARPS cycles or more. A layout in which one thread holds both terms is reached without conflicts.
+    """
+    size: tl.constexpr = 16 * BLOCK_M
+    a, b = tl.split(tl.reshape(tl.permute(z, (1, 2, 0)), (size, WARPS // 2, 2)))
+    a, b = tl.split(tl.reshape(a + b, (size, WARPS // 4, 2)))
+    if WARPS >= 8:
+        a, b = tl.split(tl.reshape(a + b, (size, WARPS // 8, 2)))
+    if WARPS >= 16:
+        a, b = tl.split(tl.reshape(a + b, (size, WARPS // 16, 2)))
+    return tl.reshape(a + b, (16, BLOCK_M))
+
+
+@triton.jit
+def products(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
+    """Return z u for z [WARPS, 16, 16] and u [WARPS, 16, 32], as two pieces of rows [lanes, 8]."""
+    both = spread(z, u, PIECES, PRECISION)
+    both = tl.permute(tl.reshape(both, (u.shape[0], 2, 8, 2, 2, 4, 2)), (0, 2, 5, 3, 4, 6, 1))
+    return tl.split(tl.reshape(both, (u.shape[0] * 32, 8, 2)))
+
+
+@triton.jit
+def inverse_rms_of(squares, d: tl.constexpr, eps, WARPS: tl.constexpr):
+    """Return 1 / rms of a lane's row for every lane, [lanes, 1], from the lanes' own sums of squares [lanes]."""
+    whole = tl.sum(tl.sum(tl.reshape(squares, (WARPS, 8, 4)), 2), 0)
+    inverse = tl.rsqrt(whole / d + eps)[None, :, None]
+    return tl.reshape(tl.broadcast_to(inverse, (WARPS, 8, 4)), (WARPS * 32, 1))
+
+
 @triton.jit
 def _project_tile_kernel(
-    x_ptr,
-    basis_ptr,
-    residual_ptr,
-    weight_ptr,
-    row_strength_ptr,
-    y_ptr,
-    n_ptr,
-    strength,
-    eps,
-    rows,
-    d: tl.constexpr,
-    stride_x,
-    stride_residual,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    PIECES: tl.constexpr,
+    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    strength, eps, rows, d: tl.constexpr, stride_x, stride_residual,
+    WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, KEEP: tl.constexpr,
+    PER_ROW: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows per program, read once: chunks of BLOCK_D columns in registers. BLOCK_D divides d, U is packed.
+    """16 * TILES rows per program, read once and kept in registers. 32 * WARPS divides d, U is packed, BLOCK_K is 16.
 
-    Every tensor has a leading dimension of SPLIT, one slice of the columns per warp: [SPLIT, BLOCK_M, BLOCK_D / SPLIT].
-    Without it every warp would hold all of x and U as matrix operands, and the kernel would spill kilobytes.
+    KEEP: h stays in registers until the norm; otherwise it is read again. Neither KEEP nor TILES changes a bit.
     """
     kind: tl.constexpr = y_ptr.dtype.element_ty
-    row, a = block_of_rows(row_strength_ptr, strength, rows, BLOCK_M, PER_ROW)
-    slice_d: tl.constexpr = BLOCK_D // SPLIT
-    part = tl.arange(0, SPLIT)[:, None] * slice_d + tl.arange(0, slice_d)[None, :]
-    across = part[:, None, :]
-    # U is packed so that these are constants: with a stride known at launch alone the pointers fill the registers.
-    basis_at = part[:, :, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    x_row = x_ptr + row[None, :, None] * stride_x + across
-    residual_row = residual_ptr + row[None, :, None] * stride_residual + across
-    y_row = y_ptr + row[None, :, None] * d + across
-    row_in = (row < rows)[None, :, None]
-    chunks: tl.constexpr = d // BLOCK_D
+    wide: tl.constexpr = 32 * WARPS
+    chunks: tl.constexpr = d // wide
+    parts: tl.constexpr = 2 * TILES
+    lane = tl.arange(0, wide)
+    warp, quad, inner = lane // 32, lane // 4 % 8, lane % 4
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first, left = start + quad, (rows - start).to(tl.int32)  # what is left from here on
+    across = (warp * 32 + inner * 8)[:, None] + tl.arange(0, 8)[None, :]
+    x_first = x_ptr + first[:, None] * stride_x + across
     kept = ()
     for chunk in tl.static_range(chunks):
-        kept += (tl.load(x_row + chunk * BLOCK_D, mask=row_in, other=0.0),)
-    z = tl.zeros([SPLIT, BLOCK_M, BLOCK_K], tl.float32)
+        for i in tl.static_range(parts):
+            at = x_first + 8 * i * stride_x.to(tl.int64) + chunk * wide
+            kept += (tl.load(at, mask=(quad + 8 * i < left)[:, None], other=0.0),)
+    u_by_rank = basis_ptr + ((warp * 32 + inner * 8) * BLOCK_K + quad * 2)[:, None] + tl.arange(0, 2)[None, :]
+    z = tl.zeros([WARPS, BLOCK_K, BLOCK_M], tl.float32)
     for chunk in tl.static_range(chunks):
-        u = tl.load(basis_ptr + chunk * BLOCK_D * BLOCK_K + basis_at)
-        z = gather(kept[chunk], u, z, PIECES, PRECISION)
-    z = tl.broadcast_to(tl.sum(z, 0)[None, :, :], [SPLIT, BLOCK_M, BLOCK_K])
-    squares = tl.zeros([SPLIT, BLOCK_M, slice_d], tl.float32)
+        x_of = columns_by_rows(kept, chunk * parts, WARPS, TILES)
+        for half in tl.static_range(2):
+            u = ranks_by_columns(u_by_rank + (chunk * wide + 4 * half) * BLOCK_K, WARPS, BLOCK_K)
+            if PIECES is not None:
+                u_hi, u_lo = pieces(u, PIECES)
+                z = tl.dot(u_hi, x_of[half], z)
+                z = tl.dot(u_lo, x_of[half], z)
+            else:
+                z = tl.dot(u, x_of[half].to(tl.float32), z, input_precision=PRECISION)
+    a = strength
+    if PER_ROW:
+        row = start + tl.arange(0, BLOCK_M)
+        a = tl.load(row_strength_ptr + row, mask=row < rows, other=0.0)[None, :] * strength
+    # The strength goes into z: a register for each row fewer in what follows.
+    z = unless_off(a * over_warps(z, WARPS, BLOCK_M), a)
+    z = tl.permute(tl.reshape(z, (2, 8, BLOCK_M)), (2, 1, 0))
+    if TILES == 1:
+        z_of = (tl.broadcast_to(tl.reshape(z, (1, 16, 16)), [WARPS, 16, 16]),)
+    else:
+        z_one, z_two = tl.split(tl.permute(tl.reshape(z, (2, 16, 16)), (1, 2, 0)))
+        z_of = (
+            tl.broadcast_to(z_one[None, :, :], [WARPS, 16, 16]),
+            tl.broadcast_to(z_two[None, :, :], [WARPS, 16, 16]),
+        )
+    of_lane = (warp * 32 + quad // 2 * 8 + quad % 2) * BLOCK_K + inner * 4
+    u_by_columns = basis_ptr + of_lane[:, None] + tl.arange(0, 4)[None, :]
+    residual_first = residual_ptr + first[:, None] * stride_residual + across
+    y_first = y_ptr + first[:, None] * d + across
+    squares, made = (), ()
+    for _ in tl.static_range(parts):
+        squares += (tl.zeros([wide], tl.float32),)
     for chunk in tl.static_range(chunks):
-        # The eviction policy makes this another load than the first. The compiler would take them for one, and keep
-        # all of U in registers between the two.
-        u = tl.load(basis_ptr + chunk * BLOCK_D * BLOCK_K + basis_at, eviction_policy="evict_last")
-        r = kept[chunk]
-        if ADD:
-            r = tl.load(residual_row + chunk * BLOCK_D, mask=row_in, other=0.0)
-        removed = spread(z, tl.permute(u, (0, 2, 1)), PIECES, PRECISION)
-        y = edited(kept[chunk], removed, a[None, :, None], r, kind, ADD, SEPARATE)
-        tl.store(y_row + chunk * BLOCK_D, y, mask=row_in)
+        u = rank_by_columns(u_by_columns + chunk * wide * BLOCK_K, WARPS, BLOCK_K)
+        added = ()
+        for tile in tl.static_range(TILES):
+            removed_of = products(z_of[tile], u, PIECES, PRECISION)
+            for half in tl.static_range(2):
+                below = 16 * tile + 8 * half
+                inside = (quad + below < left)[:, None]
+                x = kept[chunk * parts + 2 * tile + half]
+                r = x
+                if ADD:
+                    at = residual_first + below * stride_residual.to(tl.int64) + chunk * wide
+                    r = tl.load(at, mask=inside, other=0.0)
+                h = edited(x, removed_of[half], 1.0, r, kind, ADD, SEPARATE)
+                tl.store(y_first + below * d + chunk * wide, h, mask=inside)
+                if KEEP:
+                    made += (h,)
+                if NORM:
+                    added += (squares[2 * tile + half] + tl.sum(h.to(tl.float32) * h.to(tl.float32), 1),)
         if NORM:
-            squares += y.to(tl.float32) * y.to(tl.float32)
+            squares = added
     if NORM:
-        inverse_rms = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / d + eps)[None, :, None]
-        n_row = n_ptr + row[None, :, None] * d + across
-        tl.debug_barrier()  # as in the row form
-        for chunk in range(chunks):
-            w = tl.load(weight_ptr + chunk * BLOCK_D + across)
-            h = tl.load(y_row + chunk * BLOCK_D, mask=row_in, other=0.0)
-            n = normalized(h, w, inverse_rms, kind, SEPARATE)
-            tl.store(n_row + chunk * BLOCK_D, n, mask=row_in)
+        n_first = n_ptr + first[:, None] * d + across
+        inverse = ()
+        for i in tl.static_range(parts):
+            inverse += (inverse_rms_of(squares[i], d, eps, WARPS),)
+        for chunk in tl.static_range(chunks):
+            w = tl.load(weight_ptr + chunk * wide + across)
+            for i in tl.static_range(parts):
+                inside = (quad + 8 * i < left)[:, None]
+                if KEEP:
+                    h = made[chunk * parts + i]
+                else:  # a thread reads what it has stored itself
+                    h = tl.load(y_first + 8 * i * d + chunk * wide, mask=inside, other=0.0)
+                n = normalized(h, w, inverse[i], kind, SEPARATE)
+                tl.store(n_first + 8 * i * d + chunk * wide, n, mask=inside)
 
 
 KERNELS = {"row": _project_row_kernel, "tile": _project_tile_kernel, "two-pass": _project_two_pass_kernel}
-FEW_ROWS = 64  # by arithmetic a launch costs more than the work up to here; not measured on a GPU yet
+FEW_ROWS = 256  # measured on an H100 at d = 2048, k = 10 (`python -m bench.tune`)
 MANY_ROWS = 4096  # what `invariant` chooses for: rows of a block have no part in each other's sums
 # The largest d at which the tile form spills nowhere, with Triton 3.6 as with 3.7 (`python -m kernel_surgery.aot`).
 TILE_WIDEST = 2560
@@ -336,17 +432,19 @@ def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) 
     return "tile" if dtype == torch.bfloat16 and fits else "two-pass"
 
 
-def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str, **overrides) -> dict:
+def launch_options(
+    dtype: torch.dtype, rows: int, d: int, k: int, form: str, add: bool = False, norm: bool = False, **overrides
+) -> dict:
     """Return constexprs and launch parameters of a form, for x of `dtype` [rows, d] and a basis of k columns.
 
-    overrides: replace some of them. No choice spills registers on sm_80 or sm_90 (`python -m kernel_surgery.aot`). They
-    are not tuned on a GPU yet.
+    add, norm: whether the residual is added, and whether the norm follows. overrides: replace some of the options.
+    `python -m kernel_surgery.aot` shows what they need on sm_80 and sm_90. They were tuned at d = 2048, k = 10.
     """
     block_k = max(16, triton.next_power_of_2(k))
     if form == "row":
         # 64 registers per thread for a chunk of U. If U is not padded, it is not read in whole vectors and takes more.
         block_d = min(triton.next_power_of_2(d), (32768 if k == block_k else 4096) // block_k)
-        warps = max(4, block_d * block_k // 2048)
+        warps = max(4, block_d * block_k // 4096)
         options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
         return options | {"WHOLE": options["BLOCK_D"] >= d}
     pieces, precision = {
@@ -357,9 +455,15 @@ def launch_options(dtype: torch.dtype, rows: int, d: int, k: int, form: str, **o
     options = {"BLOCK_M": 16, "BLOCK_D": 32, "BLOCK_K": block_k, "PIECES": pieces, "PRECISION": precision}
     options |= {"num_warps": 4, "num_stages": 2}
     if form == "tile":
-        # Each warp takes 16 columns of a chunk. Sixteen warps halve the registers of a thread, and k = 32 needs those.
-        split = 16 if d % 256 == 0 and block_k == 16 else 8
-        options |= {"BLOCK_D": 16 * split, "SPLIT": split, "num_warps": split}
+        # The fewest warps that leave a thread 4 chunks of columns, else as many as divide d. They decide how z is
+        # summed, so they are the same for all operations. TILES and KEEP change no bit.
+        able = [warps for warps in (4, 8, 16) if d % (32 * warps) == 0]
+        warps = next((w for w in able if d <= 128 * w), able[-1])
+        options = {name: value for name, value in options.items() if name != "BLOCK_D"}
+        options |= {"WARPS": warps, "num_warps": warps, "maxnreg": max(128, 640 // warps)}
+        few = d <= 128 * warps
+        options |= {"TILES": 2 if rows >= 8192 and few and not add else 1, "KEEP": norm and few} | overrides
+        options["BLOCK_M"] = 16 * options["TILES"]
     elif pieces is not None:
         options |= {"BLOCK_M": 32 if rows > 4096 and block_k <= 32 else 16, "BLOCK_D": 64, "num_warps": 8}
     return options | overrides
@@ -394,9 +498,9 @@ def project(
         return y, n
     choice = MANY_ROWS if invariant else rows
     form = form or form_of(x.dtype, choice, d, k, basis.stride() == (k, 1))
-    options = launch_options(x.dtype, choice, d, k, form, **overrides)
-    if form == "tile" and (basis.stride() != (k, 1) or k != options["BLOCK_K"] or d % options["BLOCK_D"]):
-        raise ValueError(f"the tile form takes a packed basis of 16, 32 or 64 columns: {tuple(basis.shape)} is not")
+    options = launch_options(x.dtype, choice, d, k, form, residual is not None, weight is not None, **overrides)
+    if form == "tile" and (basis.stride() != (k, 1) or k != 16 or d % (32 * options["WARPS"])):
+        raise ValueError(f"the tile form takes a packed basis [128 n, 16]: {tuple(basis.shape)} is not")
     # Pointers that a form does not read are given x instead of nothing.
     pointers = [x, basis, *(x if t is None else t for t in (residual, weight, row_strength)), y, x if n is None else n]
     sizes = [strength, eps, rows, d]

@@ -113,8 +113,8 @@ def compile_project(
 
     kind = getattr(torch, dtype)
     form = form or form_of(kind, rows, d, k)
-    options = launch_options(kind, rows, d, k, form, **overrides)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    options = launch_options(kind, rows, d, k, form, *OPERATIONS[operation].values(), **overrides)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     element = STORED[dtype].triton
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
     # A row-major basis has stride_basis_k = 1, for which Triton compiles a special kernel at launch. So does this.
