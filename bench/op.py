@@ -71,7 +71,7 @@ def forms(t: dict, launch: Callable) -> dict[str, Callable]:
 
     m, d = t["x"].shape
     able = ["two-pass"]
-    if m <= 4 * FEW_ROWS:
+    if m <= FEW_ROWS:
         able.append("row")
     # Timed also where it spills registers and the operator does not choose it.
     if d % 512 == 0 and d <= 4096 and t["wide"].shape[1] == 16:

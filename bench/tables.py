@@ -281,12 +281,32 @@ def on_gpu() -> str:
     folder = runs[-1]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     about = summary["environment"] | {"date": f"{summary['date'][:4]}-{summary['date'][4:6]}-{summary['date'][6:]}"}
-    parts = [[name, str(part["status"]), f"{part['seconds']:.0f}"] for name, part in summary["parts"].items()]
-    out = where(about | {"graph": True}) + "\n" + table(["part", "status", "s"], parts) + "\n"
+    parts = [
+        [name, str(part["status"]), "" if part["seconds"] is None else f"{part['seconds']:.0f}", part.get("says", "")]
+        for name, part in summary["parts"].items()
+    ]
+    out = where(about | {"graph": True}) + "\n" + table(["part", "status", "s", ""], parts) + "\n"
+    if "note" in summary:
+        out += summary["note"] + "\n\n"
     op_rows, model_rows = rows(f"{folder.name}/op.json"), rows(f"{folder.name}/model.json")
     if op_rows:
         out += f"A large copy moved {op_rows[0]['copy_gbps']:.0f} GB/s.\n\n{op_tables(op_rows)}\n"
-    return out + model_tables(model_rows) + model_tables(rows(f"{folder.name}/compiled.json"))
+    out += model_tables(model_rows) + model_tables(rows(f"{folder.name}/compiled.json"))
+    return out + steps(rows(f"{folder.name}/steps.json"))
+
+
+def steps(stored: list[dict]) -> str:
+    """How a kernel came to its speed: each step beside a copy of x timed in the same run."""
+    out = ""
+    for case, m, d, k in dict.fromkeys((r["case"], r["M"], r["d"], r["k"]) for r in stored):
+        lines = [
+            [r["provider"], f"{r['us_p50']:.1f}", f"{r['copy_us'] / r['us_p50']:.2f}"]
+            for r in stored
+            if (r["case"], r["M"], r["d"], r["k"]) == (case, m, d, k)
+        ]
+        head = f"{case} at {m} x {d}, k = {k}, {stored[0]['dtype']}, replayed as a graph, on the way to today's kernel"
+        out += f"{head}\n\n" + table(["", "us", "of a copy of x in the same run"], lines) + "\n"
+    return out
 
 
 def growth() -> str:

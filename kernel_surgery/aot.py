@@ -30,7 +30,10 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, compile_project, kernel_sha256
 
-    print("target operation           form     dtype     rows    d  k registers spilled late loads  shared (limit)")
+    print(
+        "target operation           form     dtype     rows    d  k registers spilled late loads blocks in flight  "
+        "shared (limit)"
+    )
     table = []
     for sm in SHARED_LIMIT:
         for operation in OPERATIONS:
@@ -40,7 +43,8 @@ def run(argv: list[str] | None = None) -> int:
                     table.append(asdict(c) | {"faults": c.faults()})
                     print(
                         f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} {c.registers:>9} "
-                        f"{c.spilled:>7} {c.late_loads:>10} {c.shared:>7} ({SHARED_LIMIT[sm]})",
+                        f"{c.spilled:>7} {c.late_loads:>10} {c.blocks:>6} {c.in_flight:>9} {c.shared:>7} "
+                        f"({SHARED_LIMIT[sm]})",
                         *c.faults(),
                         flush=True,
                     )

@@ -13,8 +13,8 @@ Three kernels compute the same function:
     two-pass    a block of rows is read twice, the second time from the cache if it fits. For every other shape
 
 `form_of` chooses by shape alone. On either side of one of its thresholds the order of summation differs, and so may the
-last bits: a row in a batch of 256 and in one of 257 may differ by a rounding. All forms meet the same bound. `invariant`
-gives a row the same bits in any batch: it always chooses as for many rows, and few rows then take longer.
+last bits: a row in a batch of 256 and in one of 257 may differ by a rounding. All forms meet the same bound.
+`invariant` gives a row the same bits in any batch: it always chooses as for many rows, and few rows then take longer.
 
 The numerically delicate step is z = U^T x. With bfloat16 inputs on tensor cores, as in LoRA kernels, twelve times as
 much is left in span(U) as in float32 when x lies inside it, and random x does not show this. So U and z are each split
@@ -84,15 +84,15 @@ def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unless_off(z, a):
-    """Return z, and 0 in rows whose strength is 0: these come out bit-identical, even if their z is not finite."""
-    return tl.where(a == 0.0, 0.0, z)
+def scaled(z, a):
+    """Return a z, and 0 where the strength a is 0: such a row comes out bit-identical, even if its z is not finite."""
+    return tl.where(a == 0.0, 0.0, a * z)
 
 
 @triton.jit
-def edited(x, removed, a, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPARATE: tl.constexpr):
-    """Return x - a removed (with ADD: plus the residual), rounded once to `kind`, the stored dtype."""
-    wide = x.to(tl.float32) - a * removed
+def edited(x, removed, residual, kind: tl.constexpr, ADD: tl.constexpr, SEPARATE: tl.constexpr):
+    """Return x - removed (with ADD: plus the residual), rounded once to `kind`, the stored dtype."""
+    wide = x.to(tl.float32) - removed
     if ADD:
         if SEPARATE:
             wide = wide.to(kind).to(tl.float32)
@@ -142,8 +142,9 @@ def _project_row_kernel(
             r = tl.load(residual_row + lane, mask=inside, other=0.0)
         if NORM:
             w = tl.load(weight_ptr + lane, mask=inside, other=0.0)
-        z = unless_off(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)
-        y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
+        z = scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)
+        # A sum of products that are all -0.0 is -0.0, and -0.0 - -0.0 would be 0.0: hence + 0.0.
+        y = edited(x, tl.sum(u * z[None, :], 1) + 0.0, r, kind, ADD, SEPARATE)
         tl.store(y_row + lane, y, mask=inside)
         if NORM:
             wide = y.to(tl.float32)
@@ -156,7 +157,7 @@ def _project_row_kernel(
             x = tl.load(x_row + column, mask=column < d, other=0.0)
             u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
             z += tl.sum(x.to(tl.float32)[:, None] * u, 0)
-        z = unless_off(z, a)
+        z = scaled(z, a)
         squares = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, d, BLOCK_D):
             column = start + lane
@@ -165,7 +166,7 @@ def _project_row_kernel(
             r = x
             if ADD:
                 r = tl.load(residual_row + column, mask=column < d, other=0.0)
-            y = edited(x, tl.sum(u * z[None, :], 1), a, r, kind, ADD, SEPARATE)
+            y = edited(x, tl.sum(u * z[None, :], 1) + 0.0, r, kind, ADD, SEPARATE)
             tl.store(y_row + column, y, mask=column < d)
             if NORM:
                 squares += y.to(tl.float32) * y.to(tl.float32)
@@ -212,7 +213,7 @@ def _project_two_pass_kernel(
         x = tl.load(x_row + column[None, :], mask=row_in & (column < d)[None, :], other=0.0)
         u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
         z = gather(x, u, z, PIECES, PRECISION)
-    z = unless_off(z, a[:, None])
+    z = scaled(z, a[:, None])
     squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
@@ -222,7 +223,7 @@ def _project_two_pass_kernel(
         r = x
         if ADD:
             r = tl.load(residual_row + column[None, :], mask=inside, other=0.0)
-        y = edited(x, spread(z, tl.trans(u), PIECES, PRECISION), a[:, None], r, kind, ADD, SEPARATE)
+        y = edited(x, spread(z, tl.trans(u), PIECES, PRECISION), r, kind, ADD, SEPARATE)
         tl.store(y_row + column[None, :], y, mask=inside)
         if NORM:
             squares += y.to(tl.float32) * y.to(tl.float32)
@@ -282,6 +283,29 @@ def columns_by_rows(kept, first: tl.constexpr, WARPS: tl.constexpr, TILES: tl.co
 
 
 @triton.jit
+def inside_products(
+    kept, basis_ptr, chunks: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Return each warp's part of U^T x^T, float32 [WARPS, 16, 16 * TILES], from all pieces of x."""
+    lane = tl.arange(0, 32 * WARPS)
+    of_lane = (lane // 32 * 32 + lane % 4 * 8) * BLOCK_K + lane // 4 % 8 * 2
+    u_at = basis_ptr + of_lane[:, None] + tl.arange(0, 2)[None, :]
+    z = tl.zeros([WARPS, BLOCK_K, 16 * TILES], tl.float32)
+    for chunk in tl.static_range(chunks):
+        x_of = columns_by_rows(kept, chunk * 2 * TILES, WARPS, TILES)
+        for half in tl.static_range(2):
+            u = ranks_by_columns(u_at + (chunk * 32 * WARPS + 4 * half) * BLOCK_K, WARPS, BLOCK_K)
+            if PIECES is not None:
+                u_hi, u_lo = pieces(u, PIECES)
+                z = tl.dot(u_hi, x_of[half], z)
+                z = tl.dot(u_lo, x_of[half], z)
+            else:
+                z = tl.dot(u, x_of[half].to(tl.float32), z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
 def over_warps(z, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Sum z [WARPS, 16, BLOCK_M] over the warps, as a tree.
 
@@ -296,6 +320,17 @@ def over_warps(z, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):
     if WARPS >= 16:
         a, b = tl.split(tl.reshape(a + b, (size, WARPS // 16, 2)))
     return tl.reshape(a + b, (16, BLOCK_M))
+
+
+@triton.jit
+def rows_by_ranks(z, WARPS: tl.constexpr, TILES: tl.constexpr):
+    """Take z [16, 16 * TILES] as left operands of z U^T: a tuple of TILES of [WARPS, 16, 16]."""
+    z = tl.permute(tl.reshape(z, (2, 8, 16 * TILES)), (2, 1, 0))
+    if TILES == 1:
+        return (tl.broadcast_to(tl.reshape(z, (1, 16, 16)), [WARPS, 16, 16]),)
+    else:
+        one, two = tl.split(tl.permute(tl.reshape(z, (2, 16, 16)), (1, 2, 0)))
+        return tl.broadcast_to(one[None, :, :], [WARPS, 16, 16]), tl.broadcast_to(two[None, :, :], [WARPS, 16, 16])
 
 
 @triton.jit
@@ -341,33 +376,12 @@ def _project_tile_kernel(
         for i in tl.static_range(parts):
             at = x_first + 8 * i * stride_x.to(tl.int64) + chunk * wide
             kept += (tl.load(at, mask=(quad + 8 * i < left)[:, None], other=0.0),)
-    u_by_rank = basis_ptr + ((warp * 32 + inner * 8) * BLOCK_K + quad * 2)[:, None] + tl.arange(0, 2)[None, :]
-    z = tl.zeros([WARPS, BLOCK_K, BLOCK_M], tl.float32)
-    for chunk in tl.static_range(chunks):
-        x_of = columns_by_rows(kept, chunk * parts, WARPS, TILES)
-        for half in tl.static_range(2):
-            u = ranks_by_columns(u_by_rank + (chunk * wide + 4 * half) * BLOCK_K, WARPS, BLOCK_K)
-            if PIECES is not None:
-                u_hi, u_lo = pieces(u, PIECES)
-                z = tl.dot(u_hi, x_of[half], z)
-                z = tl.dot(u_lo, x_of[half], z)
-            else:
-                z = tl.dot(u, x_of[half].to(tl.float32), z, input_precision=PRECISION)
+    z = inside_products(kept, basis_ptr, chunks, WARPS, TILES, BLOCK_K, PIECES, PRECISION)
     a = strength
     if PER_ROW:
         row = start + tl.arange(0, BLOCK_M)
         a = tl.load(row_strength_ptr + row, mask=row < rows, other=0.0)[None, :] * strength
-    # The strength goes into z: a register for each row fewer in what follows.
-    z = unless_off(a * over_warps(z, WARPS, BLOCK_M), a)
-    z = tl.permute(tl.reshape(z, (2, 8, BLOCK_M)), (2, 1, 0))
-    if TILES == 1:
-        z_of = (tl.broadcast_to(tl.reshape(z, (1, 16, 16)), [WARPS, 16, 16]),)
-    else:
-        z_one, z_two = tl.split(tl.permute(tl.reshape(z, (2, 16, 16)), (1, 2, 0)))
-        z_of = (
-            tl.broadcast_to(z_one[None, :, :], [WARPS, 16, 16]),
-            tl.broadcast_to(z_two[None, :, :], [WARPS, 16, 16]),
-        )
+    z_of = rows_by_ranks(scaled(over_warps(z, WARPS, BLOCK_M), a), WARPS, TILES)
     of_lane = (warp * 32 + quad // 2 * 8 + quad % 2) * BLOCK_K + inner * 4
     u_by_columns = basis_ptr + of_lane[:, None] + tl.arange(0, 4)[None, :]
     residual_first = residual_ptr + first[:, None] * stride_residual + across
@@ -388,7 +402,7 @@ def _project_tile_kernel(
                 if ADD:
                     at = residual_first + below * stride_residual.to(tl.int64) + chunk * wide
                     r = tl.load(at, mask=inside, other=0.0)
-                h = edited(x, removed_of[half], 1.0, r, kind, ADD, SEPARATE)
+                h = edited(x, removed_of[half], r, kind, ADD, SEPARATE)
                 tl.store(y_first + below * d + chunk * wide, h, mask=inside)
                 if KEEP:
                     made += (h,)
@@ -414,10 +428,23 @@ def _project_tile_kernel(
 
 
 KERNELS = {"row": _project_row_kernel, "tile": _project_tile_kernel, "two-pass": _project_two_pass_kernel}
-FEW_ROWS = 256  # measured on an H100 at d = 2048, k = 10 (`python -m bench.tune`)
+# Up to here the row form is taken: 256 while U fits into the registers of a program (measured on an H100 at d = 2048,
+# k = 10: `python -m bench.tune`), else 64 (by arithmetic: each row then reads all of U from the cache twice).
+FEW_ROWS, FEW_ROWS_LARGE_U = 256, 64
+IN_REGISTERS = 32768  # elements of U
 MANY_ROWS = 4096  # what `invariant` chooses for: rows of a block have no part in each other's sums
-# The largest d at which the tile form spills nowhere, with Triton 3.6 as with 3.7 (`python -m kernel_surgery.aot`).
+# The largest d at which the tile form's norm spills nothing, with Triton 3.6 as with 3.7. A wider tile form is right,
+# but its speed is not measured on a GPU yet.
 TILE_WIDEST = 2560
+
+
+def tile_warps(d: int) -> int | None:
+    """Return the warps of a program of the tile form: None if none suit. A thread keeps 8 registers of x for each chunk
+    of 32 * warps columns. 4 chunks are best. More than 5 would spill, or 8 of four warps, which may use more registers.
+    The warps decide the order in which z is summed.
+    """
+    able = [warps for warps in (4, 8, 16) if d % (32 * warps) == 0 and d <= (256 if warps == 4 else 160) * warps]
+    return next((warps for warps in able if d <= 128 * warps), able[-1] if able else None)
 
 
 def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) -> str:
@@ -426,9 +453,10 @@ def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) 
     packed: the basis is [d, k] in memory without gaps. `ops.packed` makes it so, and pads k with zero columns for the
     tile form. The choice is the same for all three operations: h is bit-identical with the norm and without.
     """
-    if rows <= FEW_ROWS:
+    whole = packed and k in (16, 32, 64) and triton.next_power_of_2(d) * k <= IN_REGISTERS
+    if rows <= (FEW_ROWS if whole else FEW_ROWS_LARGE_U):
         return "row"
-    fits = packed and k == 16 and d % 128 == 0 and d <= TILE_WIDEST
+    fits = packed and k == 16 and d <= TILE_WIDEST and tile_warps(d) is not None
     return "tile" if dtype == torch.bfloat16 and fits else "two-pass"
 
 
@@ -443,7 +471,7 @@ def launch_options(
     block_k = max(16, triton.next_power_of_2(k))
     if form == "row":
         # 64 registers per thread for a chunk of U. If U is not padded, it is not read in whole vectors and takes more.
-        block_d = min(triton.next_power_of_2(d), (32768 if k == block_k else 4096) // block_k)
+        block_d = min(triton.next_power_of_2(d), (IN_REGISTERS if k == block_k else 4096) // block_k)
         warps = max(4, block_d * block_k // 4096)
         options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
         return options | {"WHOLE": options["BLOCK_D"] >= d}
@@ -455,10 +483,7 @@ def launch_options(
     options = {"BLOCK_M": 16, "BLOCK_D": 32, "BLOCK_K": block_k, "PIECES": pieces, "PRECISION": precision}
     options |= {"num_warps": 4, "num_stages": 2}
     if form == "tile":
-        # The fewest warps that leave a thread 4 chunks of columns, else as many as divide d. They decide how z is
-        # summed, so they are the same for all operations. TILES and KEEP change no bit.
-        able = [warps for warps in (4, 8, 16) if d % (32 * warps) == 0]
-        warps = next((w for w in able if d <= 128 * w), able[-1])
+        warps = tile_warps(d) or 16
         options = {name: value for name, value in options.items() if name != "BLOCK_D"}
         options |= {"WARPS": warps, "num_warps": warps, "maxnreg": max(128, 640 // warps)}
         few = d <= 128 * warps

@@ -23,6 +23,12 @@ from kernel_surgery.numerics.precision import STORED
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities 8.0 and 9.0).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# What sm_80 and sm_90 share among the blocks of a multiprocessor: registers, threads, and shared memory with the
+# kilobyte that the system takes for each block.
+REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 * 1024, 90: 228 * 1024}
+# Bytes that may spill: a few registers, stored once and read once. Two tiles of rows a program spill 8, and are 12%
+# faster than one tile that spills nothing (H100, 16384 x 2048).
+MAY_SPILL = 16
 # (rows, d, k): each form at the ends of what it is chosen for, and where no size is a multiple of 16.
 CASES = (
     *((1, 2048, 16), (1, 896, 16), (1, 4096, 16), (1, 2048, 64), (1, 8192, 64)),
@@ -44,6 +50,8 @@ class Compiled:
 
     narrow: number of 32-bit products of a row number, a size or a stride. It must be 0, because M * d may pass 2^31.
     late_loads: number of loads after the first barrier, when the program has already waited once.
+    blocks: number of blocks that fit on a multiprocessor at once. With one, nothing is loaded while it stores.
+    in_flight: bytes of x that these blocks ask for before the first of them waits.
     """
 
     sm: int
@@ -58,11 +66,13 @@ class Compiled:
     shared: int
     narrow: int
     late_loads: int
+    blocks: int
+    in_flight: int
 
     def faults(self) -> list[str]:
         """Return the reasons why it cannot run, or cannot run well. The list is empty if it can."""
         found = []
-        if self.spilled:
+        if self.spilled > MAY_SPILL:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED_LIMIT[self.sm]:
             found.append(f"needs {self.shared} bytes of shared memory, sm_{self.sm} has {SHARED_LIMIT[self.sm]}")
@@ -148,7 +158,21 @@ def compile_project(
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
     late = ptx.partition("bar.sync")[2].count("ld.global")
     needs = int(used[1]), spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
-    return Compiled(sm, operation, form, dtype, rows, d, k, *needs)
+    blocks = blocks_that_fit(sm, needs[0], needs[2], 32 * launch["num_warps"])
+    columns = d if form != "two-pass" else options["BLOCK_D"] * launch["num_stages"]
+    if form == "row" and not options["WHOLE"]:
+        columns = options["BLOCK_D"]
+    asked = blocks * options.get("BLOCK_M", 1) * columns * kind.itemsize
+    return Compiled(sm, operation, form, dtype, rows, d, k, *needs, blocks, asked)
+
+
+def blocks_that_fit(sm: int, registers: int, shared: int, threads: int) -> int:
+    """Return how many blocks a multiprocessor holds at once. Registers are given out by eights for a thread.
+
+    Source: CUDA programming guide, technical specifications of compute capabilities 8.0 and 9.0.
+    """
+    for_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    return min(for_registers, THREADS // threads, SHARED[sm] // (shared + 1024))
 
 
 def kernel_sha256() -> str:

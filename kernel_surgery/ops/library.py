@@ -27,7 +27,7 @@ _invariant = False
 def set_batch_invariant(enabled: bool) -> bool:
     """Choose whether a row has the same bits on CUDA whatever the other rows are. Return the setting before.
 
-    Off by default. Up to 64 rows then use a faster kernel that sums in another order, so the last bits of a row depend
+    Off by default. Few rows then use a faster kernel that sums in another order, so the last bits of a row depend
     on the number of rows. If it is on, few rows use the same kernel as many rows.
 
     The setting is global to the process and is read at every launch. A captured graph keeps the setting that it was

@@ -181,7 +181,7 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
 
 @pytest.mark.slow
 def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
-    from bench import tune
+    from bench import baselines, tune
     from kernel_surgery.kernels import project as kernels
 
     accepted = []
@@ -206,9 +206,15 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
         h = (h.float() + residual.float()).to(x.dtype)
         return h, torch.nn.functional.rms_norm(h, (h.shape[1],), weight, eps)
 
+    def add_rmsnorm(x, residual, weight, eps):
+        h = x + residual
+        return h, torch.nn.functional.rms_norm(h, (h.shape[1],), weight, eps)
+
     monkeypatch.setattr(kernels, "project", emulated)
+    monkeypatch.setattr(baselines, "add_rmsnorm", add_rmsnorm)
+    forms = tuple(tune.TRIED)
     for case in ("project", "project_add_rmsnorm"):
-        made = tune.measure(case, 64, torch.device("cpu"), 2, time.monotonic() + 60)
+        made = tune.measure(case, 256, torch.device("cpu"), 2, time.monotonic() + 60, forms)
         timed = [row for row in made if not row["left_out"]]
         assert [row["us_p50"] for row in timed] == sorted(row["us_p50"] for row in timed)
         assert [row["of_shipped"] for row in timed if row["form"] == tune.SHIPPED] == [1]
@@ -217,11 +223,12 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
         assert set(reasons) == {"RuntimeError: out of resource", "exceeds its bound"}
         assert "num_warps=16" in reasons["RuntimeError: out of resource"]
         assert "BLOCK_D=128" in reasons["exceeds its bound"]
-        assert len(made) == 1 + len(list(tune.candidates(64)))
+        assert [row["of_floor"] for row in timed if row["form"] == tune.FLOOR] == [1]
+        assert len(made) == 2 + len(list(tune.candidates(256, forms)))
     # Every candidate is one that the launcher takes: all forms, and the row form with the basis either way.
     assert {form for form, _ in accepted} == {"row", "tile", "two-pass"}
     assert ("row", (16, 1)) in accepted and ("row", (1, tune.D)) in accepted
-    late = tune.measure("project", 8, torch.device("cpu"), 2, time.monotonic() - 1)
+    late = tune.measure("project", 8, torch.device("cpu"), 2, time.monotonic() - 1, forms)
     assert {row["left_out"] for row in late} == {tune.LATE}
     with pytest.raises(UserError, match="no CUDA device here: nothing was run and nothing was written"):
         tune.run(["--out", str(tmp_path / "tune.json")])

@@ -51,7 +51,7 @@ def test_the_interpreted_kernels_meet_every_bound_on_awkward_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group, cases", [("memory", 55), ("rows", 41)])
+@pytest.mark.parametrize("group, cases", [("memory", 61), ("rows", 55)])
 def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, cases):
     results = interpret(group)
     assert len(results) == cases
@@ -83,9 +83,9 @@ def test_batch_invariance_is_off_by_default_and_reaches_the_launch(monkeypatch):
 # is a fault of that form alone.
 FORMS = ("row", "tile", "two-pass")
 MUTATIONS = {
-    "sign": ("wide - a * removed", "wide + a * removed"),
-    "strength ignored": ("wide - a * removed", "wide - removed"),
-    "strength 0 computed": ("tl.where(a == 0.0, wide, wide - a * removed)", "wide - a * removed"),
+    "sign": ("x.to(tl.float32) - removed", "x.to(tl.float32) + removed"),
+    "strength ignored": ("tl.where(a == 0.0, 0.0, a * z)", "tl.where(a == 0.0, 0.0, z)"),
+    "strength 0 computed": ("tl.where(a == 0.0, 0.0, a * z)", "a * z"),
     "z in one piece": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
     "low piece of the basis lost": ("removed = tl.dot(z_hi, u_lo)", "removed = tl.dot(z_hi, u_lo) * 0.0"),
     "basis taken for row-major": (
@@ -95,7 +95,7 @@ MUTATIONS = {
     "columns beyond k unmasked": ("mask=(column < d)[:, None] & (column_k < k)[None, :]", "mask=(column < d)[:, None]"),
     "residual forgotten": ("wide += residual.to(tl.float32)", "wide += 0.0"),
     "residual added twice": ("wide += residual.to(tl.float32)", "wide += 2.0 * residual.to(tl.float32)"),
-    "residual projected too": ("wide - a * removed)\n    if ADD:", "wide - a * removed) * (1.0 - a)\n    if ADD:"),
+    "residual projected too": ("- removed\n    if ADD:", "- removed * (2.0 if ADD else 1.0)\n    if ADD:"),
     "y not rounded where separate": (
         "        if SEPARATE:\n            wide = wide.to(kind).to(tl.float32)\n        wide +=",
         "        wide +=",
@@ -106,8 +106,8 @@ MUTATIONS = {
     ),
     "weight forgotten": ("(wide * weight.to(tl.float32)).to(kind)", "wide.to(kind)"),
     "row: z rounded": (
-        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0)",
-        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0).to(tl.float16).to(tl.float32)",
+        "scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)",
+        "scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a).to(tl.float16).to(tl.float32)",
     ),
     "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
     "row: residual stride assumed": ("residual_ptr + row * stride_residual", "residual_ptr + row * d"),
@@ -160,36 +160,37 @@ MUTATIONS = {
         "tl.load(row_strength_ptr + row, mask",
         "tl.load(row_strength_ptr + row * 0, mask",
     ),
-    "tile: chunks before the last lost": ("gather(kept[chunk], u, z,", "gather(kept[chunk], u, z * 0.0,"),
-    "tile: transposed basis": (
-        "part[:, :, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]",
-        "part[:, :, None] + tl.arange(0, BLOCK_K)[None, None, :] * d",
+    "tile: chunks before the last lost": ("z = tl.dot(u_hi, x_of[half], z)", "z = tl.dot(u_hi, x_of[half], z * 0.0)"),
+    "tile: low piece of the basis lost in z": ("z = tl.dot(u_lo, x_of[half], z)", "z = z"),
+    "tile: one half of the columns twice": ("x_of[half]", "x_of[0]"),
+    "tile: columns of U out of order": (
+        "at + 4 * BLOCK_K), tl.load(at + 6 * BLOCK_K)",
+        "at + 6 * BLOCK_K), tl.load(at + 4 * BLOCK_K)",
     ),
-    "tile: basis of the first chunk": ("chunk * BLOCK_D * BLOCK_K + basis_at, eviction", "basis_at, eviction"),
-    "tile: sum over the warps forgotten": (
-        "z = tl.broadcast_to(tl.sum(z, 0)[None, :, :], [SPLIT, BLOCK_M, BLOCK_K])\n",
-        "",
+    "tile: ranks of z out of order": ("(2, 8, 16 * TILES)), (2, 1, 0)", "(2, 8, 16 * TILES)), (2, 0, 1)"),
+    "tile: basis of the first chunk": ("u_by_columns + chunk * wide * BLOCK_K", "u_by_columns"),
+    "tile: half of the warps left out": (
+        "    return tl.reshape(a + b, (16, BLOCK_M))",
+        "    return tl.reshape(a, (16, BLOCK_M))",
     ),
-    "tile: row stride assumed": (
-        "x_row = x_ptr + row[None, :, None] * stride_x",
-        "x_row = x_ptr + row[None, :, None] * d",
+    "tile: z of the first tile for both": ("products(z_of[tile],", "products(z_of[0],"),
+    "tile: strength of another row": (
+        "tl.load(row_strength_ptr + row, mask=row < rows, other=0.0)[None, :]",
+        "tl.load(row_strength_ptr + row * 0, mask=row < rows, other=0.0)[None, :]",
     ),
+    "tile: row stride assumed": ("x_ptr + first[:, None] * stride_x", "x_ptr + first[:, None] * d"),
+    "tile: stride between a lane's rows assumed": ("x_first + 8 * i * stride_x.to(tl.int64)", "x_first + 8 * i * d"),
     "tile: residual stride assumed": (
-        "residual_ptr + row[None, :, None] * stride_residual",
-        "residual_ptr + row[None, :, None] * d",
+        "residual_ptr + first[:, None] * stride_residual",
+        "residual_ptr + first[:, None] * d",
     ),
     "tile: last rows unmasked": (
-        "tl.store(y_row + chunk * BLOCK_D, y, mask=row_in)",
-        "tl.store(y_row + chunk * BLOCK_D, y)",
+        "tl.store(y_first + below * d + chunk * wide, h, mask=inside)",
+        "tl.store(y_first + below * d + chunk * wide, h)",
     ),
-    "tile: weight of the first chunk": (
-        "tl.load(weight_ptr + chunk * BLOCK_D + across)",
-        "tl.load(weight_ptr + across)",
-    ),
-    "tile: eps outside the root": (
-        "tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / d + eps)",
-        "1.0 / (tl.sqrt(tl.sum(tl.sum(squares, 2), 0) / d) + eps)",
-    ),
+    "tile: kept rows of the first chunk": ("made[chunk * parts + i]", "made[i]"),
+    "tile: weight of the first chunk": ("tl.load(weight_ptr + chunk * wide + across)", "tl.load(weight_ptr + across)"),
+    "tile: eps outside the root": ("tl.rsqrt(whole / d + eps)", "1.0 / (tl.sqrt(whole / d) + eps)"),
     "tile: any basis taken for packed": (
         'if form == "tile" and (basis.stride() != (k, 1)',
         'if form == "tile" and (False',
@@ -269,7 +270,7 @@ def emulated(x, u, z_pieces=2, u_pieces=2, block=64, split=1):
 
     split: the tile form's slices of a chunk, each with a sum of its own, added up at the end.
     """
-    high = u.bfloat16()
+    high = ((u.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).bfloat16()
     low = (u - high.float()).bfloat16() if u_pieces == 2 else torch.zeros_like(high)
     z = torch.zeros(split, x.shape[0], u.shape[1])
     for start in range(0, x.shape[1], block):
@@ -292,7 +293,8 @@ def test_the_bfloat16_arithmetic_meets_rule_a_and_the_leak_rule(d, k, form):
     from kernel_surgery.kernels.project import launch_options
 
     options = launch_options(torch.bfloat16, 16384, d, k, form)
-    order = {"block": options["BLOCK_D"], "split": options.get("SPLIT", 1)}
+    warps = options.get("WARPS")  # of the tile form: each sums 32 columns of a chunk
+    order = {"block": 32 * warps, "split": warps} if warps else {"block": options["BLOCK_D"]}
     u = basis(d, k)
     x = torch.randn(64, d).bfloat16()
     inside = (torch.randn(64, k) @ u.T).bfloat16()
@@ -321,13 +323,14 @@ def test_the_choice_of_a_form_is_by_shape_alone():
     def form(rows, d=2048, k=16, dtype=torch.bfloat16, **more):
         return form_of(dtype, rows, d, k, **more)
 
-    assert [form(rows) for rows in (1, 64, 65, 16384)] == ["row", "row", "tile", "tile"]
+    assert [form(rows) for rows in (1, 64, 256, 257, 16384)] == ["row", "row", "row", "tile", "tile"]
     assert form(65, k=10) == form(65, k=32) == form(65, d=2049) == form(65, d=4096) == "two-pass"
-    assert form(65, packed=False) == form(65, dtype=torch.float16) == form(65, dtype=torch.float32) == "two-pass"
+    assert form(65, packed=False) == form(257, dtype=torch.float16) == form(257, dtype=torch.float32) == "two-pass"
     for d in range(128, 4097, 128):
-        if form(65, d) == "tile":
-            options = launch_options(torch.bfloat16, 65, d, 16, "tile")
-            assert d % options["BLOCK_D"] == 0 and options["BLOCK_D"] // options["SPLIT"] >= 16
+        if form(257, d) == "tile":
+            options = {rows: launch_options(torch.bfloat16, rows, d, 16, "tile") for rows in (257, 16384)}
+            assert d % (32 * options[257]["WARPS"]) == 0 and d // (32 * options[257]["WARPS"]) <= 8
+            assert options[257]["WARPS"] == options[16384]["WARPS"]  # they decide the order of the sum
 
 
 @pytest.mark.slow
@@ -348,7 +351,7 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
 
 
 def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
-    from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+    from kernel_surgery.ops.compiled import CASES, MAY_SPILL, OPERATIONS, SHARED_LIMIT, kernel_sha256
 
     table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
     remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json --overwrite"
@@ -361,7 +364,8 @@ def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
         for dtype in DTYPES
         for case in CASES
     }, remedy
-    assert [r for r in table["rows"] if r["faults"] or r["spilled"] or r["narrow"]] == []
+    assert [r for r in table["rows"] if r["faults"] or r["spilled"] > MAY_SPILL or r["narrow"]] == []
+    assert [r for r in table["rows"] if r["blocks"] < 1 or r["in_flight"] < 1] == []
 
 
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
@@ -389,7 +393,7 @@ def test_the_ahead_of_time_check_can_fail():
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
 GPU_SHAPES = [
-    *((0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 16), (65, 2048, 16), (4097, 2048, 16), (199, 8192, 64)),
+    *((0, 64, 1), (1, 2048, 10), (17, 2049, 33), (64, 2048, 16), (257, 2048, 16), (8209, 2048, 16), (199, 8192, 64)),
     *((300, 896, 16), (300, 2048, 32), (300, 2560, 16), (300, 4096, 16), (4097, 2048, 10)),
 ]
 
@@ -427,7 +431,7 @@ def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 65])
+@pytest.mark.parametrize("rows", [1, 300])
 def test_on_a_gpu_a_captured_graph_replays_the_same_bits(rows, dtype):
     from kernel_surgery.ops.library import project_add_rmsnorm
 
@@ -473,7 +477,7 @@ def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_right():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [18, 118])
+@pytest.mark.parametrize("rows", [18, 300])
 def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
     from kernel_surgery.ops.library import project_add_rmsnorm
 
@@ -488,6 +492,21 @@ def test_on_a_gpu_a_bad_row_stays_in_its_row(rows, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("rows", [18, 300])
+def test_on_a_gpu_a_row_of_strength_0_keeps_its_bits(rows):
+    """-0.0 too, and beside sums of nothing but -0.0, which the interpreter does not make."""
+    from kernel_surgery.ops.library import project
+
+    x = torch.randn(rows, 2048, device="cuda").bfloat16()
+    x[3], x[4, 7] = -0.0, float("inf")
+    for u in (basis(2048, 16).cuda(), -basis(2048, 16).abs().cuda()):
+        for strengths in (torch.zeros(rows, device="cuda"), torch.full((rows,), -0.0, device="cuda")):
+            y = project(x, u, strengths)
+            assert torch.equal(y.view(torch.int16), x.view(torch.int16))
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(dtype):
 
@@ -496,7 +515,7 @@ def test_on_a_gpu_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(d
     before = set_batch_invariant(True)
     try:
         whole = project_add_rmsnorm(x, r, w, 1e-6, u)
-        for rows in (1, 7, 64, 65, 4097):
+        for rows in (1, 7, 256, 257, 4097):
             part = project_add_rmsnorm(x[3 : 3 + rows], r[3 : 3 + rows], w, 1e-6, u)
             assert all(torch.equal(p, all_[3 : 3 + rows]) for p, all_ in zip(part, whole, strict=True)), rows
     finally:

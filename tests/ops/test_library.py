@@ -314,7 +314,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("rows", [5, 300])
 def test_on_a_gpu_opcheck_passes(rows, dtype):
     """Schema, fake, autograd and AOT dispatch of every operator on CUDA, with strengths a row and without."""
     operators = torch.ops.kernel_surgery
