@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("reproduce", description=description)
     p.add_argument("--model", help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
     p.add_argument("--out", type=Path, help="folder for all files; run the same command again to continue")
-    p.add_argument("--check", type=Path, help="check this bundle instead of making one")
+    p.add_argument("--check", type=Path, help="check this bundle (or the --out that holds it) instead of making one")
     more = "how the edit is made in the evaluation (default: fused)"
     p.add_argument("--mode", default="fused", choices=("hook", "baked", "fused", "lora", "all"), help=more)
     p.add_argument("--rank", type=int, default=10, help="dimensions of the subspace (default 10)")
@@ -51,7 +51,7 @@ def run(argv: list[str] | None = None) -> int:
     if (args.check is None) == (args.out is None) or (args.out is not None and args.model is None):
         raise UserError("give --model and --out to make a bundle, or --check to check one.")
 
-    from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, check_bundle, make_bundle
+    from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, bundle_in, check_bundle, make_bundle
 
     if args.check is None:
         recipe = Recipe(**{name: value for name, value in vars(args).items() if name != "check"})
@@ -62,7 +62,7 @@ def run(argv: list[str] | None = None) -> int:
     for fault in faults:
         print(f"fault: {fault}")
     verdict = f"differences: {len(faults)}" if faults else f"every figure follows from the texts; {UNCHECKED}"
-    say(f"{args.check}: {verdict}")
+    say(f"{bundle_in(args.check)}: {verdict}")
     return 1 if faults else 0
 
 

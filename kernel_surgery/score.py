@@ -6,8 +6,7 @@ Input lines are JSON: {"text", "answer", "language", "prompt"}. "prompt" may be 
 The same lines go to stdout with {"extracted", "correct", "language_found"} added. A summary goes to stderr.
 
     --labels   The lines carry a reader's verdict ("correct", and "value" or null). Instead of the lines, print how
-    often
-               the scorer agrees with it: precision and recall, beside those of the reference script's rule
+               often the scorer agrees with it: precision and recall, beside those of the reference script's rule
                (`scoring.expag`).
 """
 

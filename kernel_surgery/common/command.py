@@ -14,6 +14,7 @@ traceback. This module imports neither torch nor transformers, so `--help` is fa
 """
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -55,6 +56,7 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
     traceback. Ctrl-C exits with status 130, a closed pipe with 141. Any other exception is a bug in this package and
     keeps its traceback.
     """
+    _speak_utf8()
     try:
         status = run(argv) or 0
         sys.stdout.flush()
@@ -71,6 +73,13 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
         print("\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def _speak_utf8() -> None:
+    """Print UTF-8 whatever the locale: texts are in seven languages. A file name that is not UTF-8 is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _is_user_error(error: Exception) -> bool:

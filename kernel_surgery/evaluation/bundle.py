@@ -6,7 +6,8 @@ with the SHA-256 of each file. The activations and the baked checkpoint stay bes
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,12 +129,16 @@ def make_bundle(
 def check_bundle(folder: Path) -> list[str]:
     """Check a bundle without its model. Return faults as sentences; the list is empty if everything holds.
 
+    folder: the bundle, or the folder that `make_bundle` wrote it into. Many faults of one kind are one sentence: the
+    first of them and the number of the others.
+
     Checks every hash, scores every text again, and computes every figure again. Scoring uses the current code, so the
     verdicts of a bundle from another version may differ; those are reported. For the embedded model, whose tokenizer is
     available, tokens are decoded and FAT is recomputed too. `UNCHECKED` lists what texts cannot show.
 
     Raises UserError for a folder that is not a bundle.
     """
+    folder = bundle_in(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["kind"] != "bundle":
@@ -175,10 +180,17 @@ def check_bundle(folder: Path) -> list[str]:
         "expag_metrics": expag_metrics(cells),
     }
     for name, value in recomputed.items():
-        faults += differences(name, json.loads(json.dumps(value)), results[name])
+        found = differences(name, json.loads(json.dumps(value)), results[name])
+        faults += first_of_each([(name, fault) for fault in found], "figures")
     if results.get("controls"):
         faults += check_controls(folder, results["controls"], cells, config, tokenizer)
     return faults
+
+
+def bundle_in(folder: Path) -> Path:
+    """Return the bundle in a folder of `make_bundle`, or the folder itself."""
+    inner = folder / "bundle"
+    return inner if not (folder / MANIFEST).exists() and (inner / MANIFEST).exists() else folder
 
 
 UNCHECKED = "checked by hash only: damage and probes, the certificate, the subspace, report.html"
@@ -193,20 +205,21 @@ def scored_again(
     compared with each other.
     """
     cells: Cells = {}
-    faults: list[str] = []
+    faults: list[tuple[str, str]] = []
     samples = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     fields = ["extracted", "correct", "language_passed"]
     if tokenizer is not None:
         fields += ["text", "fat_tokens", "correct_at"]
     for sample in progress(samples, total=len(samples), desc="score"):
         key = sample["mode"], sample["language"]
+        where = f"{' '.join(key)}: {sample['id']}"
         problem = known.get(sample["id"])
         if problem is None or sample["prompt"] != problem.prompts[sample["language"]]:
-            faults.append(f"{' '.join(key)}: {sample['id']} is not a problem of this test set, or has another prompt")
+            faults.append((f"{key} prompt", f"{where} is not a problem of this test set, or has another prompt"))
             continue
         if sample["answer"] != problem.answer:
-            what = f"{sample['id']} says the answer is {sample['answer']}, but it is {problem.answer}"
-            faults.append(f"{' '.join(key)}: {what}")
+            what = f"says the answer is {sample['answer']}, but it is {problem.answer}"
+            faults.append((f"{key} answer", f"{where} {what}"))
         if tokenizer is None:
             again = score_kept(problem, sample)
         else:
@@ -214,15 +227,14 @@ def scored_again(
             again = score_again(tokenizer)(problem, sample) | {"text": text}
         for field in fields:
             if again.get(field) != sample.get(field):
-                faults.append(
-                    f"{' '.join(key)}: {sample['id']}: {field} was {sample.get(field)}, is {again.get(field)}"
-                )
+                what = f"{field} was {sample.get(field)}, is {again.get(field)}"
+                faults.append((f"{key} {field}", f"{where}: {what}"))
         first = sample["fat_tokens"]
         if (first is not None and not sample["correct"]) or not 0 < (first or 1) <= max(1, len(sample["tokens"])):
             what = f"an answer after {first} tokens of {len(sample['tokens'])}, correct={sample['correct']}"
-            faults.append(f"{' '.join(key)}: {sample['id']}: {what}")
+            faults.append((f"{key} first", f"{where}: {what}"))
         cells.setdefault(key, []).append(again)
-    return cells, faults
+    return cells, first_of_each(faults, "texts")
 
 
 def check_controls(
@@ -245,7 +257,20 @@ def check_controls(
     except (ValueError, KeyError, TypeError) as error:
         return [f"controls.jsonl does not hold the texts of the controls ({type(error).__name__}: {error})"]
     reported = {key: said[key] for key in recomputed}
-    return faults + differences("controls", json.loads(json.dumps(recomputed)), reported)
+    found = differences("controls", json.loads(json.dumps(recomputed)), reported)
+    return faults + first_of_each([("controls", fault) for fault in found], "figures")
+
+
+def first_of_each(faults: Sequence[tuple[str, str]], noun: str) -> list[str]:
+    """Return the first sentence of each kind with the number of the others. faults: (kind, sentence)."""
+    counts = Counter(kind for kind, _ in faults)
+    firsts: dict[str, str] = {}
+    for kind, sentence in faults:
+        firsts.setdefault(kind, sentence)
+    return [
+        sentence + (f" (and {counts[kind] - 1} more {noun})" if counts[kind] > 1 else "")
+        for kind, sentence in firsts.items()
+    ]
 
 
 def differences(where: str, made: Any, said: Any) -> list[str]:

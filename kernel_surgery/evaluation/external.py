@@ -59,14 +59,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 exact(line[name] if line.get(name) is not None else 0)
             except (ValueError, TypeError, ZeroDivisionError) as error:
                 raise UserError(f"{where}: {name} {line[name]!r} is not a number.") from error
-        for name in ("text", "prompt"):
-            # Replace lone surrogates: JSON can express them, but UTF-8 output cannot.
-            if line.get(name):
-                line[name] = line[name].encode("utf-8", "replace").decode("utf-8")
-        lines.append(line)
+        lines.append(_without_surrogates(line))
     if not lines:
         raise UserError(f"{str(path)!r} holds no lines.")
     return lines
+
+
+def _without_surrogates(value: Any) -> Any:
+    """Replace lone surrogates in every name and text by "?". JSON can express them, but UTF-8 output cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
+    return value
 
 
 def exact(answer: str | int | float) -> Fraction:
@@ -162,16 +169,22 @@ def summary_table(lines: Sequence[dict]) -> str:
     """Return accuracy, language fidelity and coverage by language, one line each.
 
     Fidelity is the share of judged texts with no line in another language. Coverage is the share that could be judged.
+    Lines with a "mode", as in samples.jsonl, are counted by mode: an edited model is never pooled with the original.
     """
     rows = []
-    for name in dict.fromkeys(line["language"] for line in lines):
-        subset = [line for line in lines if line["language"] == name]
+    for mode, name in dict.fromkeys((_mode(line), line["language"]) for line in lines):
+        subset = [line for line in lines if (_mode(line), line["language"]) == (mode, name)]
         right = sum(line["correct"] for line in subset)
         low, high = wilson(right, len(subset))
         language_rates = fidelity([judge(line["text"], name) for line in subset])
         rate = "-" if language_rates["language_fidelity"] is None else f"{language_rates['language_fidelity']:.3f}"
         rows.append(
-            f"{name}: {right}/{len(subset)} right, {right / len(subset):.3f} ({low:.3f} to {high:.3f}), language "
+            f"{mode}{name}: {right}/{len(subset)} right, {right / len(subset):.3f} ({low:.3f} to {high:.3f}), language "
             f"fidelity {rate}, judged {language_rates['coverage']:.3f}"
         )
     return "\n".join(rows)
+
+
+def _mode(line: dict[str, Any]) -> str:
+    mode = line.get("mode")
+    return "" if mode is None else f"{mode} "

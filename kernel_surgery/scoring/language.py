@@ -9,8 +9,8 @@ Neither makes an error. py3langid takes 4.5 MB, and lingua 96 MB.
 
 A response passes if no judged line is in a wrong language. This is the line-level pass rate of the language confusion
 benchmark (Marchisio et al. 2024, arXiv:2406.20052). A line that is too short is not judged, so `fidelity` also reports
-the coverage, which is the fraction of responses that were judged. LaTeX, code and single letters (variables) are never
-judged.
+the coverage, which is the fraction of responses that were judged. LaTeX, code (`scoring.code`) and single letters
+(variables) are never judged.
 
 Limits:
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.scoring.code import strip_code
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -58,7 +59,6 @@ _LATEX = (
     re.compile(r"\\(?:text|mathrm|operatorname|boxed|begin|end)\s*\{[^{}\n]*\}"),
     re.compile(r"\\[A-Za-z]+"),
 )
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -79,7 +79,7 @@ class LanguageVerdict:
 
 def strip_maths(text: str) -> str:
     """Return `text` without LaTeX and code. The other text keeps its line breaks."""
-    text = _CODE.sub("\n", text)
+    text = strip_code(text)
     for pattern in _LATEX:
         text = pattern.sub(" ", text)
     return text

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check_bundle, differences
+from kernel_surgery.evaluation.bundle import BUNDLE, MANIFEST, RUN, check_bundle, differences, first_of_each
 from kernel_surgery.reproduce import run
 
 
@@ -163,6 +163,36 @@ def test_a_changed_or_missing_file_is_named_by_its_hash(made, tmp_path):
     ]
     (bundle / "samples.jsonl").unlink()
     assert check_bundle(bundle)[-1] == "without samples.jsonl nothing more can be checked"
+
+
+@pytest.mark.slow
+def test_the_folder_around_a_bundle_is_checked_too(made, capsys):
+    assert run(["--check", str(made[0])]) == 0
+    assert capsys.readouterr().out.startswith(f"{made[0] / 'bundle'}: every figure follows from the texts")
+
+
+@pytest.mark.slow
+def test_a_bundle_with_many_faults_names_each_kind_once(made, tmp_path):
+    """Every verdict is turned: one sentence a mode and language, not one a text."""
+    bundle = shutil.copytree(made[0] / "bundle", tmp_path / "bundle")
+
+    def turned(text):
+        lines = [json.loads(line) for line in text.split("\n") if line]
+        changed = [line | {"correct": not line["correct"], "extracted": "-1"} for line in lines]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in changed)
+
+    planted(bundle, "samples.jsonl", turned)
+    faults = check_bundle(bundle)
+    for field in ("correct", "extracted"):
+        assert sum(f"{field} was " in fault for fault in faults) == 4, faults
+        assert all(fault.endswith("(and 9 more texts)") for fault in faults if f"{field} was " in fault)
+    assert len(faults) <= 12
+
+
+def test_faults_of_a_kind_are_counted():
+    faults = [("a", "a is wrong"), ("b", "b is wrong"), ("a", "a is wrong too"), ("a", "and again")]
+    assert first_of_each(faults, "texts") == ["a is wrong (and 2 more texts)", "b is wrong"]
+    assert first_of_each([], "texts") == []
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -88,6 +91,35 @@ def test_half_a_character_is_replaced_and_separators_are_read(tmp_path, capsys):
     nothing = LINES[0] | {"text": "No number.", "correct": False, "value": None}
     agreed = agreement([nothing])
     assert math.isnan(agreed.precision) and math.isnan(agreed.recall)
+
+
+def test_half_a_character_in_any_field_is_replaced(tmp_path, capsys):
+    odd = LINES[0] | {"id": "\ud800", "more": [{"\udfff": ["\ud801", 1]}], "mode": "\ud802"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")
+    assert run([str(tmp_path / "odd.jsonl")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["id"] == "?" and found["more"] == [{"?": ["?", 1]}] and found["mode"] == "?"
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "cp1252"])
+def test_the_output_is_utf_8_whatever_the_locale(tmp_path, locale):
+    line = LINES[3] | {"prompt": "صفر؟"}
+    path = written(tmp_path, [line])
+    settings = {"PYTHONIOENCODING": "cp1252"} if locale == "cp1252" else {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, "PYTHONUTF8": "0", **settings}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernel_surgery.score", str(path)], env=environment, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout.decode("utf-8"))["prompt"] == "صفر؟" and "不知道。".encode() in done.stdout
+
+
+def test_the_original_and_the_edited_model_are_counted_apart(tmp_path, capsys):
+    """The lines of samples.jsonl carry the mode: half right in all, all right with one and none with the other."""
+    right = LINES[0] | {"mode": "original"}
+    wrong = LINES[0] | {"mode": "fused", "text": "The answer is 391."}
+    assert run([str(written(tmp_path, [right, wrong, right, LINES[0]]))]) == 0
+    rows = capsys.readouterr().err.splitlines()
+    assert [row.partition(" right,")[0] for row in rows] == ["original en: 2/2", "fused en: 0/1", "en: 1/1"]
 
 
 def test_an_empty_file_is_no_result(tmp_path):
