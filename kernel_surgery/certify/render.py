@@ -2,24 +2,27 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.plotting import COLOURS, svg
+from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The figures of a mode's row that the plot of error/bound shows, with their labels.
+# The figures that the plot of error/bound shows: words, the marker of the plot, and the same as a character.
 CHECKS = {
-    "error_over_bound": "against the exact edit",
-    "rule_a": "edit of the rounded output",
-    "span_rule_a": "rows inside the subspace",
-    "span_leak": "what is left of such rows",
-    "add": "with the residual addition",
-    "norm": "with the next norm",
+    "error_over_bound": ("against the exact edit", "o", "●"),
+    "rule_a": ("edit of the rounded output", "s", "■"),
+    "span_rule_a": ("rows inside the subspace", "v", "▼"),
+    "span_leak": ("what is left of such rows", "^", "▲"),
+    "add": ("with the residual addition", "D", "◆"),
+    "norm": ("with the next norm", "x", "✕"),
+    "tensor": ("tensors, element by element", "*", "★"),
 }
+MARKS = [f"{mark} {words}" for words, _, mark in CHECKS.values()]
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -27,8 +30,9 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
-    """Return table rows as lines with aligned columns: the first `left` columns to the left, the rest to the right."""
+def aligned(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """Return a table as lines with aligned columns: the first `left` columns to the left, the rest to the right."""
+    rows = [head, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -38,22 +42,24 @@ def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
     ]
 
 
-def tensor_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return one line per edited tensor on disk."""
+Table = tuple[list[str], list[list[str]]]
+
+
+def tensor_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the names of the columns, and one row per edited tensor on disk."""
     head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
     keys = [("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f")]
     keys.append(("leak_bfloat16", ".2e"))
     lines = [
         [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
     ]
-    table = [head, *lines]
     # Leave out columns that are empty in every row.
     columns = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in lines)]
-    return aligned([[row[i] for i in columns] for row in table], left=3)
+    return [head[i] for i in columns], [[row[i] for i in columns] for row in lines]
 
 
-def layer_table(model: dict[str, Any]) -> list[str]:
-    """Return one line per edited layer.
+def layer_table(model: dict[str, Any]) -> Table:
+    """Return the names of the columns, and one row per edited layer.
 
     Every figure is an error over its bound, except the last two columns: leak / floor, and the hidden states' error
     over the original's.
@@ -63,9 +69,9 @@ def layer_table(model: dict[str, Any]) -> list[str]:
     for row in model["layers"]:
         by_layer.setdefault(row["layer"], {})[row["mode"]] = row
     hidden = {row["layer"]: row for row in model["hidden"]}
-    head = ["layer", *modes, "rounded", "inside U", "left", "add", "norm", "worst pair", "", "W", "leak/floor"]
+    head = ["layer", *modes, "rounded", "inside U", "left", "add", "norm", "worst pair", "modes", "W", "leak/floor"]
     head.append("hidden")
-    lines = [head]
+    lines = []
     for layer, rows in by_layer.items():
         pairs = [p for p in model["pairs"] if p["layer"] == layer]
         worst = max(pairs, key=lambda p: p["error_over_bound"], default=None)
@@ -84,14 +90,14 @@ def layer_table(model: dict[str, Any]) -> list[str]:
             + [number(largest("error_over_bound", weights)), number(largest("leak_over_floor", weights))]
             + [number(max(errors[mode] for mode in modes) / errors["original"])]
         )
-    return aligned(lines)
+    return head, lines
 
 
-def logit_table(model: dict[str, Any]) -> list[str]:
-    """Return one line per mode: the error of its logits against the oracle's."""
+def logit_table(model: dict[str, Any]) -> Table:
+    """Return the names of the columns, and one row per mode: the error of its logits against the oracle's."""
     head = ["mode", "run by", "logit error", "/original's", "largest", "KL mean", "KL p99", "top-1", "decoded"]
     head.append("greedy text")
-    lines = [head]
+    lines = []
     for mode, r in model["logits"].items():
         if mode == "ideal":  # a yardstick, not a mode
             continue
@@ -103,7 +109,7 @@ def logit_table(model: dict[str, Any]) -> list[str]:
         spread = (number(r["kl_mean"], ".1e"), number(r["kl_p99"], ".1e"), number(r["top1"], ".4f"))
         decoded = number((r["decoded"] or {}).get("of_original"))
         lines.append([mode, model["providers"].get(mode, "-"), *errors, *spread, decoded, text])
-    return aligned(lines, left=2)
+    return head, lines
 
 
 LAYER_LEGEND = (
@@ -141,26 +147,32 @@ def shown(certificate: dict[str, Any]) -> str:
     """Return the tables as text, with the verdict in the last line."""
     lines, faults = [], certificate["faults"]
     if certificate["tensors"]:
-        lines += [*tensor_table(certificate["tensors"]), ""]
+        lines += [*aligned(*tensor_table(certificate["tensors"]), left=3), ""]
     if model := certificate.get("model"):
         lines += [sampled(model)]
         lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
         lines += [certificate["note"]] if certificate.get("note") else []
-        lines += ["", "Error over its bound, by layer (a check fails above 1):", *layer_table(model), *LAYER_LEGEND]
-        lines += ["", "Logits against the oracle's:", *logit_table(model), *LOGIT_LEGEND, ""]
+        lines += ["", "Error over its bound, by layer (a check fails above 1):"]
+        lines += [*aligned(*layer_table(model)), *LAYER_LEGEND]
+        lines += ["", "Logits against the oracle's:", *aligned(*logit_table(model), left=2), *LOGIT_LEGEND, ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
     lines += [f"fault: {fault}" for fault in faults]
+    return "\n".join([*lines, verdict(certificate)])
+
+
+def verdict(certificate: dict[str, Any]) -> str:
+    """Return what was checked and the result, in one line."""
+    faults, model = certificate["faults"], certificate.get("model")
     edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
     what = _counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
     what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
-    lines.append(f"{what}: " + (_counted(len(faults), "fault") if faults else "everything holds"))
-    return "\n".join(lines)
+    return f"{what}: " + (_counted(len(faults), "fault") if faults else "everything holds")
 
 
 def _limit(axes: "Axes", limit: float, label: str) -> None:
     """Draw a red line at the limit. The axis is linear while everything is below it, else logarithmic."""
-    axes.axhline(limit, color="#a3261b", lw=1)
-    axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color="#a3261b", va="center")
+    axes.axhline(limit, color=LIMIT, lw=1)
+    axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color=LIMIT, va="center")
     axes.set_ylabel(label)
     if axes.get_ylim()[1] > 1.5 * limit:
         axes.set_yscale("log")
@@ -168,57 +180,82 @@ def _limit(axes: "Axes", limit: float, label: str) -> None:
         axes.set_ylim(0, 1.1 * limit)
 
 
-def plot(certificate: dict[str, Any]) -> str:
-    """Plot a certificate. Return the figure as SVG.
+def _draw_bounds(axes: "Axes", model: dict[str, Any] | None, tensors: list[dict[str, Any]]) -> None:
+    """Draw every error over its bound. The colour is the mode, the marker the check."""
+    for i, mode in enumerate(model["modes"] if model else []):
+        rows = [r for r in (model or {})["layers"] if r["mode"] == mode]
+        for key, (_, marker, _) in CHECKS.items():
+            # Shift the modes sideways: hook and fused are often identical and would hide each other.
+            if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
+                axes.plot(*zip(*points, strict=True), marker, color=COLOURS[mode], ms=4, alpha=0.8)
+    if errors := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
+        axes.plot(*zip(*errors, strict=True), "*", color=COLOURS["baked"], ms=6)
+    _limit(axes, 1.0, "error / bound")
+
+
+def _draw_leaks(axes: "Axes", leaks: list[dict[str, Any]]) -> None:
+    axes.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
+    _limit(axes, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
+
+
+def _draw_hidden(axes: "Axes", model: dict[str, Any]) -> None:
+    for mode in ("original", *model["modes"]):
+        errors = [row[mode] for row in model["hidden"]]
+        axes.plot([r["layer"] for r in model["hidden"]], errors, color=COLOURS[mode], lw=1.2)
+    axes.set_yscale("log")
+    axes.set_ylabel("hidden states: relative error")
+
+
+def panels(certificate: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Plot a certificate as separate SVG panels. Return them and the modes whose colours need a legend.
 
     The panels are: error / bound by layer; leak / floor of the weights; relative error of the hidden states by mode.
     The second and third are left out if there is no data for them.
     """
-    import matplotlib
+    pictures = []
+    for draw in _drawings(certificate):
+        fig, (axes,) = figure(3.7, 3.2)
+        _finished(axes, draw)
+        pictures.append(svg(fig))
+    return pictures, _modes(certificate)
 
-    matplotlib.use("svg")
-    from matplotlib.figure import Figure
+
+def plot(certificate: dict[str, Any]) -> str:
+    """Plot a certificate as one figure with its legend, and return it as SVG. The panels are those of `panels`."""
+    drawings = _drawings(certificate)
+    fig, all_axes = figure(8, 1.4 + 2.6 * len(drawings), rows=len(drawings))
+    for axes, draw in zip(all_axes, drawings, strict=True):
+        _finished(axes, draw)
+    top = all_axes[0]
+    entries = [top.plot([], [], "s", color=COLOURS[mode], label=mode)[0] for mode in _modes(certificate)]
+    entries += [top.plot([], [], mark, color="#555", label=words)[0] for words, mark, _ in CHECKS.values()]
+    fig.legend(handles=entries, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return svg(fig)
+
+
+def _modes(certificate: dict[str, Any]) -> list[str]:
+    model = certificate.get("model")
+    return ["original", *model["modes"]] if model else ["baked"]
+
+
+def _drawings(certificate: dict[str, Any]) -> list[Callable[["Axes"], None]]:
+    model = certificate.get("model")
+    tensors = certificate["tensors"] or (model or {}).get("tensors", [])
+    leaks = [t for t in tensors if t.get("leak_over_floor") is not None]
+    drawings: list[Callable[[Axes], None]] = [lambda axes: _draw_bounds(axes, model, tensors)]
+    if leaks:
+        drawings.append(lambda axes: _draw_leaks(axes, leaks))
+    if model:
+        drawings.append(lambda axes: _draw_hidden(axes, model))
+    return drawings
+
+
+def _finished(axes: "Axes", draw: "Callable[[Axes], None]") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    model = certificate.get("model")
-    tensors = [t for t in certificate["tensors"] or (model or {}).get("tensors", [])]
-    leaks = [t for t in tensors if t.get("leak_over_floor") is not None]
-    panels = [True, bool(leaks), model is not None]
-    figure = Figure(figsize=(8, 1.2 + 2.6 * sum(panels)), layout="constrained")
-    axes = list(figure.subplots(sum(panels), 1, squeeze=False)[:, 0])
-    top = axes.pop(0)
-    markers = dict(zip(CHECKS, "osv^Dx", strict=True))
-    layer_rows = model["layers"] if model else []
-    for i, mode in enumerate(model["modes"] if model else []):
-        rows = [r for r in layer_rows if r["mode"] == mode]
-        for key, words in CHECKS.items():
-            # Shift the modes sideways: hook and fused are often identical and would hide each other.
-            if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
-                label = f"{mode}: {words}"
-                top.plot(*zip(*points, strict=True), markers[key], color=COLOURS[mode], ms=4, alpha=0.8, label=label)
-    if element_errors := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
-        top.plot(
-            *zip(*element_errors, strict=True), "*", color=COLOURS["baked"], ms=6, label="tensors, element by element"
-        )
-    _limit(top, 1.0, "error / bound")
-    if leaks:
-        panel = axes.pop(0)
-        panel.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
-        _limit(panel, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
-    if model:
-        panel = axes.pop(0)
-        for mode in ("original", *model["modes"]):
-            errors = [row[mode] for row in model["hidden"]]
-            panel.plot([r["layer"] for r in model["hidden"]], errors, color=COLOURS[mode], label=mode, lw=1.2)
-        panel.set_yscale("log")
-        panel.set_ylabel("hidden states: relative error")
-        panel.legend(frameon=False, fontsize=7, ncols=5)
-    for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.axes[-1].set_xlabel("layer")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=7)
-    return svg(figure)
+    draw(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
 
 
 def write(path: Path, certificate: dict[str, Any]) -> None:

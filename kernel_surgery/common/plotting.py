@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# The colour of a limit, or of what is compared with the original.
+LIMIT = "#a3261b"
 COLOURS = {"original": "#6b7280", "hook": "#7a4fa3", "fused": "#0b6e99", "baked": "#c2571a", "lora": "#4b7a2b"}
 
 
-def figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
-    """Return a figure with one row of `columns` panels, and the panels. They have no top and right border.
+def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with `rows` times `columns` panels, and the panels. They have no top and right border.
 
     width, height: of the figure, in inches.
     """
@@ -25,7 +27,7 @@ def figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list
     from matplotlib.figure import Figure
 
     new = Figure(figsize=(width, height), layout="constrained")
-    axes = list(new.subplots(1, columns, squeeze=False)[0])
+    axes = list(new.subplots(rows, columns, squeeze=False).flat)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
     return new, axes

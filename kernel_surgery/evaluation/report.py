@@ -1,51 +1,20 @@
 """results.json as one self-contained HTML page: plots, tables, texts side by side, and the configuration.
 
 Nothing is loaded from the network: the style and the plots are in the page. It is readable on a phone, and
-right-to-left text runs right to left.
+right-to-left text runs right to left. Its building blocks are in `evaluation.page`.
 """
 
-import difflib
 import html
 import json
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from kernel_surgery.certify.render import plot, shown
+from kernel_surgery.certify import render
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.evaluation.controls import MEASURE_WORDS, verdict
+from kernel_surgery.evaluation.page import STYLE, panels, table, texts_table
 from kernel_surgery.evaluation.plots import accuracy, budget_curves, controls, probes, spectrum
 from kernel_surgery.evaluation.tables import answered_sooner
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;width:100%;font-size:.9rem;margin:1rem 0}
-th,td{text-align:start;padding:.35rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} th.n{text-align:right}
-.wide{overflow-x:auto} .wide svg{max-width:none;width:100%;min-width:38rem} td:last-child:not(.n){min-width:13rem}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85rem}
-details{margin:1rem 0} summary{cursor:pointer;font-weight:600} .bad{color:#a3261b} .good{color:#19692c}
-svg{max-width:100%;height:auto} .note{background:#fff6d8;padding:.6rem .8rem;border-left:4px solid #d9a400}
-mark{background:#ffe08a;color:inherit} .small{font-size:.85rem;color:#555}
-"""
-
-
-def table(head: list[str], rows: list[list], numeric_from: int = 1) -> str:
-    """Return an HTML table. Every cell is escaped; columns from `numeric_from` on are set as numbers."""
-
-    def cells(tag: str, row: list) -> str:
-        # Cells with words may wrap; cells with numbers may not.
-        numeric = [i >= numeric_from and (tag == "th" or not re.search("[a-z]{5}", str(c))) for i, c in enumerate(row)]
-        return "".join(
-            f"<{tag}{' class=n' if n else ''}>{html.escape(str(c))}</{tag}>" for c, n in zip(row, numeric, strict=True)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{cells('th', head)}</tr>{body}</table></div>"
-
-
-def wide(picture: str) -> str:
-    """Wrap a picture so that a narrow screen scrolls it instead of shrinking it."""
-    return f"<div class=wide>{picture}</div>"
 
 
 def leak_table(found: dict) -> str:
@@ -53,19 +22,15 @@ def leak_table(found: dict) -> str:
 
     See `evaluation.effects.leaks`.
     """
-    rows = [
-        [mode, site, *(f"{value:.2g}" for _, value in sorted(by.items(), key=lambda item: int(item[0])))]
-        for mode, sites in (found.get("leak") or {}).items()
-        for site, by in sites.items()
-    ]
-    if not rows:
+    columns = {f"{mode}, {site}": by for mode, sites in (found.get("leak") or {}).items() for site, by in sites.items()}
+    if not columns:
         return ""
-    layers = sorted(next(iter(next(iter(found["leak"].values())).values())), key=int)
+    layers = sorted(next(iter(columns.values())), key=int)
+    rows = [[layer, *(f"{by[layer]:.2g}" if layer in by else "-" for by in columns.values())] for layer in layers]
     return (
         "<p>Leak: norm(U<sup>T</sup> y) / norm(U<sup>T</sup> x), the share of the part inside the subspace that is "
         "left. 0 means that nothing is left. At mlp_out this is what the edit left. In the residual stream "
-        "(resid_post) it is mostly what attention and the other layers write.</p>"
-        + table(["mode", "site", *(f"layer {layer}" for layer in layers)], rows, 2)
+        "(resid_post) it is mostly what attention and the other layers write.</p>" + table(["layer", *columns], rows)
     )
 
 
@@ -73,15 +38,20 @@ def summary(results: dict) -> str:
     """Return the outcome in one sentence, and one line per comparison. The words follow the corrected interval."""
     if not results["paired"]:
         return ""
-    items = ""
+    modes_of: dict[str, list[str]] = {}
     for r in results["paired"]:
         where = "all languages together" if r["language"] == "all" else r["language"]
         small = f", less than {r['margin']:g} in either direction" if r.get("equivalent") else ""
-        items += (
-            f"<li>{html.escape(r['mode'])}, {html.escape(where)}: {html.escape(r['verdict'])}{small} "
-            f"(difference {r['delta']:+.3f}, 95% interval {r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f}, "
-            f"Holm-corrected p {r['holm_p']:.3f})</li>"
+        line = (
+            f"{where}: {r['verdict']}{small} (difference {r['delta']:+.3f}, 95% interval {r['ci95'][0]:+.3f} to "
+            f"{r['ci95'][1]:+.3f}, Holm-corrected p {r['holm_p']:.3f})"
         )
+        # Modes that make the same edit often have the same figures.
+        modes_of.setdefault(line, []).append(r["mode"])
+    items = "".join(
+        f"<li>{html.escape(', '.join(modes))}{' alike' * (len(modes) > 1)}, {html.escape(line)}</li>"
+        for line, modes in modes_of.items()
+    )
     could = "; ".join(
         f"{r['language']} " + ("none" if r["smallest_shown"] is None else f"{r['smallest_shown']:.3f}")
         for r in results.get("power", [])
@@ -181,15 +151,15 @@ def answers(results: dict) -> str:
             "difference (95% interval)",
             "p",
             "Holm p",
-            "change in FAT, both solved",
+            "FAT change",
             "same texts",
             "verdict",
         ]
-        out += "<p>Differences in accuracy, edited minus original:</p>" + table(head, paired, 2)
+        out += "<p>Differences in accuracy, edited minus original:</p>" + table(head, paired, 2, words=[9])
         out += (
             "<p class=small>n: problems. Gained, lost: answers that only the edited model or only the original model "
             "got right. p: McNemar's exact test; for all languages together, a test over problems. Holm p: the same, "
-            "corrected for all comparisons. Change in FAT: on the problems that both models solved. Same texts: texts "
+            "corrected for all comparisons. FAT change: on the problems that both models solved. Same texts: texts "
             "that the edit did not change.</p>"
         )
     categories = list(next(iter(next(iter(results["modes"].values())).values()))["by_category"])
@@ -207,11 +177,11 @@ def subspace_section(results: dict) -> str:
     info = results.get("subspace") or {}
     if not info.get("captured"):
         return ""
-    picture = spectrum(info["captured"], info["spectrum"], info["rank"])
+    pictures = spectrum(info["captured"], info["spectrum"], info["rank"])
     return (
-        f"<h2>The subspace</h2><p>Rank {info['rank']}, fitted at {html.escape(str(info['site']))}. Left: the share of "
-        "the variance between languages that the subspace holds, by layer. Right: the singular values, relative to the "
-        f"first; the red line marks the rank.</p>{wide(picture)}"
+        f"<h2>The subspace</h2><p>Rank {info['rank']}, fitted at {html.escape(str(info['site']))}. First: the share of "
+        "the variance between languages that the subspace holds, by layer. Second: the singular values, relative to "
+        f"the first; the red line marks the rank.</p>{panels(pictures)}"
     )
 
 
@@ -234,7 +204,7 @@ def damage_section(results: dict) -> str:
         "divergence KL(original || edited) in nats per token, and the perplexity of both models.</p>"
         + table(head, rows, 2)
         + "<p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out problems:</p>"
-        + wide(probes(effects))
+        + panels(probes(effects), list(effects["probes"]))
         + leak_table(effects)
     )
 
@@ -262,39 +232,38 @@ def controls_section(results: dict) -> str:
     return (
         f"<h2>Controls</h2><p>{data['count']} random subspaces ({html.escape(data['kind'])}) of the same rank, at "
         f"the same layers and site, on {data['problems']} problems per language. If they have the same effect, it does "
-        "not come from language. Diamond: the fitted subspace. Bar: the original model. Dots: random subspaces.</p>"
-        f"{wide(controls(data))}"
-        + table(["language", "measure", "fitted", "percentile", "p", "Holm p", "verdict"], rows, 2)
+        "not come from language.</p>"
+        + panels(controls(data), more=["◆ fitted subspace", "| original model", "● random subspace"])
+        + table(["language", "measure", "fitted", "percentile", "p", "Holm p", "verdict"], rows, 2, words=[6])
     )
 
 
 def certificate_section(results: dict) -> str:
-    """Return the certificate's plot and verdict, if there is a certificate."""
+    """Return the certificate's verdict, plots and figures, if there is a certificate."""
     certificate = results.get("certificate")
     if not certificate:
         return ""
 
+    def paragraphs(lines: Iterable[str]) -> str:
+        return "".join(f"<p class=small>{html.escape(line)}</p>" for line in lines)
+
+    pictures, modes = render.panels(certificate)
+    model = certificate.get("model")
+    figures = ""
+    if certificate["tensors"]:
+        figures += table(*render.tensor_table(certificate["tensors"]), keys=1, words=[1, 2])
+    if model:
+        figures += paragraphs(render.sampled(model).split("\n"))
+        figures += "<p>Error over its bound, by layer (a check fails above 1):</p>"
+        figures += table(*render.layer_table(model), words=[len(model["modes"]) + 7]) + paragraphs(render.LAYER_LEGEND)
+        figures += "<p>Logits against the oracle's:</p>"
+        figures += table(*render.logit_table(model), keys=1, words=[1, 9]) + paragraphs(render.LOGIT_LEGEND)
+    faults = "".join(f"<li class=bad>{html.escape(fault)}</li>" for fault in certificate["faults"])
     return (
-        f"<h2>Certificate</h2>{plot(certificate)}<details><summary>Figures</summary>"
-        f"<pre class=wide>{html.escape(shown(certificate))}</pre></details>"
+        f"<h2>Certificate</h2><p><strong>{html.escape(render.verdict(certificate))}</strong></p><ul>{faults}</ul>"
+        f"{panels(pictures, modes, render.MARKS)}"
+        f"<details><summary>Figures</summary>{figures}</details>"
     )
-
-
-def marked(before: str, after: str) -> tuple[str, str]:
-    """Return two texts as HTML with their differences marked.
-
-    They are compared by words, or by characters in scripts without spaces.
-    """
-    pieces = [
-        re.findall(r"[A-Za-z\u00c0-\u024f\u0600-\u06ff\uac00-\ud7af]+|\d+|\s+|.", text) for text in (before, after)
-    ]
-    matcher = difflib.SequenceMatcher(a=pieces[0], b=pieces[1], autojunk=False)
-    out = ["", ""]
-    for tag, a, b, c, d in matcher.get_opcodes():
-        for side, (start, stop) in enumerate(((a, b), (c, d))):
-            text = html.escape("".join(pieces[side][start:stop]))
-            out[side] += f"<mark>{text}</mark>" if tag != "equal" and text else text
-    return out[0], out[1]
 
 
 def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
@@ -309,20 +278,7 @@ def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
                 continue
             pairs = list(zip(cells["original", language], cell, strict=True))
             pairs.sort(key=lambda p: (p[0]["correct"] == p[1]["correct"], p[0]["text"] == p[1]["text"]))
-            rows = ""
-            for before, after in pairs[:limit]:
-                texts = marked(before["text"], after["text"])
-                columns = "".join(
-                    f"<td dir=auto class={'good' if s['correct'] else 'bad'}><pre dir=auto>{text}</pre></td>"
-                    for s, text in zip((before, after), texts, strict=True)
-                )
-                prompt = html.escape(f"{before['prompt']}  [{before['answer']}]")
-                rows += f"<tr><td dir=auto>{prompt}</td>{columns}</tr>"
-            blocks.append(
-                f"<details><summary>{html.escape(mode)}, {html.escape(language)}: texts</summary><div class=wide>"
-                f"<table><tr><th>prompt [answer]</th><th>original</th><th>{html.escape(mode)}</th></tr>{rows}</table>"
-                "</div></details>"
-            )
+            blocks.append(texts_table(mode, language, pairs[:limit]))
     return "".join(blocks)
 
 
@@ -338,17 +294,17 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
     command = results.get("command")
     page = f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(subject(results))}</p>
 {"".join(f"<p class=note>{html.escape(note)}</p>" for note in results["notes"])}
 {summary(results)}
-{accuracy(results)}
+{panels(accuracy(results), list(results["modes"]))}
 <h2>Answers</h2>
 {answers(results)}
 <h2>Accuracy by budget</h2>
 <p class=small>The accuracy if every text were cut off after fewer tokens.</p>
-{wide(budget_curves(results)) if len(results["config"]["languages"]) > 2 else budget_curves(results)}
+{panels(budget_curves(results), list(results["modes"]))}
 {controls_section(results)}
 {damage_section(results)}
 {subspace_section(results)}

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from kernel_surgery.evaluation.controls import MEASURES, compare
-from kernel_surgery.evaluation.report import marked, write_report
+from kernel_surgery.evaluation.page import PANEL, marked, table
+from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from tests.evaluation.test_summary import cells
 
@@ -73,6 +74,10 @@ def whole(made, **more):
     } | more
 
 
+# Accuracy, two budget curves, three controls, two probes, two of the subspace.
+PICTURES = 10
+
+
 def control_figures(modes, languages):
     figures = {m: {lang: {k: modes[m][lang][k] for k in MEASURES} for lang in languages} for m in modes}
     rows = [
@@ -120,31 +125,51 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     text = written(tmp_path, made)
     for head in ("Answers", "By category", "Accuracy by budget", "Controls", "Damage and erasure", "The subspace"):
         assert f"<h2>{head}</h2>" in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == PICTURES
     page = parsed(text)
     for row in whole(made)["paired"]:
         assert row["verdict"] in page.text
     assert "fused, all languages together: no difference shown (n=4)" in page.text
     assert "3 random subspaces (haar) of the same rank" in page.text and "0.1000" in page.text and "12.5" in page.text
     assert "Smallest difference that these numbers of problems and comparisons can detect: ar none" in page.text
-    # What a narrow screen would shrink to nothing scrolls instead.
-    assert text.count("<div class=wide><svg") == 3 and ".wide svg{max-width:none;width:100%;min-width:38rem}" in text
+    # No picture is wider than a phone: it would be shrunk until nobody can read it.
+    widths = [float(width) for width in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
+    assert len(widths) == PICTURES and max(widths) <= 72 * PANEL
     damage = whole(made)["damage"] | {"leak": {"fused": {"mlp_out": {"10": 1e-7, "9": 0.25}, "resid_post": {"9": 0.5}}}}
     page = parsed(written(tmp_path, made, damage=damage))
-    assert "layer 9" in page.text and page.text.index("0.25") < page.text.index("1e-07") and "0.5" in page.text
+    assert "fused, resid_post" in page.text and "0.5" in page.text
+    assert page.text.index("0.25") < page.text.index("1e-07")
     # A run without them has none of them.
     bare = written(tmp_path, made, damage=None, controls=None, subspace={}, command=None)
-    assert bare.count("<svg") == 2 and "Controls" not in bare and "Damage" not in bare and "The subspace" not in bare
+    assert bare.count("<svg") == 3 and "Controls" not in bare and "Damage" not in bare and "The subspace" not in bare
+
+
+TENSORS = [
+    {"layer": 2, "tensor": "model.layers.2.mlp.down_proj.weight", "dtype": "BF16", "finite": True, "leak_gate": 1.1}
+    | {"error_over_bound": 0.98, "leak": 1e-3, "leak_floor": 1e-3, "leak_over_floor": 1.002}
+]
 
 
 def test_a_certificate_is_shown_where_there_is_one(tmp_path, made):
-    tensors = [
-        {"layer": 2, "tensor": "model.layers.2.mlp.down_proj.weight", "dtype": "BF16", "finite": True, "leak_gate": 1.1}
-        | {"error_over_bound": 0.98, "leak": 1e-3, "leak_floor": 1e-3, "leak_over_floor": 1.002}
-    ]
-    text = written(tmp_path, made, certificate={"tensors": tensors, "faults": [], "kind": "certificate"})
+    text = written(tmp_path, made, certificate={"tensors": TENSORS, "faults": [], "kind": "certificate"})
     assert "<h2>Certificate</h2>" in text and "1 edited layer (2): everything holds" in parsed(text).text
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == PICTURES + 2
+    faulty = {"tensors": TENSORS, "faults": ["layer 2 < layer 3"], "kind": "certificate"}
+    assert "1 edited layer (2): 1 fault" in parsed(faulty_page := written(tmp_path, made, certificate=faulty)).text
+    assert "<li class=bad>layer 2 &lt; layer 3</li>" in faulty_page
+
+
+def test_modes_with_the_same_figures_share_a_line(tmp_path, made):
+    every = made | {("hook", language): cell for (mode, language), cell in made.items() if mode == "fused"}
+    page = parsed(written(tmp_path, every, controls=None))
+    assert "fused, hook alike, all languages together: no difference shown (n=4)" in page.text
+
+
+def test_columns_of_numbers_and_of_words_keep_their_style_in_every_row():
+    text = table(["mode", "n", "verdict"], [["a", "1", "fine"], ["b", "the same as all", "2"]], words=[2])
+    assert text.count("<td class=n ") == 2 and text.count("<td class=k ") == 2 and text.count("<td data") == 2
+    # A phone shows the column's name before each value.
+    assert text.count('data-label="verdict"') == 2
 
 
 @pytest.mark.parametrize(
@@ -205,9 +230,58 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
     asked = done.stderr.splitlines()[-1]
     print(f"asked for: {asked}")
     assert asked.split()[0] == "0", asked
-    assert "Damage and erasure" in done.stdout and done.stdout.count("<svg") == 5
+    assert "Damage and erasure" in done.stdout and done.stdout.count("<svg") == PICTURES
     # Teeth: a picture from elsewhere is seen.
     page = text.replace("</body>", '<img src="http://pictures.invalid/x.png"></body>')
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     done = subprocess.run(words, capture_output=True, text=True, timeout=150)
     assert "pictures.invalid" in done.stderr.splitlines()[-1]
+
+
+# Elements whose content is wider than they are, or that reach beyond the page. A folded part is unfolded first.
+MEASURE = """<script>addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *:not(svg *)")].filter(e => e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display !== "inline" || e.getBoundingClientRect().right > innerWidth);
+  document.title = `${wide.length} too wide of ${innerWidth} px: ` + wide.map(e => e.outerHTML.slice(0, 80)).join("; ");
+})</script>"""
+
+
+def too_wide(browser, path, text, width):
+    """How many elements of a page do not fit a window of this width, as the browser measures it, and which."""
+    unfolded = text.replace("<details>", "<details open>").replace("</head>", MEASURE + "</head>")
+    path.write_text(unfolded, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    options.append(f"--user-data-dir={path.parent / 'user'}")
+    # A window cannot be narrower than 500 pixels, so a frame of the width holds the page.
+    frame = f"<title></title><iframe src={path.name} style='width:{width}px;height:900px;border:0' onload='"
+    frame += "document.title=this.contentDocument.title'></iframe>"
+    (path.parent / "frame.html").write_text(frame)
+    words = ["--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [browser, *options, *words, (path.parent / "frame.html").as_uri()], capture_output=True, text=True, timeout=150
+    )
+    found = re.search(r"<title>(\d+) too wide of (\d+) px:(.*?)</title>", done.stdout, flags=re.DOTALL)
+    assert found and int(found[2]) == width, done.stdout[:500]
+    return int(found[1]), found[3]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_screen(tmp_path, made, width):
+    """In Chromium where there is one: no element is cut off, scrolled or beyond the edge, folded parts included."""
+    every = {
+        (mode, language): cell
+        for mode in ("original", "hook", "baked", "fused", "lora")
+        for language in ("ar", "en")
+        for cell in [made["original" if mode == "original" else "fused", language]]
+    }
+    text = written(tmp_path, every, certificate={"tensors": TENSORS, "faults": [], "kind": "certificate"})
+    assert "<div class=wide" not in text and "overflow-x" not in text
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    print(f"browser: {browser}")
+    if browser is None:
+        return
+    count, which = too_wide(browser, tmp_path / "page.html", text, width)
+    assert count == 0, which
+    # Teeth: a wide element is seen.
+    wider = text.replace("</body>", f"<div style='width:{width + 100}px'>x</div></body>")
+    assert too_wide(browser, tmp_path / "page.html", wider, width)[0] > 0
