@@ -97,6 +97,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "fit": tables.fit,
         "evaluation": tables.evaluation,
         "checkpoint": tables.checkpoint,
+        "busy": tables.busy,
         "growth": tables.growth,
         "fields": tables.fields,
     },

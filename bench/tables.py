@@ -171,6 +171,22 @@ def fit() -> str:
     return about + table(head, body) + "\n" + where(first)
 
 
+def busy() -> str:
+    """The evaluation beside busy processes."""
+    stored = rows("busy.json")
+    by = {(r["provider"], r["case"]): r for r in stored}
+    body = []
+    for how in dict.fromkeys(r["provider"] for r in stored):
+        alone, beside = by[how, "alone"], by[how, "busy"]
+        times = [f"{r['us_p50'] / 1e6:.0f}" for r in (alone, beside)]
+        low, high = ends(beside)
+        body.append([how, *times, f"{beside['ratio']:.1f} ({low:.1f} to {high:.1f})"])
+    if not stored:
+        return ""
+    head = ["", "alone, s", f"beside {stored[1]['processes']} busy processes, s", "times as long (range)"]
+    return table(head, body) + "\n" + where(stored[0])
+
+
 def evaluation() -> str:
     """The evaluation beside the loop over single prompts."""
     stored = rows("evaluation.json")

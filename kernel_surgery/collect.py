@@ -10,6 +10,7 @@ takes the last prompt token, or the mean over the prompt's tokens. Padding is ne
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
@@ -46,16 +47,9 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     from kernel_surgery.models.architectures import parse_layers
-    from kernel_surgery.models.before import check_config, check_positions, check_stored
-    from kernel_surgery.models.load import (
-        load_model,
-        load_tokenizer,
-        local_folder,
-        parse_device,
-        parse_dtype,
-        public_name,
-        resolve_model,
-    )
+    from kernel_surgery.models.before import load_checked
+    from kernel_surgery.models.load import parse_device, parse_dtype, public_name
+    from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.problems.generator import parse_languages, problems
     from kernel_surgery.subspace.collecting import collect_activations
 
@@ -66,17 +60,18 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     chosen_problems = problems(args.split, args.problems, seed=args.seed)
     check_output(args.out, overwrite=args.overwrite)
-    source, device = str(local_folder(resolve_model(args.model))), parse_device(args.device)
-    dtype, config = parse_dtype(args.dtype, device), check_config(Path(source))
-    check_stored(Path(source), config)
-    n_layers = config["num_hidden_layers"]
-    layers = range(n_layers) if args.layers == "all" else parse_layers(args.layers, n_layers)
-    size = 4 * config["hidden_size"] * len(layers) * len(languages) * len(chosen_problems)
-    check_output(args.out, size=size, overwrite=args.overwrite)
-    tokenizer = load_tokenizer(source)
+    device = parse_device(args.device)
+    choose_threads(args.model)
+
+    def check(source: Path, config: dict[str, Any]) -> None:
+        n_layers = config["num_hidden_layers"]
+        layers = range(n_layers) if args.layers == "all" else parse_layers(args.layers, n_layers)
+        size = 4 * config["hidden_size"] * len(layers) * len(prompts)
+        check_output(args.out, size=size, overwrite=args.overwrite)
+
     prompts = [problem.prompts[language] for problem in chosen_problems for language in languages]
-    check_positions(config.get("max_position_embeddings"), tokenizer, prompts)
-    model = load_model(source, dtype, device)
+    where = parse_dtype(args.dtype, device), device
+    model, tokenizer = load_checked(args.model, where, prompts, 0, check)
     activations = collect_activations(
         model,
         tokenizer,

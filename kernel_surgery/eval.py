@@ -58,11 +58,13 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.evaluation.run import Options, evaluate
     from kernel_surgery.evaluation.tables import shown
+    from kernel_surgery.models.threads import choose_threads
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     options = Options(**vars(args)).with_folder()
+    choose_threads(args.model)
     with untouched(lambda: kept_in(options.out)):
         evaluation = evaluate(options, command=command_line("eval", argv), say=say)
     print(shown(evaluation.results))

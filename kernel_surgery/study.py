@@ -46,9 +46,12 @@ def run(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     from kernel_surgery.evaluation.study import read_grid, run_study, shown
+    from kernel_surgery.models.threads import choose_threads
 
     with untouched(lambda: kept_in(args.out)):
-        study = run_study(read_grid(args.grid), args.out, controls=args.controls, command=command_line("study", argv))
+        grid = read_grid(args.grid)
+        choose_threads(grid["model"])
+        study = run_study(grid, args.out, controls=args.controls, command=command_line("study", argv))
     print(shown(study))
     print(f"{args.out}: study.json, frozen.json, chosen.safetensors, dev.jsonl, test.jsonl")
     return 0

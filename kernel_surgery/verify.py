@@ -83,6 +83,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.certify.whole import verify_model
     from kernel_surgery.checkpoint.record import read_provenance
     from kernel_surgery.models.load import POLYGLOT_SUBSPACE, local_folder, public_name, resolve_model
+    from kernel_surgery.models.threads import choose_threads
 
     subspace = args.subspace
     if subspace is None and args.model == "polyglot" and not folders:
@@ -94,6 +95,8 @@ def run(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"{str(folder)!r} was made at strength {recorded_strength:g}, not {args.strength:g}. Omit --strength."
             )
+    if args.model is not None:
+        choose_threads(args.model)
     if args.adapter is not None:
         certificate = verify_adapter(args.adapter, source, subspace)
     elif args.restored is not None:

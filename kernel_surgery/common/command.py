@@ -57,6 +57,9 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
     keeps its traceback.
     """
     _speak_utf8()
+    # torch reads this when it is imported. Threads that wait for work then sleep: beside other processes, threads that
+    # spin hold up the very thread they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = run(argv) or 0
         sys.stdout.flush()

@@ -29,11 +29,11 @@ from kernel_surgery.evaluation.answering import Context, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
 from kernel_surgery.evaluation.effects import measure_effects
 from kernel_surgery.evaluation.judging import Cells, score_again
-from kernel_surgery.evaluation.loading import load_checked
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.load import (
     POLYGLOT_SUBSPACE,
     parse_device,

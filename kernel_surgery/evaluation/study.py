@@ -13,6 +13,7 @@ study. study.json holds everything else.
 import hashlib
 import itertools
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
-from kernel_surgery.common.files import check_folder, write_atomic
+from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import LANGUAGES, MODES, POOLS, SITES
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
 from kernel_surgery.evaluation.controls import table as control_table
 from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
-from kernel_surgery.evaluation.loading import load_checked
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from kernel_surgery.evaluation.tables import strict_table
 from kernel_surgery.models.architectures import decoder_layers, default_layers, parse_layers
+from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.load import parse_device, parse_dtype, public_name
 from kernel_surgery.ops.library import MAX_RANK
 from kernel_surgery.problems.generator import Problem, parse_languages, problems
@@ -244,8 +245,7 @@ def run_study(
     dtype = parse_dtype(declared["dtype"], device)
     named = declared | {"model": public_name(declared["model"])}
     config = named | {"resolved_dtype": str(dtype)}
-    check_folder(folder)
-    resume = (folder / "config.json").exists()
+    resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
     check_run(folder, config, resume=resume)
     splits = {split: tuple(problems(split, declared["problems"], seed=declared["seed"])) for split in ("dev", "test")}
     prompts = [p.prompts[language] for split in splits.values() for p in split for language in languages]

@@ -1,17 +1,19 @@
 """What can be known before a model is loaded: from its configuration, its tokenizer and the headers of its files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kernel_surgery.common.errors import CheckpointError, ModelError
 from kernel_surgery.files.tensorfile import Layout
 from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
-from kernel_surgery.models.load import read_config
+from kernel_surgery.models.load import load_model, load_tokenizer, local_folder, read_config, resolve_model
 from kernel_surgery.models.stored import layouts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -45,18 +47,14 @@ def edited_tensors(config: dict[str, Any]) -> list[str]:
 
 
 def check_positions(
-    positions: int | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Iterable[str],
-    new_tokens: int = 0,
-    option: str = "--max-new-tokens",
+    positions: int | None, lengths: Iterable[int], new_tokens: int = 0, option: str = "--max-new-tokens"
 ) -> None:
     """Raise ModelError if a prompt and the tokens after it need more positions than the model was made for.
 
     positions: max_position_embeddings of the configuration; None if it has no such limit. Beyond it a model with rotary
-    positions still runs, and writes nonsense.
+    positions still runs, and writes nonsense. lengths: of the prompts, in tokens.
     """
-    longest = max((len(ids) for ids in tokenizer(list(prompts)).input_ids), default=0)
+    longest = max(lengths, default=0)
     if positions is None or longest + new_tokens <= positions:
         return
     if longest >= positions or not new_tokens:
@@ -65,3 +63,27 @@ def check_positions(
         f"prompts of up to {longest} tokens and {new_tokens} new ones are longer than the model's {positions} "
         f"positions. Use {option} {positions - longest} at most."
     )
+
+
+def load_checked(
+    name: str,
+    where: tuple[torch.dtype, torch.device],
+    prompts: Iterable[str],
+    new_tokens: int,
+    check: Callable[[Path, dict[str, Any]], object],
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Return a model and its tokenizer. Nothing large is read until the model is known to do.
+
+    name: as in `models.load.load_model`. where: its dtype and device. prompts: what it will be asked. new_tokens: the
+    most that it will be asked to write. check: called with its folder and configuration before it is loaded.
+
+    Raises ModelError for an unknown architecture or too few positions, and what `check` and the loaders raise.
+    """
+    source = local_folder(resolve_model(name))
+    config = check_config(source)
+    check_stored(source, config)
+    check(source, config)
+    tokenizer = load_tokenizer(str(source))
+    lengths = map(len, tokenizer(list(prompts)).input_ids)
+    check_positions(config.get("max_position_embeddings"), lengths, new_tokens)
+    return load_model(str(source), *where), tokenizer

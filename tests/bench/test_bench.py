@@ -1,7 +1,9 @@
 """The benchmarks check what they time: every row is complete, and a wrong method is reported."""
 
+import contextlib
 import json
 import math
+import subprocess
 import time
 from pathlib import Path
 
@@ -251,3 +253,42 @@ def test_the_growth_benchmark_prints_a_slope_for_every_quantity(capsys, monkeypa
         assert said.index(f"{what:<11} expected slope") < said.index(
             "slope", said.index(f"{what:<11} expected slope") + 40
         )
+
+
+def test_busy_compares_alone_and_beside_and_fails_above_the_goal(monkeypatch, tmp_path, capsys):
+    from bench import busy
+
+    beside = {busy.OURS: 2.0, busy.SPINNING: 8.0}
+    running = []
+
+    @contextlib.contextmanager
+    def loaded(processes):
+        running.append(processes)
+        yield
+        running.pop()
+
+    monkeypatch.setattr(busy, "busy", loaded)
+    monkeypatch.setattr(busy, "seconds", lambda how, problems: 10.0 * (beside[how] if running[-1] else 1.0))
+    out = tmp_path / "busy.json"
+    assert busy.run(["--rounds", "2", "--processes", "3", "--out", str(out)]) == 0
+    rows = {(r["provider"], r["case"]): r for r in store.read(out)}
+    assert rows.keys() == {(how, load) for how in beside for load in (busy.ALONE, busy.BESIDE)}
+    assert rows[busy.SPINNING, busy.BESIDE]["ratio"] == 8.0 and rows[busy.OURS, busy.BESIDE]["processes"] == 3
+    beside[busy.OURS] = 2.6
+    assert busy.run(["--rounds", "2"]) == 1
+    assert "2.60 times alone" in capsys.readouterr().out
+
+
+def test_busy_processes_end_with_the_block_and_settings_of_the_caller_do_not_count(monkeypatch):
+    from bench import busy
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & busy.environment(busy.OURS).keys()
+    assert busy.environment(busy.SPINNING)["OMP_WAIT_POLICY"] == "active"
+    started = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
+    with busy.busy(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)

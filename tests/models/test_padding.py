@@ -43,14 +43,15 @@ def test_a_padding_token_beyond_the_embedding_changes_no_figure_and_no_text():
 
 def test_positions_are_counted_with_the_new_tokens():
     tokenizer = load_tokenizer("polyglot")
-    longest = max(len(ids) for ids in tokenizer(PROMPTS).input_ids)
-    check_positions(longest, tokenizer, PROMPTS)
-    check_positions(longest + 10, tokenizer, PROMPTS, 10)
-    check_positions(None, tokenizer, PROMPTS, 10_000)
+    lengths = [len(ids) for ids in tokenizer(PROMPTS).input_ids]
+    longest = max(lengths)
+    check_positions(longest, lengths)
+    check_positions(longest + 10, lengths, 10)
+    check_positions(None, lengths, 10_000)
     with pytest.raises(ValueError, match=rf"longest prompt has {longest} tokens, but the model has {longest - 1} pos"):
-        check_positions(longest - 1, tokenizer, PROMPTS)
+        check_positions(longest - 1, lengths)
     with pytest.raises(ValueError, match=r"and 11 new ones are longer than .* positions\. Use --max-new-tokens 10 at"):
-        check_positions(longest + 10, tokenizer, PROMPTS, 11)
+        check_positions(longest + 10, lengths, 11)
     model = pico("qwen2", vocab_size=len(tokenizer), max_position_embeddings=longest + 3)
     with pytest.raises(ValueError, match="Use --max-new-tokens 3 at most"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=4)
