@@ -263,8 +263,10 @@ def write(path: Path, certificate: dict[str, Any]) -> None:
 
     A number that is not finite becomes null, because JSON cannot express it.
     """
-    write_atomic(path, json.dumps(_finite(certificate), indent=2, allow_nan=False) + "\n")
-    write_atomic(path.with_suffix(".svg"), plot(_finite(certificate)))
+    finite = _finite(certificate)
+    # The JSON last: where it is, both are.
+    write_atomic(path.with_suffix(".svg"), plot(finite))
+    write_atomic(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

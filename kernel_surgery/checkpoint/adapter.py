@@ -16,6 +16,7 @@ from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.tensorfile import read_tensor, save_tensors
 from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.load import hub_id
+from kernel_surgery.models.stored import places
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,16 +52,14 @@ def write_adapter(
     is not finite, and files that cannot be read or written. After any exception `destination` does not exist.
     """
     source, destination = Path(source), Path(destination)
-    check_output(destination)
     rank = padded_rank(subspace.rank)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
-    files = {name: layout.path for layout in layouts for name in layout.entries}
-    tensors = {}
+    files, tensors = places(layouts), {}
     entries = editable(layouts, subspace.bases)
     check_output(destination, size=sum(4 * rank * sum(entry.shape) for entry in entries if len(entry.shape) == 2))
     for entry in progress(entries, total=len(entries), desc=destination.name):
-        with files[entry.name].open("rb") as file:
+        with files[entry.name][0].open("rb") as file:
             weight = read_tensor(file.fileno(), entry)
         if weight.ndim == 1:
             refuse_bias(entry.name.removesuffix(".bias"), weight)

@@ -48,6 +48,7 @@ from kernel_surgery.files.tensorfile import (
 )
 from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.stored import layouts as stored_layouts
+from kernel_surgery.models.stored import places
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
 from kernel_surgery.subspace.artifact import Subspace, check_bases
@@ -269,7 +270,7 @@ def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, torch.Tenso
     """
     with opened(path) as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    entries = {name: entry for layout in layouts for name, entry in layout.entries.items()}
+    stored = places(layouts)
     bases: dict[int, torch.Tensor] = {}
     insides: dict[str, torch.Tensor] = {}
     for name, tensor in found.items():
@@ -280,8 +281,8 @@ def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, torch.Tenso
             insides[of] = tensor
     bases = check_bases(bases)
     for name, inside in insides.items():
-        layer, entry = LLAMA.edited_layer(name, bases), entries.get(name)
-        shape = () if entry is None else entry.shape
+        layer = LLAMA.edited_layer(name, bases)
+        shape = stored[name][1].shape if name in stored else ()
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
         if layer is None or bases[layer].shape[0] != rows or inside.shape != (bases[layer].shape[1], columns):
             raise CheckpointError(

@@ -1,6 +1,6 @@
 """The checkpoint before the edit: its editable tensors, and whether a subspace belongs to it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from kernel_surgery.edit.lora import refuse_bias
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.tensorfile import Entry, Layout, mapped
 from kernel_surgery.models.architectures import LLAMA
-from kernel_surgery.models.before import check_config, check_stored, edited_tensors
+from kernel_surgery.models.before import check_config, check_stored, fingerprinted
 from kernel_surgery.models.stored import layouts as stored_layouts
+from kernel_surgery.models.stored import places
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.ops.library import check_rank
 from kernel_surgery.subspace.artifact import Subspace
@@ -33,14 +34,10 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     subspace does not belong to the checkpoint.
     """
     config = check_config(folder)
-    n_layers = config["num_hidden_layers"]
-    check_stored(folder, config, layouts)
-    places = {name: (layout.path, entry) for layout in layouts for name, entry in layout.entries.items()}
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        return ((name, mapped(*places[name])) for name in edited_tensors(config))
-
-    subspace.check(config["hidden_size"], n_layers, lambda: sample_weights(weights()), str(folder), force=force)
+    found, (d_model, n_layers) = places(layouts), (config["hidden_size"], config["num_hidden_layers"])
+    check_stored(folder, config, found)
+    weights = ((name, mapped(*found[name])) for name in fingerprinted(config))
+    subspace.check(d_model, n_layers, lambda: sample_weights(weights), str(folder), force=force)
 
 
 def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force: bool = False) -> None:
@@ -64,10 +61,10 @@ def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force:
     if "fused" in modes:
         check_rank(next(iter(subspace.bases.values())))
     if "lora" in modes:
-        places = {name: (layout.path, entry) for layout in found for name, entry in layout.entries.items()}
+        stored = places(found)
         for site in map(LLAMA.site, subspace.layers):
-            if f"{site}.bias" in places:
-                refuse_bias(site, mapped(*places[f"{site}.bias"]))
+            if f"{site}.bias" in stored:
+                refuse_bias(site, mapped(*stored[f"{site}.bias"]))
 
 
 def original_layouts(source: Path) -> list[Layout]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from kernel_surgery.common.errors import ExistsError, KernelSurgeryError, UserError
 
 # Errors of a disk that is full or refuses to be written.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def check_output(path: Path, *, size: int = 0, overwrite: bool | None = None, option: str = "--out") -> None:
@@ -94,7 +94,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in _DISK:
             raise
         raise KernelSurgeryError(
             f"cannot write {str(path)!r}: {os.strerror(error.errno)}. Make room there, or choose another --out."

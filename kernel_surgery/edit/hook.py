@@ -29,6 +29,8 @@ def hooked(
     layers: edit only these layers of the subspace.
     force: accept a subspace of unknown origin, or one fitted on another model. The shape must still match.
 
+    Blocks may be nested: an inner block edits what the outer one made (`edit.marks`).
+
     Yields the record of the edit. When the block ends, normally or by an exception, the model is restored.
 
     Numerics: float32 arithmetic (`numerics.precision.computed_in`), then one rounding to the dtype of the activations.

@@ -5,7 +5,6 @@ one must be of mode hook or fused, or the outer one of mode baked; other pairs a
 from the weights. A baked block must end after those inside it. The others may end in any order.
 """
 
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +21,16 @@ _MARKS = "_kernel_surgery_edits"  # an edited module's list of marks, the outerm
 class Mark:
     """One block that edits one module.
 
+    owner: the id of that module. None in a copy: a module that was copied or unpickled is not the one that was marked.
     originals: (parameter, its value before), which a baked block puts back.
     """
 
-    def __init__(self, mode: str, module: nn.Module):
-        self.mode, self.module = mode, weakref.ref(module)
+    def __init__(self, mode: str, owner: int | None):
+        self.mode, self.owner = mode, owner
         self.originals: list[tuple[Tensor, Tensor]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
-        return self  # so that a copied module is seen not to be the marked one
+    def __reduce__(self) -> tuple[type["Mark"], tuple[str, None]]:
+        return Mark, (self.mode, None)  # copy.deepcopy and pickle
 
 
 def marks_of(module: nn.Module) -> list[Mark]:
@@ -40,7 +40,7 @@ def marks_of(module: nn.Module) -> list[Mark]:
 
 def refuse_copy(site: Site[Any]) -> None:
     """Raise KernelSurgeryError for a module that was copied inside a block: it keeps the block's edit."""
-    if any(mark.module() is not site.module for mark in marks_of(site.module)):
+    if any(mark.owner != id(site.module) for mark in marks_of(site.module)):
         raise KernelSurgeryError(
             f"cannot edit {site.name}: this model is a copy that was made inside a block of mode "
             f"{marks_of(site.module)[0].mode}, and keeps its edit. The model is unchanged. Copy the model before the "
@@ -63,19 +63,17 @@ def marked(sites: Iterable[Site[Any]], mode: str) -> Iterator[dict[int, Mark]]:
                     "from the weights, not from what that block makes of them. The model is unchanged. Use mode hook "
                     "or fused for the inner block."
                 )
-    marks = {site.layer: Mark(mode, site.module) for site in sites}
-    modules = [module for mark in marks.values() if (module := mark.module()) is not None]
+    marks = {site.layer: Mark(mode, id(site.module)) for site in sites}
+    for site in sites:
+        vars(site.module).setdefault(_MARKS, []).append(marks[site.layer])
     try:
-        for module, mark in zip(modules, marks.values(), strict=True):
-            vars(module).setdefault(_MARKS, []).append(mark)
         yield marks
     finally:
-        for module, mark in zip(modules, marks.values(), strict=True):
-            found = marks_of(module)
-            if mark in found:
-                found.remove(mark)
+        for site in sites:
+            found = marks_of(site.module)
+            found.remove(marks[site.layer])
             if not found:
-                vars(module).pop(_MARKS, None)
+                del vars(site.module)[_MARKS]
 
 
 def put_back(site: Site[Any], mark: Mark) -> str | None:
@@ -84,7 +82,7 @@ def put_back(site: Site[Any], mark: Mark) -> str | None:
     If that block is baked too, it holds the weights of this one: it gets the originals, and puts them back at its end.
     """
     found = marks_of(site.module)
-    later = found[found.index(mark) + 1 :] if mark in found else []
+    later = found[found.index(mark) + 1 :]
     heir = next((inner for inner in later if inner.mode == "baked"), None)
     with torch.no_grad():
         for parameter, original in reversed(mark.originals):
@@ -92,4 +90,5 @@ def put_back(site: Site[Any], mark: Mark) -> str | None:
                 parameter.copy_(original)
             else:
                 heir.originals = [(p, original if p is parameter else value) for p, value in heir.originals]
+    mark.originals.clear()
     return later[-1].mode if later else None

@@ -123,8 +123,8 @@ def plan_edit(
     force: accept a subspace of unknown origin, or one fitted on another model.
 
     Raises KernelSurgeryError for a strength, subspace, layer or model that cannot be used. Its subclass MismatchError
-    says that the subspace does not fit the model, ModelError that the architecture is unknown. A model
-    that was copied inside a block is refused (`edit.marks`). Raises TypeError for arguments of the wrong type.
+    says that the subspace does not fit the model, ModelError that the architecture is unknown. A model that was copied
+    inside a block is refused (`edit.marks`). Raises TypeError for arguments of the wrong type.
     """
     strength = check_strength(strength, per_sequence)
     note = None

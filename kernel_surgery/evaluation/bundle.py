@@ -52,13 +52,17 @@ class Recipe:
     controls: str | None = None
 
     def check(self) -> None:
-        """Check what the steps would otherwise find one after the other, before the first one runs. Creates the folder.
+        """Check what the steps would otherwise find one after the other, before the first one runs.
 
         Raises UserError for options of the evaluation, and for too little disk space. Raises SubspaceError for a rank
         that the model cannot have, and what `models.before.check_config` raises.
         """
         options = Options(
-            *(self.mode, self.model, self.out / BUNDLE[0], "strict", self.languages, self.problems, self.seed),
+            mode=self.mode,
+            model=self.model,
+            languages=self.languages,
+            problems=self.problems,
+            seed=self.seed,
             controls=self.controls,
         )
         options.check()
@@ -72,7 +76,6 @@ class Recipe:
             raise SubspaceError(f"--rank is {self.rank}: choose 1 to {most} for this model.")
         if not (self.out / "baked").exists():
             check_folder(self.out, size=sum(file.stat().st_size for file in weight_files(source)))
-        self.out.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[tuple[str, Path, list[str]]]:
         """Return the steps in order, as (command, file or folder that it creates, its arguments)."""
@@ -100,6 +103,7 @@ def make_bundle(
     run: runs a command, given its name and arguments. say: called with a line of text about each step.
     """
     commands, out = [], recipe.out
+    out.mkdir(parents=True, exist_ok=True)
     for name, left, words in recipe.steps():
         commands.append(command_line(name, words))
         if left.exists():
@@ -108,6 +112,8 @@ def make_bundle(
         say(f"{name}: {' '.join(words)}")
         if name == "eval" and (left.parent / "config.json").exists():
             words.append("--resume")
+        if name == "verify":
+            words.append("--overwrite")  # a kill may have left the plot without the certificate
         run(name, words)
     bundle = out / "bundle"
     bundle.mkdir(exist_ok=True)

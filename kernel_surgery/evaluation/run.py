@@ -296,7 +296,7 @@ def describe_subspace(subspace: Subspace | None, path: Path | None, sha256: str 
     }
 
 
-def _beside(
+def _controls_and_damage(
     context: Context,
     cells: Cells,
     options: Options,
@@ -370,7 +370,7 @@ def evaluate(
     cells = answer_cells(context, blocks, done, samples)
     new_texts = len(cells.keys() - done.keys()) * len(problem_list)
     seconds_per_text = (time.monotonic() - started) / new_texts if new_texts else None
-    controls, damage = _beside(context, cells, options, folder, subspace, seconds_per_text, say)
+    controls, damage = _controls_and_damage(context, cells, options, folder, subspace, seconds_per_text, say)
     paired = pair(cells, options.margin)
     results = {
         "schema": 1,

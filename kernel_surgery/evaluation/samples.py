@@ -29,7 +29,7 @@ def digest(value: object) -> str:
 
 
 def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Create the folder of a run with its config.json, if `check_run` finds nothing wrong."""
+    """Create the folder of a run with its config.json. Raises what `check_run` raises, before anything is written."""
     check_run(folder, config, resume=resume)
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,8 @@ def read_grid(path: Path) -> dict[str, Any]:
         listed = values if isinstance(values, list) else []
         if not listed or any(not isinstance(v, _KINDS[name]) or isinstance(v, bool) for v in listed):
             raise UserError(f"{str(path)!r}: grid.{name} is {values!r}, not a list such as {GRID[name]!r}.")
+    for strength in settings["grid"]["strength"]:
+        check_finite_strength(strength)
     choices: tuple[str, ...]
     for name, choices in (("site", SITES), ("pool", POOLS)):
         for value in settings["grid"][name]:
@@ -239,8 +241,6 @@ def run_study(
     """
     parse_controls(controls)
     cells, languages, budget = cells_of(declared["grid"]), declared["languages"], declared["budget"]
-    for setting in cells.values():
-        check_finite_strength(setting["strength"])
     device = parse_device(declared["device"])
     dtype = parse_dtype(declared["dtype"], device)
     named = declared | {"model": public_name(declared["model"])}

@@ -84,11 +84,15 @@ def model_type(model: nn.Module) -> str:
 
 def layout_of(model: nn.Module) -> Layout:
     """Return the layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
-    kind = model_type(model)
+    return layout_named(model_type(model))
+
+
+def layout_named(kind: str) -> Layout:
+    """Return the layout of a model type. Raises ModelError for one that is not in the table."""
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"cannot find the MLP outputs of a {kind!r} model ({type(model).__name__}): known architectures are "
-            f"{', '.join(ARCHITECTURES)}.\nTo support it, add its layout to kernel_surgery/models/architectures.py."
+            f"cannot find the MLP outputs of a {kind!r} model: known architectures are {', '.join(ARCHITECTURES)}.\n"
+            "To support it, add its layout to kernel_surgery/models/architectures.py."
         )
     return ARCHITECTURES[kind]
 

@@ -1,16 +1,15 @@
 """What can be known before a model is loaded: from its configuration, its tokenizer and the headers of its files."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kernel_surgery.common.errors import CheckpointError, ModelError
-from kernel_surgery.files.tensorfile import Layout
-from kernel_surgery.models.architectures import ARCHITECTURES, LLAMA
+from kernel_surgery.models.architectures import LLAMA, layout_named
 from kernel_surgery.models.load import load_model, load_tokenizer, local_folder, read_config, resolve_model
-from kernel_surgery.models.stored import layouts
+from kernel_surgery.models.stored import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,29 +18,26 @@ if TYPE_CHECKING:
 def check_config(folder: Path) -> dict[str, Any]:
     """Return config.json as a dict. Raises ModelError if it cannot be used or names an unknown architecture."""
     config = read_config(folder)
-    if config["model_type"] not in ARCHITECTURES:
-        raise ModelError(
-            f"cannot find the MLP outputs of a {config['model_type']!r} model: known architectures are "
-            f"{', '.join(ARCHITECTURES)}.\nTo support it, add its layout to kernel_surgery/models/architectures.py."
-        )
+    layout_named(config["model_type"])
     return config
 
 
-def check_stored(folder: Path, config: dict[str, Any], found: Sequence[Layout] | None = None) -> None:
+def check_stored(folder: Path, config: dict[str, Any], stored: Container[str] | None = None) -> None:
     """Check the headers of the weight files: whole, and with every tensor that is read or edited.
 
-    found: the headers, if they were read before.
+    stored: the names of its tensors, if they were read before.
 
     Raises CheckpointError for a damaged file and for a tensor that is missing, such as in an incomplete download.
     """
-    stored = {name for layout in (layouts(folder) if found is None else found) for name in layout.entries}
-    missing = [name for name in edited_tensors(config) if name not in stored]
+    if stored is None:
+        stored = located(folder)
+    missing = [name for name in fingerprinted(config) if name not in stored]
     if missing:
         raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
 
 
-def edited_tensors(config: dict[str, Any]) -> list[str]:
-    """Return the names of the embedding and of every layer's last MLP projection."""
+def fingerprinted(config: dict[str, Any]) -> list[str]:
+    """Return the names of the tensors that a fingerprint samples: the embedding and every last MLP projection."""
     sites = (LLAMA.site(layer) for layer in range(config["num_hidden_layers"]))
     return [f"{name}.weight" for name in (LLAMA.embedding, *sites)]
 

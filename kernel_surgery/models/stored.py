@@ -1,6 +1,7 @@
 """A checkpoint's tensors on disk, under the names that the loaded model gives them."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from kernel_surgery.common.errors import CheckpointError
@@ -35,5 +36,10 @@ def _prefixed(layout: Layout, prefix: str) -> Layout:
 
 
 def located(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """Return the place of every tensor of a checkpoint: {name: (file, entry)}. Raises what `layouts` raises."""
-    return {name: (layout.path, entry) for layout in layouts(folder) for name, entry in layout.entries.items()}
+    """Return the place of every tensor of a checkpoint. Raises what `layouts` raises."""
+    return places(layouts(folder))
+
+
+def places(found: Iterable[Layout]) -> dict[str, tuple[Path, Entry]]:
+    """Return the place of every tensor of some weight files: {name: (file, entry)}."""
+    return {name: (layout.path, entry) for layout in found for name, entry in layout.entries.items()}

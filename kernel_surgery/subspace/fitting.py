@@ -105,7 +105,9 @@ def fit_subspace(
     for layer in progress(layers, total=len(layers), desc="fit"):
         x = torch.stack([activations.vectors[lang][layer] for lang in activations.languages], dim=1)
         rows = language_rows(x, method)
-        if not bool((rows.abs() > 2.0**-24 * x.abs().max()).any()):  # nothing but rounding of float32
+        # Equal activations, each rounded to float32, differ by this much at most in an orthonormal contrast.
+        rounding = x.shape[1] ** 0.5 * 2.0**-24 * x.abs().max()
+        if not bool((rows.abs() > rounding).any()):
             raise _alike(f"layer {layer}")
         bases[layer], spectra[layer] = principal_basis(rows, rank, f"layer {layer}")
         means[layer] = x.double().mean((0, 1)).float()

@@ -22,7 +22,7 @@ SUBSPACE = BEFORE / "subspace.safetensors"
 
 COMMANDS = {
     "collect": ["--model", "polyglot", "--problems", "2", "--languages", "en,zh", "--layers", "2-5"],
-    "fit": ["--activations", "acts.safetensors", "--rank", "2"],
+    "fit": ["--rank", "2"],
     "verify": ["--baked", BEFORE / "baked"],
 }
 
@@ -33,7 +33,7 @@ def test_an_older_file_is_replaced_only_where_that_was_asked_for(command, tmp_pa
     if command == "fit":
         activations = tmp_path / "acts.safetensors"
         assert call("collect", *COMMANDS["collect"], "--out", activations)[0] == 0
-        words = ["--activations", activations, "--rank", "2"]
+        words = [*words, "--activations", activations]
     out.write_text("a user's own")
     with one_thread():
         status, _, error = call(command, *words, "--out", out)

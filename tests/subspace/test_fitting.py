@@ -94,6 +94,25 @@ def test_rank_beyond_the_data_is_refused_with_the_number():
         principal_basis(torch.randn(10, 5), 0)
 
 
+def test_activations_that_differ_by_rounding_only_are_refused():
+    """Equal activations that were rounded to float32 each in its own way. Teeth: four times as much is a subspace."""
+    activations, _ = planted(noise=0.5)
+    same = activations.vectors["en"]
+    for factor in (1, 4):
+        generator, vectors = torch.Generator().manual_seed(0), {}
+        for lang in LANGS:
+            vectors[lang] = {}
+            for layer, x in same.items():
+                signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+                vectors[lang][layer] = (x.double() + factor * 2.0**-24 * x.abs().max() * signs).float()
+        rounded = Activations(vectors, activations.provenance)
+        if factor == 4:
+            assert fit_subspace(rounded, 1).rank == 1
+        else:
+            with pytest.raises(SubspaceError, match="at layer 2: the activations do not differ between languages"):
+                fit_subspace(rounded, 1)
+
+
 def test_layers_that_were_not_collected_are_refused():
     activations, _ = planted()
     with pytest.raises(ValueError, match=r"layers \[4\] were not collected: the activations hold \[2, 3\]"):
