@@ -1,4 +1,7 @@
-"""Triton kernels: y = x - a U (U^T x) for rows x [M, d] and an orthonormal basis U [d, k], and what follows in a layer.
+"""Triton kernels: y = x - a A (B^T x - c) for rows x [M, d] and A, B [d, k], and what follows in a layer.
+
+An orthogonal edit has A = B = U and c = 0. It is a case of its own at compile time, which reads U alone. DUAL: B is
+another matrix than A. OFFSET: c is subtracted. In the comments below, U stands for either matrix.
 
 There are three operations, chosen at compile time: y; h = residual + y (ADD); and also n = rmsnorm(h) * weight (NORM).
 NORM reads x and the residual once and writes h and n once, as the addition and the norm alone would. Data that is read
@@ -84,6 +87,14 @@ def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def less_offset(z, offset_ptr, rank, k, OFFSET: tl.constexpr):
+    """Return z - c with OFFSET, else z. rank: the number of each rank of z, shaped so that it broadcasts to z."""
+    if OFFSET:
+        z -= tl.load(offset_ptr + rank, mask=rank < k, other=0.0)
+    return z
+
+
+@triton.jit
 def scaled(z, a):
     """Return a z, and 0 where the strength a is 0: such a row comes out bit-identical, even if its z is not finite."""
     return tl.where(a == 0.0, 0.0, a * z)
@@ -111,16 +122,17 @@ def normalized(h, weight, inverse_rms, kind: tl.constexpr, SEPARATE: tl.constexp
 
 @triton.jit
 def _project_row_kernel(
-    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    x_ptr, basis_ptr, dual_ptr, offset_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
     strength, eps, rows, d, k, stride_x, stride_residual, stride_basis_d, stride_basis_k,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PER_ROW: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, DUAL: tl.constexpr, OFFSET: tl.constexpr,
 ):
     """One row per program; z is summed in float32 registers.
 
-    WHOLE: BLOCK_D holds the whole row. All loads are issued before the first wait, and the data stays in registers.
-    That is one wait for memory instead of one per chunk and pass, and waiting is the whole cost of a small batch.
-    Otherwise the row is read in chunks. x and U are then read a second time, and h too for the norm.
+    WHOLE: BLOCK_D holds the whole row, and A and B fit into the registers. All loads are issued before the first wait,
+    and the data stays in registers. That is one wait for memory instead of one per chunk and pass, and waiting is the
+    whole cost of a small batch. Otherwise the row is read in chunks. x and U are then read a second time, and h too for
+    the norm.
     """
     kind: tl.constexpr = y_ptr.dtype.element_ty
     # int64 before any multiplication by a stride: M * d may pass 2^31.
@@ -137,12 +149,16 @@ def _project_row_kernel(
         inside = lane < d
         x = tl.load(x_row + lane, mask=inside, other=0.0)
         u = load_basis(basis_ptr, lane, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+        b = u
+        if DUAL:
+            b = load_basis(dual_ptr, lane, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
         r = x
         if ADD:
             r = tl.load(residual_row + lane, mask=inside, other=0.0)
         if NORM:
             w = tl.load(weight_ptr + lane, mask=inside, other=0.0)
-        z = scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)
+        z = tl.sum(x.to(tl.float32)[:, None] * b, 0)
+        z = scaled(less_offset(z, offset_ptr, tl.arange(0, BLOCK_K), k, OFFSET), a)
         # A sum of products that are all -0.0 is -0.0, and -0.0 - -0.0 would be 0.0: hence + 0.0.
         y = edited(x, tl.sum(u * z[None, :], 1) + 0.0, r, kind, ADD, SEPARATE)
         tl.store(y_row + lane, y, mask=inside)
@@ -155,9 +171,9 @@ def _project_row_kernel(
         for start in range(0, d, BLOCK_D):
             column = start + lane
             x = tl.load(x_row + column, mask=column < d, other=0.0)
-            u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
-            z += tl.sum(x.to(tl.float32)[:, None] * u, 0)
-        z = scaled(z, a)
+            b = load_basis(dual_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+            z += tl.sum(x.to(tl.float32)[:, None] * b, 0)
+        z = scaled(less_offset(z, offset_ptr, tl.arange(0, BLOCK_K), k, OFFSET), a)
         squares = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, d, BLOCK_D):
             column = start + lane
@@ -194,10 +210,11 @@ def block_of_rows(row_strength_ptr, strength, rows, BLOCK_M: tl.constexpr, PER_R
 
 @triton.jit
 def _project_two_pass_kernel(
-    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    x_ptr, basis_ptr, dual_ptr, offset_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
     strength, eps, rows, d, k, stride_x, stride_residual, stride_basis_d, stride_basis_k,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PER_ROW: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    DUAL: tl.constexpr, OFFSET: tl.constexpr,
 ):
     """BLOCK_M rows per program, read twice (with NORM, h is read a third time). PIECES: dtype of the hi and lo
     pieces, or None for float32 products of PRECISION ("ieee" or "tf32x3")."""
@@ -211,9 +228,9 @@ def _project_two_pass_kernel(
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_row + column[None, :], mask=row_in & (column < d)[None, :], other=0.0)
-        u = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
-        z = gather(x, u, z, PIECES, PRECISION)
-    z = scaled(z, a[:, None])
+        b = load_basis(dual_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)
+        z = gather(x, b, z, PIECES, PRECISION)
+    z = scaled(less_offset(z, offset_ptr, tl.arange(0, BLOCK_K)[None, :], k, OFFSET), a[:, None])
     squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
@@ -284,13 +301,13 @@ def columns_by_rows(kept, first: tl.constexpr, WARPS: tl.constexpr, TILES: tl.co
 
 @triton.jit
 def inside_products(
-    kept, basis_ptr, chunks: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr,
+    kept, dual_ptr, chunks: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Return each warp's part of U^T x^T, float32 [WARPS, 16, 16 * TILES], from all pieces of x."""
+    """Return each warp's part of B^T x^T, float32 [WARPS, 16, 16 * TILES], from all pieces of x."""
     lane = tl.arange(0, 32 * WARPS)
     of_lane = (lane // 32 * 32 + lane % 4 * 8) * BLOCK_K + lane // 4 % 8 * 2
-    u_at = basis_ptr + of_lane[:, None] + tl.arange(0, 2)[None, :]
+    u_at = dual_ptr + of_lane[:, None] + tl.arange(0, 2)[None, :]
     z = tl.zeros([WARPS, BLOCK_K, 16 * TILES], tl.float32)
     for chunk in tl.static_range(chunks):
         x_of = columns_by_rows(kept, chunk * 2 * TILES, WARPS, TILES)
@@ -351,11 +368,11 @@ def inverse_rms_of(squares, d: tl.constexpr, eps, WARPS: tl.constexpr):
 
 @triton.jit
 def _project_tile_kernel(
-    x_ptr, basis_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
+    x_ptr, basis_ptr, dual_ptr, offset_ptr, residual_ptr, weight_ptr, row_strength_ptr, y_ptr, n_ptr,
     strength, eps, rows, d: tl.constexpr, stride_x, stride_residual,
     WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, KEEP: tl.constexpr,
     PER_ROW: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DUAL: tl.constexpr, OFFSET: tl.constexpr,
 ):
     """16 * TILES rows per program, read once and kept in registers. 32 * WARPS divides d, U is packed, BLOCK_K is 16.
 
@@ -376,12 +393,15 @@ def _project_tile_kernel(
         for i in tl.static_range(parts):
             at = x_first + 8 * i * stride_x.to(tl.int64) + chunk * wide
             kept += (tl.load(at, mask=(quad + 8 * i < left)[:, None], other=0.0),)
-    z = inside_products(kept, basis_ptr, chunks, WARPS, TILES, BLOCK_K, PIECES, PRECISION)
+    z = inside_products(kept, dual_ptr, chunks, WARPS, TILES, BLOCK_K, PIECES, PRECISION)
     a = strength
     if PER_ROW:
         row = start + tl.arange(0, BLOCK_M)
         a = tl.load(row_strength_ptr + row, mask=row < rows, other=0.0)[None, :] * strength
-    z_of = rows_by_ranks(scaled(over_warps(z, WARPS, BLOCK_M), a), WARPS, TILES)
+    slot = tl.arange(0, BLOCK_K)
+    rank = 2 * (slot % 8) + slot // 8  # in the order of `ranks_by_columns`
+    z = less_offset(over_warps(z, WARPS, BLOCK_M), offset_ptr, rank[:, None], BLOCK_K, OFFSET)
+    z_of = rows_by_ranks(scaled(z, a), WARPS, TILES)
     of_lane = (warp * 32 + quad // 2 * 8 + quad % 2) * BLOCK_K + inner * 4
     u_by_columns = basis_ptr + of_lane[:, None] + tl.arange(0, 4)[None, :]
     residual_first = residual_ptr + first[:, None] * stride_residual + across
@@ -461,11 +481,20 @@ def form_of(dtype: torch.dtype, rows: int, d: int, k: int, packed: bool = True) 
 
 
 def launch_options(
-    dtype: torch.dtype, rows: int, d: int, k: int, form: str, add: bool = False, norm: bool = False, **overrides
+    dtype: torch.dtype,
+    rows: int,
+    d: int,
+    k: int,
+    form: str,
+    add: bool = False,
+    norm: bool = False,
+    dual: bool = False,
+    **overrides,
 ) -> dict:
     """Return constexprs and launch parameters of a form, for x of `dtype` [rows, d] and a basis of k columns.
 
-    add, norm: whether the residual is added, and whether the norm follows. overrides: replace some of the options.
+    add, norm: whether the residual is added, and whether the norm follows. dual: whether B is another matrix than A.
+    overrides: replace some of the options.
     `python -m kernel_surgery.aot` shows what they need on sm_80 and sm_90. They were tuned at d = 2048, k = 10.
     """
     block_k = max(16, triton.next_power_of_2(k))
@@ -474,7 +503,8 @@ def launch_options(
         block_d = min(triton.next_power_of_2(d), (IN_REGISTERS if k == block_k else 4096) // block_k)
         warps = max(4, block_d * block_k // 4096)
         options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
-        return options | {"WHOLE": options["BLOCK_D"] >= d}
+        elements = options["BLOCK_D"] * block_k * (2 if dual else 1)
+        return options | {"WHOLE": options["BLOCK_D"] >= d and elements <= IN_REGISTERS}
     pieces, precision = {
         torch.bfloat16: (tl.bfloat16, "ieee"),
         torch.float16: (None, "tf32x3"),
@@ -505,15 +535,20 @@ def project(
     separate: bool = True,
     form: str | None = None,
     invariant: bool = False,
+    dual: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
     **overrides,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch a kernel. Return new contiguous (y, None), or with `weight` (h, n), each [M, d] of x's dtype.
 
-    x: [M, d] bfloat16, float16 or float32, last stride 1, any row stride. basis: [d, k] float32, any strides, k <= 64.
+    x: [M, d] bfloat16, float16 or float32, last stride 1, any row stride. basis: A [d, k] float32, any strides, k <=
+    64.
+    dual: B, float32 with the basis's shape and strides; None is the basis. offset: c [k] float32 contiguous, or None.
     row_strength: [M] float32 contiguous, multiplied by `strength`. residual: like x; it is added.
     weight: [d] contiguous of x's dtype, only with a residual. separate: SEPARATE above.
     invariant: a row has the same bits in any batch. form: a kernel instead of `form_of`'s choice. overrides: replace
-    launch options. The caller checks shapes. Raises ValueError for a shape that the tile form cannot take.
+    launch options. The caller checks shapes. Raises ValueError for a shape that the tile form cannot take, and for a
+    dual that lies in memory in another way than the basis.
     """
     rows, d = x.shape
     k = basis.shape[1]
@@ -523,11 +558,16 @@ def project(
         return y, n
     choice = MANY_ROWS if invariant else rows
     form = form or form_of(x.dtype, choice, d, k, basis.stride() == (k, 1))
-    options = launch_options(x.dtype, choice, d, k, form, residual is not None, weight is not None, **overrides)
+    what = residual is not None, weight is not None, dual is not None
+    options = launch_options(x.dtype, choice, d, k, form, *what, **overrides)
     if form == "tile" and (basis.stride() != (k, 1) or k != 16 or d % (32 * options["WARPS"])):
         raise ValueError(f"the tile form takes a packed basis [128 n, 16]: {tuple(basis.shape)} is not")
+    if dual is not None and (dual.shape, dual.stride()) != (basis.shape, basis.stride()):
+        raise ValueError(f"the dual {tuple(dual.shape)} must lie in memory as the basis {tuple(basis.shape)} does")
     # Pointers that a form does not read are given x instead of nothing.
-    pointers = [x, basis, *(x if t is None else t for t in (residual, weight, row_strength)), y, x if n is None else n]
+    pointers = [x, basis, basis if dual is None else dual]
+    pointers += [x if t is None else t for t in (offset, residual, weight, row_strength)]
+    pointers += [y, x if n is None else n]
     sizes = [strength, eps, rows, d]
     if form != "tile":
         sizes.append(k)
@@ -541,6 +581,8 @@ def project(
         ADD=residual is not None,
         NORM=weight is not None,
         SEPARATE=separate,
+        DUAL=dual is not None,
+        OFFSET=offset is not None,
         **options,
     )
     return y, n

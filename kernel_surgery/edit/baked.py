@@ -1,6 +1,7 @@
-"""The edit in the weights of a model in memory (weight orthogonalization): W <- W - a U (U^T W).
+"""The edit in the weights of a model in memory: W <- W - a A (B^T W), and a bias b <- b - a A (B^T b - c).
 
-Baking a checkpoint on disk uses the same arithmetic: see `checkpoint.baking`.
+For an orthogonal edit, where A = B = U, this is weight orthogonalization. Baking a checkpoint on disk uses the same
+arithmetic: see `checkpoint.baking`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,45 +14,58 @@ from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.marks import Mark, marked, put_back
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
+from kernel_surgery.numerics.projection import BasisLike, Projection
 
 ROWS_AT_ONCE = 256
 
 
-def remove(weight: Tensor, basis: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return W - a U (U^T W) in W's dtype, and U^T W in float32.
+def remove(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return W - a A (B^T W) in W's dtype, and B^T W in float32. For a bias, c is subtracted from B^T b in both.
 
     weight: W [d_model, d_ff], or a bias [d_model].
-    basis: U [d_model, k].
+    basis: U [d_model, k], or a `Projection`.
     strength: a.
 
     The first tensor is new and has W's shape. The second is [k, columns], where a bias counts as one column.
 
     Numerics: float32 arithmetic (float64 for a float64 weight, whose U^T W is float64 too), with one rounding at the
-    end. The error bound is `numerics.bounds.baked_element_bound`. P = I - U U^T is never formed, because rounding P to
+    end. The error bound is `numerics.bounds.baked_element_bound`. P = I - A B^T is never formed, because rounding P to
     bfloat16 would leave a fifth of the elements wrong.
     """
     wide = computed_in(weight)
-    w, u = weight.detach().reshape(weight.shape[0], -1), basis.to(weight.device, wide)
+    w = weight.detach().reshape(weight.shape[0], -1)
+    edit = Projection.of(basis).to(weight.device).to(wide).for_tensor(weight.ndim)
     # On a CPU, take a few rows at a time. A float32 copy of a whole large weight needs fresh memory pages each time,
     # which took two thirds of the time. Small copies stay in the cache. The sums over rows are float32 either way.
     step = ROWS_AT_ONCE if w.device.type == "cpu" else max(1, w.shape[0])
     row_slices = [slice(start, start + step) for start in range(0, w.shape[0], step)]
-    inside = torch.zeros(u.shape[1], w.shape[1], dtype=wide, device=w.device)
+    inside = torch.zeros(edit.basis.shape[1], w.shape[1], dtype=wide, device=w.device)
     edited = torch.empty_like(w, memory_format=torch.contiguous_format)
     with in_full(weight):
         for rows in row_slices:
-            inside.addmm_(u[rows].T, w[rows].to(wide))
+            inside.addmm_(edit.reads[rows].T, w[rows].to(wide))
+        if edit.offset is not None:
+            inside -= edit.offset[:, None]
         for rows in row_slices:
-            edited[rows] = torch.addmm(w[rows].to(wide), u[rows], inside, alpha=-strength)
+            edited[rows] = torch.addmm(w[rows].to(wide), edit.basis[rows], inside, alpha=-strength)
     return edited.reshape(weight.shape), inside.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def bake_weight(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """Return W - a U (U^T W) as a new tensor of W's dtype.
+def bake_weight(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
+    """Return W - a A (B^T W) as a new tensor of W's dtype.
 
     Shapes and numerics are those of `remove`; this is the first tensor that it returns.
     """
     return remove(weight, basis, strength)[0]
+
+
+def refuse_offset_without_bias(name: str, edit: BasisLike, has_bias: bool) -> None:
+    """Refuse an offset where no bias could take it. name: of the module. Raises KernelSurgeryError."""
+    if Projection.of(edit).offset is not None and not has_bias:
+        raise KernelSurgeryError(
+            f"cannot bake {name}: the edit has an offset, and the module has no bias that could hold it. No weight was "
+            "changed. Fit with --method oblique, which has no offset, or use --mode fused."
+        )
 
 
 @contextmanager
@@ -63,7 +77,7 @@ def baked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Replace W of `down_proj` by W - a U (U^T W) while the block runs. A bias is edited the same way.
+    """Replace W of `down_proj` by W - a A (B^T W) while the block runs, and a bias b by b - a A (B^T b - c).
 
     model, subspace, strength, layers, force: as in `edit.hook.hooked`.
 
@@ -74,13 +88,14 @@ def baked(
 
     Numerics: as in `remove`.
 
-    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight and for a block of
-    another mode around this one (`edit.marks`). All come before anything is changed. At its end, raises
-    KernelSurgeryError if a block inside it is still open.
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight, for an offset
+    without a bias, and for a block of another mode around this one (`edit.marks`). All come before anything is changed.
+    At its end, raises KernelSurgeryError if a block inside it is still open.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     owners: dict[int, str] = {}
-    for site in plan.sites.values():
+    for layer, site in plan.sites.items():
+        refuse_offset_without_bias(site.name, plan.projections[layer], site.module.bias is not None)
         pointer = site.module.weight.data_ptr()
         if pointer in owners and pointer != 0:
             raise KernelSurgeryError(
@@ -96,17 +111,17 @@ def baked(
                 before = float(site.module.weight.float().norm())
                 for parameter in (site.module.weight, site.module.bias):
                     if parameter is not None:
-                        edited = bake_weight(parameter, plan.bases[layer], plan.number)
+                        edited = bake_weight(parameter, plan.projections[layer], plan.number_at(layer))
                         if bool(torch.isfinite(parameter).all()) and not bool(torch.isfinite(edited).all()):
                             raise KernelSurgeryError(
-                                f"cannot bake {site.name}: at strength {plan.number:g}, some elements are beyond the "
-                                f"largest number of {parameter.dtype}. The model is unchanged. Choose a strength "
+                                f"cannot bake {site.name}: at strength {plan.number_at(layer):g}, some elements are "
+                                f"beyond the largest number of {parameter.dtype}. The model is unchanged. Choose a strength "
                                 "nearer to 1."
                             )
                         marks[layer].originals.append((parameter, parameter.detach().clone()))
                         parameter.copy_(edited)
                 norms[layer] = (before, float(site.module.weight.float().norm()))
-        yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms)
+        yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms, schedule=plan.schedule)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.common.names import REACHES
 from kernel_surgery.edit.fused_layer import EditedLayer, reach_of
 from kernel_surgery.edit.marks import marked
-from kernel_surgery.edit.plan import Edit, SubspaceLike, buffers, hooks, new_edit, plan_edit
+from kernel_surgery.edit.plan import Edit, SubspaceLike, buffers, hooks, new_edit, parts, plan_edit
 
 
 @contextmanager
@@ -54,19 +54,21 @@ def fused(
     if reach not in REACHES:
         raise KernelSurgeryError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}. The model is unchanged.")
     plan = plan_edit(model, subspace, strength, layers, force, per_sequence=True)
-    for basis in plan.bases.values():
-        ops.check_rank(basis)
-    provider = ops.provider(next(iter(plan.bases.values())))
+    for projection in plan.projections.values():
+        ops.check_rank(projection.basis)
+    provider = ops.provider(next(iter(plan.projections.values())).basis)
     if provider == "triton/cuda":
-        plan = replace(plan, bases={layer: ops.packed(basis) for layer, basis in plan.bases.items()})
+        packed = {layer: projection.map(ops.packed) for layer, projection in plan.projections.items()}
+        plan = replace(plan, projections=packed)
     reach_and_reason = {layer: reach_of(model, layer, reach) for layer in plan.sites}
     reaches = {layer: how_far for layer, (how_far, _) in reach_and_reason.items()}
     reasons = {layer: why for layer, (_, why) in reach_and_reason.items() if why}
     edit = new_edit("fused", plan, provider, reach=reaches, fallbacks=reasons)
     with ExitStack() as stack:
         stack.enter_context(marked(plan.sites.values(), "fused"))
-        buffer = stack.enter_context(buffers(plan, plan.bases))
-        edited = {layer: EditedLayer(model, layer, plan, edit, buffer) for layer in plan.sites}
+        tensors = {layer: parts(projection) for layer, projection in plan.projections.items()}
+        names = stack.enter_context(buffers(plan, tensors))
+        edited = {layer: EditedLayer(model, layer, plan, edit, names) for layer in plan.sites}
         for layer in edited.values():
             stack.enter_context(layer.installed())
         stack.enter_context(hooks(plan, lambda layer: edited[layer].hook))

@@ -13,7 +13,7 @@ output. In that layer the hook on `down_proj` makes the edit, and the layer only
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
@@ -106,8 +106,8 @@ class EditedLayer:
     both cases.
     """
 
-    def __init__(self, model: nn.Module, layer: int, plan: Plan, edit: Edit, buffer: str):
-        self.layer, self.plan, self.edit, self.buffer = layer, plan, edit, buffer
+    def __init__(self, model: nn.Module, layer: int, plan: Plan, edit: Edit, names: Sequence[str | None]):
+        self.layer, self.plan, self.edit, self.names = layer, plan, edit, names
         self.reach = edit.reach[layer]
         self.block, self.down = decoder_layers(model)[layer], plan.sites[layer].module
         self.norm, self.readers = next_norm(model, layer), _readers(model, layer)
@@ -122,7 +122,14 @@ class EditedLayer:
         # A deep copy of the model shares this hook but has its own `down_proj`. There the hook makes the edit.
         if self.further_on and module is self.down:
             return None
-        return ops.project(output, stored(module, self.buffer), self.plan.strength)
+        basis, edit = self.tensors(module)
+        return ops.project(output, basis, **edit)
+
+    def tensors(self, module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        """Return the basis that is stored in `down_proj`, and the operators' other arguments of the edit."""
+        basis, dual, offset = stored(module, self.names)
+        assert basis is not None  # `edit.plan.parts`
+        return basis, {"strength": self.plan.strength_at(self.layer), "dual": dual, "offset": offset}
 
     def output_watched(self) -> bool:
         """Return whether a hook other than ours sees the MLP's output."""
@@ -177,13 +184,13 @@ class EditedLayer:
             self.further_on = False
         if at_once:
             return residual + output
-        basis, strength = stored(self.down, self.buffer), self.plan.strength
+        basis, edit = self.tensors(self.down)
         if output.dtype != residual.dtype:  # under autocast
-            return residual + ops.project(output, basis, strength)
+            return residual + ops.project(output, basis, **edit)
         if self.reach != "norm" or _watched(self.block, self.readers):
-            return ops.project_add(output, residual, basis, strength)
+            return ops.project_add(output, residual, basis, **edit)
         norm = self.norm
-        h, n = ops.project_add_rmsnorm(output, residual, norm.weight, norm.variance_epsilon, basis, strength)
+        h, n = ops.project_add_rmsnorm(output, residual, norm.weight, norm.variance_epsilon, basis, **edit)
         self.returned, self.normed = h, n
         return h
 

@@ -3,12 +3,13 @@
 This is the simplest form. Read it first; the other modes are compared with it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
+from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, parts, plan_edit
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.eager import project_eager
 
 
@@ -21,11 +22,11 @@ def hooked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Hook `down_proj` so that it returns y - a U (U^T y) instead of y while the block runs.
+    """Hook `down_proj` so that it returns y - a A (B^T y - c) instead of y while the block runs.
 
     model: a causal LM of a known architecture (`models.architectures.ARCHITECTURES`).
-    subspace: a `Subspace`, or a mapping of layers to bases U [d_model, k].
-    strength: a in the formula. 1 removes the subspace, 2 reflects it.
+    subspace: a `Subspace`, or a mapping of layers to bases U [d_model, k] (A = B = U, c = 0) or `Projection`s.
+    strength: a in the formula. 1 removes the subspace, 2 reflects it. The subspace's schedule multiplies it.
     layers: edit only these layers of the subspace.
     force: accept a subspace of unknown origin, or one fitted on another model. The shape must still match.
 
@@ -38,10 +39,10 @@ def hooked(
     Raises what `edit.plan.plan_edit` raises, before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
-    edit, number = new_edit("hook", plan, "torch/eager"), plan.number
+    edit, numbers = new_edit("hook", plan, "torch/eager"), {layer: plan.number_at(layer) for layer in plan.sites}
 
-    def edited(output: Tensor, basis: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return project_eager(output, basis, number)
+    def edited(layer: int, output: Tensor, tensors: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:
+        return project_eager(output, Projection(*tensors), numbers[layer])  # type: ignore[arg-type]  # from `parts`
 
-    with output_hooks(plan, edit, edited):
+    with output_hooks(plan, edit, edited, {layer: parts(projection) for layer, projection in plan.projections.items()}):
         yield edit

@@ -1,9 +1,10 @@
-"""The edit as an exact low-rank adapter in a model in memory: W + B A with A = a U^T W and B = -U.
+"""The edit as an exact low-rank adapter in a model in memory: W + B A.
 
-The form is LoRA's (Hu et al. 2021, arXiv:2106.09685), but nothing is trained.
+With the edit's basis A_e, dual B_e and strength a, the adapter's A is a B_e^T W and its B is -A_e. For an orthogonal
+edit these are a U^T W and -U. The form is LoRA's (Hu et al. 2021, arXiv:2106.09685), but nothing is trained.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
+from kernel_surgery.numerics.projection import BasisLike, Projection
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes; its default is 16
 
@@ -35,28 +37,31 @@ class LoraPair:
     a: Tensor
     b: Tensor
 
-    def stacked(self) -> Tensor:
-        """Return B above A^T, [d_model + d_ff, k]: one tensor, so that a module can hold it as a buffer."""
-        return torch.cat([self.b, self.a.T])
 
-    @staticmethod
-    def unstacked(stacked: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
-        """Split the result of `stacked` into A^T [d_ff, k] and B [d_model, k]."""
-        return stacked[d_model:], stacked[:d_model]
+def lora_pair(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> LoraPair:
+    """Return the adapter of an edit without offset, so that (W + B A) h = W h - a A_e (B_e^T W h).
 
-
-def lora_pair(weight: Tensor, basis: Tensor, strength: float = 1.0) -> LoraPair:
-    """Return A = a U^T W and B = -U, so that (W + B A) h = W h - a U (U^T W h).
-
-    weight: W [d_model, d_ff], any floating dtype. basis: U [d_model, k]. strength: a.
+    weight: W [d_model, d_ff], any floating dtype. basis: U [d_model, k], or a `Projection`. strength: a.
 
     Numerics: float32 arithmetic (`numerics.precision.computed_in`). The error bound of A is
     `numerics.bounds.adapter_bound`.
     """
     wide = computed_in(weight)
-    u = basis.to(weight.device, torch.float32)
+    edit = Projection.of(basis).to(weight.device).to(torch.float32)
     with in_full(weight):
-        return LoraPair((strength * (u.T.to(wide) @ weight.detach().to(wide))).float(), -u)
+        return LoraPair((strength * (edit.reads.T.to(wide) @ weight.detach().to(wide))).float(), -edit.basis)
+
+
+def refuse_offset(edit: BasisLike) -> None:
+    """Refuse an edit with an offset: an adapter adds nothing that does not depend on its input.
+
+    Raises KernelSurgeryError.
+    """
+    if Projection.of(edit).offset is not None:
+        raise KernelSurgeryError(
+            "an adapter cannot make an edit with an offset, which adds a constant. Fit with --method oblique, which "
+            "has none, or use bake or --mode fused."
+        )
 
 
 def refuse_bias(name: str, bias: Tensor | None) -> None:
@@ -70,15 +75,14 @@ def refuse_bias(name: str, bias: Tensor | None) -> None:
         )
 
 
-def add_pair(output: Tensor, stacked: Tensor, h: Tensor) -> Tensor:
+def add_pair(output: Tensor, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """Return output + B (A h), computed in float32 and rounded once, as PEFT does with a float32 adapter.
 
-    output: [..., d_model]. h: [..., d_ff]. stacked: from `LoraPair.stacked`. The result has output's shape and dtype.
+    output: [..., d_model]. h: [..., d_ff]. a, b: of a `LoraPair`. The result has output's shape and dtype.
     """
     wide = computed_in(output)
-    a_transposed, b = (t.to(wide) for t in LoraPair.unstacked(stacked, output.shape[-1]))
     with in_full(output):
-        return (output.to(wide) + (h.to(wide) @ a_transposed) @ b.T).to(output.dtype)
+        return (output.to(wide) + (h.to(wide) @ a.to(wide).T) @ b.to(wide).T).to(output.dtype)
 
 
 @contextmanager
@@ -99,18 +103,22 @@ def adapted(
 
     Numerics: as in `lora_pair` and `add_pair`.
 
-    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError for a bias that is not zero. Both come before
-    anything is changed.
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError for an offset and for a bias that is not zero. All
+    come before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     pairs = {}
     for layer, site in plan.sites.items():
+        refuse_offset(plan.projections[layer])
         refuse_bias(site.name, site.module.bias)
-        pairs[layer] = lora_pair(site.module.weight, plan.bases[layer], plan.number).stacked()
+        pair = lora_pair(site.module.weight, plan.projections[layer], plan.number_at(layer))
+        pairs[layer] = (pair.a, pair.b)
     edit = new_edit("lora", plan, "torch/eager")
 
-    def edited(output: Tensor, pair: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return add_pair(output, pair, inputs[0])
+    def edited(layer: int, output: Tensor, pair: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:
+        a, b = pair
+        assert a is not None and b is not None  # as `pairs` has them
+        return add_pair(output, a, b, inputs[0])
 
     with output_hooks(plan, edit, edited, pairs):
         yield edit

@@ -57,6 +57,7 @@ def describe_edit(edit: Edit) -> dict[str, Any]:
         "provider": edit.provider,
         "layers": list(edit.layers),
         "strength": edit.strength,
+        "schedule": {str(layer): factor for layer, factor in edit.schedule.items()},
         "note": edit.note,
         "norms": {str(layer): list(pair) for layer, pair in (edit.norms or {}).items()},
         "reach": {str(layer): reach for layer, reach in edit.reach.items()},

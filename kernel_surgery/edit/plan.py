@@ -5,7 +5,7 @@ Everything is checked before anything is changed, and every requested layer is a
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,9 +16,10 @@ from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, Mode
 from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.edit.marks import marked, refuse_copy
 from kernel_surgery.models.architectures import Site, mlp_outputs
-from kernel_surgery.subspace.artifact import Subspace, check_bases
+from kernel_surgery.numerics.projection import BasisLike, Projection
+from kernel_surgery.subspace.artifact import Subspace, check_projections
 
-SubspaceLike = Subspace | Mapping[int, Tensor]
+SubspaceLike = Subspace | Mapping[int, BasisLike]
 # A forward hook of a `down_proj`: called with the module, its inputs and its output. None leaves the output as it is.
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 _names = itertools.count()
@@ -30,7 +31,8 @@ class Edit:
 
     mode: "hook", "fused", "baked" or "lora".
     layers: the edited layers.
-    strength: a in y - a U (U^T y).
+    strength: a in y - a A (B^T y - c).
+    schedule: {layer: factor of the strength there}, from the subspace; a layer that is not named has 1.
     provider: the code that runs the edit, such as "torch/eager", "aten/cpu" or "triton/cuda"; "weights" for baked.
     note: a warning if the basis was fitted at another site than the one that is edited, or None.
     norms: {layer: (before, after)}, the Frobenius norm of a baked weight.
@@ -49,6 +51,7 @@ class Edit:
     calls: dict[int, int] = field(default_factory=dict)
     reach: dict[int, str] = field(default_factory=dict)
     fallbacks: dict[int, str] = field(default_factory=dict)
+    schedule: Mapping[int, float] = field(default_factory=dict)
 
     def count(self, layer: int) -> None:
         """Count one call of a layer. Does nothing inside a compiled graph."""
@@ -60,19 +63,26 @@ class Edit:
 class Plan:
     """An edit that was checked but not made yet.
 
-    sites: {layer: the `down_proj` to edit}. bases: {layer: U [d_model, k]}, each on its module's device.
+    sites: {layer: the `down_proj` to edit}. projections: {layer: its edit}, each on its module's device. schedule: as
+    in `Edit`.
     """
 
     sites: dict[int, Site[nn.Linear]]
-    bases: dict[int, Tensor]
+    projections: dict[int, Projection]
     strength: float | Tensor
     note: str | None
+    schedule: Mapping[int, float] = field(default_factory=dict)
 
-    @property
-    def number(self) -> float:
-        """The strength in a mode that takes one number only."""
-        assert isinstance(self.strength, float)  # `check_strength` without `per_sequence`
-        return self.strength
+    def strength_at(self, layer: int) -> float | Tensor:
+        """Return the strength in one layer, as the schedule makes it. A tensor is read anew at every call."""
+        factor = self.schedule.get(layer, 1.0)
+        return self.strength if factor == 1 else self.strength * factor
+
+    def number_at(self, layer: int) -> float:
+        """Return `strength_at` in a mode that takes one number only."""
+        strength = self.strength_at(layer)
+        assert isinstance(strength, float)  # `check_strength` without `per_sequence`
+        return strength
 
 
 def buffer_name() -> str:
@@ -116,8 +126,8 @@ def plan_edit(
 ) -> Plan:
     """Check an edit and return it as a `Plan`. Changes nothing.
 
-    subspace: a `Subspace`, which must belong to the model (`Subspace.check_model`), or a plain {layer: basis} mapping,
-    of which only the shapes can be checked.
+    subspace: a `Subspace`, which must belong to the model (`Subspace.check_model`), or a plain mapping of layers to
+    bases or `Projection`s, of which only the shapes can be checked.
     strength: a number or, with `per_sequence`, a tensor [batch].
     layers: the layers to edit; None means all layers of the subspace.
     force: accept a subspace of unknown origin, or one fitted on another model.
@@ -127,19 +137,20 @@ def plan_edit(
     inside a block is refused (`edit.marks`). Raises TypeError for arguments of the wrong type.
     """
     strength = check_strength(strength, per_sequence)
-    note = None
+    note, schedule = None, dict[int, float]()
     if isinstance(subspace, Subspace):
         subspace.check_model(model, force=force)
-        bases, origin = subspace.bases, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
+        schedule = dict(subspace.strengths)
+        edits, origin = subspace.projections, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
         note = subspace.note
     elif isinstance(subspace, Mapping):
-        bases, origin = check_bases(subspace), "a plain mapping"
+        edits, origin = check_projections(subspace), "a plain mapping"
     else:
         raise TypeError(f"expected a Subspace or a mapping of layers to bases, got {type(subspace).__name__}")
-    layer_list = list(bases) if layers is None else list(layers)
-    if missing := [layer for layer in layer_list if layer not in bases]:
+    layer_list = list(edits) if layers is None else list(layers)
+    if missing := [layer for layer in layer_list if layer not in edits]:
         raise KernelSurgeryError(
-            f"layers {missing} are not in the subspace, which holds {list(bases)}. The model is unchanged."
+            f"layers {missing} are not in the subspace, which holds {list(edits)}. The model is unchanged."
         )
     sites = mlp_outputs(model, layer_list)
     if offloaded := [site.name for site in sites.values() if site.module.weight.is_meta]:
@@ -151,7 +162,7 @@ def plan_edit(
     for site in sites.values():
         refuse_copy(site)
     for layer, site in sites.items():
-        shape, basis = tuple(site.module.weight.shape), bases[layer]
+        shape, basis = tuple(site.module.weight.shape), edits[layer].basis
         if shape[0] != basis.shape[0]:
             raise MismatchError(
                 f"cannot edit {site.name}: basis has d_model={basis.shape[0]}, weight is {shape}.\n"
@@ -169,8 +180,8 @@ def plan_edit(
                 f"strength is on {strength.device}, but {site.name} is on {site.module.weight.device}: every call "
                 f"would copy it. The model is unchanged. Move it: strength.to({str(site.module.weight.device)!r})."
             )
-    bases_on_device = {layer: bases[layer].to(site.module.weight.device).contiguous() for layer, site in sites.items()}
-    return Plan(sites, bases_on_device, strength, note)
+    placed = {layer: edits[layer].to(s.module.weight.device).map(Tensor.contiguous) for layer, s in sites.items()}
+    return Plan(sites, placed, strength, note, {layer: factor for layer, factor in schedule.items() if layer in sites})
 
 
 def forget_compiled_graphs() -> None:
@@ -184,26 +195,36 @@ def forget_compiled_graphs() -> None:
 
 
 @contextmanager
-def buffers(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[str]:
-    """Store `values[layer]`, float32, in every planned module while the block runs. Yields the name for `stored`.
+def buffers(plan: Plan, values: Mapping[int, Sequence[Tensor | None]]) -> Iterator[tuple[str | None, ...]]:
+    """Store the float32 tensors `values[layer]` in every planned module while the block runs.
+
+    Every layer has as many, and None in the same places. Yields their names for `stored`.
 
     They are buffers, so they follow their module to another device and into captured CUDA graphs. They are kept as
     integers, so `model.to(dtype)` leaves them float32. They are not part of the state dict.
     """
-    name = buffer_name()
+    names = [None if t is None else buffer_name() for t in next(iter(values.values()))]
     try:
         for layer, site in plan.sites.items():
-            site.module.register_buffer(name, values[layer].contiguous().view(torch.int32), persistent=False)
-        yield name
+            for name, tensor in zip(names, values[layer], strict=True):
+                if name is not None and tensor is not None:
+                    site.module.register_buffer(name, tensor.contiguous().view(torch.int32), persistent=False)
+        yield tuple(names)
     finally:
         for site in plan.sites.values():
-            site.module._buffers.pop(name, None)
-            site.module._non_persistent_buffers_set.discard(name)
+            for name in filter(None, names):
+                site.module._buffers.pop(name, None)
+                site.module._non_persistent_buffers_set.discard(name)
 
 
-def stored(module: nn.Module, name: str) -> Tensor:
-    """Return the float32 tensor that `buffers` stored in a module. It is not copied."""
-    return getattr(module, name).view(torch.float32)
+def stored(module: nn.Module, names: Sequence[str | None]) -> list[Tensor | None]:
+    """Return the float32 tensors that `buffers` stored in a module. They are not copied."""
+    return [None if name is None else getattr(module, name).view(torch.float32) for name in names]
+
+
+def parts(edit: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return a projection's tensors, as its constructor takes them."""
+    return edit.basis, edit.dual, edit.offset
 
 
 @contextmanager
@@ -227,19 +248,20 @@ def hooks(plan: Plan, hook_of: Callable[[int], Hook]) -> Iterator[None]:
 def output_hooks(
     plan: Plan,
     edit: Edit,
-    function: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
-    values: Mapping[int, Tensor] | None = None,
+    function: Callable[[int, Tensor, Sequence[Tensor | None], tuple[Tensor, ...]], Tensor],
+    values: Mapping[int, Sequence[Tensor | None]],
 ) -> Iterator[None]:
-    """Make every planned module return `function(output, value, inputs)` instead of its output while the block runs.
+    """Make every planned module return another output while the block runs.
 
-    values: {layer: tensor}, by default the plan's bases. They are stored with `buffers`. `edit.calls` counts the calls.
+    function: called with the layer, the module's output, the layer's tensors and the module's inputs.
+    values: {layer: tensors}, which are stored with `buffers`. `edit.calls` counts the calls.
     """
-    with marked(plan.sites.values(), edit.mode), buffers(plan, plan.bases if values is None else values) as name:
+    with marked(plan.sites.values(), edit.mode), buffers(plan, values) as names:
 
         def hook_of(layer: int) -> Hook:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 edit.count(layer)
-                return function(output, stored(module, name), inputs)
+                return function(layer, output, stored(module, names), inputs)
 
             return hook
 
@@ -256,4 +278,6 @@ def new_edit(
 ) -> Edit:
     """Return the record of a planned edit, with its call counts at zero. reach, fallbacks: of the fused mode."""
     layers, calls = tuple(plan.sites), dict.fromkeys(plan.sites, 0)
-    return Edit(mode, layers, plan.strength, provider, plan.note, {}, calls, reach or {}, fallbacks or {})
+    return Edit(
+        mode, layers, plan.strength, provider, plan.note, {}, calls, reach or {}, fallbacks or {}, plan.schedule
+    )

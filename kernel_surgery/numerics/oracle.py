@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernel_surgery.numerics.projection import BasisLike, Projection
+
 Strength = float | Tensor
 
 
@@ -14,10 +16,13 @@ def strength_column(strength: Strength, x: Tensor) -> Tensor:
     return a.reshape(*a.shape, *(1,) * (x.ndim - a.ndim)) if a.ndim else a
 
 
-def project_oracle(x: Tensor, basis: Tensor, strength: Strength = 1.0) -> Tensor:
-    """Return y = x - a U (U^T x) in float64. x is [..., d], basis U is [d, k], strength a is a number or [...]."""
-    x64, u64 = x.double(), basis.double()
-    return x64 - strength_column(strength, x64) * ((x64 @ u64) @ u64.T)
+def project_oracle(x: Tensor, basis: BasisLike, strength: Strength = 1.0) -> Tensor:
+    """Return y = x - a A (B^T x - c) in float64. x is [..., d], strength a is a number or [...].
+
+    basis: U [d, k], where A = B = U and c = 0, or a `Projection`.
+    """
+    x64, exact = x.double(), Projection.of(basis).double()
+    return x64 - strength_column(strength, x64) * (exact.inside(x64) @ exact.basis.T)
 
 
 def rmsnorm_oracle(h: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,14 +31,14 @@ def rmsnorm_oracle(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def bake_oracle(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """Return W - a U (U^T W) in float64. weight W is [d, d_ff], basis U is [d, k]."""
-    return project_oracle(weight.T, basis, strength).T
+def bake_oracle(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
+    """Return W - a A (B^T W) in float64 for a weight [d, d_ff], or b - a A (B^T b - c) for a bias [d]."""
+    return project_oracle(weight.T, Projection.of(basis).for_tensor(weight.ndim), strength).T
 
 
-def leak(y: Tensor, basis: Tensor) -> Tensor:
-    """Return norm(U^T y), the size of y inside the subspace: [...] float64. y is [..., d]."""
-    return (y.double() @ basis.double()).norm(dim=-1)
+def leak(y: Tensor, basis: BasisLike) -> Tensor:
+    """Return norm(B^T y - c), what an edit at strength 1 should have made 0: [...] float64. y is [..., d]."""
+    return Projection.of(basis).double().inside(y.double()).norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,10 @@ class Exact:
     """The exact output of an edited `down_proj`, and the scales of its rounding errors. Tensors are float64.
 
     x: W h + b, the output before the edit, [rows, d].
-    y: P_a x, the output after the edit, with P_a = I - a U U^T, [rows, d].
+    y: P_a x + a A c, the output after the edit, with P_a = I - a A B^T, [rows, d].
     sigma: sqrt(sum_j (P_a W)_ij^2 h_j^2), the scale of the edited products, [rows, d].
     tau: sqrt(sum_j W_ij^2 h_j^2), the scale of the unedited products, [rows, d].
-    edited_bias: P_a b, [d].
+    edited_bias: P_a b + a A c, [d].
     length: norm(h), [rows, 1].
     """
 
@@ -56,7 +61,9 @@ class Exact:
     length: Tensor
 
 
-def exact_output(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0, bias: Tensor | None = None) -> Exact:
+def exact_output(
+    weight: Tensor, h: Tensor, basis: BasisLike, strength: float = 1.0, bias: Tensor | None = None
+) -> Exact:
     """Return the exact output of an edited `down_proj`, with the scales of its rounding errors.
 
     weight is [d, d_ff], h is [rows, d_ff], bias is [d] or None, all as stored. Only one block of 1024 columns is
@@ -76,12 +83,12 @@ def exact_output(weight: Tensor, h: Tensor, basis: Tensor, strength: float = 1.0
     return Exact(x + b, y + edited_bias, sigma.sqrt(), tau.sqrt(), edited_bias, length)
 
 
-def leak_of_weight(after: Tensor, before: Tensor, basis: Tensor, strength: float = 1.0) -> float:
-    """Return the leak of a baked weight in float64: norm(U^T W' - (1 - a) U^T W) / norm(U^T W).
+def leak_of_weight(after: Tensor, before: Tensor, basis: BasisLike, strength: float = 1.0) -> float:
+    """Return the leak of a baked weight in float64: norm(B^T W' - (1 - a) B^T W) / norm(B^T W).
 
-    The edit at strength a should leave (1 - a) U^T W. The leak is the difference from that, relative to norm(U^T W).
+    The edit at strength a should leave (1 - a) B^T W. The leak is the difference from that, relative to norm(B^T W).
     after: W' as stored, [d, d_ff]. before: W, [d, d_ff].
     """
-    u64 = basis.double()
-    inside = u64.T @ before.double()
-    return float((u64.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())
+    reads = Projection.of(basis).reads.double()
+    inside = reads.T @ before.double()
+    return float((reads.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())

@@ -3,14 +3,15 @@
 from torch import Tensor
 
 from kernel_surgery.numerics.precision import computed_in, in_full
+from kernel_surgery.numerics.projection import BasisLike, Projection
 
 
-def project_eager(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """Return y = x - a U (U^T x), computed in float32 (float64 for float64 x) and rounded once to x's dtype.
+def project_eager(x: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
+    """Return y = x - a A (B^T x - c), computed in float32 (float64 for float64 x) and rounded once to x's dtype.
 
-    x: [..., d_model]. basis: U [d_model, k].
+    x: [..., d_model]. basis: U [d_model, k], where A = B = U and c = 0, or a `Projection`.
     """
     wide = computed_in(x)
-    x_wide, u = x.to(wide), basis.to(wide)
+    x_wide, edit = x.to(wide), Projection.of(basis).to(wide)
     with in_full(x):
-        return (x_wide - strength * ((x_wide @ u) @ u.T)).to(x.dtype)
+        return (x_wide - strength * (edit.inside(x_wide) @ edit.basis.T)).to(x.dtype)

@@ -1,8 +1,10 @@
 """The edit as PyTorch operators: Triton on CUDA, ATen on the CPU, with fake tensors and gradients.
 
-    kernel_surgery::project               y = x - a U (U^T x)
+    kernel_surgery::project               y = x - a A (B^T x - c)
     kernel_surgery::project_add           h = residual + y
     kernel_surgery::project_add_rmsnorm   h, and n = rmsnorm(h) * weight
+
+A is the basis, B the dual and c the offset. Without them A = B = U and c = 0: an orthogonal edit.
 
 They are operators, not functions: torch.compile sees one opaque, differentiable call, and CUDA graphs capture it.
 """
@@ -57,7 +59,15 @@ _project_add_rmsnorm = torch.library.custom_op(
 )
 
 
-def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None, **more):
+def _launch(
+    x: Tensor,
+    basis: Tensor,
+    strength: float,
+    row_strength: Tensor | None,
+    dual: Tensor | None = None,
+    offset: Tensor | None = None,
+    **more,
+):
     # Imported late: it needs triton, which does not exist on every platform.
     from kernel_surgery.kernels.project import project as launch
 
@@ -66,29 +76,39 @@ def _launch(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | No
     x = (x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()
     more = {name: v.resolve_neg() if isinstance(v, Tensor) else v for name, v in more.items()}
     row_strength = None if row_strength is None else row_strength.float().contiguous().resolve_neg()
+    basis = basis.float().resolve_neg()
+    if dual is not None:
+        dual = dual.float().resolve_neg()
+        if dual.stride() != basis.stride():
+            basis, dual = basis.contiguous(), dual.contiguous()
+        more["dual"] = dual
+    if offset is not None:
+        more["offset"] = offset.float().contiguous().resolve_neg()
     # Triton launches on the current device, which need not be x's.
     with torch.cuda.device(x.device):
-        return launch(x, basis.float().resolve_neg(), strength, row_strength, invariant=_invariant, **more)
+        return launch(x, basis, strength, row_strength, invariant=_invariant, **more)
 
 
 @_project.register_kernel("cuda")
-def _project_cuda(x: Tensor, basis: Tensor, strength: float, row_strength: Tensor | None) -> Tensor:
+def _project_cuda(x, basis, strength, row_strength, dual=None, offset=None) -> Tensor:
     if x.dtype == torch.float64:
-        return project_aten(x, basis, strength, row_strength)
-    return _launch(x, basis, strength, row_strength)[0]
+        return project_aten(x, basis, strength, row_strength, dual, offset)
+    return _launch(x, basis, strength, row_strength, dual, offset)[0]
 
 
 @_project_add.register_kernel("cuda")
-def _project_add_cuda(x, residual, basis, strength, row_strength, separate):
+def _project_add_cuda(x, residual, basis, strength, row_strength, separate, dual=None, offset=None):
     residual = residual if residual.stride(-1) == 1 else residual.contiguous()
-    return _launch(x, basis, strength, row_strength, residual=residual, separate=separate)[0]
+    return _launch(x, basis, strength, row_strength, dual, offset, residual=residual, separate=separate)[0]
 
 
 @_project_add_rmsnorm.register_kernel("cuda")
-def _project_add_rmsnorm_cuda(x, residual, weight, eps, basis, strength, row_strength, separate):
+def _project_add_rmsnorm_cuda(
+    x, residual, weight, eps, basis, strength, row_strength, separate, dual=None, offset=None
+):
     residual = residual if residual.stride(-1) == 1 else residual.contiguous()
     more = {"residual": residual, "weight": weight.contiguous(), "eps": eps, "separate": separate}
-    return _launch(x, basis, strength, row_strength, **more)
+    return _launch(x, basis, strength, row_strength, dual, offset, **more)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -96,64 +116,70 @@ def _like(x: Tensor) -> Tensor:
 
 
 @_project.register_fake
-def _project_fake(x, basis, strength, row_strength):
+def _project_fake(x, basis, strength, row_strength, dual=None, offset=None):
     return _like(x)
 
 
 @_project_add.register_fake
-def _project_add_fake(x, residual, basis, strength, row_strength, separate):
+def _project_add_fake(x, residual, basis, strength, row_strength, separate, dual=None, offset=None):
     return _like(x)
 
 
 @_project_add_rmsnorm.register_fake
-def _project_add_rmsnorm_fake(x, residual, weight, eps, basis, strength, row_strength, separate):
+def _project_add_rmsnorm_fake(
+    x, residual, weight, eps, basis, strength, row_strength, separate, dual=None, offset=None
+):
     return _like(x), _like(x)
 
 
-def _remember_edit(ctx, basis: Tensor, strength: float, row_strength: Tensor | None, *others: Tensor) -> None:
-    if basis.requires_grad or (row_strength is not None and row_strength.requires_grad):
+def _remember_edit(ctx, edit: tuple, *others: Tensor) -> None:
+    """Keep the arguments of the edit, (basis, strength, row_strength, dual, offset), for the gradient."""
+    basis, ctx.strength, row_strength, dual, offset = edit
+    if any(t is not None and t.requires_grad for t in (basis, row_strength, dual, offset)):
         raise KernelSurgeryError(_NO_GRADIENT)
-    ctx.save_for_backward(basis, row_strength, *others)
-    ctx.strength = strength
+    ctx.save_for_backward(basis, row_strength, dual, *others)
 
 
-# I - a U U^T is symmetric, so a gradient passes through the same operator.
+def _gradient_through(ctx, gradient: Tensor) -> Tensor:
+    """Return (I - a A B^T)^T g: the same operator with A and B exchanged, and without the offset."""
+    basis, row_strength, dual = ctx.saved_tensors[:3]
+    if dual is None:
+        return _project(gradient, basis, ctx.strength, row_strength, None, None)
+    return _project(gradient, dual, ctx.strength, row_strength, basis, None)
 
 
 def _project_setup(ctx, inputs, output) -> None:
-    _, basis, strength, row_strength = inputs
-    _remember_edit(ctx, basis, strength, row_strength)
+    _, *edit = inputs
+    _remember_edit(ctx, edit)
 
 
 def _project_backward(ctx, gradient: Tensor):
-    basis, row_strength = ctx.saved_tensors
-    return _project(gradient, basis, ctx.strength, row_strength), None, None, None
+    return _gradient_through(ctx, gradient), *(None,) * 5
 
 
 def _project_add_setup(ctx, inputs, output) -> None:
-    _, _, basis, strength, row_strength, _ = inputs
-    _remember_edit(ctx, basis, strength, row_strength)
+    _, _, basis, strength, row_strength, _, dual, offset = inputs
+    _remember_edit(ctx, (basis, strength, row_strength, dual, offset))
 
 
 def _project_add_backward(ctx, gradient: Tensor):
-    basis, row_strength = ctx.saved_tensors
-    return _project(gradient, basis, ctx.strength, row_strength), gradient, None, None, None, None
+    return _gradient_through(ctx, gradient), gradient, *(None,) * 6
 
 
 def _project_add_rmsnorm_setup(ctx, inputs, output) -> None:
-    _, _, weight, ctx.eps, basis, strength, row_strength, _ = inputs
-    _remember_edit(ctx, basis, strength, row_strength, weight, output[0])
+    _, _, weight, ctx.eps, basis, strength, row_strength, _, dual, offset = inputs
+    _remember_edit(ctx, (basis, strength, row_strength, dual, offset), weight, output[0])
 
 
 def _project_add_rmsnorm_backward(ctx, gradient_h: Tensor, gradient_n: Tensor):
-    basis, row_strength, weight, h = ctx.saved_tensors
+    weight, h = ctx.saved_tensors[3:]
     wide = h.float()
     inverse = inverse_rms(wide, ctx.eps)
     through = gradient_n.float() * weight.float()
     along = (through * wide).mean(-1, keepdim=True) * inverse.square()
     total = (gradient_h.float() + inverse * (through - wide * along)).to(h.dtype)
     gradient_weight = (gradient_n.float() * wide * inverse).sum(0).to(weight.dtype)
-    return _project(total, basis, ctx.strength, row_strength), total, gradient_weight, None, None, None, None, None
+    return _gradient_through(ctx, total), total, gradient_weight, *(None,) * 7
 
 
 _project.register_autograd(_project_backward, setup_context=_project_setup)
@@ -186,8 +212,8 @@ def _called(op: CustomOpDef, *tensors: Tensor | None) -> Callable:
 
 
 _NO_GRADIENT = (
-    "project has a gradient for x only, but the basis or the strength requires one. Detach it: an orthonormal basis "
-    "would not stay one under a gradient step."
+    "project has a gradient for x only, but the basis, the dual, the offset or the strength requires one. Detach it: "
+    "an orthonormal basis would not stay one under a gradient step."
 )
 
 
@@ -201,15 +227,22 @@ def check_rank(basis: Tensor) -> None:
 
 
 def packed(basis: Tensor) -> Tensor:
-    """Return the basis in float32, contiguous, padded with zero columns to a multiple of 16.
+    """Return a basis, dual or offset in float32, contiguous, its rank padded with zeros to a multiple of 16.
 
-    [d_model, k] becomes [d_model, k']. The edit is the same; the memory layout is the one that the fastest kernel
-    needs. The modes call this once, not at every call.
+    [d_model, k] becomes [d_model, k'], and [k] becomes [k']. The edit is the same; the memory layout is the one that
+    the fastest kernel needs. The modes call this once, not at every call.
     """
-    return torch.nn.functional.pad(basis.float(), (0, -basis.shape[1] % 16)).contiguous()
+    return torch.nn.functional.pad(basis.float(), (0, -basis.shape[-1] % 16)).contiguous()
 
 
-def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> tuple[Tensor, float, Tensor | None]:
+def _rows(
+    x: Tensor,
+    basis: Tensor,
+    strength: float | Tensor,
+    dtypes: tuple,
+    dual: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, float, Tensor | None]:
     """Check an operator's arguments. Return (x as [rows, d_model], strength of all rows, strengths per row or None)."""
     if x.dtype not in dtypes:
         raise TypeError(f"expected x of {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {x.dtype}")
@@ -223,6 +256,12 @@ def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> 
         raise KernelSurgeryError(
             f"x is on {x.device}, but the basis is on {basis.device}. Move the basis: basis.to(x.device)."
         )
+    for name, tensor, shape in (("dual", dual, basis.shape), ("offset", offset, basis.shape[1:])):
+        if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
+            raise KernelSurgeryError(
+                f"the {name} is {tuple(tensor.shape)} on {tensor.device}; expected {tuple(shape)} on {x.device}, for a "
+                f"basis of shape {tuple(basis.shape)}."
+            )
     row_strength, number = None, 1.0
     if isinstance(strength, Tensor):
         leading = x.shape[:-1]
@@ -242,11 +281,20 @@ def _rows(x: Tensor, basis: Tensor, strength: float | Tensor, dtypes: tuple) -> 
     return x.reshape(-1, x.shape[-1]), number, row_strength
 
 
-def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-    """Return y = x - a U (U^T x), a new contiguous tensor with x's shape and dtype. Differentiable in x.
+def project(
+    x: Tensor,
+    basis: Tensor,
+    strength: float | Tensor = 1.0,
+    *,
+    dual: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Return y = x - a A (B^T x - c), a new contiguous tensor with x's shape and dtype. Differentiable in x.
 
     x: [..., d_model], float32, bfloat16, float16 or float64.
-    basis: U [d_model, k] on the same device, k <= 64, orthonormal columns. Any floating dtype; it is used in float32.
+    basis: A [d_model, k] on the same device, k <= 64. Any floating dtype; it is used in float32.
+    dual: B [d_model, k] with B^T A = I. By default it is the basis, whose columns are then orthonormal.
+    offset: c [k], by default 0.
     strength: a. A number, a tensor of shape x.shape[:-1] (one per row), or of its leading dimensions (one per
     sequence). Rows with strength 0 are returned bit-identical.
 
@@ -257,14 +305,22 @@ def project(x: Tensor, basis: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     Raises KernelSurgeryError for shapes or devices that do not fit, for k > 64, for a strength that is not finite, and
     for a basis or strength that requires a gradient. Raises TypeError for an x of another dtype.
     """
-    rows, number, row_strength = _rows(x, basis, strength, (*UP_TO_FLOAT32, torch.float64))
-    return _called(_project, rows, basis, row_strength)(rows, basis, number, row_strength).reshape(x.shape)
+    rows, number, row_strength = _rows(x, basis, strength, (*UP_TO_FLOAT32, torch.float64), dual, offset)
+    call = _called(_project, rows, basis, row_strength, dual, offset)
+    return call(rows, basis, number, row_strength, dual, offset).reshape(x.shape)
 
 
 def project_add(
-    x: Tensor, residual: Tensor, basis: Tensor, strength: float | Tensor = 1.0, *, separate: bool = True
+    x: Tensor,
+    residual: Tensor,
+    basis: Tensor,
+    strength: float | Tensor = 1.0,
+    *,
+    separate: bool = True,
+    dual: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Return h = residual + x - a U (U^T x), new and contiguous: `project` and the residual addition in one pass.
+    """Return h = residual + x - a A (B^T x - c), new and contiguous: `project` and the residual addition in one pass.
 
     residual: of x's shape, dtype and device. It is differentiable too.
     separate: round y to x's dtype before the addition, as two separate operations do. Otherwise round once, at the end.
@@ -272,11 +328,11 @@ def project_add(
     Everything else is as in `project`, errors included, but float64 is not supported. Bound:
     `numerics.bounds.add_bound`.
     """
-    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32, dual, offset)
     _check_beside(x, "residual", residual, x.shape)
     beside = residual.reshape(rows.shape)
-    call = _called(_project_add, rows, beside, basis, row_strength)
-    return call(rows, beside, basis, number, row_strength, separate).reshape(x.shape)
+    call = _called(_project_add, rows, beside, basis, row_strength, dual, offset)
+    return call(rows, beside, basis, number, row_strength, separate, dual, offset).reshape(x.shape)
 
 
 def project_add_rmsnorm(
@@ -288,6 +344,8 @@ def project_add_rmsnorm(
     strength: float | Tensor = 1.0,
     *,
     separate: bool = True,
+    dual: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (h, n) in one pass: h of `project_add`, and n = h / sqrt(mean(h^2) + eps) * weight.
 
@@ -297,12 +355,12 @@ def project_add_rmsnorm(
     Numerics: n is computed in float32 from h as returned (bound: `numerics.bounds.rmsnorm_bound`; RMSNorm: Zhang and
     Sennrich 2019, arXiv:1910.07467). Everything else is as in `project_add`.
     """
-    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32)
+    rows, number, row_strength = _rows(x, basis, strength, UP_TO_FLOAT32, dual, offset)
     _check_beside(x, "residual", residual, x.shape)
     _check_beside(x, "weight", weight, x.shape[-1:])
     beside = residual.reshape(rows.shape)
-    call = _called(_project_add_rmsnorm, rows, beside, weight, basis, row_strength)
-    h, n = call(rows, beside, weight, float(eps), basis, number, row_strength, separate)
+    call = _called(_project_add_rmsnorm, rows, beside, weight, basis, row_strength, dual, offset)
+    h, n = call(rows, beside, weight, float(eps), basis, number, row_strength, separate, dual, offset)
     return h.reshape(x.shape), n.reshape(x.shape)
 
 

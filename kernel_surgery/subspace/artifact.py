@@ -1,14 +1,15 @@
-"""The language subspace and its file: one orthonormal basis per layer, with provenance.
+"""The language subspace and its file: the tensors of one edit per layer, with provenance.
 
-The file is safetensors: `layer.{i}.basis` [d_model, k] float32, optionally `layer.{i}.mean` [d_model] and
-`layer.{i}.spectrum`, with the provenance as JSON in the metadata. The provenance holds a *fingerprint*: a few weights
-of the measured model, by value. A subspace means nothing in another model of the same shape, and only the fingerprint
-shows such a mistake.
+The file is safetensors. `layer.{i}.basis` [d_model, k] is A, in float32. An oblique edit has `layer.{i}.dual`, B,
+beside it, and may have `layer.{i}.offset` [k], c. Without a dual the basis is orthonormal and B is A. There may also be
+`layer.{i}.mean` [d_model] and `layer.{i}.spectrum`. The provenance is JSON in the metadata. It holds a *fingerprint*: a
+few weights of the measured model, by value. A subspace means nothing in another model of the same shape, and only the
+fingerprint shows such a mistake.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
 from kernel_surgery.common.files import mistaken, replacing
+from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.files.tensorfile import save_tensors
+from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.fingerprint import check_provenance, fingerprint, fingerprint_differences
 
 if TYPE_CHECKING:
@@ -27,18 +30,21 @@ if TYPE_CHECKING:
 FORMAT = "kernel-surgery-subspace-1"
 ORTHONORMAL = 1e-5  # largest allowed entry of U^T U - I: a float64 basis stored in float32 stays below it
 _FIELDS = ("site", "pool", "model_id", "revision", "n_layers", "fingerprint", "fit")
+_TENSORS = {"basis": "bases", "dual": "duals", "offset": "offsets", "mean": "means", "spectrum": "spectrum"}
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """A language subspace: an orthonormal basis per layer, and how it was fitted.
+    """A language subspace: the tensors of y = x - a A (B^T x - c) per layer, and how it was fitted.
 
-    bases: {layer: U [d_model, k] float32 with orthonormal columns}.
+    bases: {layer: A [d_model, k] float32}, with orthonormal columns where there is no dual.
+    duals: {layer: B [d_model, k] float32 with B^T A = I}, of every layer or of none. offsets: {layer: c [k]}, likewise.
+    strengths: {layer: number}, a schedule: the strength of an edit is multiplied by it. A layer without one has 1.
     site, pool: where and how the activations were read. means: {layer: [d_model]}. spectrum: {layer: singular values}.
     model_id, revision, n_layers, fingerprint: the model it was fitted on. fit: method, rank, languages, problems.
 
-    Raises SubspaceError for no layers, unequal shapes, numbers that are not finite, columns that are not orthonormal,
-    and provenance of the wrong type.
+    Raises SubspaceError for no layers, unequal shapes, numbers that are not finite, columns that are not orthonormal
+    (or B^T A that is not I), and provenance of the wrong type.
     """
 
     bases: Mapping[int, torch.Tensor]
@@ -51,14 +57,40 @@ class Subspace:
     n_layers: int | None = None
     fingerprint: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
+    duals: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    offsets: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    strengths: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_provenance({name: getattr(self, name) for name in _FIELDS})
-        object.__setattr__(self, "bases", dict(sorted(check_bases(self.bases).items())))
+        for name, given in (("dual", self.duals), ("offset", self.offsets)):
+            if given and given.keys() != self.bases.keys():
+                raise SubspaceError(
+                    f"there is a {name} for layers {sorted(given)}, but a basis for layers {sorted(self.bases)}."
+                )
+        checked = dict(sorted(check_projections(self.projections).items()))
+        object.__setattr__(self, "bases", {layer: edit.basis for layer, edit in checked.items()})
+        for name, part in (("duals", "dual"), ("offsets", "offset")):
+            parts = {layer: getattr(edit, part) for layer, edit in checked.items()}
+            object.__setattr__(self, name, parts if getattr(self, name) else {})
+        object.__setattr__(self, "strengths", check_strengths(self.strengths, self.bases))
 
     def __repr__(self) -> str:
         where = f"layers={list(self.layers)}, rank={self.rank}, d_model={self.d_model}, site={self.site!r}"
-        return f"Subspace({where}, model_id={self.model_id!r})"
+        return f"Subspace({where}, form={self.form!r}, model_id={self.model_id!r})"
+
+    @property
+    def projections(self) -> dict[int, Projection]:
+        """Return the edit of every layer."""
+        return {
+            layer: Projection(basis, self.duals.get(layer), self.offsets.get(layer))
+            for layer, basis in self.bases.items()
+        }
+
+    @property
+    def form(self) -> str:
+        """Return "orthogonal", "oblique" or "affine" (oblique or orthogonal with an offset)."""
+        return "affine" if self.offsets else "oblique" if self.duals else "orthogonal"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -78,31 +110,39 @@ class Subspace:
         return None if self.site in (None, "mlp_out") else f"{self.site} basis applied at mlp_out"
 
     def truncate(self, rank: int) -> "Subspace":
-        """Return the subspace of the first `rank` columns of every basis. Raises SubspaceError beyond its rank."""
+        """Return the subspace of the first `rank` columns of every matrix. Raises SubspaceError beyond its rank."""
         if not 1 <= rank <= self.rank:
             raise SubspaceError(
                 f"cannot truncate a subspace of rank {self.rank} to rank {rank}. Choose 1 to {self.rank}."
             )
-        bases = {layer: basis[:, :rank].contiguous() for layer, basis in self.bases.items()}
-        return replace(self, bases=bases, fit=(self.fit or {}) | {"rank": rank, "truncated_from": self.rank})
+        fewer: dict[str, Any] = {
+            name: {layer: tensor[..., :rank].contiguous() for layer, tensor in getattr(self, name).items()}
+            for name in ("bases", "duals", "offsets")
+        }
+        return replace(self, **fewer, fit=(self.fit or {}) | {"rank": rank, "truncated_from": self.rank})
 
     def select(self, layers: Iterable[int]) -> "Subspace":
         """Return the same subspace with fewer layers. Raises SubspaceError for a layer that it does not hold."""
         chosen = list(layers)
         if missing := [layer for layer in chosen if layer not in self.bases]:
             raise SubspaceError(f"layers {missing} are not in the subspace, which holds {list(self.layers)}.")
-        return replace(self, bases={layer: self.bases[layer] for layer in chosen})
+        fewer: dict[str, Any] = {
+            name: {layer: value for layer, value in getattr(self, name).items() if layer in chosen}
+            for name in ("bases", "duals", "offsets", "strengths")
+        }
+        return replace(self, **fewer)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file, completely or not at all."""
-        named = (("basis", self.bases), ("mean", self.means), ("spectrum", self.spectrum))
         tensors = {
             f"layer.{layer}.{name}": tensor.detach().cpu().float().contiguous()
-            for name, by_layer in named
-            for layer, tensor in by_layer.items()
+            for name, field_name in _TENSORS.items()
+            for layer, tensor in getattr(self, field_name).items()
             if layer in self.bases
         }
         provenance = {"format": FORMAT} | {name: getattr(self, name) for name in _FIELDS}
+        if self.strengths:
+            provenance["strengths"] = {str(layer): strength for layer, strength in self.strengths.items()}
         # One entry only: safetensors writes several in random order, so equal subspaces would give different files.
         metadata = {"provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
         with replacing(path) as partial:
@@ -117,7 +157,7 @@ class Subspace:
         path = Path(path)
         if not path.is_file():
             raise MissingFileError(f"no subspace at {str(path)!r}. Make one with python -m kernel_surgery.fit.")
-        found: dict[str, dict[int, torch.Tensor]] = {"basis": {}, "mean": {}, "spectrum": {}}
+        found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in _TENSORS}
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -126,7 +166,7 @@ class Subspace:
                     if len(parts) != 3 or parts[0] != "layer" or not parts[1].isdigit() or parts[2] not in found:
                         raise SubspaceError(
                             f"{str(path)!r} is not a subspace: it holds a tensor {key!r}; expected layer.N.basis, "
-                            "layer.N.mean and layer.N.spectrum."
+                            "layer.N.dual, layer.N.offset, layer.N.mean and layer.N.spectrum."
                         )
                     found[parts[2]][int(parts[1])] = file.get_tensor(key)
         except SafetensorError as error:
@@ -141,13 +181,13 @@ class Subspace:
                 "model.\nUse --force (force=True) if you know that they belong together."
             )
         try:
+            fields: dict[str, Any] = {field_name: found[name] for name, field_name in _TENSORS.items()}
+            fields |= {name: provenance.get(name) for name in _FIELDS}
             return cls(
-                bases=found["basis"],
-                means=found["mean"],
-                spectrum=found["spectrum"],
-                **{name: provenance.get(name) for name in _FIELDS},
+                **fields,
+                strengths={int(layer): strength for layer, strength in dict(provenance.get("strengths", {})).items()},
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise SubspaceError(f"{str(path)!r}: {error}") from error
 
     def check_model(self, model: "PreTrainedModel", *, force: bool = False) -> None:
@@ -211,32 +251,75 @@ class Subspace:
             )
 
 
-def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Return the bases in float32. Raises SubspaceError unless there is one, and all have one shape, finite numbers and
-    orthonormal columns."""
-    if not bases:
+def check_strengths(strengths: Mapping[int, float], layers: Container[int]) -> dict[int, float]:
+    """Return a schedule of strengths. Raises SubspaceError for a layer without a basis and a value that is no number."""
+    for layer, strength in strengths.items():
+        if layer not in layers or isinstance(strength, bool) or not isinstance(strength, (int, float)):
+            raise SubspaceError(f"the strength {strength!r} of layer {layer} cannot be used: expected a number there.")
+        if not abs(strength) <= LARGEST_STRENGTH:
+            raise SubspaceError(f"the strength of layer {layer} is {strength}, not a finite number.")
+    return {layer: float(strengths[layer]) for layer in sorted(strengths)}
+
+
+def check_projections(edits: Mapping[int, BasisLike]) -> dict[int, Projection]:
+    """Return the edits in float32.
+
+    Raises SubspaceError unless there is one, and all have one shape, finite numbers, and orthonormal columns or a dual
+    with B^T A = I.
+    """
+    if not edits:
         raise SubspaceError("a subspace needs a basis for at least one layer, got none.")
-    checked: dict[int, torch.Tensor] = {}
-    for layer, basis in bases.items():
+    checked: dict[int, Projection] = {}
+    for layer, edit in edits.items():
+        edit = Projection.of(edit).map(torch.Tensor.detach).to(torch.float32)
+        basis = edit.basis
         if basis.ndim != 2 or basis.shape[1] > basis.shape[0] or basis.shape[1] < 1:
             raise SubspaceError(
                 f"the basis of layer {layer} has shape {tuple(basis.shape)}; expected [d_model, k], k <= d_model."
             )
-        first = checked[next(iter(checked))] if checked else basis
+        first = next(iter(checked.values()), edit).basis
         if basis.shape != first.shape:
             raise SubspaceError(
                 f"the basis of layer {layer} is {tuple(basis.shape)}, but that of layer {next(iter(checked))} is "
                 f"{tuple(first.shape)}. All layers need the same shape."
             )
-        basis = basis.detach().float()
-        if not torch.isfinite(basis).all():
-            raise SubspaceError(f"the basis of layer {layer} holds NaN or Inf.")
-        gram = basis.double().T @ basis.double()
-        worst = float((gram - torch.eye(basis.shape[1], dtype=torch.float64, device=gram.device)).abs().max())
-        if worst > ORTHONORMAL:
-            raise SubspaceError(
-                f"the basis of layer {layer} is not orthonormal: the largest entry of U^T U - I is {worst:.1e}, "
-                f"above {ORTHONORMAL}."
-            )
-        checked[int(layer)] = basis
+        _check_parts(layer, edit)
+        checked[int(layer)] = edit
     return checked
+
+
+def _check_parts(layer: int, edit: Projection) -> None:
+    """Check the tensors of one layer's edit, whose basis has a good shape. Raises SubspaceError."""
+    basis = edit.basis
+    parts = {"basis": (basis, basis.shape), "dual": (edit.dual, basis.shape), "offset": (edit.offset, basis.shape[1:])}
+    for name, (tensor, shape) in parts.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise SubspaceError(
+                f"the {name} of layer {layer} is {tuple(tensor.shape)}; a basis of {tuple(basis.shape)} needs "
+                f"{tuple(shape)}."
+            )
+        if not torch.isfinite(tensor).all():
+            raise SubspaceError(f"the {name} of layer {layer} holds NaN or Inf.")
+    a, b = basis.double(), edit.reads.double()
+    off = (b.T @ a - torch.eye(basis.shape[1], dtype=torch.float64, device=a.device)).abs()
+    if edit.dual is None:
+        if float(off.max()) > ORTHONORMAL:
+            raise SubspaceError(
+                f"the basis of layer {layer} is not orthonormal: the largest entry of U^T U - I is "
+                f"{float(off.max()):.1e}, above {ORTHONORMAL}."
+            )
+        return
+    # Stored in float32, an entry of B^T A is off by a rounding of the size of its terms.
+    room = ORTHONORMAL * (b.norm(dim=0)[:, None] * a.norm(dim=0)).clamp_min(1)
+    if float((off / room).max()) > 1:
+        raise SubspaceError(
+            f"the dual of layer {layer} does not belong to its basis: the largest entry of B^T A - I is "
+            f"{float(off.max()):.1e}. It must be 0 but for rounding."
+        )
+
+
+def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return orthonormal bases in float32. Raises what `check_projections` raises."""
+    return {layer: edit.basis for layer, edit in check_projections(bases).items()}
