@@ -22,7 +22,8 @@ from kernel_surgery.numerics.bounds import (
     rule_b_bounds,
     worst_ratio,
 )
-from kernel_surgery.numerics.oracle import bake_oracle, exact_output, leak, project_oracle
+from kernel_surgery.numerics.oracle import exact_output, leak, project_oracle
+from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.numerics.rounding import ulp
 
 LEAK_GATE = 1.1  # limit of leak / floor for a weight; `leak_gate` gives the limit for smaller tensors
@@ -31,53 +32,61 @@ ON_OUTPUTS = ("hook", "fused")  # the modes that edit the rounded output of down
 
 
 def check_tensor(
-    after: Tensor, before: Tensor | None, inside: Tensor | None, basis: Tensor, strength: float
+    after: Tensor, before: Tensor | None, inside: Tensor | None, basis: BasisLike, strength: float
 ) -> dict[str, float | None]:
     """Check one edited tensor on disk.
 
     after, before: the edited and the original tensor, [d_model, columns], as stored. `before` may be None.
-    inside: U^T W [k, columns], used only without `before`.
-    basis: U [d_model, k]. strength: a.
+    inside: B^T W [k, columns], used only without `before`.
+    basis: of the layer. Its offset counts, so for a weight pass `Projection.linear`. strength: a.
 
     Returns these figures. Error and leak are infinite if the tensor is not finite:
         "error_over_bound": the largest error of an element over `baked_element_bound`; None without `before`.
-        "leak": norm(U^T W' - (1 - a) U^T W) / norm(U^T W), how much of the subspace is left that should be gone.
+        "leak": norm(z' - (1 - a) z) / norm(z), z = B^T W (for a bias, B^T b - c): how much is left that should be gone.
         "leak_floor": the leak that correct rounding causes by itself.
         "leak_over_floor": their ratio.
         "leak_gate": the limit of that ratio.
         "finite": whether every element is finite.
 
-    The floor is the leak of the exact edit after rounding. For float32 arithmetic, |a| 2^-22 (sqrt(d) + 2 sqrt(k/d)
-    norm(W) / norm(U^T W)) is added. Without the original, W is restored from `inside` and a dithered `after`. A model
-    of rounding as noise of ulp / sqrt(12) (`numerics.bounds.leak_floor`) would be much too low if the edit changes
-    elements by less than an ulp. That happens at small strengths, at low ranks and in wide models.
+    The floor is the leak of the exact edit after rounding. For float32 arithmetic, |a| 2^-22 (sqrt(d) + 2 s) is added,
+    s = norm(B) / sqrt(d) norm(W) / norm(z). Without the original, W is restored from `inside` and a dithered `after`. A
+    model of rounding as noise of ulp / sqrt(12) (`numerics.bounds.leak_floor`) would be much too low if the edit
+    changes elements by less than an ulp. That happens at small strengths, at low ranks and in wide models.
 
     Numerics: float64, COLUMNS columns at a time.
     """
-    u, worst, kept_energy, inside_energy, weight_energy, column_energies = basis.double(), 0.0, 0.0, 0.0, 0.0, []
+    edit, worst, kept_energy, inside_energy, weight_energy = Projection.of(basis).double(), 0.0, 0.0, 0.0, 0.0
+    column_energies: list[Tensor] = []
+    d, k = edit.basis.shape
+
+    def inside_of(columns: Tensor) -> Tensor:
+        return edit.inside(columns.T).T
+
     generator, draws = torch.Generator().manual_seed(0), 1 if before is not None else max(1, 64 // after.shape[1])
     for start in range(0, after.shape[1], COLUMNS):
         block = slice(start, start + COLUMNS)
         new = after[:, block].double()
         if before is not None:
             old = before[:, block]
-            u_t_w = u.T @ old.double()
+            z = inside_of(old.double())
         else:
             assert inside is not None  # one of the two is given
-            u_t_w = inside[:, block].double()
+            z = inside[:, block].double()
             # Without dither, the restored W would round back to `after`, and the floor would be the leak itself.
             # A bias has too few elements for one random draw, so it is dithered several times.
             repeated = new.repeat(1, draws)
             dither = torch.rand(repeated.shape, generator=generator, dtype=torch.float64).to(new.device) - 0.5
             spacing = ulp(after[:, block]).repeat(1, draws)
-            old = (repeated + dither * spacing + strength * (u @ u_t_w).repeat(1, draws)).to(after.dtype)
-        exact = bake_oracle(old, basis, strength)
+            old = (repeated + dither * spacing + strength * (edit.basis @ z).repeat(1, draws)).to(after.dtype)
+        exact = project_oracle(old.T, edit, strength).T
         if before is not None:
-            worst = max(worst, worst_ratio((new - exact).abs(), baked_element_bound(old, basis, strength)))
-        kept_energy += float((u.T @ new - (1 - strength) * u_t_w).square().sum())
-        inside_energy += float(u_t_w.square().sum())
+            # Only a bias has an offset.
+            bound = baked_element_bound(old if edit.offset is None else old[:, 0], edit, strength)
+            worst = max(worst, worst_ratio((new - exact).abs(), bound.reshape(new.shape)))
+        kept_energy += float((inside_of(new) - (1 - strength) * z).square().sum())
+        inside_energy += float(z.square().sum())
         weight_energy += float(old.double().square().sum()) / draws
-        energy = (u.T @ (exact.to(after.dtype).double() - exact)).square().sum(0)
+        energy = (edit.reads.T @ (exact.to(after.dtype).double() - exact)).square().sum(0)
         column_energies.append(energy.reshape(draws, -1).mean(0))
     energies = torch.cat(column_energies)
     noise, fourth = float(energies.sum()), float(energies.square().sum())
@@ -85,15 +94,15 @@ def check_tensor(
     leak = math.sqrt(kept_energy / inside_energy) if inside_energy else math.inf if kept_energy else 0.0
     floor = 0.0
     if inside_energy:
-        spread = math.sqrt(basis.shape[1] / len(u) * weight_energy / inside_energy)
-        floor = math.sqrt(noise / inside_energy) + abs(strength) * 2.0**-22 * (math.sqrt(len(u)) + 2 * spread)
+        spread = float(edit.reads.norm()) * math.sqrt(weight_energy / inside_energy / d)
+        floor = math.sqrt(noise / inside_energy) + abs(strength) * 2.0**-22 * (math.sqrt(d) + 2 * spread)
     leak_over_floor = leak / floor if floor else math.inf if leak else 0.0
     return {
         "error_over_bound": None if before is None else worst,
         "leak": leak if math.isfinite(leak) else math.inf,
         "leak_floor": floor,
         "leak_over_floor": leak_over_floor if math.isfinite(leak_over_floor) else math.inf,
-        "leak_gate": LEAK_GATE if before is not None or not fourth else leak_gate(basis.shape[1] * noise**2 / fourth),
+        "leak_gate": LEAK_GATE if before is not None or not fourth else leak_gate(k * noise**2 / fourth),
         "finite": bool(torch.isfinite(after).all()),
     }
 
@@ -128,18 +137,18 @@ def check_outputs(
     weight: Tensor,
     bias: Tensor | None,
     h: Tensor,
-    basis: Tensor,
+    basis: BasisLike,
     strength: float,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Check the outputs that the modes give for the same input h. Return one row per mode, and one per pair of modes.
 
     outputs: {mode: [rows, d_model]}.
     rounded: the unedited output of `down_proj`, in the dtype.
-    weight [d_model, d_ff], bias [d_model] or None, h [rows, d_ff], basis U [d_model, k], strength a.
+    weight [d_model, d_ff], bias [d_model] or None, h [rows, d_ff], basis of the layer, strength a.
 
     The row of a mode, {mode: figures}:
         "error_over_bound": against the exact edit (`applied_bound`).
-        "leak": norm(U^T (y - (1-a) x)) / norm(U^T x), with root mean squares over the rows.
+        "leak": norm(z' - (1-a) z) / norm(z), z = B^T x - c, with root mean squares over the rows.
         "rule_a": error over `rule_a_bound`, for the modes that edit the rounded output.
     The row of a pair:
         "pair": the two modes.
@@ -152,12 +161,12 @@ def check_outputs(
     Numerics: float64 from the stored inputs.
     """
     exact = exact_output(weight, h, basis, strength, bias)
-    d_ff, dtype, u = weight.shape[1], weight.dtype, basis.double()
+    d_ff, dtype, edit = weight.shape[1], weight.dtype, Projection.of(basis).double()
     bounds = {mode: applied_bound(mode, exact, basis, d_ff, dtype, strength) for mode in outputs}
-    inside = exact.x @ u
+    inside = edit.inside(exact.x)
     modes: dict[str, dict[str, Any]] = {}
     for mode, y in outputs.items():
-        leaked = y.double() @ u - (1 - strength) * inside
+        leaked = edit.inside(y.double()) - (1 - strength) * inside
         modes[mode] = {
             "error_over_bound": worst_ratio((y.double() - exact.y).abs(), bounds[mode]),
             "leak": float(leaked.square().mean().sqrt() / inside.square().mean().sqrt()),
@@ -183,21 +192,22 @@ def check_outputs(
     return modes, pairs
 
 
-def span_rows(basis: Tensor, dtype: torch.dtype, rows: int = 64, seed: int = 0) -> Tensor:
-    """Return random rows inside span(U), in the dtype: [rows, d_model].
+def span_rows(basis: BasisLike, dtype: torch.dtype, rows: int = 64, seed: int = 0) -> Tensor:
+    """Return random rows inside span(A), in the dtype: [rows, d_model].
 
     Ordinary random rows would hide an edit that is too coarse inside the subspace.
     """
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(rows, basis.shape[1], generator=generator, dtype=torch.float64)
-    return (z.to(basis.device) @ basis.double().T).to(dtype)
+    written = Projection.of(basis).basis.double()
+    z = torch.randn(rows, written.shape[1], generator=generator, dtype=torch.float64)
+    return (z.to(written.device) @ written.T).to(dtype)
 
 
-def check_span(y: Tensor, x: Tensor, basis: Tensor, strength: float) -> dict[str, float]:
-    """Check an edit of rows inside span(U).
+def check_span(y: Tensor, x: Tensor, basis: BasisLike, strength: float) -> dict[str, float]:
+    """Check an edit of rows inside span(A).
 
     y: the edited rows [rows, d_model]. x: the rows before. Returns "span_rule_a", the error over `rule_a_bound`, and at
-    strength 1 also "span_leak", norm(U^T y) over `leak_bound`.
+    strength 1 also "span_leak", norm(B^T y - c) over `leak_bound`.
     """
     error = (y.double() - project_oracle(x, basis, strength)).abs()
     figures = {"span_rule_a": worst_ratio(error, rule_a_bound(x, basis, strength))}

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernel_surgery.certify.checks import broken, check_tensor
 from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, configuration
 from kernel_surgery.checkpoint.baking import BASE_CARD, UNDO
-from kernel_surgery.checkpoint.record import BASES, read_bases, read_provenance
+from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance, strength_at
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import shareable
@@ -31,6 +31,7 @@ from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.load import public_name
 from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
 
 Place = tuple[Path, Entry]
@@ -102,30 +103,41 @@ def read(place: Place) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
-def basis_faults(bases: dict[int, Tensor], subspace: Path, folder: Path) -> tuple[dict[int, Tensor], list[str]]:
-    """Return the bases of a subspace file, and a fault for each that differs from the checkpoint's.
+def edit_faults(
+    edits: dict[int, Projection], record: dict[str, Any], file: Path, folder: Path
+) -> tuple[dict[int, Projection], list[str]]:
+    """Return the edits of a subspace file, and a fault for each tensor that differs from the checkpoint's.
 
-    Raises CheckpointError if the layers or the rank differ.
+    record: of the checkpoint. file: the subspace. Raises CheckpointError if the layers or the rank differ.
     """
-    expected = dict(Subspace.load(subspace, force=True).bases)
-    if expected.keys() != bases.keys() or any(expected[i].shape != bases[i].shape for i in expected):
-        layers = [f"layers {sorted(b)}, basis {list(next(iter(b.values())).shape)}" for b in (bases, expected)]
+    subspace = Subspace.load(file, force=True)
+    expected = subspace.projections
+    if expected.keys() != edits.keys() or any(expected[i].basis.shape != edits[i].basis.shape for i in expected):
+        layers = [f"layers {sorted(b)}, basis {list(next(iter(b.values())).basis.shape)}" for b in (edits, expected)]
         raise CheckpointError(
-            f"{str(folder)!r} was made with {layers[0]}, but {str(subspace)!r} has {layers[1]}. Omit --subspace."
+            f"{str(folder)!r} was made with {layers[0]}, but {str(file)!r} has {layers[1]}. Omit --subspace."
         )
-    different = [i for i in expected if not torch.equal(expected[i], bases[i])]
-    return expected, [f"layer {i}: the basis differs from that in {shareable(subspace)!r}" for i in different]
+    faults = []
+    for layer, edit in expected.items():
+        for part in ("basis", "dual", "offset"):
+            one, other = getattr(edit, part), getattr(edits[layer], part)
+            if (one is None) != (other is None) or (one is not None and not torch.equal(one, other)):
+                faults.append(f"layer {layer}: the {part} differs from that in {shareable(file)!r}")
+        factor = subspace.strength_at(layer, float(record["strength"]))
+        if strength_at(record, layer) != factor:
+            faults.append(f"layer {layer}: the strength is {strength_at(record, layer):g}, by the subspace {factor:g}")
+    return expected, faults
 
 
 @dataclass
 class _Certificate:
-    """A certificate in progress: the record, the bases, and the faults and rows so far."""
+    """A certificate in progress: the record, the edits, and the faults and rows so far."""
 
     kind: str
     folder: Path
     source: Path | None
     record: dict[str, Any]
-    bases: dict[int, Tensor]
+    edits: dict[int, Projection]
     faults: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -139,19 +151,18 @@ class _Certificate:
         record: dict[str, Any],
         bases_file: Path = BASES,
     ) -> "_Certificate":
-        """Begin a certificate: check the hashes, and read the bases (from `subspace` if it is given)."""
-        certificate = cls(kind, folder, source, record, read_bases(folder, record, bases_file))
+        """Begin a certificate: check the hashes, and read the edits (from `subspace` if it is given)."""
+        certificate = cls(kind, folder, source, record, read_edits(folder, record, bases_file))
         certificate.faults += check_files(folder, record)
         if kind != "adapter":
             certificate.faults += check_others(folder, source)
         if subspace is not None:
-            certificate.bases, wrong = basis_faults(certificate.bases, subspace, folder)
+            certificate.edits, wrong = edit_faults(certificate.edits, record, subspace, folder)
             certificate.faults += wrong
         return certificate
 
-    @property
-    def strength(self) -> float:
-        return float(self.record["strength"])
+    def strength(self, layer: int) -> float:
+        return strength_at(self.record, layer)
 
     def places(self) -> tuple[dict[str, Place], dict[str, Place]]:
         """Return where the tensors of the folder, and those of the original, are stored.
@@ -181,9 +192,9 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
 
     folder: the baked checkpoint.
     source: the original checkpoint, if it is at hand.
-    subspace: the subspace file that it should have been baked with. Its bases then replace those stored in the folder.
+    subspace: the subspace file that it should have been baked with. Its edits then replace those stored in the folder.
 
-    For every edited tensor the leak is computed from the file: norm(U^T W' - (1-a) U^T W) / norm(U^T W). It must not
+    For every edited tensor the leak is computed from the file: norm(B^T W' - (1-a) B^T W) / norm(B^T W). It must not
     exceed what rounding causes (`certify.checks.check_tensor`). With `source`, every edited element must be within
     `numerics.bounds.baked_element_bound`, and every other tensor must be byte for byte the original's.
 
@@ -197,7 +208,7 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
         undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     new, old = certificate.places()
     for name in progress(sorted(new), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, certificate.bases)
+        layer = LLAMA.edited_layer(name, certificate.edits)
         if layer is None:
             if name in old and not same_bytes(new[name], old[name]):
                 certificate.faults.append(f"{name} should not have been edited, but differs from the original")
@@ -213,10 +224,11 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
             certificate.faults.append(f"layer {layer}: {name}: {missing}")
             continue
         row = {"layer": layer, "tensor": name, "dtype": new[name][1].dtype}
-        row |= check_tensor(after, before, inside, certificate.bases[layer], certificate.strength)
+        edit = certificate.edits[layer].for_tensor(len(new[name][1].shape))
+        row |= check_tensor(after, before, inside, edit, certificate.strength(layer))
         certificate.rows.append(row)
         certificate.faults += [f"layer {layer}: {name}: {what}" for what in broken(row)]
-    for layer in certificate.bases:
+    for layer in certificate.edits:
         name = f"{LLAMA.site(layer)}.weight"
         if name not in new:
             certificate.faults.append(f"layer {layer}: {name} is missing")
@@ -228,9 +240,9 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
 
     folder: the adapter. source: the original checkpoint, if it is at hand. subspace: as in `verify_checkpoint`.
 
-    B must be exactly -U, the padding of the rank must be zero, and the scaling 1. With `source`, A must be within
-    `numerics.bounds.adapter_bound`. "leak_bfloat16" then says how much of U^T W is left in an engine that rounds A and
-    B to bfloat16.
+    B must be exactly the negative basis, the padding of the rank must be zero, and the scaling 1. With `source`, A must
+    be within `numerics.bounds.adapter_bound`. "leak_bfloat16" then says how much of what the edit reads is left in an
+    engine that rounds A and B to bfloat16.
 
     Numerics: float64 from the stored tensors.
 
@@ -250,10 +262,10 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     old = {} if source is None else located(source)
     with opened(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for layer, basis in progress(certificate.bases.items(), total=len(certificate.bases), desc="verify"):
+    for layer, edit in progress(certificate.edits.items(), total=len(certificate.edits), desc="verify"):
         module = LLAMA.site(layer)
         a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
-        k, d = basis.shape[1], basis.shape[0]
+        d, k = edit.basis.shape
         if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != expected_rank:
             certificate.faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
             continue
@@ -261,20 +273,21 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         if source is not None:
             location = old.get(f"{module}.weight")
             if location is None or location[1].shape != (d, a.shape[1]):
-                certificate.faults += _pair_faults(layer, a, b, basis, None)
+                certificate.faults += _pair_faults(layer, a, b, edit, None)
                 shape = (d, a.shape[1])
                 certificate.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
                 continue
             weight = read(location)
-        row = _pair_row(layer, a, b, basis, weight, certificate.strength)
+        row = _pair_row(layer, a, b, edit, weight, certificate.strength(layer))
         certificate.rows.append(row)
-        certificate.faults += _pair_faults(layer, a, b, basis, row)
+        certificate.faults += _pair_faults(layer, a, b, edit, row)
     certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(tensors)]
-    return certificate.done("A was not checked against a U^T W: give --model to check it" if source is None else None)
+    unchecked = "A was not checked against the weights: give --model to check it"
+    return certificate.done(unchecked if source is None else None)
 
 
 def _pair_row(
-    layer: int, a: Tensor, b: Tensor, basis: Tensor, weight: Tensor | None, strength: float
+    layer: int, a: Tensor, b: Tensor, edit: Projection, weight: Tensor | None, strength: float
 ) -> dict[str, Any]:
     """Return the figures of one adapted layer. Without the original weight, only whether they are finite."""
     row: dict[str, Any] = {
@@ -284,19 +297,20 @@ def _pair_row(
     }
     row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
     if weight is not None:
-        inside = basis.double().T @ weight.double()
-        error = (a[: basis.shape[1]].double() - strength * inside).abs()
-        row["error_over_bound"] = worst_ratio(error, adapter_bound(weight, strength))
-        rounded = basis.double().T @ b.bfloat16().double() @ a.bfloat16().double() + strength * inside
+        reads = edit.reads.double()
+        inside = reads.T @ weight.double()
+        error = (a[: reads.shape[1]].double() - strength * inside).abs()
+        row["error_over_bound"] = worst_ratio(error, adapter_bound(weight, strength, edit))
+        rounded = reads.T @ b.bfloat16().double() @ a.bfloat16().double() + strength * inside
         row["leak_bfloat16"] = float(rounded.norm() / inside.norm())
     return row
 
 
-def _pair_faults(layer: int, a: Tensor, b: Tensor, basis: Tensor, row: dict[str, Any] | None) -> list[str]:
+def _pair_faults(layer: int, a: Tensor, b: Tensor, edit: Projection, row: dict[str, Any] | None) -> list[str]:
     """Return the faults of one adapted layer. row: its figures, or None."""
-    where, k, faults = f"layer {layer}: {LLAMA.site(layer)}", basis.shape[1], []
-    if not torch.equal(b[:, :k], -basis):
-        faults.append(f"{where}: B is not -U")
+    where, k, faults = f"layer {layer}: {LLAMA.site(layer)}", edit.basis.shape[1], []
+    if not torch.equal(b[:, :k], -edit.basis):
+        faults.append(f"{where}: B is not the negative basis")
     if a[k:].any() or b[:, k:].any():
         faults.append(f"{where}: the padding of the rank is not zero")
     if row is None:
@@ -325,7 +339,7 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
     certificate = _Certificate.of("restored", folder, source, subspace, read_provenance(folder, "restored"))
     new, old = certificate.places()
     for name in progress(sorted(new.keys() & old.keys()), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, certificate.bases)
+        layer = LLAMA.edited_layer(name, certificate.edits)
         if layer is None:
             if not same_bytes(new[name], old[name]):
                 certificate.faults.append(f"{name} was never edited, but differs from the original")
@@ -334,11 +348,12 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
         if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
             certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
             continue
-        basis, worst = certificate.bases[layer], 0.0
+        edit, strength, worst = certificate.edits[layer], certificate.strength(layer), 0.0
+        bias = len(new[name][1].shape) == 1
         for start in range(0, weight.shape[1], 1024):
-            block = weight[:, start : start + 1024]
-            error = (restored[:, start : start + 1024].double() - block.double()).abs()
-            bound = undo_bound(block, bake_weight(block, basis, certificate.strength), basis, certificate.strength)
+            block = weight[:, 0] if bias else weight[:, start : start + 1024]
+            error = (restored[:, start : start + 1024].double().reshape(block.shape) - block.double()).abs()
+            bound = undo_bound(block, bake_weight(block, edit, strength), edit, strength)
             worst = max(worst, worst_ratio(error, bound))
         certificate.rows.append(
             {"layer": layer, "tensor": name, "dtype": new[name][1].dtype, "error_over_bound": worst}

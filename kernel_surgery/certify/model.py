@@ -10,8 +10,8 @@ the error that the original model itself makes in that dtype.
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from kernel_surgery.certify.checks import LogitComparison, broken, check_outputs, check_span, check_tensor, span_rows
 from kernel_surgery.certify.running import ROWS, _instead, _sampled, _seen, exactly_edited, greedy, prompt_ids
-from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.lora import refuse_bias
+from kernel_surgery.edit.baked import refuse_offset_without_bias
+from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import LLAMA, DecoderLayer, Norm, next_norm, submodule
@@ -31,6 +32,7 @@ from kernel_surgery.models.load import load_model, load_tokenizer
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
 
 # The original makes about a dozen roundings per layer. An edited layer makes one or two more. So a mode whose error is
@@ -52,8 +54,8 @@ class _Certifier:
     def __init__(
         self,
         source: Path,
-        bases: Mapping[int, Tensor],
-        strength: float,
+        edits: Mapping[int, Projection],
+        strengths: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device | str,
         made: Path | None,
@@ -61,8 +63,8 @@ class _Certifier:
         self.low = Layerwise(source, dtype, device)
         self.wide = Layerwise(source, torch.float64 if dtype == torch.float32 else torch.float32, device, exact=True)
         self.made = None if made is None else Layerwise(made, dtype, device)
-        self.bases = {layer: basis.to(device) for layer, basis in bases.items()}
-        self.strength = strength
+        self.edits = {layer: edit.to(device) for layer, edit in edits.items()}
+        self.strengths = strengths
         self.modes = list(APPLIERS)
         self.left_out: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
@@ -72,14 +74,21 @@ class _Certifier:
         self.faults: list[str] = []
         self.providers: dict[str, str] = {}
         self.astray: set[str] = set()
-        for layer in bases:
+        for layer, edit in self.edits.items():
             name = LLAMA.site(layer)
-            if "lora" in self.modes and f"{name}.bias" in self.low.places:
-                try:
-                    refuse_bias(name, self.low.tensor(f"{name}.bias"))
-                except ValueError as error:
-                    self.modes.remove("lora")
-                    self.left_out["lora"] = str(error).splitlines()[0]
+            biased = f"{name}.bias" in self.low.places
+            self.leave_out("lora", refuse_offset, edit)
+            self.leave_out("baked", refuse_offset_without_bias, name, edit, biased)
+            self.leave_out("lora", refuse_bias, name, self.low.tensor(f"{name}.bias") if biased else None)
+
+    def leave_out(self, mode: str, check: Callable[..., None], *given: object) -> None:
+        """Leave a mode out, with the reason, if `check(*given)` refuses it."""
+        try:
+            if mode in self.modes:
+                check(*given)
+        except KernelSurgeryError as error:
+            self.modes.remove(mode)
+            self.left_out[mode] = str(error).splitlines()[0]
 
     def fault(self, layer: int, mode: str, what: str) -> None:
         self.faults.append(f"layer {layer}: {mode}: {what}")
@@ -88,20 +97,20 @@ class _Certifier:
         self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor], where: Where, wide_where: Where
     ) -> None:
         """Run all streams through one layer, and check the layer if it is edited."""
-        basis = self.bases.get(index)
+        edit, strength = self.edits.get(index), self.strengths.get(index, 1.0)
         with self.wide.layer(index) as block:
             oracles["original"] = block(oracles["original"], **wide_where)
-            with exactly_edited(block, basis, self.strength):
+            with exactly_edited(block, edit, strength):
                 oracles["edited"] = block(oracles["edited"], **wide_where)
         with self.low.layer(index) as block:
             streams["original"] = (block(streams["original"][0], **where), None)
-            with exactly_edited(block, basis, self.strength):
+            with exactly_edited(block, edit, strength):
                 streams[IDEAL] = (block(streams[IDEAL][0], **where), None)
-            if basis is None:
+            if edit is None:
                 for mode in self.modes:
                     streams[mode] = self.plain(block, index, mode, streams[mode], where)
             else:
-                self.edited_layer(block, index, basis, streams, where)
+                self.edited_layer(block, index, streams, where)
 
     def plain(self, block: DecoderLayer, index: int, mode: str, stream: Stream, where: Where) -> Stream:
         """Run one mode through an unedited layer. A baked checkpoint uses the layer from its own files."""
@@ -112,10 +121,9 @@ class _Certifier:
                     return own(hidden, **where), None
             return block(hidden, **where), None
 
-    def edited_layer(
-        self, block: DecoderLayer, index: int, basis: Tensor, streams: dict[str, Stream], where: Where
-    ) -> None:
-        down, inside = cast(nn.Linear, submodule(block, LLAMA.projection)), span_rows(basis, self.low.dtype)[None]
+    def edited_layer(self, block: DecoderLayer, index: int, streams: dict[str, Stream], where: Where) -> None:
+        projection, strength = self.edits[index], self.strengths[index]
+        down, inside = cast(nn.Linear, submodule(block, LLAMA.projection)), span_rows(projection, self.low.dtype)[None]
         outputs: dict[str, Tensor] = {}
         rows: dict[str, dict[str, Any]] = {}
         h: Tensor | None = None
@@ -125,7 +133,7 @@ class _Certifier:
             rows[mode] = {"layer": index, "mode": mode}
             with (
                 nullcontext(block) if made is None else made.layer(index) as run,
-                self.applied(mode, index, basis) if made is None else nullcontext() as edit,
+                self.applied(mode, index) if made is None else nullcontext() as edit,
             ):
                 site = cast(nn.Linear, submodule(run, LLAMA.projection))
                 with (
@@ -144,19 +152,19 @@ class _Certifier:
                     normed = next_norm(self.low.model, index)(out)
                 if mode in ("hook", "fused"):
                     with _instead(down, inside):
-                        rows[mode] |= check_span(down(h[None])[0], inside[0], basis, self.strength)
+                        rows[mode] |= check_span(down(h[None])[0], inside[0], projection, strength)
             streams[mode] = (out, normed)
             self.providers[mode] = "weights on disk" if edit is None else edit.provider
             if edit is not None and edit.calls and not edit.calls[index]:
                 self.fault(index, mode, "the edit did not run")
             if mode == "baked":
-                self.check_weights(index, basis, after, down)
+                self.check_weights(index, after, down)
             if normed is not None:  # in the fused mode
                 norm = next_norm(self.low.model, index)
-                rows[mode] |= self.check_fused(norm, basis, down(_sampled(entered[0])), residual[0], out, normed)
+                rows[mode] |= self.check_fused(norm, index, down(_sampled(entered[0])), residual[0], out, normed)
         assert h is not None  # there is at least one mode
         rounded = down(h)
-        modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, basis, self.strength)
+        modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, projection, strength)
         for mode, figures in modes.items():
             rows[mode] |= figures
             self.layers.append(rows[mode])
@@ -169,29 +177,31 @@ class _Certifier:
             if not worst <= 1:
                 self.fault(index, " and ".join(pair["pair"]), f"they differ by {worst:.3g} times their bound")
 
-    def applied(self, mode: str, index: int, basis: Tensor) -> AbstractContextManager[Edit]:
-        return APPLIERS[mode](self.low.model, {index: basis}, self.strength)
+    def applied(self, mode: str, index: int) -> AbstractContextManager[Edit]:
+        return APPLIERS[mode](self.low.model, {index: self.edits[index]}, self.strengths[index])
 
-    def check_weights(self, index: int, basis: Tensor, after: list[Tensor], down: nn.Linear) -> None:
+    def check_weights(self, index: int, after: list[Tensor], down: nn.Linear) -> None:
         """Check the edited weight, and the bias if there is one, element by element."""
         kind = STORED[name_of(self.low.dtype)].code
         before = [p for p in (down.weight, down.bias) if p is not None]
         for part, new, old in zip(("weight", "bias"), after, before, strict=False):
             row: dict[str, Any] = {"layer": index, "tensor": f"{LLAMA.site(index)}.{part}", "dtype": kind}
+            edit = self.edits[index].for_tensor(old.ndim)
             new, old = (t.reshape(len(t), -1) for t in (new, old))
-            row |= check_tensor(new, old, basis.double().T @ old.double(), basis, self.strength)
+            row |= check_tensor(new, old, None, edit, self.strengths[index])
             self.tensors.append(row)
             self.faults += [f"layer {index}: baked {part}: {what}" for what in broken(row)]
 
     def check_fused(
-        self, norm: Norm, basis: Tensor, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor
+        self, norm: Norm, index: int, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor
     ) -> dict[str, float]:
         """Check the fused layer's output against `add_bound`, and its norm against `rmsnorm_bound`."""
         residual, out, normed = (_sampled(t) for t in (residual, out, normed))
-        exact = residual.double() + project_oracle(x, basis, self.strength)
+        edit, strength = self.edits[index], self.strengths[index]
+        exact = residual.double() + project_oracle(x, edit, strength)
         eps, w = norm.variance_epsilon, norm.weight
         return {
-            "add": worst_ratio((out.double() - exact).abs(), add_bound(x, residual, basis, self.strength)),
+            "add": worst_ratio((out.double() - exact).abs(), add_bound(x, residual, edit, strength)),
             "norm": worst_ratio((normed.double() - rmsnorm_oracle(out, w, eps)).abs(), rmsnorm_bound(out, w, eps)),
         }
 
@@ -211,7 +221,7 @@ class _Certifier:
         for mode in self.modes:
             row[mode] = relative(mode, "edited")
             # Report a mode once: an error at one layer carries on through all later layers.
-            if index >= min(self.bases) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
+            if index >= min(self.edits) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
                 self.astray.add(mode)
                 self.fault(index, mode, f"the error of the hidden states is {row[mode] / own:.3g} times the original's")
         self.hidden.append(row)
@@ -283,7 +293,7 @@ class _Certifier:
             if mode == "baked" and self.made is not None:
                 running = load_model(str(self.made.folder), self.low.dtype, self.low.device)
             elif mode != "original":
-                edit = APPLIERS[mode](model, self.bases, self.strength)
+                edit = self.all_layers(mode, model)
             with edit:
                 out = running(ids[:, :prompt], use_cache=True)
                 logits = [out.logits[:, -1:]]
@@ -292,6 +302,15 @@ class _Certifier:
                     logits.append(out.logits)
             logits_by_mode[mode] = torch.cat(logits, 1)
         return logits_by_mode
+
+    @contextmanager
+    def all_layers(self, mode: str, model: nn.Module) -> Iterator[None]:
+        """Edit every layer while the block runs: layers with one strength together."""
+        with ExitStack() as stack:
+            for strength in dict.fromkeys(self.strengths.values()):
+                edits = {layer: edit for layer, edit in self.edits.items() if self.strengths[layer] == strength}
+                stack.enter_context(APPLIERS[mode](model, edits, strength))
+            yield
 
 
 # The figures of a mode's row that must not exceed 1, with the words that name them in a fault.
@@ -323,8 +342,9 @@ def certify_model(
     """Certify a model in every mode. Return the certificate as a dict.
 
     source: folder of the original.
-    subspace: its bases; the edited layers are its layers.
-    dtype: of the modes: float32, bfloat16 or float16. device: where everything runs. strength: a.
+    subspace: its edits; the edited layers are its layers.
+    dtype: of the modes: float32, bfloat16 or float16. device: where everything runs. strength: a, which the
+    subspace's schedule multiplies.
     made: a baked checkpoint of `source`. The baked mode then uses its weights.
     prompts, new_tokens, seed: how many sequences are sampled, how many greedy tokens follow each, and which they are.
     whole: also load the whole model, edit all layers at once and decode token by token. None does so up to 2 GB.
@@ -344,12 +364,13 @@ def certify_model(
     dtype.
     """
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
-    run = _Certifier(source, subspace.bases, strength, dtype, device, made)
+    strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
+    run = _Certifier(source, subspace.projections, strengths, dtype, device, made)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)
     with progress_bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
-        ids = greedy(run.wide, ids, run.bases, strength, new_tokens, bar.update)
+        ids = greedy(run.wide, ids, run.edits, strengths, new_tokens, bar.update)
         hidden, oracle_hidden = run.low.embed(ids), run.wide.embed(ids)
         streams: dict[str, Stream] = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
         oracles = {"original": oracle_hidden, "edited": oracle_hidden}

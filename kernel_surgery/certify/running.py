@@ -12,6 +12,7 @@ from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.models.architectures import LLAMA, submodule
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.numerics.oracle import project_oracle
+from kernel_surgery.numerics.projection import BasisLike
 from kernel_surgery.problems.generator import problems
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def prompt_ids(
 
 
 @contextmanager
-def exactly_edited(block: nn.Module, basis: Tensor | None, strength: float) -> Iterator[None]:
+def exactly_edited(block: nn.Module, basis: BasisLike | None, strength: float) -> Iterator[None]:
     """Edit the output of `down_proj` in float64 while the block runs, with one rounding to its dtype.
 
-    This is the exact edit that the modes are compared with. basis: U [d_model, k]; None leaves the layer unedited.
+    This is the exact edit that the modes are compared with. basis: of one layer; None leaves the layer unedited.
     """
     if basis is None:
         yield
@@ -105,8 +106,8 @@ def _seen(module: nn.Module) -> Iterator[list[Tensor]]:
 def greedy(
     oracle: Layerwise,
     ids: Tensor,
-    bases: Mapping[int, Tensor],
-    strength: float,
+    edits: Mapping[int, BasisLike],
+    strengths: Mapping[int, float],
     tokens: int,
     advance: Callable[[], object],
 ) -> Tensor:
@@ -123,7 +124,7 @@ def greedy(
         start = ids.shape[1] - fresh.shape[1]
         hidden, where = oracle.embed(fresh), oracle.positions(start, ids.shape[1])
         for index in range(oracle.layers):
-            with oracle.layer(index) as block, exactly_edited(block, bases.get(index), strength):
+            with oracle.layer(index) as block, exactly_edited(block, edits.get(index), strengths.get(index, 1.0)):
                 hidden = block(hidden, past_key_values=cache, use_cache=True, **where)
             advance()
         with oracle.final_norm() as norm:

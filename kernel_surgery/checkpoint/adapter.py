@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from kernel_surgery.checkpoint.record import base_model_line, edit_record, write_bases, write_provenance
+from kernel_surgery.checkpoint.record import base_model_line, edit_record, write_edits, write_provenance
 from kernel_surgery.checkpoint.source import check_source, editable, original_layouts
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress
-from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_bias
+from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_bias, refuse_offset
 from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.tensorfile import read_tensor, save_tensors
 from kernel_surgery.models.architectures import LLAMA
@@ -36,8 +36,8 @@ def write_adapter(
     """Write the edit of the checkpoint `source` as an adapter to the new folder `destination`. Return its rank.
 
     source: folder of a checkpoint that was not baked.
-    subspace: its bases; the edited layers are its layers.
-    strength: a in A = a U^T W, B = -U.
+    subspace: its edits; the edited layers are its layers.
+    strength: a in A = a B_e^T W, B = -A_e, with the edit's basis A_e and dual B_e. The schedule multiplies it.
     model_id: name of the base model for the records, by default the folder.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
@@ -48,11 +48,13 @@ def write_adapter(
     Numerics: as in `edit.lora.lora_pair`; A and B are stored in float32.
 
     Raises what `checkpoint.source.check_source` raises, and FileExistsError if `destination` exists. Raises
-    KernelSurgeryError for a bias that is not zero, a rank that no engine takes, a source that was baked, a weight that
-    is not finite, and files that cannot be read or written. After any exception `destination` does not exist.
+    KernelSurgeryError for an offset, a bias that is not zero, a rank that no engine takes, a source that was baked, a
+    weight that is not finite, and files that cannot be read or written. After any exception `destination` does not
+    exist.
     """
     source, destination = Path(source), Path(destination)
-    rank = padded_rank(subspace.rank)
+    rank, edits = padded_rank(subspace.rank), subspace.projections
+    refuse_offset(next(iter(edits.values())))
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     files, tensors = places(layouts), {}
@@ -66,7 +68,7 @@ def write_adapter(
             continue
         layer = LLAMA.edited_layer(entry.name, subspace.bases)
         assert layer is not None, entry.name  # `editable` returns no other tensors
-        pair = lora_pair(weight, subspace.bases[layer], strength)
+        pair = lora_pair(weight, edits[layer], subspace.strength_at(layer, strength))
         # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
             raise CheckpointError(
@@ -82,7 +84,7 @@ def write_adapter(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
         save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_bases(folder, dict(subspace.bases))
+        write_edits(folder, edits)
         write_atomic(folder / CONFIG, json.dumps(configuration(record), indent=2) + "\n")
         write_atomic(folder / "README.md", _card(record))
         write_provenance(folder, record, {})

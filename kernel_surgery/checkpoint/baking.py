@@ -5,7 +5,7 @@ Only the edited tensors change. One tensor is in memory at a time; the rest is c
 complete. So a destination that exists is complete.
 
 The new folder also holds two files of ours. `provenance.json` records what was done, to which checkpoint, and with
-which subspace. `kernel_surgery/undo.safetensors` holds the part that was removed, U^T W of every edited tensor.
+which subspace. `kernel_surgery/undo.safetensors` holds what was read to be removed, B^T W of every edited tensor.
 `--undo` restores the weights from it to within a rounding.
 """
 
@@ -20,8 +20,11 @@ import torch
 from kernel_surgery.checkpoint.record import (
     base_model_line,
     edit_record,
+    edit_tensors,
+    edits_in,
     read_provenance,
-    write_bases,
+    strength_at,
+    write_edits,
     write_provenance,
 )
 from kernel_surgery.checkpoint.source import (
@@ -32,7 +35,7 @@ from kernel_surgery.checkpoint.source import (
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.baked import remove
+from kernel_surgery.edit.baked import refuse_offset_without_bias, remove
 from kernel_surgery.files.contents import OURS, PROVENANCE, contents
 from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.hashing import Follower, sha256
@@ -50,8 +53,9 @@ from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.models.stored import places
 from kernel_surgery.numerics.precision import computed_in, in_full
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
-from kernel_surgery.subspace.artifact import Subspace, check_bases
+from kernel_surgery.subspace.artifact import Subspace
 
 # In a subfolder, because some engines load every *.safetensors beside the weights.
 UNDO = Path(OURS) / "undo.safetensors"
@@ -153,46 +157,46 @@ def _card(record: dict[str, Any]) -> str:
 class _Removal:
     """Edit the tensors of a checkpoint one by one.
 
-    Collects U^T W of every tensor (`inside`), and its norm before and after (`norms`).
+    Collects B^T W of every tensor (`inside`), and its norm before and after (`norms`).
     """
 
-    def __init__(self, entries: list[Entry], bases: Mapping[int, torch.Tensor], strength: float):
-        self.bases, self.strength = bases, strength
+    def __init__(self, entries: list[Entry], subspace: Subspace, strength: float):
+        self.subspace, self.edits, self.strength = subspace, subspace.projections, strength
         self.norms: dict[str, tuple[float, float]] = {}
         # Allocate these before the first weight is read. Small long-lived tensors between large short-lived ones would
         # keep the heap from shrinking (500 MB after 32 layers of 8 MB).
         self.inside: dict[str, torch.Tensor] = {}
         for entry in entries:
-            rank = self.basis(entry.name).shape[1]
+            rank = subspace.rank
             wide = torch.float64 if entry.dtype == "F64" else torch.float32
             self.inside[entry.name] = torch.empty(rank, *(entry.shape[1:] or (1,)), dtype=wide)
 
-    def basis(self, name: str) -> torch.Tensor:
-        """Return the basis of the layer that a tensor belongs to."""
-        layer = LLAMA.edited_layer(name, self.bases)
+    def edit_of(self, name: str) -> tuple[Projection, float]:
+        """Return the edit and the strength of the layer that a tensor belongs to."""
+        layer = LLAMA.edited_layer(name, self.edits)
         assert layer is not None, name
-        return self.bases[layer]
+        return self.edits[layer], self.subspace.strength_at(layer, self.strength)
 
     def edit(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return one edited tensor.
 
         Raises CheckpointError if the tensor is not finite, or if it was baked with this subspace before.
         """
-        basis = self.basis(name)
-        edited, inside = remove(weight, basis, self.strength)
-        # A NaN or Inf in a column makes the whole column of U^T W NaN or Inf, so checking U^T W is enough.
+        projection, strength = self.edit_of(name)
+        edited, inside = remove(weight, projection, strength)
+        # A NaN or Inf in a column makes the whole column of B^T W NaN or Inf, so checking B^T W is enough.
         if not torch.isfinite(inside).all():
             raise CheckpointError(f"cannot bake {name}: it holds NaN or Inf.")
-        _check_fits(name, edited, self.strength)
+        _check_fits(name, edited, strength)
         # The exact noise takes as long as the edit. Compute it only if its cheap upper bound leaves the case open.
-        inside_norm, checkable = float(inside.norm()), self.strength == 1 and weight.ndim == 2
+        inside_norm, checkable = float(inside.norm()), strength == 1 and weight.ndim == 2
         if (
             checkable
-            and inside_norm < 3 * storage_noise_at_most(weight, basis)
-            and inside_norm < 3 * storage_noise(weight, basis)
+            and inside_norm < 3 * storage_noise_at_most(weight, projection)
+            and inside_norm < 3 * storage_noise(weight, projection)
         ):
             raise CheckpointError(
-                f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(U^T W) = "
+                f"cannot bake {name}: it holds no more of the subspace than rounding leaves (norm(B^T W) = "
                 f"{float(inside.norm()):.3g}). It was baked with this subspace before. "
                 "Bake the original checkpoint."
             )
@@ -203,7 +207,7 @@ class _Removal:
     def save(self, path: Path) -> None:
         """Write the data that `--undo` needs to one safetensors file."""
         path.parent.mkdir()
-        tensors = {f"basis.{layer}": basis.contiguous() for layer, basis in self.bases.items()}
+        tensors = edit_tensors(self.edits)
         tensors |= {f"inside.{name}": inside.contiguous() for name, inside in self.inside.items()}
         save_tensors(tensors, path, metadata={"strength": repr(self.strength)})
 
@@ -230,8 +234,8 @@ def bake_checkpoint(
     """Write `source` with the edit in its weights to the new folder `destination`.
 
     source: folder of a checkpoint that was not baked.
-    subspace: its bases U [d_model, k]; the edited layers are its layers.
-    strength: a in W <- W - a U (U^T W).
+    subspace: its edits; the edited layers are its layers.
+    strength: a in W <- W - a A (B^T W), b <- b - a A (B^T b - c). The subspace's schedule multiplies it.
     model_id: name of the model for the records, by default the folder.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
@@ -242,15 +246,19 @@ def bake_checkpoint(
     `numerics.bounds.baked_element_bound`.
 
     Raises what `checkpoint.source.check_source` raises, and FileExistsError if `destination` exists. Raises
-    KernelSurgeryError for a source that was baked before, a layer without a `down_proj` in the files, and tensors or
-    files that cannot be edited, read or written. An earlier bake is recognised by its provenance file; at strength 1
-    also by the weights. After any exception `destination` does not exist and `source` is unchanged.
+    KernelSurgeryError for a source that was baked before, a layer without a `down_proj` in the files, an offset without
+    a bias, and tensors or files that cannot be edited, read or written. An earlier bake is recognised by its provenance
+    file; at strength 1 also by the weights. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
     check_output(destination)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
-    removal = _Removal(editable(layouts, subspace.bases), subspace.bases, strength)
+    entries, stored = editable(layouts, subspace.bases), places(layouts)
+    for layer, projection in subspace.projections.items():
+        site = LLAMA.site(layer)
+        refuse_offset_without_bias(site, projection, f"{site}.bias" in stored)
+    removal = _Removal(entries, subspace, strength)
 
     def finish(folder: Path) -> dict[str, Any]:
         removal.save(folder / UNDO)
@@ -263,39 +271,33 @@ def bake_checkpoint(
     return removal.norms
 
 
-def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return what a baked checkpoint keeps for its undoing: ({layer: U}, {tensor name: U^T W}).
+def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, Projection], dict[str, torch.Tensor]]:
+    """Return what a baked checkpoint keeps for its undoing: ({layer: edit}, {tensor name: B^T W}).
 
     Raises CheckpointError for a file that does not fit the checkpoint.
     """
     with opened(path) as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     stored = places(layouts)
-    bases: dict[int, torch.Tensor] = {}
-    insides: dict[str, torch.Tensor] = {}
-    for name, tensor in found.items():
-        kind, _, of = name.partition(".")
-        if kind == "basis" and of.isdecimal():
-            bases[int(of)] = tensor
-        elif kind == "inside":
-            insides[of] = tensor
-    bases = check_bases(bases)
+    edits = edits_in(found)
+    insides = {name.removeprefix("inside."): t for name, t in found.items() if name.startswith("inside.")}
     for name, inside in insides.items():
-        layer = LLAMA.edited_layer(name, bases)
+        layer = LLAMA.edited_layer(name, edits)
         shape = stored[name][1].shape if name in stored else ()
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
-        if layer is None or bases[layer].shape[0] != rows or inside.shape != (bases[layer].shape[1], columns):
+        basis = torch.empty(0, 0) if layer is None else edits[layer].basis
+        if basis.shape[0] != rows or inside.shape != (basis.shape[1], columns):
             raise CheckpointError(
                 f"{str(path)!r} does not fit its checkpoint: it holds {tuple(inside.shape)} numbers for {name}, whose "
                 f"shape is {shape or 'missing'}. The edit cannot be undone."
             )
-    return bases, insides
+    return edits, insides
 
 
 def undo_checkpoint(source: Path, destination: Path, *, command: str | None = None) -> dict[str, tuple[float, float]]:
     """Write the baked checkpoint `source` with its edit undone to the new folder `destination`.
 
-    Computes W = W' + a U (U^T W) from the U^T W that was saved when W' was baked. Returns {tensor name: (norm before,
+    Computes W = W' + a A (B^T W) from the B^T W that was saved when W' was baked. Returns {tensor name: (norm before,
     after)}. command: the command line, for the record.
 
     Numerics: float32 arithmetic. The result is not bit-identical to the original. It is within 1.01 u (|W| + |W'|) plus
@@ -314,28 +316,28 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
                 "edit would not restore the original."
             )
     layouts = stored_layouts(source)
-    bases, insides = _read_undo(source / UNDO, layouts)
+    edits, insides = _read_undo(source / UNDO, layouts)
     norms: dict[str, tuple[float, float]] = {}
 
     def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        layer = LLAMA.edited_layer(name, bases)
+        layer = LLAMA.edited_layer(name, edits)
         assert layer is not None  # `_read_undo`
-        basis, inside = bases[layer], insides[name]
+        basis, inside, strength = edits[layer].basis, insides[name], strength_at(record, layer)
         wide = computed_in(weight)
         columns = weight.to(wide).reshape(weight.shape[0], -1)
         with in_full(weight):
-            restored = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=record["strength"])
+            restored = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=strength)
         restored = restored.reshape(weight.shape).to(weight.dtype)
-        _check_fits(name, restored, record["strength"])
+        _check_fits(name, restored, strength)
         norms[name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
         return restored
 
     def finish(folder: Path) -> dict[str, Any]:
-        write_bases(folder, bases)
+        write_edits(folder, edits)
         header = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
+        header |= {"schedule": record["schedule"]} if "schedule" in record else {}
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}
-    edits = dict.fromkeys(insides, edit)
-    _rewrite(source, destination, layouts, edits, lambda n: names.get(n, n), finish)
+    _rewrite(source, destination, layouts, dict.fromkeys(insides, edit), lambda n: names.get(n, n), finish)
     return norms

@@ -1,12 +1,13 @@
 """The record that lies beside a baked checkpoint, a restored checkpoint or an adapter.
 
 `provenance.json` says what was done, to which model, with which subspace, and holds the SHA-256 of every file. The
-bases are stored beside it, so that the folder can be checked without any other file.
+tensors of the edit are stored beside it, so that the folder can be checked without any other file.
 """
 
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,61 @@ from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
 from kernel_surgery.models.load import hub_id, public_name
-from kernel_surgery.subspace.artifact import Subspace, check_bases
+from kernel_surgery.numerics.projection import Projection
+from kernel_surgery.subspace.artifact import Subspace, check_projections
 
 BASES = Path(OURS) / "subspace.safetensors"
 
 
-def write_bases(folder: Path, bases: dict[int, torch.Tensor]) -> None:
-    """Store the bases in the folder, so that it can be checked without the subspace file."""
+def edit_tensors(edits: Mapping[int, Projection]) -> dict[str, torch.Tensor]:
+    """Return the tensors of an edit by their names in our files: basis.N, dual.N and offset.N of layer N."""
+    named = {
+        f"{part}.{layer}": getattr(edit, part) for layer, edit in edits.items() for part in ("basis", "dual", "offset")
+    }
+    return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+
+
+def edits_in(tensors: Mapping[str, torch.Tensor]) -> dict[int, Projection]:
+    """Return the edit of every layer from the tensors of a file, by their names (`edit_tensors`).
+
+    Raises SubspaceError for tensors that make no edit.
+    """
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"(basis|dual|offset)\.(\d+)", name):
+            parts.setdefault(int(match[2]), {})[match[1]] = tensor
+    return check_projections({layer: Projection(**own) for layer, own in parts.items() if "basis" in own})
+
+
+def write_edits(folder: Path, edits: Mapping[int, Projection]) -> None:
+    """Store the tensors of the edit in the folder, so that it can be checked without the subspace file."""
     (folder / BASES).parent.mkdir(exist_ok=True)
-    save_tensors({f"basis.{layer}": basis.contiguous() for layer, basis in bases.items()}, folder / BASES, {})
+    save_tensors(edit_tensors(edits), folder / BASES, {})
 
 
-def read_bases(folder: Path, record: dict[str, Any], file: Path = BASES) -> dict[int, torch.Tensor]:
-    """Return the bases {layer: U [d_model, k]} that are stored in a folder.
+def read_edits(folder: Path, record: dict[str, Any], file: Path = BASES) -> dict[int, Projection]:
+    """Return the edit of every layer that is stored in a folder.
 
-    Raises CheckpointError unless they are orthonormal and have the layers and the rank that the record names.
+    Raises CheckpointError unless they are edits and have the layers and the rank that the record names.
     """
     with opened(folder / file) as tensors:
-        named = {name: re.fullmatch(r"basis\.(\d+)", name) for name in tensors.keys()}  # noqa: SIM118
-        bases = {int(match[1]): tensors.get_tensor(name) for name, match in named.items() if match}
+        held = {name: tensors.get_tensor(name) for name in tensors.keys() if "inside" not in name}  # noqa: SIM118
     try:
-        bases = check_bases(bases)
+        edits = edits_in(held)
     except ValueError as error:
         raise CheckpointError(f"{str(folder / file)!r}: {error}") from error
-    ranks = {basis.shape[1] for basis in bases.values()}
-    if sorted(bases) != sorted(record["layers"]) or ranks != {record["rank"]}:
+    ranks = {edit.basis.shape[1] for edit in edits.values()}
+    if sorted(edits) != sorted(record["layers"]) or ranks != {record["rank"]}:
         raise CheckpointError(
-            f"{str(folder / file)!r} holds bases of layers {sorted(bases)}, rank {min(ranks)}, but {PROVENANCE} says "
+            f"{str(folder / file)!r} holds bases of layers {sorted(edits)}, rank {min(ranks)}, but {PROVENANCE} says "
             f"layers {record['layers']}, rank {record['rank']}."
         )
-    return bases
+    return edits
+
+
+def strength_at(record: dict[str, Any], layer: int) -> float:
+    """Return the strength of one layer, from a record with its schedule."""
+    return float(record["strength"]) * float(record.get("schedule", {}).get(str(layer), 1.0))
 
 
 def edit_record(
@@ -68,7 +94,8 @@ def edit_record(
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
     return {
         **{"kind": kind, "model_id": public_name(model_id or source), "strength": strength},
-        **{"layers": list(subspace.layers), "rank": subspace.rank},
+        **({"schedule": {str(i): a for i, a in subspace.strengths.items()}} if subspace.strengths else {}),
+        **{"layers": list(subspace.layers), "rank": subspace.rank, "form": subspace.form},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
         **{"site": subspace.site, "revision": revision, "note": subspace.note, "fit": subspace.fit},
         "command": command,
@@ -110,11 +137,12 @@ def read_provenance(folder: Path, kind: str = "baked") -> dict[str, Any]:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         if record["kind"] != kind or not isinstance(record["sha256"], dict):
             raise CheckpointError(f"it is of a {record['kind']!r} checkpoint")
-        if not math.isfinite(float(record["strength"])) or not record["layers"] or int(record["rank"]) < 1:
+        strengths = [strength_at(record, layer) for layer in record["layers"]]
+        if not strengths or not all(map(math.isfinite, strengths)) or int(record["rank"]) < 1:
             raise CheckpointError("it names no strength, layers or rank")
         if not isinstance(record["model_id"], str) or not all(isinstance(i, int) for i in record["layers"]):
             raise CheckpointError("it names no model or layers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what, writer = _WRITER[kind]
         raise CheckpointError(
             f"{str(folder)!r} is not {what} from python -m {writer}: its {PROVENANCE} is missing or of another kind."

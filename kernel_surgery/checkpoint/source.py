@@ -9,7 +9,8 @@ from torch import Tensor
 from kernel_surgery.checkpoint.record import read_provenance
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.names import DTYPES
-from kernel_surgery.edit.lora import refuse_bias
+from kernel_surgery.edit.baked import refuse_offset_without_bias
+from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.tensorfile import Entry, Layout, mapped
 from kernel_surgery.models.architectures import LLAMA
@@ -46,7 +47,8 @@ def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force:
     modes: the ways in which the edit will be made, "original" apart. force: as in `check_source`.
 
     Raises CheckpointError for a checkpoint that was baked, KernelSurgeryError for a rank that the fused operators do
-    not take and for a bias with mode "lora", and what `check_source` raises.
+    not take, for a bias or an offset with mode "lora" and for an offset without a bias with mode "baked", and what
+    `check_source` raises.
     """
     record = None
     with suppress(CheckpointError):  # no record of a baked checkpoint, as expected
@@ -58,13 +60,17 @@ def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force:
         )
     found = stored_layouts(folder)
     check_source(folder, found, subspace, force=force)
+    edits, stored = subspace.projections, places(found)
     if "fused" in modes:
-        check_rank(next(iter(subspace.bases.values())))
-    if "lora" in modes:
-        stored = places(found)
-        for site in map(LLAMA.site, subspace.layers):
-            if f"{site}.bias" in stored:
-                refuse_bias(site, mapped(*stored[f"{site}.bias"]))
+        check_rank(next(iter(edits.values())).basis)
+    for layer, edit in edits.items():
+        site = LLAMA.site(layer)
+        bias = stored.get(f"{site}.bias")
+        if "baked" in modes:
+            refuse_offset_without_bias(site, edit, bias is not None)
+        if "lora" in modes:
+            refuse_offset(edit)
+            refuse_bias(site, mapped(*bias) if bias else None)
 
 
 def original_layouts(source: Path) -> list[Layout]:

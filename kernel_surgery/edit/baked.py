@@ -115,8 +115,8 @@ def baked(
                         if bool(torch.isfinite(parameter).all()) and not bool(torch.isfinite(edited).all()):
                             raise KernelSurgeryError(
                                 f"cannot bake {site.name}: at strength {plan.number_at(layer):g}, some elements are "
-                                f"beyond the largest number of {parameter.dtype}. The model is unchanged. Choose a strength "
-                                "nearer to 1."
+                                f"beyond the largest number of {parameter.dtype}. The model is unchanged. Choose a "
+                                "strength nearer to 1."
                             )
                         marks[layer].originals.append((parameter, parameter.detach().clone()))
                         parameter.copy_(edited)

@@ -33,6 +33,7 @@ from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.moments import Moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,28 +65,6 @@ def parse_controls(text: str | None) -> tuple[str, int] | None:
     return kind, int(count)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """The moments of a layer's MLP outputs in float64: mean [d_model], second E[x x^T] [d_model, d_model]."""
-
-    mean: torch.Tensor
-    second: torch.Tensor
-
-    def energy(self, basis: torch.Tensor) -> float:
-        """Return E of norm(U^T x)^2, the energy that the edit removes at strength 1."""
-        u = basis.double().to(self.second.device)
-        return float((u * (self.second @ u)).sum())
-
-    def components(self, count: int) -> torch.Tensor:
-        """Return the first principal components, [d_model, count] orthonormal, float64.
-
-        There are fewer if the activations do not vary in that many dimensions.
-        """
-        values, vectors = torch.linalg.eigh(self.second - self.mean[:, None] * self.mean)
-        nonzero = int((values > values[-1] * len(values) * 2.0**-24).sum())
-        return vectors[:, -min(count, nonzero) :].flip(1)
-
-
 def moments(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -97,14 +76,14 @@ def moments(
 
     Numerics: sums in float64.
     """
-    sums: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    found: dict[int, Moments] = {}
     mask = torch.empty(0)  # of the batch that runs
 
     def catch(layer: int) -> Hook:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = output[mask.bool()].double()
-            mean, second, n = sums.get(layer, (0, 0, 0))
-            sums[layer] = (mean + x.sum(0), second + x.T @ x, n + len(x))
+            if layer not in found:
+                found[layer] = Moments.empty(1, output.shape[-1], output.device)
+            found[layer].add(output[mask.bool()], 0)
 
         return hook
 
@@ -122,7 +101,7 @@ def moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: Moments(mean / n, second / n) for layer, (mean, second, n) in sums.items()}
+    return found
 
 
 def uniform_basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:

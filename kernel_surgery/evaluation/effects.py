@@ -17,6 +17,7 @@ from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context
 from kernel_surgery.evaluation.stats import wilson
 from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.problems.neutral import SENTENCES
 from kernel_surgery.subspace.artifact import Subspace
@@ -173,20 +174,21 @@ def probes(states: States, languages: int) -> dict[str, dict[int, float]]:
     return accuracies
 
 
-def leaks(before: States, after: States, bases: Mapping[int, Tensor]) -> dict[str, dict[int, float]]:
+def leaks(before: States, after: States, edits: Mapping[int, Projection]) -> dict[str, dict[int, float]]:
     """Return {site: {edited layer: leak}} for two results of `last_states`.
 
-    The leak is norm(U^T y) / norm(U^T x) over the rows; 0 means that nothing is left in the subspace. At mlp_out it is
-    the part of the layer's own output that the edit left. In the residual stream it is all that the subspace still
-    holds, most of it written by attention and by other layers.
+    The leak is norm(B^T y - c) / norm(B^T x - c) over the rows; 0 means that the edit reads nothing any more. At
+    mlp_out it is the part of the layer's own output that the edit left. In the residual stream it is all that the
+    subspace still holds, most of it written by attention and by other layers.
     """
     leak_of: dict[str, dict[int, float]] = {}
     for site in before:
         leak_of[site] = {}
-        for layer, basis in bases.items():
-            u, x, y = basis.double().cpu(), before[site][layer].double().cpu(), after[site][layer].double().cpu()
-            if (inside := float((x @ u).norm())) > 0:
-                leak_of[site][layer] = float((y @ u).norm()) / inside
+        for layer, edit in edits.items():
+            exact = edit.double().to("cpu")
+            x, y = (exact.inside(states[site][layer].double().cpu()).norm() for states in (before, after))
+            if float(x) > 0:
+                leak_of[site][layer] = float(y) / float(x)
     return leak_of
 
 
@@ -211,5 +213,5 @@ def measure_effects(
                 edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
                 effects["probes"][mode] = probes(edited, len(LANGUAGES))
                 assert subspace is not None  # `applied` has used it
-                effects["leak"][mode] = leaks(states, edited, subspace.bases)
+                effects["leak"][mode] = leaks(states, edited, subspace.projections)
     return effects

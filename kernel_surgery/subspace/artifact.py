@@ -87,6 +87,10 @@ class Subspace:
             for layer, basis in self.bases.items()
         }
 
+    def strength_at(self, layer: int, strength: float) -> float:
+        """Return the strength of one layer, as the schedule makes it."""
+        return strength * self.strengths.get(layer, 1.0)
+
     @property
     def form(self) -> str:
         """Return "orthogonal", "oblique" or "affine" (oblique or orthogonal with an offset)."""
@@ -252,7 +256,7 @@ class Subspace:
 
 
 def check_strengths(strengths: Mapping[int, float], layers: Container[int]) -> dict[int, float]:
-    """Return a schedule of strengths. Raises SubspaceError for a layer without a basis and a value that is no number."""
+    """Return a schedule of strengths. Raises SubspaceError for a layer without a basis and a value that is not one."""
     for layer, strength in strengths.items():
         if layer not in layers or isinstance(strength, bool) or not isinstance(strength, (int, float)):
             raise SubspaceError(f"the strength {strength!r} of layer {layer} cannot be used: expected a number there.")

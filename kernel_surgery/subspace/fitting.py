@@ -1,13 +1,20 @@
-"""Fit a language subspace to activations: an exact PCA of the differences between languages."""
+"""Fit a language subspace to activations.
+
+The methods "deviations" and "centroids" are an exact PCA of the differences between languages, and give an orthogonal
+edit. "leace" and "oblique" give the edit that changes the activations least (`subspace.erasing`).
+"""
 
 import torch
 from einops import einsum, rearrange, reduce
 
 from kernel_surgery.common.errors import SubspaceError
-from kernel_surgery.common.names import METHODS
+from kernel_surgery.common.names import ERASING, METHODS, RANK
 from kernel_surgery.common.progress import progress
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.activations import Activations
 from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.erasing import SHRINKAGE, erasing_edit
+from kernel_surgery.subspace.moments import LanguageMoments, moments_of
 
 
 def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
@@ -21,8 +28,9 @@ def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
     """
     from scipy.linalg import helmert
 
-    if method not in METHODS:
-        raise SubspaceError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method in ERASING or method not in METHODS:
+        known = ", ".join(name for name in METHODS if name not in ERASING)
+        raise SubspaceError(f"unknown method {method!r}; known: {known}")
     x = x.double()
     if method == "centroids":
         x = reduce(x, "problem language d_model -> 1 language d_model", "mean")
@@ -78,42 +86,43 @@ def variance_captured(spectrum: torch.Tensor, rank: int) -> float:
 
 
 def fit_subspace(
-    activations: Activations,
-    rank: int = 10,
+    activations: Activations | LanguageMoments,
+    rank: int | None = None,
     *,
     method: str = "deviations",
     layers: list[int] | None = None,
+    shrinkage: float | None = SHRINKAGE,
     command: str | None = None,
 ) -> Subspace:
     """Fit the language subspace of `activations`.
 
-    rank: k, the number of directions per layer.
-    method: "deviations" or "centroids" (`language_rows`).
+    activations: one vector per prompt, or the moments of many; those have no pairs of prompts, so "deviations" cannot
+    use them.
+    rank: k, the number of directions per layer. By default 10, or with "leace" and "oblique" as many as there are.
+    method: "deviations" or "centroids" (`language_rows`), "leace" or "oblique" (`subspace.erasing`).
     layers: the layers to fit (default: all that were collected).
+    shrinkage: of the covariance, for "leace" and "oblique"; None estimates it (`subspace.erasing.oas_shrinkage`).
     command: the command line, for the record.
 
-    Numerics: float64; the bases are stored in float32. Raises SubspaceError for layers that were not collected, a rank
-    beyond the data's, and an unknown method.
+    Numerics: float64; the edits are stored in float32. Raises SubspaceError for layers that were not collected, a rank
+    beyond the data's, an unknown method, and moments with method "deviations".
     """
+    if method not in METHODS:
+        raise SubspaceError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     layers = list(activations.layers) if layers is None else list(layers)
     if missing := [layer for layer in layers if layer not in activations.layers]:
         raise SubspaceError(
             f"layers {missing} were not collected: the activations hold {list(activations.layers)}.\n"
             "Choose --layers from these, or collect again."
         )
-    bases, means, spectra = {}, {}, {}
+    edits, means, spectra = {}, {}, {}
     for layer in progress(layers, total=len(layers), desc="fit"):
-        x = torch.stack([activations.vectors[lang][layer] for lang in activations.languages], dim=1)
-        rows = language_rows(x, method)
-        # Equal activations, each rounded to float32, differ by this much at most in an orthonormal contrast.
-        rounding = x.shape[1] ** 0.5 * 2.0**-24 * x.abs().max()
-        if not bool((rows.abs() > rounding).any()):
-            raise _alike(f"layer {layer}")
-        bases[layer], spectra[layer] = principal_basis(rows, rank, f"layer {layer}")
-        means[layer] = x.double().mean((0, 1)).float()
-    found = activations.provenance
+        edits[layer], spectra[layer], means[layer] = _fit_layer(activations, layer, method, rank, shrinkage)
+    found, first = activations.provenance, edits[layers[0]]
     return Subspace(
-        bases=bases,
+        bases={layer: edit.basis for layer, edit in edits.items()},
+        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
+        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
         means=means,
         spectrum=spectra,
         site=found.get("site"),
@@ -124,9 +133,40 @@ def fit_subspace(
         fingerprint=found.get("fingerprint"),
         fit={
             "method": method,
-            "rank": rank,
+            "rank": first.basis.shape[1],
             "languages": list(activations.languages),
             "command": command,
-            **{k: found[k] for k in ("split", "problems", "seed", "dtype", "environment") if k in found},
+            **({"shrinkage": "oas" if shrinkage is None else shrinkage} if method in ERASING else {}),
+            **{k: found[k] for k in ("split", "problems", "seed", "dtype", "tokens", "environment") if k in found},
         },
     )
+
+
+def _fit_layer(
+    activations: Activations | LanguageMoments, layer: int, method: str, rank: int | None, shrinkage: float | None
+) -> tuple[Projection, torch.Tensor, torch.Tensor]:
+    """Return the edit of one layer, its singular values [n] float32 and the mean activation [d_model] float32."""
+    what = f"layer {layer}"
+    if method in ERASING:
+        if isinstance(activations, LanguageMoments):
+            moments = activations.by_layer[layer]
+        else:
+            moments = moments_of([activations.vectors[lang][layer] for lang in activations.languages])
+        edit, singular = erasing_edit(moments, rank, affine=method == "leace", shrinkage=shrinkage, what=what)
+        return edit, singular.float(), moments.mean.float()
+    if isinstance(activations, LanguageMoments):
+        if method == "deviations":
+            raise SubspaceError(
+                "the activations are moments over tokens, which have no pairs of prompts: --method deviations cannot "
+                "use them.\nChoose another --method, or collect with --pool last or mean."
+            )
+        x = activations.by_layer[layer].means[None]
+    else:
+        x = torch.stack([activations.vectors[lang][layer] for lang in activations.languages], dim=1)
+    rows = language_rows(x, method)
+    # Equal activations, each rounded to float32, differ by this much at most in an orthonormal contrast.
+    rounding = x.shape[1] ** 0.5 * 2.0**-24 * x.abs().max()
+    if not bool((rows.abs() > rounding).any()):
+        raise _alike(what)
+    basis, spectrum = principal_basis(rows, RANK if rank is None else rank, what)
+    return Projection(basis), spectrum, x.double().mean((0, 1)).float()
