@@ -156,7 +156,10 @@ NESTED = [(outer, inner) for outer in MODES for inner in MODES if inner in ("hoo
 
 @pytest.mark.parametrize(("outer", "inner"), NESTED)
 def test_nested_edits_are_made_one_after_the_other(outer, inner, bases):
-    """Against hooks of the plainest kind that do the same, in float64, where a million roundings stay below 1e-9."""
+    """Against hooks of the plainest kind that do the same, in float64, where a million roundings stay below 1e-9.
+
+    lora keeps its pair in float32: a rounding of 2^-24, which 16 products of it in a row stay within.
+    """
     model, other = pico("llama").double(), {2: basis(48, 3, seed=9)}
     before, out = anatomy(model), logits(model)
     with MODES[outer](model, bases):
@@ -171,7 +174,8 @@ def test_nested_edits_are_made_one_after_the_other(outer, inner, bases):
         for layer, u in edit.items():
             down, u = model.model.layers[layer].mlp.down_proj, u.double()
             handles.append(down.register_forward_hook(lambda module, inputs, y, u=u: y - (y @ u) @ u.T))
-    torch.testing.assert_close(twice, logits(model), rtol=1e-9, atol=1e-9)
+    room = 16 * 2.0**-24 if "lora" in (outer, inner) else 1e-9
+    torch.testing.assert_close(twice, logits(model), rtol=room, atol=room)
     for handle in handles:
         handle.remove()
 

@@ -189,6 +189,16 @@ def test_a_bundle_with_many_faults_names_each_kind_once(made, tmp_path):
         assert sum(f"{field} was " in fault for fault in faults) == 4, faults
         assert all(fault.endswith("(and 9 more texts)") for fault in faults if f"{field} was " in fault)
     assert len(faults) <= 12
+    whole = shutil.copytree(made[0] / "bundle", tmp_path / "whole")
+
+    def shifted(results):
+        for by in results["modes"].values():
+            for figures in by.values():
+                figures |= {name: value + 1 for name, value in figures.items() if isinstance(value, int)}
+
+    planted(whole, "results.json", figure(shifted))
+    wrong = [fault for fault in check_bundle(whole) if "modes." in fault]
+    assert len(wrong) == 1 and wrong[0].endswith("more figures)"), wrong
 
 
 def test_faults_of_a_kind_are_counted():

@@ -276,6 +276,9 @@ def test_nothing_is_wider_than_the_screen(tmp_path, made, width):
     }
     text = written(tmp_path, every, certificate={"tensors": TENSORS, "faults": [], "kind": "certificate"})
     assert "<div class=wide" not in text and "overflow-x" not in text
+    # Points, of which 72 are an inch and 96 pixels. A phone has 390 pixels less a margin of 16 on either side.
+    pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
+    assert len(pictures) > 5 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     print(f"browser: {browser}")
     if browser is None:

@@ -95,7 +95,7 @@ def test_rank_beyond_the_data_is_refused_with_the_number():
 
 
 def test_activations_that_differ_by_rounding_only_are_refused():
-    """Equal activations that were rounded to float32 each in its own way. Teeth: four times as much is a subspace."""
+    """Equal activations half way between two float32 numbers, each rounded up or down. Teeth: four times as much."""
     activations, _ = planted(noise=0.5)
     same = activations.vectors["en"]
     for factor in (1, 4):
@@ -103,8 +103,8 @@ def test_activations_that_differ_by_rounding_only_are_refused():
         for lang in LANGS:
             vectors[lang] = {}
             for layer, x in same.items():
-                signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-                vectors[lang][layer] = (x.double() + factor * 2.0**-24 * x.abs().max() * signs).float()
+                step = torch.nextafter(x, torch.full_like(x, torch.inf)) - x
+                vectors[lang][layer] = x + factor * step * torch.randint(0, 2, x.shape, generator=generator)
         rounded = Activations(vectors, activations.provenance)
         if factor == 4:
             assert fit_subspace(rounded, 1).rank == 1
