@@ -277,7 +277,7 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     assert found["real"]["en"]["accuracy"] == results["modes"]["hook"]["en"]["accuracy"]
     assert set(results["damage"]["neutral"]["hook"]) == {"en", "zh"} and results["certificate"]["faults"] == []
     assert results["power"][0]["comparisons"] == 3 and results["command"].startswith("python -m kernel_surgery.eval")
-    assert (run / "report.html").read_text().count("<svg") == 6
+    assert (run / "report.html").read_text().count("<svg") == 13  # the panels of six pictures
     # A kill within the controls: the cells that are whole are kept, the one that is not is made again, and alone.
     kept = (run / "controls.jsonl").read_bytes()
     lines = kept.split(b"\n")

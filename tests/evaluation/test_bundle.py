@@ -45,6 +45,7 @@ def test_the_bundle_holds_everything_and_checks_out_without_the_model(made, caps
     said = capsys.readouterr().out
     assert "every figure follows from the texts; checked by hash only: damage" in said
     # What is finished is not made again. A kill may have left the certificate's plot alone.
+    monkeypatch.undo()
     (out / "certificate.json").unlink()
     before = {p: p.stat().st_mtime_ns for p in (out / "acts.safetensors", out / "eval" / "results.json")}
     assert run(words) == 0
