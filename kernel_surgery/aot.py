@@ -28,21 +28,29 @@ def run(argv: list[str] | None = None) -> int:
 
     import triton
 
-    from kernel_surgery.ops.compiled import CASES, OPERATIONS, SHARED_LIMIT, compile_project, kernel_sha256
+    from kernel_surgery.ops.compiled import (
+        CASES,
+        OBLIQUE_CASES,
+        OPERATIONS,
+        SHARED_LIMIT,
+        compile_project,
+        kernel_sha256,
+    )
 
     print(
-        "target operation           form     dtype     rows    d  k registers spilled late loads blocks in flight  "
+        "target operation           form     dtype     rows    d  k edit       registers spilled late loads blocks in flight  "
         "shared (limit)"
     )
     table = []
     for sm in SHARED_LIMIT:
         for operation in OPERATIONS:
             for dtype in ("bfloat16", "float16", "float32"):
-                for rows, d, k in CASES:
-                    c = compile_project(sm, dtype, rows, d, k, operation)
+                for oblique, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
+                    c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
                     table.append(asdict(c) | {"faults": c.faults()})
                     print(
-                        f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} {c.registers:>9} "
+                        f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} "
+                        f"{'oblique' if oblique else 'orthogonal':<10} {c.registers:>9} "
                         f"{c.spilled:>7} {c.late_loads:>10} {c.blocks:>6} {c.in_flight:>9} {c.shared:>7} "
                         f"({SHARED_LIMIT[sm]})",
                         *c.faults(),

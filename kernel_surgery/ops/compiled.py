@@ -36,6 +36,8 @@ CASES = (
     *((16384, 896, 16), (16384, 2048, 16), (16384, 2048, 32), (16384, 2560, 16), (16384, 4096, 16)),
     *((16384, 2048, 10), (16384, 2048, 33), (16384, 8192, 64), (16384, 2049, 10), (16384, 2049, 33)),
 )
+# With a dual and an offset: one of each form, where it takes the most registers.
+OBLIQUE_CASES = ((1, 2048, 16), (1, 896, 16), (1, 2049, 33), (16384, 2048, 16), (16384, 2560, 16), (16384, 2049, 33))
 # What is computed: the projection, with the residual added, and normalised too.
 OPERATIONS = {
     "project": {"ADD": False, "NORM": False},
@@ -61,6 +63,7 @@ class Compiled:
     rows: int
     d: int
     k: int
+    oblique: bool
     registers: int
     spilled: int
     shared: int
@@ -107,14 +110,15 @@ def compile_project(
     operation: str = "project",
     *,
     form: str | None = None,
+    oblique: bool = False,
     per_row: bool = True,
     separate: bool = True,
     **overrides: Any,
 ) -> Compiled:
     """Compile `kernels/project.py` for compute capability `sm` (80 or 90), as it would be launched for x [rows, d].
 
-    Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. form, overrides: replace
-    the choice of kernel and its launch options. Raises what Triton raises for a kernel that does not compile.
+    Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. oblique: with a dual and an
+    offset. form, overrides: replace the choice of kernel and its launch options. Raises what Triton raises for a kernel that does not compile.
     """
     import triton
     from triton import knobs
@@ -123,15 +127,16 @@ def compile_project(
 
     kind = getattr(torch, dtype)
     form = form or form_of(kind, rows, d, k)
-    options = launch_options(kind, rows, d, k, form, *OPERATIONS[operation].values(), **overrides)
+    options = launch_options(kind, rows, d, k, form, *OPERATIONS[operation].values(), dual=oblique, **overrides)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     element = STORED[dtype].triton
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
+    constants |= {"DUAL": oblique, "OFFSET": oblique}
     # A row-major basis has stride_basis_k = 1, for which Triton compiles a special kernel at launch. So does this.
     constants |= {"d": d} if form == "tile" else {"stride_basis_k": 1}
     signature = {
         **{f"{name}_ptr": f"*{element}" for name in ("x", "residual", "weight", "y", "n")},
-        **{"basis_ptr": "*fp32", "row_strength_ptr": "*fp32"},
+        **{f"{name}_ptr": "*fp32" for name in ("basis", "dual", "offset", "row_strength")},
         **{"strength": "fp32", "eps": "fp32", "rows": "i32", "d": "i32", "k": "i32"},
         **{name: "i32" for name in ("stride_x", "stride_residual", "stride_basis_d")},
         **dict.fromkeys(constants, "constexpr"),
@@ -163,7 +168,7 @@ def compile_project(
     if form == "row" and not options["WHOLE"]:
         columns = options["BLOCK_D"]
     asked = blocks * options.get("BLOCK_M", 1) * columns * kind.itemsize
-    return Compiled(sm, operation, form, dtype, rows, d, k, *needs, blocks, asked)
+    return Compiled(sm, operation, form, dtype, rows, d, k, oblique, *needs, blocks, asked)
 
 
 def blocks_that_fit(sm: int, registers: int, shared: int, threads: int) -> int:

@@ -12,7 +12,7 @@ from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, write_ada
 from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.edit.lora import LoraPair, add_pair, lora_pair, padded_rank
+from kernel_surgery.edit.lora import add_pair, lora_pair, padded_rank
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.bounds import adapter_bound, applied_bound, baked_element_bound, worst_ratio
 from kernel_surgery.numerics.oracle import bake_oracle, exact_output
@@ -63,7 +63,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     forms = {
         "hook": project_eager(x, u, strength),
         "baked": h @ bake_weight(weight, u, strength).T,
-        "lora": add_pair(x, pair.stacked(), h),
+        "lora": add_pair(x, pair.a, pair.b, h),
     }
     for mode, y in forms.items():
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds[mode])
@@ -79,7 +79,7 @@ def test_a_real_layer_meets_its_bound_and_agrees_with_hook_and_baked(dtype, stre
     if dtype == torch.float32:
         wrong["A in bfloat16"] = (a.bfloat16().float(), b)
     for name, (wrong_a, wrong_b) in wrong.items():
-        y = add_pair(x, LoraPair(wrong_a, wrong_b).stacked(), h)
+        y = add_pair(x, wrong_a, wrong_b, h)
         ratio = worst_ratio((y.double() - exact.y).abs(), bounds["lora"])
         print(f"{dtype} a={strength} {name}: error/bound {ratio:.1f}")
         assert ratio > 1
@@ -179,7 +179,8 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     assert "layer 2: model.layers.2.mlp.down_proj: the error of A is" in faults(lambda t: t.update({a: t[a] * 0.99}))
     assert "error of A is" in faults(lambda t: t[a][1, 7].mul_(-1))
     assert "error of A is" in faults(lambda t: t[a].copy_(t[A.format(1)]))
-    assert faults(lambda t: t[b][3, 2].add_(1e-6), model=False) == "layer 2: model.layers.2.mlp.down_proj: B is not -U"
+    off = "layer 2: model.layers.2.mlp.down_proj: B is not the negative basis"
+    assert faults(lambda t: t[b][3, 2].add_(1e-6), model=False) == off
     assert "the padding of the rank is not zero" in faults(lambda t: t[a][6, 0].add_(1), model=False)
     assert "A holds NaN" in faults(lambda t: t[a][0, 0].fill_(torch.nan), model=False)
     assert "A or B is missing" in faults(lambda t: t.pop(a))
@@ -208,7 +209,7 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     _, subspace = saved(tmp_path)
     write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
     assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
-    assert "A was not checked against a U^T W: give --model to check it" in capsys.readouterr().out
+    assert "A was not checked against the weights: give --model to check it" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
     save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
     with pytest.raises(ValueError, match="layer 1 is not orthonormal"):

@@ -51,7 +51,7 @@ def test_the_interpreted_kernels_meet_every_bound_on_awkward_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group, cases", [("memory", 61), ("rows", 55)])
+@pytest.mark.parametrize("group, cases", [("memory", 61), ("rows", 55), ("oblique", 61)])
 def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(group, cases):
     results = interpret(group)
     assert len(results) == cases
@@ -106,8 +106,33 @@ MUTATIONS = {
     ),
     "weight forgotten": ("(wide * weight.to(tl.float32)).to(kind)", "wide.to(kind)"),
     "row: z rounded": (
-        "scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a)",
-        "scaled(tl.sum(x.to(tl.float32)[:, None] * u, 0), a).to(tl.float16).to(tl.float32)",
+        "        z = tl.sum(x.to(tl.float32)[:, None] * b, 0)\n",
+        "        z = tl.sum(x.to(tl.float32)[:, None] * b, 0).to(tl.float16).to(tl.float32)\n",
+    ),
+    "row: dual forgotten": ("b = load_basis(dual_ptr, lane,", "b = load_basis(basis_ptr, lane,"),
+    "row: dual written": (
+        "y = edited(x, tl.sum(u * z[None, :], 1) + 0.0, r, kind, ADD, SEPARATE)\n        tl.store(",
+        "y = edited(x, tl.sum(b * z[None, :], 1) + 0.0, r, kind, ADD, SEPARATE)\n        tl.store(",
+    ),
+    "offset forgotten": ("z -= tl.load(offset_ptr + rank,", "z -= 0.0 * tl.load(offset_ptr + rank,"),
+    "offset's sign": ("z -= tl.load(offset_ptr + rank,", "z += tl.load(offset_ptr + rank,"),
+    "row: chunks: dual forgotten": (
+        "b = load_basis(dual_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)\n            z +=",
+        "b = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)\n            z +=",
+    ),
+    "two-pass: dual forgotten": (
+        "b = load_basis(dual_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)\n        z = gather",
+        "b = load_basis(basis_ptr, column, d, k, stride_basis_d, stride_basis_k, BLOCK_K)\n        z = gather",
+    ),
+    "two-pass: offset once a chunk": (
+        "z = gather(x, b, z, PIECES, PRECISION)\n",
+        "z = gather(x, b, less_offset(z, offset_ptr, tl.arange(0, BLOCK_K)[None, :], k, OFFSET), PIECES, PRECISION)\n",
+    ),
+    "tile: dual forgotten": ("inside_products(kept, dual_ptr,", "inside_products(kept, basis_ptr,"),
+    "tile: offset in the order of memory": ("rank = 2 * (slot % 8) + slot // 8", "rank = slot"),
+    "tile: offset once a warp": (
+        "less_offset(over_warps(z, WARPS, BLOCK_M), offset_ptr, rank[:, None], BLOCK_K, OFFSET)",
+        "over_warps(less_offset(z, offset_ptr, rank[None, :, None], BLOCK_K, OFFSET), WARPS, BLOCK_M)",
     ),
     "row: row stride assumed": ("x_ptr + row * stride_x", "x_ptr + row * d"),
     "row: residual stride assumed": ("residual_ptr + row * stride_residual", "residual_ptr + row * d"),
@@ -118,15 +143,15 @@ MUTATIONS = {
         "1.0 / (tl.sqrt(tl.sum(wide * wide, 0) / d) + eps)",
     ),
     "row: mean over the block": ("tl.sum(wide * wide, 0) / d", "tl.sum(wide * wide, 0) / BLOCK_D"),
-    "row: a row that is not whole taken for one": ('"WHOLE": options["BLOCK_D"] >= d', '"WHOLE": True'),
+    "row: a row that is not whole taken for one": ('"WHOLE": options["BLOCK_D"] >= d and elements', '"WHOLE": True or elements'),
     "row: chunks: z rounded": (
-        "z += tl.sum(x.to(tl.float32)[:, None] * u, 0)",
-        "z = (z + tl.sum(x.to(tl.float32)[:, None] * u, 0)).to(tl.float16).to(tl.float32)",
+        "z += tl.sum(x.to(tl.float32)[:, None] * b, 0)",
+        "z = (z + tl.sum(x.to(tl.float32)[:, None] * b, 0)).to(tl.float16).to(tl.float32)",
     ),
     "row: chunks: last columns unmasked": ("column, y, mask=column < d)", "column, y, mask=column < d + BLOCK_D)"),
     "row: chunks: those before the last lost": (
-        "z += tl.sum(x.to(tl.float32)[:, None] * u, 0)",
-        "z = tl.sum(x.to(tl.float32)[:, None] * u, 0)",
+        "z += tl.sum(x.to(tl.float32)[:, None] * b, 0)",
+        "z = tl.sum(x.to(tl.float32)[:, None] * b, 0)",
     ),
     "row: chunks: eps outside the root": (
         "tl.rsqrt(tl.sum(squares, 0) / d + eps)",
@@ -150,7 +175,7 @@ MUTATIONS = {
         "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=inside)",
         "tl.store(n_row + column[None, :], normalized(h, w, inverse_rms, kind, SEPARATE), mask=row_in)",
     ),
-    "two-pass: chunks before the last lost": ("z = gather(x, u, z,", "z = gather(x, u, z * 0.0,"),
+    "two-pass: chunks before the last lost": ("z = gather(x, b, z,", "z = gather(x, b, z * 0.0,"),
     "two-pass: eps outside the root": (
         "tl.rsqrt(tl.sum(squares, 1) / d + eps)",
         "1.0 / (tl.sqrt(tl.sum(squares, 1) / d) + eps)",
@@ -337,13 +362,13 @@ def test_the_choice_of_a_form_is_by_shape_alone():
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
 def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
-    from kernel_surgery.ops.compiled import CASES, compile_project
+    from kernel_surgery.ops.compiled import CASES, OBLIQUE_CASES, compile_project
 
     forms = set()
     # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
     for dtype in DTYPES if operation != "project" else ("bfloat16",):
-        for rows, d, k in CASES:
-            c = compile_project(sm, dtype, rows, d, k, operation)
+        for oblique, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
+            c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
             print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} bytes shared")
             assert c.faults() == []
             forms.add(c.form)
@@ -351,18 +376,19 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
 
 
 def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
-    from kernel_surgery.ops.compiled import CASES, MAY_SPILL, OPERATIONS, SHARED_LIMIT, kernel_sha256
+    from kernel_surgery.ops.compiled import CASES, MAY_SPILL, OBLIQUE_CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
 
     table = json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
     remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json --overwrite"
     assert table["kernel_sha256"] == kernel_sha256(), remedy
-    names = {(r["sm"], r["operation"], r["dtype"], r["rows"], r["d"], r["k"]) for r in table["rows"]}
+    names = {(r["sm"], r["operation"], r["dtype"], r["oblique"], r["rows"], r["d"], r["k"]) for r in table["rows"]}
     assert names == {
-        (sm, operation, dtype, *case)
+        (sm, operation, dtype, oblique, *case)
         for sm in SHARED_LIMIT
         for operation in OPERATIONS
         for dtype in DTYPES
-        for case in CASES
+        for oblique in (False, True)
+        for case in (CASES, OBLIQUE_CASES)[oblique]
     }, remedy
     assert [r for r in table["rows"] if r["faults"] or r["spilled"] > MAY_SPILL or r["narrow"]] == []
     assert [r for r in table["rows"] if r["blocks"] < 1 or r["in_flight"] < 1] == []

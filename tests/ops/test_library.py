@@ -206,7 +206,7 @@ def products_of_the_edit():
         "bake": lambda: bake_weight(weight, u),
         "undo": lambda: remove(weight, u)[1],
         "adapter": lambda: lora_pair(weight, u).a,
-        "lora": lambda: add_pair(output, pair.stacked(), h),
+        "lora": lambda: add_pair(output, pair.a, pair.b, h),
     }
     return forms, lambda: h @ weight.T, x, u, weight
 

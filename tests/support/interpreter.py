@@ -25,8 +25,9 @@ import triton.language as tl
 from kernel_surgery.kernels import project as kernels
 from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.eager import project_eager
-from tests.support.models import basis
+from tests.support.models import basis, oblique
 
 project = None  # of the module under test: `results` sets it
 DTYPES = ("bfloat16", "float16", "float32")
@@ -86,16 +87,18 @@ def bases(d, k):
 
 def check(case, x, u, strength, row_strength=None, residual=None, both=True, **options):
     """The projection, the sum and the norm of one input, each against its oracle; the sum against separate operations
-    bit for bit. both: also the sum alone, and with one rounding."""
+    bit for bit. u: a basis or a projection. both: also the sum alone, and with one rounding."""
+    edit = Projection.of(u)
     a = strength if row_strength is None else strength * row_strength
-    exact = project_oracle(x, u, a)
+    exact = project_oracle(x, edit, a)
+    u, options = edit.basis, options | {"dual": edit.dual, "offset": edit.offset}
     y, _ = project(x, u, strength, row_strength, **options)
-    eager = (project_eager(x, u, a if row_strength is None else a.unsqueeze(1)).double() - exact).abs()
+    eager = (project_eager(x, edit, a if row_strength is None else a.unsqueeze(1)).double() - exact).abs()
     error = (y.double() - exact).abs()
     rounding = torch.finfo(x.dtype).eps / 2 * exact.abs().max() if x.numel() else 0.0
     weight = torch.rand(x.shape[1]).to(x.dtype) - 0.5
     residual = torch.randn(x.shape).to(x.dtype) if residual is None else residual
-    results = {"y": worst_ratio(error, rule_a_bound(x, u, a))}
+    results = {"y": worst_ratio(error, rule_a_bound(x, edit, a))}
     for separate in (True, False) if both else (True,):
         more = options | {"residual": residual, "separate": separate}
         h, n = project(x, u, strength, row_strength, weight=weight, eps=EPS, **more)
@@ -112,7 +115,7 @@ def check(case, x, u, strength, row_strength=None, residual=None, both=True, **o
             results["n other than apart"] = float((n != apart).float().mean()) / 0.01 if n.numel() else 0.0
         name = "separate" if separate else "once"
         off = (h.double() - (residual.double() + exact)).abs()
-        results[f"h {name}"] = worst_ratio(off, add_bound(x, residual, u, a, separate))
+        results[f"h {name}"] = worst_ratio(off, add_bound(x, residual, edit, a, separate))
         off = (n.double() - rmsnorm_oracle(h, weight, EPS)).abs()
         results[f"n {name}"] = worst_ratio(off, rmsnorm_bound(h, weight, EPS, separate))
     return {
@@ -189,6 +192,32 @@ def rows(path):
     yield {"case": f"{path} isolation of the norm", "same_bits": same and bool(n[bad].isnan().any(1).all())}
 
 
+def obliques(path):
+    """A dual and an offset, alone and together, with a strength a row; bases in every order of memory."""
+    dtype, options = PATHS[path]
+    d, k = (256, 16) if "tile" in path else (130, 10)
+    m = 3 if "row" in path else 18
+    edit, a = oblique(d, k, offset=True), torch.rand(m)
+    x = (torch.randn(m, d) + edit.basis @ torch.randn(k)).to(dtype)
+    cases = {"dual": edit.linear, "offset": Projection(basis(d, k), None, edit.offset), "both": edit}
+    for name, form in cases.items():
+        yield check(f"{path} {name}", x, form, 0.7, both=False, **options)
+    yield check(f"{path} both, per row", x, edit, 2.0, a, **options)
+    inside = (torch.randn(m, k) @ edit.basis.T).to(dtype)
+    y, _ = project(inside, edit.basis, 1.0, dual=edit.dual, **options)
+    ratio = worst_ratio(leak(y, edit.linear), leak_bound(y, inside, edit.linear))
+    yield {"case": f"{path} oblique leak", "over_bound": {"leak": ratio}}
+    if "tile" not in path:
+        turned = edit.linear.map(lambda t: t.T.contiguous().T)
+        yield check(f"{path} column-major", x, turned, 1.0, both=False, **options)
+    try:
+        project(x, edit.basis, 1.0, dual=edit.dual.T.contiguous().T, **options)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    yield {"case": f"{path} dual in another order", "same_bits": "must lie in memory as the basis" in said}
+
+
 def batches(path):
     """A row's bits in batches of every size: the same with `invariant`, whatever the form that is then chosen."""
     dtype, options = PATHS[path]
@@ -248,6 +277,7 @@ def results(module, groups, paths):
             "memory": memory,
             "rows": rows,
             "batches": batches,
+            "oblique": obliques,
         }[group](path)
         same = all(bool(g.isnan().all()) for g in guards)
         guards.clear()
@@ -264,7 +294,7 @@ if __name__ == "__main__":
             spec.loader.exec_module(module)
             first = Path(file).name.split(".")[0]
             paths = sorted(PATHS, key=lambda path: first not in (path, PATHS[path][1]["form"]))
-            cases = results(module, ("few", "memory", "rows"), paths)
+            cases = results(module, ("few", "oblique", "memory", "rows"), paths)
             print(json.dumps(next(filter(None, map(broken, cases)), "")), flush=True)
     else:
         for result in results(kernels, sys.argv[1].split(","), sys.argv[2:] or PATHS):

@@ -2,6 +2,8 @@
 
 import torch
 
+from kernel_surgery.numerics.projection import Projection
+
 _COMMON = {
     "vocab_size": 64,
     "hidden_size": 48,
@@ -36,3 +38,14 @@ def basis(d: int, k: int, seed: int = 0) -> torch.Tensor:
     """An orthonormal [d, k] float32 basis, row-major."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0].float().contiguous()
+
+
+def oblique(d: int, k: int, seed: int = 0, *, offset: bool = False, spread: float = 30.0) -> Projection:
+    """An oblique projection: B^T A = I, in a space whose directions differ in size by a factor of `spread`."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    sizes = torch.logspace(0, 1, d, base=spread, dtype=torch.float64) / spread**0.5
+    q = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
+    a, b = directions @ (sizes[:, None] * q), directions @ (q / sizes[:, None])
+    c = torch.randn(k, generator=generator, dtype=torch.float64) if offset else None
+    return Projection(a, b, c).map(lambda t: t.float().contiguous())
