@@ -38,14 +38,15 @@ def run(argv: list[str] | None = None) -> int:
     )
 
     print(
-        "target operation           form     dtype     rows    d  k edit       registers spilled late loads blocks in flight  "
-        "shared (limit)"
+        "target operation           form     dtype     rows    d  k edit       registers spilled late loads blocks "
+        "in flight  shared (limit)"
     )
     table = []
+    cases = [(False, *case) for case in CASES] + [(True, *case) for case in OBLIQUE_CASES]
     for sm in SHARED_LIMIT:
         for operation in OPERATIONS:
             for dtype in ("bfloat16", "float16", "float32"):
-                for oblique, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
+                for oblique, rows, d, k in cases:
                     c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
                     table.append(asdict(c) | {"faults": c.faults()})
                     print(

@@ -117,8 +117,9 @@ def compile_project(
 ) -> Compiled:
     """Compile `kernels/project.py` for compute capability `sm` (80 or 90), as it would be launched for x [rows, d].
 
-    Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. oblique: with a dual and an
-    offset. form, overrides: replace the choice of kernel and its launch options. Raises what Triton raises for a kernel that does not compile.
+    Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. oblique: with a dual and
+    an offset. form, overrides: replace the choice of kernel and its launch options. Raises what Triton raises for a
+    kernel that does not compile.
     """
     import triton
     from triton import knobs

@@ -143,7 +143,10 @@ MUTATIONS = {
         "1.0 / (tl.sqrt(tl.sum(wide * wide, 0) / d) + eps)",
     ),
     "row: mean over the block": ("tl.sum(wide * wide, 0) / d", "tl.sum(wide * wide, 0) / BLOCK_D"),
-    "row: a row that is not whole taken for one": ('"WHOLE": options["BLOCK_D"] >= d and elements', '"WHOLE": True or elements'),
+    "row: a row that is not whole taken for one": (
+        '"WHOLE": options["BLOCK_D"] >= d and elements',
+        '"WHOLE": True or elements',
+    ),
     "row: chunks: z rounded": (
         "z += tl.sum(x.to(tl.float32)[:, None] * b, 0)",
         "z = (z + tl.sum(x.to(tl.float32)[:, None] * b, 0)).to(tl.float16).to(tl.float32)",
