@@ -101,7 +101,7 @@ def test_a_bundle_checks_out_and_a_changed_text_does_not(before):
 def test_activations_and_texts_are_read(before):
     acts = "study/activations-mlp_out-last.safetensors"
     status, out, err = call("fit", "--activations", acts, "--out", "fitted.safetensors", "--rank", 2)
-    assert (status, err) == (0, "") and "rank 2, layers 2-5, site mlp_out, model polyglot" in out
+    assert (status, err) == (0, "") and "rank 2, orthogonal, layers 2-5, site mlp_out, model polyglot" in out
     status, out, err = call("score", "bundle/samples.jsonl")
     assert status == 0 and len(out.splitlines()) == 20 and err.startswith("original en: 5/5 right")
 

@@ -10,8 +10,8 @@ the error that the original model itself makes in that dtype.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.certify.checks import LogitComparison, broken, check_outputs, check_span, check_tensor, span_rows
-from kernel_surgery.certify.running import ROWS, _instead, _sampled, _seen, exactly_edited, greedy, prompt_ids
+from kernel_surgery.certify.running import (
+    ROWS,
+    _instead,
+    _sampled,
+    _seen,
+    decode,
+    exactly_edited,
+    greedy,
+    prompt_ids,
+)
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.baked import refuse_offset_without_bias
@@ -28,7 +37,7 @@ from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import LLAMA, DecoderLayer, Norm, next_norm, submodule
 from kernel_surgery.models.layerwise import Layerwise
-from kernel_surgery.models.load import load_model, load_tokenizer
+from kernel_surgery.models.load import load_tokenizer
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
@@ -278,40 +287,6 @@ class _Certifier:
                 self.faults.append(f"{mode}: {words} is {ratio:.3g} times the original's")
         return figures
 
-    def decode(self, ids: Tensor, prompt: int) -> dict[str, Tensor]:
-        """Decode with the model loaded whole and every layer of the subspace edited at once.
-
-        The text is given; it is fed token by token with a cache, as in generation. Returns {mode: logits [sequences,
-        new tokens + 1, words]}.
-        """
-        model = load_model(str(self.low.folder), self.low.dtype, self.low.device)
-        logits_by_mode: dict[str, Tensor] = {}
-        ids = ids.to(self.low.device)
-        for mode in ("original", *self.modes):
-            running = model
-            edit: AbstractContextManager[Edit | None] = nullcontext()
-            if mode == "baked" and self.made is not None:
-                running = load_model(str(self.made.folder), self.low.dtype, self.low.device)
-            elif mode != "original":
-                edit = self.all_layers(mode, model)
-            with edit:
-                out = running(ids[:, :prompt], use_cache=True)
-                logits = [out.logits[:, -1:]]
-                for at in range(prompt, ids.shape[1]):
-                    out = running(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
-                    logits.append(out.logits)
-            logits_by_mode[mode] = torch.cat(logits, 1)
-        return logits_by_mode
-
-    @contextmanager
-    def all_layers(self, mode: str, model: nn.Module) -> Iterator[None]:
-        """Edit every layer while the block runs: layers with one strength together."""
-        with ExitStack() as stack:
-            for strength in dict.fromkeys(self.strengths.values()):
-                edits = {layer: edit for layer, edit in self.edits.items() if self.strengths[layer] == strength}
-                stack.enter_context(APPLIERS[mode](model, edits, strength))
-            yield
-
 
 # The figures of a mode's row that must not exceed 1, with the words that name them in a fault.
 LIMITS = {
@@ -387,7 +362,7 @@ def certify_model(
         if whole is None:
             width = torch.finfo(dtype).bits // 8
             whole = sum(math.prod(entry.shape) * width for _, entry in run.low.places.values()) <= WHOLE
-        decoded = run.decode(ids, length) if whole else {}
+        decoded = decode(run.low, run.made, run.edits, strengths, run.modes, ids, length) if whole else {}
         logits = run.compare_logits(streams, oracles, length, decoded)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -395,13 +370,8 @@ def certify_model(
         "device": str(device),
         "providers": run.providers,
         "sampled": {
-            **{
-                "prompts": len(ids),
-                "prompt_tokens": length,
-                "new_tokens": new_tokens,
-                "text": description,
-                "seed": seed,
-            },
+            **{"prompts": len(ids), "prompt_tokens": length, "new_tokens": new_tokens},
+            **{"text": description, "seed": seed},
             **{"positions": ids.numel(), "rows_per_layer": min(ROWS, ids.numel()), "decoded_whole": whole},
         },
         **{"modes": run.modes, "left_out": run.left_out, "layers": run.layers, "pairs": run.pairs},

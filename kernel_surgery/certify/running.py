@@ -1,7 +1,7 @@
 """Running a model layer by layer for a certificate: prompts, greedy text, and replaced modules."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.models.architectures import LLAMA, submodule
 from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.load import load_model
 from kernel_surgery.numerics.oracle import project_oracle
-from kernel_surgery.numerics.projection import BasisLike
+from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.problems.generator import problems
 
 if TYPE_CHECKING:
@@ -137,3 +139,49 @@ def _sampled(x: Tensor) -> Tensor:
     """Return at most ROWS rows of x, taken at even intervals."""
     rows = x.flatten(0, -2)
     return rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=x.device).round().long()]
+
+
+def decode(
+    low: Layerwise,
+    made: Layerwise | None,
+    edits: Mapping[int, Projection],
+    strengths: Mapping[int, float],
+    modes: Sequence[str],
+    ids: Tensor,
+    prompt: int,
+) -> dict[str, Tensor]:
+    """Decode with the model loaded whole and every layer edited at once, in every mode.
+
+    The text `ids` is given; it is fed token by token with a cache, as in generation. made: a baked checkpoint, for the
+    baked mode. prompt: its number of tokens. Returns {mode: logits [sequences, new tokens + 1, words]}.
+    """
+    model = load_model(str(low.folder), low.dtype, low.device)
+    logits_by_mode: dict[str, Tensor] = {}
+    ids = ids.to(low.device)
+    for mode in ("original", *modes):
+        running = model
+        edit: AbstractContextManager[None] = nullcontext()
+        if mode == "baked" and made is not None:
+            running = load_model(str(made.folder), low.dtype, low.device)
+        elif mode != "original":
+            edit = all_layers(mode, model, edits, strengths)
+        with edit:
+            out = running(ids[:, :prompt], use_cache=True)
+            logits = [out.logits[:, -1:]]
+            for at in range(prompt, ids.shape[1]):
+                out = running(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+                logits.append(out.logits)
+        logits_by_mode[mode] = torch.cat(logits, 1)
+    return logits_by_mode
+
+
+@contextmanager
+def all_layers(
+    mode: str, model: nn.Module, edits: Mapping[int, Projection], strengths: Mapping[int, float]
+) -> Iterator[None]:
+    """Edit every layer while the block runs: layers with one strength together."""
+    with ExitStack() as stack:
+        for strength in dict.fromkeys(strengths.values()):
+            together = {layer: edit for layer, edit in edits.items() if strengths[layer] == strength}
+            stack.enter_context(APPLIERS[mode](model, together, strength))
+        yield

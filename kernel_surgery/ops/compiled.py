@@ -128,7 +128,8 @@ def compile_project(
 
     kind = getattr(torch, dtype)
     form = form or form_of(kind, rows, d, k)
-    options = launch_options(kind, rows, d, k, form, *OPERATIONS[operation].values(), dual=oblique, **overrides)
+    add, norm = OPERATIONS[operation].values()
+    options = launch_options(kind, rows, d, k, form, add, norm, oblique, **overrides)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     element = STORED[dtype].triton
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}

@@ -96,7 +96,7 @@ def test_the_oracle_text_and_the_logits_are_the_models_own():
     oracle = Layerwise(POLYGLOT, torch.float64, exact=True)
     ids, _ = prompt_ids(load_tokenizer("polyglot"), 3, 0, 2048)
     with torch.no_grad():
-        text = greedy(oracle, ids, subspace.bases, 1.0, 6, lambda: None)
+        text = greedy(oracle, ids, subspace.projections, {}, 6, lambda: None)
         with hooked(model, subspace):
             theirs = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert torch.equal(text, theirs)
@@ -375,14 +375,14 @@ def test_a_fused_layer_that_hands_a_wrong_norm_on_is_named(monkeypatch):
 
     real = ops.project_add_rmsnorm
 
-    def wrong(output, residual, weight, eps, u, strength):
-        h, n = real(output, residual, weight, eps, u, strength)
+    def wrong(output, residual, weight, eps, u, strength, **more):
+        h, n = real(output, residual, weight, eps, u, strength, **more)
         return h, n * 1.02
 
     monkeypatch.setattr(ops, "project_add_rmsnorm", wrong)
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the norm that follows is" in f for f in faults)
-    monkeypatch.setattr(ops, "project_add_rmsnorm", lambda o, r, w, e, u, a: real(o, 1.01 * r, w, e, u, a))
+    monkeypatch.setattr(ops, "project_add_rmsnorm", lambda o, r, w, e, u, a, **m: real(o, 1.01 * r, w, e, u, a, **m))
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the edit with the residual addition is" in f for f in faults)
 

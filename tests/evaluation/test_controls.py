@@ -83,7 +83,7 @@ def test_moments_are_those_of_every_token_and_of_no_padding():
     for i in LAYERS:
         x = torch.cat(seen[i])
         torch.testing.assert_close(found[i].mean, x.mean(0), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found[i].second, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[i].mean_square, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         u = basis(48, 5, i)
         removed = (x - project_oracle(x, u)).square().sum(-1).mean()
         assert found[i].energy(u) == pytest.approx(float(removed), rel=1e-4)

@@ -18,6 +18,7 @@ from kernel_surgery.evaluation.effects import (
     table,
 )
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.problems.neutral import SENTENCES
 from kernel_surgery.scoring.language import judge
@@ -102,10 +103,11 @@ def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
         assert after["mlp_out"][i] == pytest.approx(1 / 7)
     assert after["mlp_out"][0] == before["mlp_out"][0] and min(after["resid_post"].values()) > 0.5
     # And the leak says the same: nothing at the site but rounding, and the stream still holds what others wrote.
-    leak = leaks(states, edited, everything)
+    projections = {i: Projection(u) for i, u in everything.items()}
+    leak = leaks(states, edited, projections)
     assert list(leak["mlp_out"]) == list(subspace.layers) and max(leak["mlp_out"].values()) < 1e-6
     assert min(leak["resid_post"].values()) > 0.1
-    assert leaks(states, states, everything)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
+    assert leaks(states, states, projections)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
 
 
 def test_the_table_names_the_worst_layer():
