@@ -375,14 +375,14 @@ def test_a_fused_layer_that_hands_a_wrong_norm_on_is_named(monkeypatch):
 
     real = ops.project_add_rmsnorm
 
-    def wrong(output, residual, weight, eps, u, strength, **more):
-        h, n = real(output, residual, weight, eps, u, strength, **more)
+    def wrong(*given, **edit):
+        h, n = real(*given, **edit)
         return h, n * 1.02
 
     monkeypatch.setattr(ops, "project_add_rmsnorm", wrong)
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the norm that follows is" in f for f in faults)
-    monkeypatch.setattr(ops, "project_add_rmsnorm", lambda o, r, w, e, u, a, **m: real(o, 1.01 * r, w, e, u, a, **m))
+    monkeypatch.setattr(ops, "project_add_rmsnorm", lambda o, r, *rest, **edit: real(o, 1.01 * r, *rest, **edit))
     faults = certified(torch.bfloat16)["faults"]
     assert any("layer 2: fused: the error of the edit with the residual addition is" in f for f in faults)
 
