@@ -29,6 +29,7 @@ HEADERS = {
     "a dtype that is none": GOOD | {"a": GOOD["a"] | {"dtype": {}}},
     "an unknown dtype": GOOD | {"a": GOOD["a"] | {"dtype": "F33"}},
     "offsets that overlap": GOOD | {"b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
+    "an end before the begin": GOOD | {"b": {"dtype": "F4", "shape": [1], "data_offsets": [16, 8]}},
     "three offsets": GOOD | {"a": GOOD["a"] | {"data_offsets": [0, 8, 16]}},
     "a hole": {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
     "metadata of numbers": GOOD | {"__metadata__": {"format": 1}},
