@@ -501,10 +501,12 @@ def launch_options(
     if form == "row":
         # 64 registers per thread for a chunk of U. If U is not padded, it is not read in whole vectors and takes more.
         block_d = min(triton.next_power_of_2(d), (IN_REGISTERS if k == block_k else 4096) // block_k)
-        warps = max(4, block_d * block_k // 4096)
-        options = {"BLOCK_D": max(32, block_d), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2} | overrides
-        elements = options["BLOCK_D"] * block_k * (2 if dual else 1)
-        return options | {"WHOLE": options["BLOCK_D"] >= d and elements <= IN_REGISTERS}
+        block_d = overrides.get("BLOCK_D", max(32, block_d))
+        elements = block_d * block_k * (2 if dual else 1)
+        whole = block_d >= d and elements <= IN_REGISTERS
+        warps = max(4, (elements if whole else block_d * block_k) // 4096)  # a whole row keeps A and B
+        options = {"BLOCK_D": block_d, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2}
+        return options | overrides | {"WHOLE": whole}
     pieces, precision = {
         torch.bfloat16: (tl.bfloat16, "ieee"),
         torch.float16: (None, "tf32x3"),

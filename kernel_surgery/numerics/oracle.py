@@ -33,7 +33,9 @@ def rmsnorm_oracle(h: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def bake_oracle(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
     """Return W - a A (B^T W) in float64 for a weight [d, d_ff], or b - a A (B^T b - c) for a bias [d]."""
-    return project_oracle(weight.T, Projection.of(basis).for_tensor(weight.ndim), strength).T
+    if weight.ndim == 1:
+        return project_oracle(weight, basis, strength)
+    return project_oracle(weight.T, Projection.of(basis).linear, strength).T
 
 
 def leak(y: Tensor, basis: BasisLike) -> Tensor:

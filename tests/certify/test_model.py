@@ -169,13 +169,14 @@ def with_weights(function):
 
 
 def dense(x, u, strength):
+    u = u.basis
     p = (torch.eye(len(u)) - strength * u @ u.T).to(torch.bfloat16)
     return (x.float() @ p.float().T).to(x.dtype)
 
 
 def rounded_z(x, u, strength):
-    z = (x.float() @ u).bfloat16().float()
-    return (x.float() - strength * z @ u.T).to(x.dtype)
+    z = (x.float() @ u.basis).bfloat16().float()
+    return (x.float() - strength * z @ u.basis.T).to(x.dtype)
 
 
 def flipped(weight, u, strength):

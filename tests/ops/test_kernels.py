@@ -144,8 +144,8 @@ MUTATIONS = {
     ),
     "row: mean over the block": ("tl.sum(wide * wide, 0) / d", "tl.sum(wide * wide, 0) / BLOCK_D"),
     "row: a row that is not whole taken for one": (
-        '"WHOLE": options["BLOCK_D"] >= d and elements',
-        '"WHOLE": True or elements',
+        "whole = block_d >= d and elements",
+        "whole = True or elements",
     ),
     "row: chunks: z rounded": (
         "z += tl.sum(x.to(tl.float32)[:, None] * b, 0)",
