@@ -1,13 +1,15 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help run test slow check fix gpu bench reproduce
+.PHONY: help run smollm2 test slow real check fix gpu bench reproduce
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
 	@echo "make reproduce MODEL=Qwen/Qwen2.5-3B   collect, fit, bake, verify, evaluate; one bundle"
+	@echo "make smollm2   fetch SmolLM2-135M-Instruct, a real model, for --model smollm2"
 	@echo "make test   the everyday tests, in two minutes"
 	@echo "make slow   the other tests; CI runs both"
+	@echo "make real   the tests on SmolLM2"
 	@echo "make check  ruff, mypy, the import order and the packaging: a minute"
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
@@ -19,11 +21,17 @@ run:
 reproduce:
 	$(PYTHON) -m kernel_surgery.reproduce --model $(or $(MODEL),polyglot) --out $(or $(OUT),results/reproduce) --controls haar:20
 
+smollm2:
+	$(PYTHON) -m kernel_surgery.dequantize smollm2
+
 test:
 	$(PYTHON) -m pytest
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+real: smollm2
+	$(PYTHON) -m pytest -m real
 
 check:
 	$(PYTHON) -m ruff check .

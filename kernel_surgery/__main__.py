@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "score texts that any engine generated",
     "study": "choose a setting on the dev problems, freeze it, report it on the test problems",
     "reproduce": "run everything and write one bundle that anyone can check",
+    "dequantize": "make a checkpoint of a GGUF file, or fetch SmolLM2",
     "aot": "compile the Triton kernels ahead of time, without a GPU",
 }
 

@@ -43,10 +43,10 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
-    from kernel_surgery.models.load import local_folder, resolve_model
+    from kernel_surgery.models.load import local_folder, resolve_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
-    command, source = command_line("bake", argv), resolve_model(args.model)
+    command, source = command_line("bake", argv), resolve_checkpoint(args.model)
     if args.undo:
         norms = undo_checkpoint(local_folder(source), args.out, command=command)
         show(norms)

@@ -40,10 +40,10 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.adapter import write_adapter
-    from kernel_surgery.models.load import local_folder, resolve_model
+    from kernel_surgery.models.load import local_folder, resolve_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
-    command, source = command_line("lora", argv), resolve_model(args.model)
+    command, source = command_line("lora", argv), resolve_checkpoint(args.model)
     subspace = Subspace.load(args.subspace, force=args.force)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
     rank = write_adapter(local_folder(source), subspace, args.out, **options)

@@ -22,7 +22,7 @@ from kernel_surgery.models.load import POLYGLOT
 from kernel_surgery.problems.generator import problems
 
 STAGES = (
-    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce"),
+    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "dequantize"),
     *("polyglot.train", "polyglot.card"),
 )
 

@@ -40,7 +40,7 @@ PACKAGE = Path(kernel_surgery.__file__).resolve().parent
 POLYGLOT = PACKAGE / "polyglot" / "model"
 SHIPPED = POLYGLOT.parent / "subspace.safetensors"
 STAGES = (
-    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce"),
+    *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "dequantize"),
     *("polyglot.train", "polyglot.card"),
 )
 UPDATE = "run python -m tests.test_golden --update if the change was meant"

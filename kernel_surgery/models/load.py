@@ -15,12 +15,16 @@ from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.files.contents import contents, select
+from kernel_surgery.models.gguf import is_gguf, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLYGLOT = PACKAGE / "polyglot" / "model"
 POLYGLOT_SUBSPACE = PACKAGE / "polyglot" / "subspace.safetensors"
+# Fetched by `make smollm2`: in a clone beside the package, else in the user's cache.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel-surgery"
+SMOLLM2_FOLDER = (PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else _CACHE) / "models" / "smollm2"
 # Letters, digits and -_. on both sides of exactly one slash: what the hub allows as a repository's name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_TIMEOUT_S = 5.0
@@ -32,11 +36,13 @@ def public_name(name: str | os.PathLike) -> str:
     name: as in `load_model`. The hub's cache knows the id of a folder.
     """
     path = Path(name).expanduser()
-    if str(name) == "polyglot" or not path.is_dir():
+    if str(name) in ("polyglot", "smollm2"):
         return str(name)
+    if not path.is_dir():
+        return path.name if is_gguf(path) else str(name)
     folder = path.resolve()
-    if folder == POLYGLOT:
-        return "polyglot"
+    if folder in (POLYGLOT, SMOLLM2_FOLDER):
+        return "polyglot" if folder == POLYGLOT else "smollm2"
     return hub_id(folder) or folder.name
 
 
@@ -63,25 +69,45 @@ def quiet_transformers() -> None:
 def resolve_model(name: str) -> str:
     """Return the folder or hub id that `from_pretrained` needs for `name`. Nothing is loaded.
 
-    "polyglot" is the embedded model. A local folder must hold config.json and complete safetensors weights. For a hub
+    "polyglot" is the embedded model, and "smollm2" the one that `make smollm2` fetches. A GGUF file is dequantised into
+    a folder of this process. A local folder must hold config.json and complete safetensors weights. For a hub
     id (org/name) the hub is asked once, for five seconds at most: the loader would retry for half a minute. If it
     cannot be reached, or HF_HUB_OFFLINE is set, the copy in the local cache is used. Raises UserError otherwise.
     """
     if name == "polyglot":
         contents(POLYGLOT, "the embedded model")
         return str(POLYGLOT)
+    if name == "smollm2":
+        if not (SMOLLM2_FOLDER / "config.json").is_file():
+            raise UserError(
+                "smollm2 is not here yet. Fetch it (98 MB): python -m kernel_surgery.dequantize smollm2, or make smollm2."
+            )
+        return str(SMOLLM2_FOLDER)
     path = Path(name).expanduser()
     if name and path.is_dir():
         contents(path)
         return str(path)
+    if is_gguf(path) and path.is_file():
+        quiet_transformers()
+        return str(opened(path.resolve()))
     if path.is_file():
         raise UserError(f"model {name!r} is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
         return _resolve_hub_id(name)
     raise UserError(
         f"no model at {name!r}: there is no such folder. "
-        'Give "polyglot" (the embedded model), a folder with config.json and weights, or a hub id org/name.'
+        'Give "polyglot" (the embedded model), a folder with config.json and weights, a GGUF file, or a hub id.'
     )
+
+
+def resolve_checkpoint(name: str) -> str:
+    """As `resolve_model`, for commands that write a checkpoint or an adapter: a GGUF file is refused. Raises UserError."""
+    if is_gguf(name):
+        raise UserError(
+            f"model {name!r} is a GGUF file, which has no weights that can be edited in place. Make a checkpoint first: "
+            f"python -m kernel_surgery.dequantize {name} --out DIR"
+        )
+    return resolve_model(name)
 
 
 @functools.cache

