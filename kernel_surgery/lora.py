@@ -2,7 +2,8 @@
 
     python -m kernel_surgery.lora --model SRC --subspace S --out DIR
 
-The adapter is W + B A with A = a U^T W and B = -U, in PEFT's LoRA format, in float32. alpha = r makes its scaling 1.
+The adapter is W + B A, in PEFT's LoRA format, in float32: A is a B_e^T W and B is -A_e, with the edit's A_e and B_e
+(both U for an orthogonal edit). alpha = r makes its scaling 1.
 The rank is the subspace's, padded with zeros to one that serving engines accept.
 
 In exact arithmetic the adapter is the edit. In floating point it differs from hook and fused in one place. It subtracts
