@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 _MEMORY = Path("/dev/shm")  # a file system in memory, where Linux has one
+# What transformers and gguf raise for a file that is cut off, damaged, or of an unknown architecture.
+_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError, struct.error)
 # A packed weight has 3.4 bits at least; float32 has 32.
 _GROWTH = 10
 
@@ -68,7 +71,7 @@ def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
         raise UserError(
             "GGUF files need two more packages. Install them: pip install 'kernel-surgery[gguf]' (gguf and accelerate)."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+    except _DAMAGED as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot load a model from {str(path)!r}: {first}") from error
     return model, tokenizer
