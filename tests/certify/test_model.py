@@ -416,7 +416,7 @@ def test_a_forgotten_bias_is_named(tmp_path, monkeypatch, mode):
 
 DOWN = f"model.layers.{WRONG_LAYER}.mlp.down_proj.weight"
 ON_DISK = {
-    "P in bfloat16": lambda w, old, u: dense(old.float().T, u, 1.0).T,
+    "P in bfloat16": lambda w, old, u: dense(old.float().T, Projection(u), 1.0).T,
     "skipped": lambda w, old, u: old,
     "U of another layer": lambda w, old, u: bake_weight(old, OTHER),
     "strength off by a percent": lambda w, old, u: bake_weight(old, u, 0.99),
