@@ -29,6 +29,7 @@ from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.models.load import parse_device
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
+from kernel_surgery.numerics.projection import Projection
 
 # Qwen2.5-3B's d_model at every number of rows; a larger d_model or rank with the fewest rows and the most. The most
 # important come first, since a run that is stopped keeps its rows.
@@ -41,6 +42,7 @@ EPS = 1e-6
 # {case: how the names of its floors begin}. A floor moves the same bytes and makes no edit.
 FLOORS = {"project": "copy", "project_add_rmsnorm": "add + rmsnorm"}
 AGAIN = "{} again"
+AFFINE = "affine"  # in the name of a method whose edit has a dual and an offset
 FORMS = ("row", "tile", "two-pass")
 
 
@@ -55,13 +57,12 @@ def inputs(m: int, d: int, k: int, dtype, device) -> dict:
     x, residual = (torch.randn(m, d, generator=generator).to(dtype).to(device) for _ in range(2))
     weight = torch.rand(d, generator=generator).to(dtype).to(device)
     wide = packed(basis) if x.is_cuda else basis
+    # A = S U and B = S^-1 U with a diagonal S, so B^T A = I.
+    sizes = torch.rand(d, 1, generator=generator).to(device) + 0.5
+    affine = Projection(sizes * basis, basis / sizes, torch.randn(k, generator=generator).to(device))
     return {
-        "x": x,
-        "residual": residual,
-        "weight": weight,
-        "basis": basis,
-        "wide": wide,
-        "low": wide.to(dtype),
+        **{"x": x, "residual": residual, "weight": weight, "basis": basis, "wide": wide, "low": wide.to(dtype)},
+        **{"affine": affine, "affine_wide": affine.map(packed) if x.is_cuda else affine},
     }
 
 
@@ -87,13 +88,14 @@ def projections(t: dict, compiled: bool) -> dict[str, Callable]:
     from kernel_surgery.ops.library import project, provider
 
     # N = 10 misaligns cuBLAS, so on CUDA every method gets a basis padded with zero columns.
-    x, wide, low = t["x"], t["wide"], t["low"]
+    x, wide, low, affine = t["x"], t["wide"], t["low"], t["affine_wide"]
     basis = wide if x.is_cuda else t["basis"]
     calls = {
         "copy": lambda: x.clone(),
         "eager": lambda: project_eager(x, basis, 1.0),
         f"addmm (U and z in {str(x.dtype).removeprefix('torch.')})": lambda: torch.addmm(x, x @ low, low.T, alpha=-1.0),
         f"project ({provider(x)})": lambda: project(x, wide),
+        f"project, {AFFINE} ({provider(x)})": lambda: project(x, affine.basis, dual=affine.dual, offset=affine.offset),
     }
     if compiled:
         function = torch.compile(project_eager, dynamic=False)
@@ -125,13 +127,17 @@ def additions(t: dict, compiled: bool) -> dict[str, Callable]:
     from kernel_surgery.ops.library import project, project_add_rmsnorm, provider
 
     x, residual, weight, wide = (t[name] for name in ("x", "residual", "weight", "wide"))
-    basis = wide if x.is_cuda else t["basis"]
+    basis, affine = wide if x.is_cuda else t["basis"], t["affine_wide"]
+    edit = {"dual": affine.dual, "offset": affine.offset}
     calls = {
         "copy": lambda: (x.clone(), residual.clone()),
         "add + rmsnorm, eager": lambda: add_rmsnorm(x, residual, weight, EPS),
         "eager, add, rmsnorm": lambda: add_rmsnorm(project_eager(x, basis, 1.0), residual, weight, EPS),
         "project, add, rmsnorm": lambda: add_rmsnorm(project(x, wide), residual, weight, EPS),
         f"project_add_rmsnorm ({provider(x)})": lambda: project_add_rmsnorm(x, residual, weight, EPS, wide),
+        f"project_add_rmsnorm, {AFFINE} ({provider(x)})": lambda: project_add_rmsnorm(
+            x, residual, weight, EPS, affine.basis, **edit
+        ),
     }
     if compiled:
         function = torch.compile(add_rmsnorm, dynamic=False)
@@ -167,7 +173,12 @@ def error_over_bound(case: str, name: str, result, t: dict) -> float:
         else torch.cat([torch.arange(128), torch.arange(m - 128, m), torch.arange(0, m, m // 128)])
     )
     rows = rows.to(t["x"].device)
-    x, residual, weight, basis = t["x"][rows], t["residual"][rows], t["weight"], t["basis"]
+    x, residual, weight, basis = (
+        t["x"][rows],
+        t["residual"][rows],
+        t["weight"],
+        t["affine" if AFFINE in name else "basis"],
+    )
     strength = 0.0 if name.startswith("add + rmsnorm") else 1.0
     exact = project_oracle(x, basis, strength)
     if case == "project":

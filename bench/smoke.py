@@ -38,7 +38,7 @@ def launches(case: str) -> Iterator[tuple[str, str, str, int, int, int]]:
 
 
 def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, device) -> None:
-    """One launch. Raises what Triton raises."""
+    """One launch of an orthogonal edit, and one with a dual and an offset. Raises what Triton raises."""
     import torch
 
     from kernel_surgery.kernels.project import project
@@ -46,12 +46,14 @@ def launch(operation: str, dtype: str, form: str, rows: int, d: int, k: int, dev
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     x, residual = (torch.randn(rows, d, generator=generator).to(kind).to(device) for _ in range(2))
-    basis = torch.linalg.qr(torch.randn(d, k, generator=generator))[0].contiguous().to(device)
+    basis, offset = torch.linalg.qr(torch.randn(d, k, generator=generator))[0].contiguous(), torch.randn(k)
     strengths = torch.rand(rows, generator=generator).to(device)
     more = {} if operation == "project" else {"residual": residual}
     if operation == "project_add_rmsnorm":
         more |= {"weight": torch.rand(d, generator=generator).to(kind).to(device), "eps": 1e-6}
-    project(x, basis, 1.0, strengths, form=form, **more)
+    project(x, basis.to(device), 1.0, strengths, form=form, **more)
+    more |= {"dual": basis.clone().to(device), "offset": offset.to(device)}
+    project(x, basis.to(device), 1.0, strengths, form=form, **more)
 
 
 def parser() -> Parser:

@@ -283,3 +283,14 @@ def test_baking_an_offset_into_a_model_without_biases_is_refused_before_anything
     with pytest.raises(KernelSurgeryError, match="bias"):
         bake_checkpoint(tmp_path / "source", shifted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["linear", "affine"])
+def test_the_certificate_holds_on_the_gpu(linear, affine, dtype, kind):
+    """The same checks, with the Triton kernels in the fused mode."""
+    options = {"subspace": linear} if kind == "linear" else {"source": affine[0], "subspace": affine[1]}
+    found = certified(dtype, device="cuda", **options)
+    assert found["faults"] == [] and found["providers"]["fused"] == "triton/cuda"

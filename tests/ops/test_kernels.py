@@ -13,8 +13,9 @@ import torch
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.numerics.bounds import add_bound, leak_bound, rmsnorm_bound, rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import leak, project_oracle, rmsnorm_oracle
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.library import _launch, project_add_rmsnorm, set_batch_invariant
-from tests.support.models import basis
+from tests.support.models import basis, oblique
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -370,8 +371,8 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
     forms = set()
     # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
     for dtype in DTYPES if operation != "project" else ("bfloat16",):
-        for oblique, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
-            c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
+        for dual, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
+            c = compile_project(sm, dtype, rows, d, k, operation, oblique=dual)
             print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} bytes shared")
             assert c.faults() == []
             forms.add(c.form)
@@ -431,29 +432,32 @@ GPU_SHAPES = [
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("m, d, k", GPU_SHAPES)
-def test_on_a_gpu_every_bound_holds(dtype, m, d, k):
+@pytest.mark.parametrize("form", ["orthogonal", "affine"])
+def test_on_a_gpu_every_bound_holds(dtype, m, d, k, form):
     from kernel_surgery.ops.library import project, project_add, project_add_rmsnorm, provider
 
-    u = basis(d, k).cuda()
+    edit = (Projection(basis(d, k)) if form == "orthogonal" else oblique(d, k, offset=True)).to("cuda")
+    u, more = edit.basis, {"dual": edit.dual, "offset": edit.offset}
     x, r = torch.randn(m, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda()
     w = torch.rand(d).to(dtype).cuda()
     inside = (torch.randn(m, k) @ u.cpu().T).to(dtype).cuda()
     assert provider(x) == "triton/cuda"
-    exact = project_oracle(x, u, 0.7)
-    y, kept = project(x, u, 0.7), project(inside, u)
+    exact = project_oracle(x, edit, 0.7)
+    y, kept = project(x, u, 0.7, **more), project(inside, u, **more)
     ratios = {
-        "y": worst_ratio((y.double() - exact).abs(), rule_a_bound(x, u, 0.7)),
-        "leak": worst_ratio(leak(kept, u), leak_bound(kept, inside, u)),
+        "y": worst_ratio((y.double() - exact).abs(), rule_a_bound(x, edit, 0.7)),
+        "leak": worst_ratio(leak(kept, edit), leak_bound(kept, inside, edit)),
     }
     for separate in (True, False):
-        h, n = project_add_rmsnorm(x, r, w, 0.3, u, 0.7, separate=separate)
-        assert torch.equal(h, project_add(x, r, u, 0.7, separate=separate))
+        h, n = project_add_rmsnorm(x, r, w, 0.3, u, 0.7, separate=separate, **more)
+        assert torch.equal(h, project_add(x, r, u, 0.7, separate=separate, **more))
         assert not separate or torch.equal(h, r + y)
         off = (h.double() - (r.double() + exact)).abs()
-        ratios[f"h {separate}"] = worst_ratio(off, add_bound(x, r, u, 0.7, separate))
+        ratios[f"h {separate}"] = worst_ratio(off, add_bound(x, r, edit, 0.7, separate))
         off = (n.double() - rmsnorm_oracle(h, w, 0.3)).abs()
         ratios[f"n {separate}"] = worst_ratio(off, rmsnorm_bound(h, w, 0.3, separate))
-    print(f"{dtype} {m}x{d} k={k}: {', '.join(f'{what} {ratio:.2f}' for what, ratio in ratios.items())} of its bound")
+    figures = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
+    print(f"{form} {dtype} {m}x{d} k={k}: {figures} of its bound")
     assert max(ratios.values()) <= 1
 
 

@@ -14,7 +14,7 @@ from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.ops import library
 from kernel_surgery.ops.library import _DIRECT, project, project_add, project_add_rmsnorm, provider
 from tests.support.marks import everyday
-from tests.support.models import basis
+from tests.support.models import basis, oblique
 
 OPERATOR = torch.ops.kernel_surgery.project.default
 
@@ -320,10 +320,12 @@ def test_on_a_gpu_opcheck_passes(rows, dtype):
     operators = torch.ops.kernel_surgery
     x, r = (torch.randn(rows, 128, device="cuda").to(dtype).requires_grad_(dtype == torch.float32) for _ in range(2))
     w, u = torch.rand(128, device="cuda").to(dtype), basis(128, 16).cuda()
-    for strengths in (None, torch.rand(rows, device="cuda")):
-        assert torch.library.opcheck(operators.project.default, (x, u, 0.7, strengths))
+    other = (oblique(128, 16, offset=True)).to("cuda")
+    for strengths, edit in ((None, ()), (torch.rand(rows, device="cuda"), (other.dual, other.offset))):
+        a = other.basis if edit else u
+        assert torch.library.opcheck(operators.project.default, (x, a, 0.7, strengths, *edit))
         for separate in (True, False):
-            more = (u, 0.7, strengths, separate)
+            more = (a, 0.7, strengths, separate, *edit)
             assert torch.library.opcheck(operators.project_add.default, (x, r, *more))
             assert torch.library.opcheck(operators.project_add_rmsnorm.default, (x, r, w, 1e-6, *more))
 
