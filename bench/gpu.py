@@ -86,7 +86,7 @@ def parts(out: Path) -> list[Part]:
     tune = [python, "-m", "bench.tune", "--out", str(out / "tune.json")]
     return [
         Part("kernels", 200, 60, [*tests, kernels], gate=()),
-        Part("memcheck", 60, 20, [*sanitize, *memcheck, *smoke], ("compute-sanitizer",), (FOUND_ERRORS,)),
+        Part("memcheck", 120, 20, [*sanitize, *memcheck, *smoke], ("compute-sanitizer",), (FOUND_ERRORS,)),
         Part("racecheck", 60, 20, [*sanitize, *racecheck, *smoke], ("compute-sanitizer",)),
         Part("models", 120, 40, [*tests, "--ignore", kernels]),
         Part("op", 200, 90, op, timed=True),

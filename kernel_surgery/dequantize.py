@@ -5,7 +5,7 @@
 
 The checkpoint is in float32, which holds every dequantised number exactly. `smollm2` fetches SmolLM2-135M-Instruct
 (98 MB), checks its SHA-256, and writes it where `--model smollm2` looks for it. It needs the packages gguf and
-accelerate: pip install "kernel-surgery[gguf]".
+accelerate: pip install gguf accelerate.
 """
 
 import argparse
@@ -14,6 +14,8 @@ from pathlib import Path
 from kernel_surgery.common.command import Parser, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
+
+SMOLLM2_SIZE = 760_000_000  # bytes: the package, the file in it, and the checkpoint
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Write the checkpoint. Return 0. Raises UserError for a file that is no GGUF file and for a failed download."""
     args = parser().parse_args(argv)
-    from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, write_checkpoint
+    from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, size_in_float32, write_checkpoint
     from kernel_surgery.models.load import SMOLLM2_FOLDER, quiet_transformers
 
     if args.model != "smollm2" and not is_gguf(args.model):
@@ -39,12 +41,14 @@ def run(argv: list[str] | None = None) -> int:
     if args.model == "smollm2" and args.out is None and (out / "config.json").is_file():
         print(f"{out}: already there")
         return 0
-    check_output(out, size=700_000_000 if args.model == "smollm2" else 0)
+    file = Path(args.model).expanduser()
+    check_output(out)
+    check_output(out, size=SMOLLM2_SIZE if args.model == "smollm2" else size_in_float32(file))
     quiet_transformers()
     if args.model == "smollm2":
         fetch_smollm2(out)
     else:
-        write_checkpoint(Path(args.model).expanduser(), out)
+        write_checkpoint(file, out)
     print(f"{out}: a checkpoint in float32")
     return 0
 

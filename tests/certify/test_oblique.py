@@ -102,7 +102,7 @@ OFFSET = {
     "offset dropped": lambda e: e.linear,
     "offset's sign": lambda e: Projection(e.basis, e.dual, -e.offset),
     "offset of another dimension": lambda e: Projection(e.basis, e.dual, e.offset.roll(1)),
-    "offset not scaled by the strength": lambda e: Projection(e.basis, e.dual, 2 * e.offset),
+    "offset doubled": lambda e: Projection(e.basis, e.dual, 2 * e.offset),
 }
 
 
@@ -149,9 +149,7 @@ def test_a_schedule_that_is_shifted_by_a_layer_is_named(linear, mode, monkeypatc
 
     monkeypatch.setitem(APPLIERS, mode, shifted)
     faults = certified(torch.bfloat16, subspace=linear, whole=False)["faults"]
-    assert all(
-        any(f.startswith(f"layer {i}: {mode}") or (f"layer {i}: " in f and mode in f) for f in faults) for i in LAYERS
-    )
+    assert all(any(f.startswith(f"layer {i}: ") and mode in f for f in faults) for i in LAYERS)
 
 
 def test_a_schedule_that_only_the_whole_model_forgets_is_found_there(linear, monkeypatch):

@@ -141,33 +141,36 @@ def outputs(model, ids):
     return seen, logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("offset", [False, True], ids=["linear", "affine"])
-def test_a_whole_model_computes_the_edit_in_every_mode(kind, mode, offset, dtype):
+def test_a_whole_model_computes_the_edit_in_every_mode(kind, mode, offset):
     """Against the float64 model whose weights and biases are edited in float64, strength by layer."""
-    model, exact = (pico(kind, dtype=t, bias=offset) for t in (dtype, torch.float64))
+    model, exact = (pico(kind, dtype=t, bias=offset) for t in (torch.float32, torch.float64))
     subspace, ids = spaces(model, offset), torch.randint(50, (2, 7))
     if mode == "lora" and offset:
         with pytest.raises(KernelSurgeryError, match="offset"), adapted(model, subspace):
             pytest.fail("the block was entered")
         return
     exact.load_state_dict(model.state_dict())
+    before = model(ids).logits.detach().double()
+    own = float(
+        (before - exact(ids).logits.detach()).abs().max()
+    )  # the original's error, which transformers' norms make
     for i, site in mlp_outputs(exact, (1, 2)).items():
         edit, a = subspace.projections[i].double(), {1: 0.5, 2: 1.25}[i] * 0.8
         for p in (site.module.weight, site.module.bias):
             if p is not None:
                 p.data.copy_(bake_oracle(p.data, edit, a))
     right = exact(ids).logits.detach()
-    before = model(ids).logits.detach().double()
     with MODES[mode](model, subspace, strength=0.8) as record:
         _, logits = outputs(model, ids)
     assert record.schedule == {1: 0.5, 2: 1.25}
     error, moved = float((logits.double() - right).abs().max()), float((before - right).abs().max())
-    print(f"{kind} {mode}: largest logit error {error:.1e}, the edit moves them by {moved:.1e}")
-    # The rest of the model amplifies what float32 rounds; in float64 only the float32 norms of the family do.
-    assert error <= 2e-5 * float(right.abs().max()) and moved > 100 * error
+    print(f"{kind} {mode}: error {error:.1e}, the original's {own:.1e}; the edit moves the logits by {moved:.1e}")
+    # What enters the edit has the original's error; A and B amplify it (`Projection.norm`) at either of two layers.
+    amplified = max(edit.norm(0.8 * subspace.strengths[i]) for i, edit in subspace.projections.items()) ** 2
+    assert error <= 2 * amplified * own < moved
     assert torch.equal(model(ids).logits.double(), before), "the model is itself again"
 
 
@@ -184,7 +187,7 @@ def test_a_schedule_multiplies_strengths_of_sequences():
 
 def test_baking_an_offset_needs_a_bias():
     model = pico("qwen2")
-    with pytest.raises(KernelSurgeryError, match=r"no bias.*oblique|bias"), baked(model, spaces(model, True)):
+    with pytest.raises(KernelSurgeryError, match="no bias that could hold it"), baked(model, spaces(model, True)):
         pytest.fail("the block was entered")
 
 

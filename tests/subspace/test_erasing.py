@@ -7,6 +7,7 @@ import torch
 
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.subspace.activations import Activations
+from kernel_surgery.subspace.artifact import ORTHONORMAL
 from kernel_surgery.subspace.erasing import erasing_edit, label_covariance_left, oas_shrinkage, shrunk
 from kernel_surgery.subspace.fitting import fit_subspace
 from kernel_surgery.subspace.moments import LanguageMoments, Moments, holds_moments, load_moments, moments_of
@@ -27,6 +28,11 @@ def rows(seed=0, counts=(300, 200, 250, 150)):
     return made
 
 
+def stored(edit):
+    """What storing A or B in float32 changes in A B^T, relative to x: 2^-24 norm(A) norm(B)."""
+    return 2.0**-24 * float(edit.basis.double().norm() * edit.dual.double().norm())
+
+
 def projector(edit):
     return edit.basis.double() @ edit.dual.double().T
 
@@ -43,13 +49,13 @@ def test_the_affine_form_is_concept_erasures_leace():
     theirs = fitter.eraser
     edit, singular = erasing_edit(moments_of(data), affine=True, shrinkage=0.0)
     ours = x - (x @ edit.dual.double() - edit.offset.double()) @ edit.basis.double().T
-    error = float((ours - theirs(x)).abs().max()) / float(x.abs().max())
-    # A, B and c are stored in float32; their entries are up to norm(A) norm(B) apart from I.
-    bound = 4 * 2.0**-24 * float(edit.basis.double().norm() * edit.dual.double().norm())
+    error = float((ours - theirs(x)).norm(dim=1).max())
+    # A, B and c are rounded to float32, c = B^T E x among them: three roundings of A B^T x or of A B^T E x.
+    bound = 3 * stored(edit) * float(x.norm(dim=1).max())
     print(f"largest difference {error:.1e}, error/bound {error / bound:.2f}, singular values {singular}")
     assert edit.basis.shape == (D, 3) and error <= bound
     # Teeth: their linear P alone, without the affine part, is another map.
-    assert float((x @ theirs.P.T - theirs(x)).abs().max()) > 100 * bound
+    assert float((x @ theirs.P.T - theirs(x)).abs().max()) > bound
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -57,10 +63,10 @@ def test_the_affine_form_is_concept_erasures_leace():
 def test_it_erases_the_label_covariance_and_no_other_edit_of_that_span_changes_less(affine, rank):
     data, found = rows(), moments_of(rows())
     edit, _ = erasing_edit(found, rank, affine=affine, shrinkage=0.0)
-    torch.testing.assert_close(edit.dual.T @ edit.basis, torch.eye(rank), rtol=0, atol=1e-5)
+    torch.testing.assert_close(edit.dual.T @ edit.basis, torch.eye(rank), rtol=0, atol=ORTHONORMAL)
     left = label_covariance_left(found, edit)
     print(f"affine={affine} rank {rank}: {left:.2e} of the covariance with the label is left")
-    assert left < 1e-5 if rank == 3 else 0.01 < left < 1
+    assert left <= 2 * stored(edit) if rank == 3 else 2 * stored(edit) < left < 1
     x = torch.cat(data)
 
     def change(p):
@@ -80,9 +86,9 @@ def test_it_erases_the_label_covariance_and_no_other_edit_of_that_span_changes_l
 def test_the_affine_form_keeps_the_mean_and_the_linear_one_has_no_offset():
     data, found = rows(), moments_of(rows())
     edit, _ = erasing_edit(found, affine=True)
-    torch.testing.assert_close(
-        edit.double().inside(torch.cat(data).mean(0)), torch.zeros(3).double(), rtol=0, atol=1e-5
-    )
+    mean = torch.cat(data).mean(0)
+    # B and c are each rounded to float32.
+    assert float(edit.double().inside(mean).norm()) <= 2 * 2.0**-24 * float(edit.dual.double().norm() * mean.norm())
     assert erasing_edit(found)[0].offset is None
 
 
@@ -93,9 +99,8 @@ def test_shrinkage_moves_the_covariance_towards_the_identity():
     assert float(shrunk(second, 0.3).trace()) == pytest.approx(float(second.trace()))
     edits = {s: erasing_edit(moments_of(rows()), shrinkage=s)[0] for s in (0.0, 0.01, 1.0)}
     # At 1 nothing of the covariance is left: the edit is orthogonal.
-    torch.testing.assert_close(edits[1.0].basis @ torch.eye(3), edits[1.0].basis)
     p = projector(edits[1.0])
-    torch.testing.assert_close(p, p.T, rtol=0, atol=1e-5)
+    assert float((p - p.T).abs().max()) <= 4 * stored(edits[1.0])
     lengths = [float(e.dual.norm() * e.basis.norm()) for e in edits.values()]
     assert lengths[0] > lengths[1] > lengths[2]
 
@@ -110,10 +115,13 @@ def test_the_estimated_shrinkage_is_near_the_one_that_errs_least():
         sample = x.T @ x / len(x)
         estimates.append(oas_shrinkage(sample, len(x)))
         losses += torch.stack([(shrunk(sample, i / 100) - true).square().sum() for i in range(101)])
-    best, mean = int(losses.argmin()) / 100, sum(estimates) / len(estimates)
-    at_mean = float(losses[round(100 * mean)] / losses.min())
-    print(f"estimated {mean:.3f}, best {best:.2f}; loss {at_mean:.3f}, without {losses[0] / losses.min():.3f}")
-    assert at_mean < 1.02 and losses[0] / losses.min() > 1.1
+    mean = sum(estimates) / len(estimates)
+    at, half, twice = (float(losses[round(100 * m)]) for m in (mean, mean / 2, 2 * mean))
+    print(
+        f"estimated {mean:.3f}, best {int(losses.argmin()) / 100:.2f}; "
+        f"loss {at:.0f}, at half {half:.0f}, at twice {twice:.0f}"
+    )
+    assert at < min(half, twice, float(losses[0]))
 
 
 def test_moments_add_up_over_batches_and_languages():
