@@ -62,7 +62,9 @@ def test_what_cannot_be_run_says_so_and_leaves_the_others_alone(monkeypatch, cap
     assert op.run(["--rounds", "2", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert "form tile" in captured.out and "Hardware limit: 232448" in captured.out and "more" not in captured.out
-    assert "2 of our own rows could not be run" in captured.err and captured.out.count(" of copy, ") == 8
+    # The others stand: in both dtypes each against the copy.
+    others = len(real(op.inputs(1, 64, 3, torch.float32, torch.device("cpu")), False))
+    assert "2 of our own rows could not be run" in captured.err and captured.out.count(" of copy, ") == 2 * others > 0
 
 
 @pytest.mark.slow
