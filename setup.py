@@ -35,6 +35,7 @@ setup(
     package_data={
         "kernel_surgery": ["py.typed"],
         "kernel_surgery.kernels": ["*.json"],
+        "kernel_surgery.problems": ["*.json"],
         "kernel_surgery.polyglot": [
             *("model/*.safetensors", "model/*.json", "model/*.md", "*.safetensors", "*.json", "*.jsonl"),
         ],

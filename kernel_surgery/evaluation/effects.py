@@ -1,6 +1,6 @@
 """Side effects of the edit: on predictions for neutral text, and on how well a linear probe reads the language.
 
-Damage is measured on text that asks nothing, `problems.neutral.SENTENCES`, token by token: KL(original || edited) in
+Damage is measured on the test split of the neutral text (`problems.neutral`), token by token: KL(original || edited) in
 nats, and the perplexity of both models. Erasure is measured with linear probes for the language, on held-out problems,
 layer by layer. They read at the site (the MLP's output, after the edit) and in the residual stream, which attention
 still writes to.
@@ -19,7 +19,7 @@ from kernel_surgery.evaluation.stats import wilson
 from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
-from kernel_surgery.problems.neutral import SENTENCES
+from kernel_surgery.problems.neutral import neutral
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.collecting import prompt_states
 
@@ -51,7 +51,7 @@ def neutral_logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
 
     Those of the original are stored, so that every edit can be compared with them.
     """
-    return {lang: [next_token_logits(model, tokenizer, s) for s in SENTENCES[lang]] for lang in languages}
+    return {lang: [next_token_logits(model, tokenizer, s) for s in neutral("test")[lang]] for lang in languages}
 
 
 def damage(
@@ -65,7 +65,7 @@ def damage(
     figures = {}
     for language, sentences in before.items():
         kl, losses, original_losses = [], [], []
-        for text, (logits, tokens) in zip(SENTENCES[language], sentences, strict=True):
+        for text, (logits, tokens) in zip(neutral("test")[language], sentences, strict=True):
             edited, _ = next_token_logits(model, tokenizer, text)
             p, q = logits.double().log_softmax(-1), edited.double().log_softmax(-1)
             kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))

@@ -200,7 +200,7 @@ def damage_section(results: dict) -> str:
     ]
     head = ["mode", "language", "KL mean", "KL 99th percentile", "perplexity, original", "perplexity, edited", "tokens"]
     return (
-        "<h2>Damage and erasure</h2><p>What else the edit changed, on eight neutral sentences per language: the "
+        "<h2>Damage and erasure</h2><p>What else the edit changed, on everyday sentences without maths: the "
         "divergence KL(original || edited) in nats per token, and the perplexity of both models.</p>"
         + table(head, rows, 2)
         + "<p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out problems:</p>"
