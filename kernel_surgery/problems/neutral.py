@@ -1,7 +1,7 @@
 """Neutral text: everyday sentences in seven languages, without any maths.
 
-An edit should remove maths or a language, and leave everything else as it was. What it does to a model's predictions on
-this text is damage. `evaluation.effects` measures it.
+Damage is measured on it (`evaluation.effects`). No sentence asks for maths, so a change in a model's predictions here
+is not the removal of maths. It is general damage, or the loss of a language.
 
 Sentence i of a split has the same meaning in every language. The two splits have no sentence in common:
 
