@@ -25,6 +25,7 @@ setup(
         "kernel_surgery.subspace",
         "kernel_surgery.ops",
         "kernel_surgery.edit",
+        "kernel_surgery.damage",
         "kernel_surgery.checkpoint",
         "kernel_surgery.certify",
         "kernel_surgery.evaluation",
@@ -55,6 +56,7 @@ setup(
         "scipy>=1.13",
         "py3langid>=0.4",
         "matplotlib>=3.9",
+        "psutil>=5.9",
     ],
     extras_require={
         # setuptools: tests/test_packaging.py builds the wheel and the source distribution.

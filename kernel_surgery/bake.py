@@ -9,7 +9,14 @@ The edit is W <- W - a U (U^T W). The work is done in `checkpoint.baking`.
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
+from kernel_surgery.common.command import (
+    Parser,
+    add_damage,
+    check_finite_strength,
+    command_line,
+    main,
+    untouched,
+)
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 
@@ -23,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
     p.add_argument("--undo", action="store_true", help="restore the weights of a baked checkpoint, to within rounding")
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
+    add_damage(p)
+    more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
+    p.add_argument("--force", action="store_true", help=more)
     return p
 
 
@@ -43,6 +52,7 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
+    from kernel_surgery.damage.before import measuring
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
@@ -53,8 +63,10 @@ def run(argv: list[str] | None = None) -> int:
         print(f"{args.out}: the edit of {len(norms)} tensors undone, to within rounding")
         return 0
     subspace = Subspace.load(args.subspace, force=args.force)
+    folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
-    show(bake_checkpoint(local_folder(source), subspace, args.out, **options))
+    options["measure"] = measuring(folder, subspace, "baked", args.strength, args, say)
+    show(bake_checkpoint(folder, subspace, args.out, **options))
     if subspace.note:
         print(subspace.note)
     print(f"{args.out}: {len(subspace.layers)} layers edited, rank {subspace.rank}, strength {args.strength:g}")
@@ -65,6 +77,11 @@ def show(norms: dict[str, tuple[float, float]]) -> None:
     """Print one line per tensor."""
     for name, (before, after) in norms.items():
         print(f"  {name}: norm {before:.3f} -> {after:.3f}")
+
+
+def say(line: str) -> None:
+    """Print a line at once: what follows takes long."""
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

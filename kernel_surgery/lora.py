@@ -14,7 +14,14 @@ the component of the exact W h in the subspace; they subtract that of the rounde
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, check_finite_strength, command_line, main, untouched
+from kernel_surgery.common.command import (
+    Parser,
+    add_damage,
+    check_finite_strength,
+    command_line,
+    main,
+    untouched,
+)
 from kernel_surgery.common.files import check_output
 
 
@@ -26,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="new folder for the adapter")
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
-    p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
+    add_damage(p)
+    more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
+    p.add_argument("--force", action="store_true", help=more)
     return p
 
 
@@ -41,13 +50,16 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.adapter import write_adapter
+    from kernel_surgery.damage.before import measuring
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("lora", argv), resolve_checkpoint(args.model)
     subspace = Subspace.load(args.subspace, force=args.force)
+    folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
-    rank = write_adapter(local_folder(source), subspace, args.out, **options)
+    options["measure"] = measuring(folder, subspace, "lora", args.strength, args, say)
+    rank = write_adapter(folder, subspace, args.out, **options)
     if subspace.note:
         print(subspace.note)
     print(
@@ -55,6 +67,11 @@ def run(argv: list[str] | None = None) -> int:
         f"{args.strength:g}"
     )
     return 0
+
+
+def say(line: str) -> None:
+    """Print a line at once: what follows takes long."""
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

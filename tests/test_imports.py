@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports from itself and from the rooms before it. The commands, which lie at the top, import from all rooms.
 ROOMS = (
-    *("common", "numerics", "problems", "scoring", "files", "models", "subspace", "ops", "edit", "checkpoint"),
-    *("certify", "evaluation", "polyglot"),
+    *("common", "numerics", "problems", "scoring", "files", "models", "subspace", "ops", "edit", "damage"),
+    *("checkpoint", "certify", "evaluation", "polyglot"),
 )
 COMMANDS = ("collect", "fit", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "aot", "dequantize")
 LINES = 400  # of a file; those that may be longer, and why:

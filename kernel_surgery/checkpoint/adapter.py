@@ -1,12 +1,19 @@
 """The edit as a LoRA adapter on disk, in PEFT's format."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernel_surgery.checkpoint.record import base_model_line, edit_record, write_edits, write_provenance
+from kernel_surgery.checkpoint.record import (
+    base_model_line,
+    damage_lines,
+    edit_record,
+    write_edits,
+    write_provenance,
+)
 from kernel_surgery.checkpoint.source import check_source, editable, original_layouts
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
@@ -32,6 +39,7 @@ def write_adapter(
     model_id: str | None = None,
     force: bool = False,
     command: str | None = None,
+    measure: Callable[[], dict[str, Any]] | None = None,
 ) -> int:
     """Write the edit of the checkpoint `source` as an adapter to the new folder `destination`. Return its rank.
 
@@ -41,6 +49,8 @@ def write_adapter(
     model_id: name of the base model for the records, by default the folder.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
+    measure: called after all checks, before anything is written. It returns the damage for the record and the card
+    (`damage.before`); what it raises leaves nothing behind.
 
     The rank is the subspace's, padded with zeros to one that serving engines accept (`edit.lora.padded_rank`). One
     weight is in memory at a time.
@@ -60,6 +70,7 @@ def write_adapter(
     files, tensors = places(layouts), {}
     entries = editable(layouts, subspace.bases)
     check_output(destination, size=sum(4 * rank * sum(entry.shape) for entry in entries if len(entry.shape) == 2))
+    damage = measure() if measure else None
     for entry in progress(entries, total=len(entries), desc=destination.name):
         with files[entry.name][0].open("rb") as file:
             weight = read_tensor(file.fileno(), entry)
@@ -78,7 +89,7 @@ def write_adapter(
         module = PREFIX + entry.name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
         tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, padding)).contiguous()
-    record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank)
+    record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank, damage=damage)
     # PEFT can load the base model by this name. Only a hub id means the same on another machine.
     record["base"] = hub_id(model_id or source)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -111,7 +122,7 @@ def _card(record: dict[str, Any]) -> str:
     model, layers = record["model_id"], record["layers"]
     lines = [
         *("---", *base_model_line(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
-        *(f"# {Path(model).name}, language subspace removed: an adapter", ""),
+        *(f"# {Path(model).name}, language subspace removed: an adapter", "", *damage_lines(record)),
         f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
         f"`mlp.down_proj` acts as W - a U (U^T W), with U of rank {record['rank']} and a = {record['strength']:g}.",
         "U spans the language subspace: the directions in which activations of one problem differ between languages.",

@@ -19,6 +19,7 @@ import torch
 
 from kernel_surgery.checkpoint.record import (
     base_model_line,
+    damage_lines,
     edit_record,
     edit_tensors,
     edits_in,
@@ -137,7 +138,7 @@ def _card(record: dict[str, Any]) -> str:
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
         *("---", *base_model_line(record), "tags: [kernel-surgery]", "---", ""),
-        *(f"# {Path(model).name}, language subspace removed", ""),
+        *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
         f"the weight W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
         "U spans the language subspace: the directions in which activations of one problem differ between languages.",
@@ -230,6 +231,7 @@ def bake_checkpoint(
     model_id: str | None = None,
     force: bool = False,
     command: str | None = None,
+    measure: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Write `source` with the edit in its weights to the new folder `destination`.
 
@@ -239,6 +241,8 @@ def bake_checkpoint(
     model_id: name of the model for the records, by default the folder.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
+    measure: called after all checks, before anything is written. It returns the damage for the record and the card
+    (`damage.before`); what it raises leaves nothing behind.
 
     Returns {tensor name: (Frobenius norm before, after)}.
 
@@ -258,11 +262,12 @@ def bake_checkpoint(
     for layer, projection in subspace.projections.items():
         site = LLAMA.site(layer)
         refuse_offset_without_bias(site, projection, f"{site}.bias" in stored)
+    damage = measure() if measure else None
     removal = _Removal(entries, subspace, strength)
 
     def finish(folder: Path) -> dict[str, Any]:
         removal.save(folder / UNDO)
-        record = edit_record("baked", source, subspace, strength, model_id, command)
+        record = edit_record("baked", source, subspace, strength, model_id, command, damage=damage)
         write_atomic(folder / "README.md", _card(record))
         return record
 

@@ -85,10 +85,11 @@ def edit_record(
     model_id: str | None,
     command: str | None,
     padded_rank: int | None = None,
+    damage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the fields that every record of an edit has: the model, the subspace and the strength.
 
-    kind: "baked" or "adapter". padded_rank: of an adapter.
+    kind: "baked" or "adapter". padded_rank: of an adapter. damage: what was measured of it, with "in_words".
     """
     # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
@@ -98,8 +99,15 @@ def edit_record(
         **{"layers": list(subspace.layers), "rank": subspace.rank, "form": subspace.form},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
         **{"site": subspace.site, "revision": revision, "note": subspace.note, "fit": subspace.fit},
+        **({} if damage is None else {"damage": damage}),
         "command": command,
     }
+
+
+def damage_lines(record: dict[str, Any]) -> list[str]:
+    """Return the first lines of a card's text: what the edit did to the model."""
+    words = record.get("damage", {}).get("in_words", "damage: not measured")
+    return [f"**{words[0].upper()}{words[1:]}.**", ""]
 
 
 def base_model_line(record: dict[str, Any]) -> list[str]:

@@ -136,6 +136,16 @@ def _without_place(word: str) -> str:
     return option + equals + shareable(value)
 
 
+def add_damage(p: argparse.ArgumentParser) -> None:
+    """Add the options of a command that measures an edit's damage before it writes."""
+    from kernel_surgery.common.names import LANGUAGES
+
+    more = f"in which the damage is measured; comma-separated, or all: {','.join(LANGUAGES)} (default: en,zh)"
+    p.add_argument("--languages", default="en,zh", help=more)
+    more = "do not load the model to measure the damage; the card says that it was not measured"
+    p.add_argument("--no-damage", action="store_true", help=more)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add the option --overwrite of a command that writes a file."""
     parser.add_argument("--overwrite", action="store_true", help="replace the file at --out if there is one")

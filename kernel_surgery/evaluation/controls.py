@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.edit.modes import applier_of
 from kernel_surgery.edit.plan import Edit, Hook
 from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
@@ -104,15 +105,6 @@ def moments(
     return found
 
 
-def uniform_basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
-    """Return a basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
-
-    It is the Q of the QR decomposition of a Gaussian matrix. QR leaves the signs of the columns to convention, but they
-    do not change the subspace.
-    """
-    return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
-
-
 def names_of(kind: str, count: int) -> list[str]:
     """Return the names of the first `count` controls of a kind."""
     return [f"{kind}:{number:02d}" for number in range(count)]
@@ -143,9 +135,9 @@ def draw(
                         f"layer {layer}: the activations span {inside.shape[1]} components, the subspace has rank {k}. "
                         "Use --controls haar:N."
                     )
-                u = inside @ uniform_basis(inside.shape[1], k, generator)
+                u = inside @ haar_basis(inside.shape[1], k, generator)
             else:
-                u = uniform_basis(d, k, generator)
+                u = haar_basis(d, k, generator)
             if kind == "energy":
                 strengths[layer] = strength * (known[layer].energy(basis) / known[layer].energy(u)) ** 0.5
             bases[layer] = u.float().contiguous()

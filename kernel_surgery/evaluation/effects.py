@@ -1,9 +1,8 @@
-"""Side effects of the edit: on predictions for neutral text, and on how well a linear probe reads the language.
+"""How well a linear probe still reads the language after an edit, and how much of the subspace is left.
 
-Damage is measured on the test split of the neutral text (`problems.neutral`), token by token: KL(original || edited) in
-nats, and the perplexity of both models. Erasure is measured with linear probes for the language, on held-out problems,
-layer by layer. They read at the site (the MLP's output, after the edit) and in the residual stream, which attention
-still writes to.
+Probes read the language on held-out problems, layer by layer: at the site (the MLP's output, after the edit) and in the
+residual stream, which attention still writes to. What the edit did to the predictions on other text is measured in
+`kernel_surgery.damage`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,81 +12,30 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.common.names import LANGUAGES, SITES
+from kernel_surgery.damage.measure import measure_damage
+from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context
 from kernel_surgery.evaluation.stats import wilson
 from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
-from kernel_surgery.problems.neutral import neutral
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.collecting import prompt_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# {language: [(logits, tokens) of each neutral sentence]}.
-Neutral = dict[str, list[tuple[Tensor, Tensor]]]
 # {site: {layer: [problems * languages, d_model]}}.
 States = dict[str, dict[int, Tensor]]
 RIDGE = 1e-3  # in units of the probe's mean squared feature
 
 
-def next_token_logits(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str
-) -> tuple[Tensor, Tensor]:
-    """Return the logits of one text and the tokens that follow, on the CPU.
-
-    Shapes: logits [tokens - 1, vocabulary] float32, tokens [tokens - 1].
-    """
-    ids = torch.tensor([tokenizer(text).input_ids], device=model.device)
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
-    return logits, ids[0, 1:].cpu()
-
-
-def neutral_logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", languages: Sequence[str]) -> Neutral:
-    """Return {language: [(logits, tokens) of each neutral sentence]}.
-
-    Those of the original are stored, so that every edit can be compared with them.
-    """
-    return {lang: [next_token_logits(model, tokenizer, s) for s in neutral("test")[lang]] for lang in languages}
-
-
-def damage(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", before: Neutral
-) -> dict[str, dict[str, float]]:
-    """Compare a model on neutral text with the logits of the original, `before`.
-
-    Returns {language: {"tokens", "kl_mean", "kl_p99", "perplexity", "original_perplexity"}}. Numerics: float64 from
-    float32 logits.
-    """
-    figures = {}
-    for language, sentences in before.items():
-        kl, losses, original_losses = [], [], []
-        for text, (logits, tokens) in zip(neutral("test")[language], sentences, strict=True):
-            edited, _ = next_token_logits(model, tokenizer, text)
-            p, q = logits.double().log_softmax(-1), edited.double().log_softmax(-1)
-            kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
-            original_losses.append(-p.gather(1, tokens[:, None])[:, 0])
-            losses.append(-q.gather(1, tokens[:, None])[:, 0])
-        all_kl = torch.cat(kl)
-        figures[language] = {
-            "tokens": len(all_kl),
-            "kl_mean": float(all_kl.mean()),
-            "kl_p99": float(all_kl.quantile(0.99)),
-            "perplexity": float(torch.cat(losses).mean().exp()),
-            "original_perplexity": float(torch.cat(original_losses).mean().exp()),
-        }
-    return figures
-
-
 def table(found: dict[str, Any]) -> str:
-    """Return the text that a run prints: the divergence on neutral text, and what the probes still read."""
-    lines = []
-    for mode, by_language in found["neutral"].items():
-        rows = ", ".join(f"{lang} {r['kl_mean']:.3f} ({r['kl_p99']:.2f})" for lang, r in by_language.items())
-        lines.append(f"{mode}: KL(original || edited) on neutral text, nats per token, mean (99th percentile): {rows}")
+    """Return the text that a run prints: the damage, what the probes still read, and the leak."""
+    lines = [damage_table(found)] if found["neutral"] else []
+    if "probes" not in found:
+        return "\n".join(lines)
     before, chance, n = found["probes"]["original"], found["chance"], found["probed"]
     for mode, after in found["probes"].items():
         if mode == "original":
@@ -193,25 +141,34 @@ def leaks(before: States, after: States, edits: Mapping[int, Projection]) -> dic
 
 
 def measure_effects(
-    context: Context, modes: Sequence[str], subspace: Subspace | None, *, strength: float, seed: int, force: bool
+    context: Context,
+    modes: Sequence[str],
+    subspace: Subspace | None,
+    *,
+    strength: float,
+    seed: int,
+    force: bool,
+    probed: bool = True,
 ) -> dict[str, Any]:
-    """Measure neutral text for every mode, and probes and leak for the first edited mode.
+    """Measure the damage of every mode, and with `probed` also probes and leak of the first edited mode.
 
     Returns the "damage" entry of results.json.
     """
-    model, tokenizer = context.model, context.tokenizer
-    before, dev_problems = neutral_logits(model, tokenizer, context.languages), problems("dev", 20, seed=seed)
+    model, tokenizer, edited_modes = context.model, context.tokenizer, [mode for mode in modes if mode != "original"]
+    effects: dict[str, Any] = {"neutral": {}}
+    if subspace is not None:
+        about = (model, tokenizer, context.languages, edited_modes, subspace)
+        effects = measure_damage(*about, strength=strength, force=force, controls=probed)
+    if not probed:
+        return effects
+    dev_problems = problems("dev", 20, seed=seed)
     states = last_states(model, tokenizer, dev_problems, LANGUAGES)
-    effects: dict[str, Any] = {
-        **{"neutral": {}, "leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)},
-        "probes": {"original": probes(states, len(LANGUAGES))},
-    }
-    for number, mode in enumerate(modes[1:]):
+    effects |= {"leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)}
+    effects["probes"] = {"original": probes(states, len(LANGUAGES))}
+    for mode in edited_modes[:1]:
+        assert subspace is not None  # the mode edits
         with applied(mode, model, subspace, strength, force):
-            effects["neutral"][mode] = damage(model, tokenizer, before)
-            if number == 0:
-                edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
-                effects["probes"][mode] = probes(edited, len(LANGUAGES))
-                assert subspace is not None  # `applied` has used it
-                effects["leak"][mode] = leaks(states, edited, subspace.projections)
+            edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
+        effects["probes"][mode] = probes(edited, len(LANGUAGES))
+        effects["leak"][mode] = leaks(states, edited, subspace.projections)
     return effects

@@ -7,6 +7,7 @@ inches wide. The colours of the modes are explained once, in the page's legend.
 from collections.abc import Sequence
 
 from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
+from kernel_surgery.damage.measure import named
 from kernel_surgery.evaluation.page import PANEL
 
 
@@ -70,6 +71,30 @@ def spectrum(captured: dict[str, float], values: dict[str, Sequence[float]], ran
     if len(values) <= 8:
         axes.legend(frameon=False, fontsize=8)
     return [svg(left), svg(right)]
+
+
+def damage(found: dict) -> list[str]:
+    """Plot the mean KL of every edit and yardstick with its interval, from mild to severe. One panel per language."""
+    pictures = []
+    changes = found["neutral"] | found["yardsticks"]
+    for language in next(iter(found["neutral"].values())):
+        # A KL of 0 has no place on a logarithmic axis.
+        shown = {name: by[language] for name, by in changes.items() if by[language]["kl_mean"] > 0}
+        order = sorted(shown, key=lambda name: -shown[name]["kl_mean"])
+        fig, (axes,) = figure(PANEL, 0.9 + 0.3 * len(order))
+        for y, name in enumerate(order):
+            mean, (low, high) = shown[name]["kl_mean"], shown[name]["kl_ci95"]
+            edit = name in found["neutral"]
+            colour = COLOURS[name] if edit else "#6b7280"
+            axes.plot([low, high], [y, y], color=colour, lw=1.5)
+            axes.plot([mean], [y], "D" if edit else "o", ms=6 if edit else 4, color=colour)
+        axes.set_yticks(range(len(order)), [f"{named(name, found)}" for name in order], fontsize=8)
+        axes.set_ylim(-0.6, len(order) - 0.4)
+        axes.set_xscale("log")
+        axes.set_title(language, fontsize=10)
+        axes.set_xlabel("KL, nats per token (95% interval)")
+        pictures.append(svg(fig))
+    return pictures
 
 
 def probes(found: dict) -> list[str]:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from kernel_surgery.certify import render
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.damage.measure import HEAD, cells, rows_of
+from kernel_surgery.damage.words import BROKEN, RULE
 from kernel_surgery.evaluation.controls import MEASURE_WORDS, verdict
 from kernel_surgery.evaluation.page import STYLE, panels, table, texts_table
-from kernel_surgery.evaluation.plots import accuracy, budget_curves, controls, probes, spectrum
+from kernel_surgery.evaluation.plots import accuracy, budget_curves, controls, damage, probes, spectrum
 from kernel_surgery.evaluation.tables import answered_sooner
 
 
@@ -186,26 +188,30 @@ def subspace_section(results: dict) -> str:
 
 
 def damage_section(results: dict) -> str:
-    """Return the divergence and perplexity on neutral text, and the probes."""
-    effects = results.get("damage")
-    if not effects or not effects["neutral"]:
+    """Return the damage beside the yardsticks: the rule, a picture and the table."""
+    found = results.get("damage")
+    if not found or not found.get("yardsticks"):
         return ""
-    rows = [
-        [
-            *(mode, language, f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}"),
-            *(f"{r['original_perplexity']:.4g}", f"{r['perplexity']:.4g}", r["tokens"]),
-        ]
-        for mode, by in effects["neutral"].items()
-        for language, r in by.items()
-    ]
-    head = ["mode", "language", "KL mean", "KL 99th percentile", "perplexity, original", "perplexity, edited", "tokens"]
+    rows = [cells(row) for row in rows_of(found)]
+    half = "reported on" if found["split"] == "test" else "chosen on"
     return (
-        "<h2>Damage and erasure</h2><p>What else the edit changed, on everyday sentences without maths: the "
-        "divergence KL(original || edited) in nats per token, and the perplexity of both models.</p>"
-        + table(head, rows, 2)
-        + "<p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out problems:</p>"
-        + panels(probes(effects), list(effects["probes"]))
-        + leak_table(effects)
+        f"<h2>Damage</h2><p>What the edit did to the model's predictions on {found['sentences']} everyday sentences "
+        f"per language without any maths ({found['split']} half: edits are {half} it), beside known changes of the "
+        "same model. KL(original || changed) is in nats per token; 0 means the same predictions.</p>"
+        + panels(damage(found), list(found["neutral"]), ["grey: known changes, to compare with"])
+        + table(HEAD, rows, 2, words=[6])
+        + f"<p class=small>{html.escape(RULE)}</p>"
+    )
+
+
+def erasure_section(results: dict) -> str:
+    """Return what the probes still read, and the leak."""
+    found = results.get("damage")
+    if not found or "probes" not in found:
+        return ""
+    return (
+        "<h2>Erasure</h2><p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out "
+        "problems:</p>" + panels(probes(found), list(found["probes"])) + leak_table(found)
     )
 
 
@@ -266,23 +272,31 @@ def certificate_section(results: dict) -> str:
     )
 
 
-def changed_texts(cells: dict, modes: list[str], limit: int = 12) -> str:
+def changed_texts(texts: dict, modes: list[str], limit: int = 12) -> str:
     """Return the original and the edited texts side by side, with their differences marked.
 
     Pairs in which only one text is right come first. limit: pairs per mode and language.
     """
     blocks = []
     for mode in modes[1:]:
-        for (cell_mode, language), cell in cells.items():
+        for (cell_mode, language), cell in texts.items():
             if cell_mode != mode:
                 continue
-            pairs = list(zip(cells["original", language], cell, strict=True))
+            pairs = list(zip(texts["original", language], cell, strict=True))
             pairs.sort(key=lambda p: (p[0]["correct"] == p[1]["correct"], p[0]["text"] == p[1]["text"]))
             blocks.append(texts_table(mode, language, pairs[:limit]))
     return "".join(blocks)
 
 
-def write_report(path: Path, results: dict, cells: dict) -> None:
+def headline(results: dict) -> str:
+    """Return the damage in words, which is the first paragraph."""
+    words = results.get("damage_in_words", "")
+    verdicts = (results.get("damage") or {}).get("verdict", {}).values()
+    broken = any(verdict["word"] == BROKEN for verdict in verdicts)
+    return f"<p class='note{' bad' * broken}'><strong>{html.escape(words)}</strong></p>" if words else ""
+
+
+def write_report(path: Path, results: dict, texts: dict) -> None:
     """Write the page as one file that loads nothing else."""
     config = results["config"]
     title = f"{results['model']['id']} with and without its language subspace"
@@ -296,9 +310,11 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
+{headline(results)}
 <p>{html.escape(subject(results))}</p>
 {"".join(f"<p class=note>{html.escape(note)}</p>" for note in results["notes"])}
 {summary(results)}
+{damage_section(results)}
 {panels(accuracy(results), list(results["modes"]))}
 <h2>Answers</h2>
 {answers(results)}
@@ -306,12 +322,12 @@ def write_report(path: Path, results: dict, cells: dict) -> None:
 <p class=small>The accuracy if every text were cut off after fewer tokens.</p>
 {panels(budget_curves(results), list(results["modes"]))}
 {controls_section(results)}
-{damage_section(results)}
+{erasure_section(results)}
 {subspace_section(results)}
 {certificate_section(results)}
 <h2>Texts</h2>
 <p class=small>Green: right. Red: wrong. Differences are marked. Problems that only one model solved come first.</p>
-{changed_texts(cells, list(results["modes"]))}
+{changed_texts(texts, list(results["modes"]))}
 <h2>Reproduce</h2>
 {f"<pre>{html.escape(command)}</pre>" if command else ""}
 <details><summary>Configuration</summary><pre>{html.escape(json.dumps(everything, indent=2, ensure_ascii=False))}</pre>

@@ -24,15 +24,16 @@ from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.damage.measure import headline
 from kernel_surgery.edit.modes import applied, describe_edit, modes_of
 from kernel_surgery.evaluation.answering import Context, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
+from kernel_surgery.evaluation.describing import describe_model, describe_subspace
 from kernel_surgery.evaluation.effects import measure_effects
 from kernel_surgery.evaluation.judging import Cells, score_again
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
-from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.load import (
     POLYGLOT_SUBSPACE,
@@ -51,7 +52,6 @@ from kernel_surgery.problems.generator import (
 )
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
-from kernel_surgery.subspace.fitting import variance_captured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -260,42 +260,6 @@ def configuration(
     }
 
 
-def describe_model(name: str, model: "PreTrainedModel") -> dict[str, Any]:
-    """Return the model's entry in results.json."""
-    return {
-        "id": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "architecture": model.config.model_type,
-        "layers": len(decoder_layers(model)),
-        "d_model": model.config.hidden_size,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-
-
-def describe_subspace(subspace: Subspace | None, path: Path | None, sha256: str | None) -> dict[str, Any] | None:
-    """Return the subspace's entry in results.json; None for mode "original".
-
-    "captured" is the share of the language variance that the basis holds, by layer. "spectrum" holds the leading
-    singular values.
-    """
-    if subspace is None or path is None:
-        return None
-    spectrum = {str(layer): values for layer, values in subspace.spectrum.items() if layer in subspace.bases}
-    leading = max(40, 2 * subspace.rank)
-    return {
-        "file": path.name,
-        "sha256": sha256,
-        "model_id": subspace.model_id,
-        "rank": subspace.rank,
-        "layers": list(subspace.layers),
-        "site": subspace.site,
-        "pool": subspace.pool,
-        "fit": subspace.fit,
-        "captured": {layer: variance_captured(values, subspace.rank) for layer, values in spectrum.items()},
-        "spectrum": {layer: values[:leading].tolist() for layer, values in spectrum.items()},
-    }
-
-
 def _controls_and_damage(
     context: Context,
     cells: Cells,
@@ -313,10 +277,19 @@ def _controls_and_damage(
             *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
             *(seconds_per_text, say),
         )
-    if options.strict and not options.no_damage:
+    if not options.no_damage:
         modes, seed, force = modes_of(options.mode), options.seed, options.force
-        damage = measure_effects(context, modes, subspace, strength=options.strength, seed=seed, force=force)
+        damage = measure_effects(
+            *(context, modes, subspace), strength=options.strength, seed=seed, force=force, probed=options.strict
+        )
     return controls, damage
+
+
+def in_words(damage: dict[str, Any] | None, options: Options) -> str:
+    """Return the first line of every output: what the edit did to the model."""
+    if options.mode == "original":
+        return "damage: none, the model is not edited"
+    return headline(damage, "--no-damage")
 
 
 def evaluate(
@@ -373,6 +346,7 @@ def evaluate(
     controls, damage = _controls_and_damage(context, cells, options, folder, subspace, seconds_per_text, say)
     paired = pair(cells, options.margin)
     results = {
+        "damage_in_words": in_words(damage, options),
         "schema": 1,
         "config": config,
         "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},

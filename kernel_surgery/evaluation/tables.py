@@ -106,9 +106,10 @@ def expag_lines(results: dict, mode: str) -> list[str]:
 
 
 def shown(results: dict) -> str:
-    """Return the text that `eval` prints: the settings, the notes, and the tables."""
+    """Return the text that `eval` prints: the damage in words, the settings, the notes, and the tables."""
     config, strict = results["config"], results["config"]["protocol"] == "strict"
     lines = [
+        results["damage_in_words"],
         f"{results['model']['id']}: {config['problems']} {'test ' * strict}problems per language, greedy decoding, "
         f"at most {config['max_new_tokens']} new tokens, {config['dtype']}, {results['provider']}",
         *results["notes"],
@@ -117,7 +118,7 @@ def shown(results: dict) -> str:
         modes = list(results["modes"])
         return "\n".join([*lines, *(line for mode in modes[1:] or modes for line in expag_lines(results, mode))])
     lines.append(strict_table(results["modes"], results["paired"]))
-    if results["damage"] and results["damage"]["neutral"]:
+    if results["damage"]:
         lines.append(effects_table(results["damage"]))
     if results["controls"]:
         lines.append(control_table(results["controls"]))

@@ -7,6 +7,7 @@ import torch
 
 from kernel_surgery import Subspace, fused, hooked
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.evaluation import controls
 from kernel_surgery.evaluation.controls import (
     KINDS,
@@ -19,7 +20,6 @@ from kernel_surgery.evaluation.controls import (
     moments,
     parse_controls,
     percentile,
-    uniform_basis,
     verdict,
 )
 from kernel_surgery.models.architectures import mlp_outputs
@@ -54,9 +54,9 @@ def test_other_controls_are_refused(text):
         parse_controls(text)
 
 
-def test_a_uniform_basis_is_orthonormal_and_favours_no_direction():
+def test_a_haar_basis_is_orthonormal_and_favours_no_direction():
     generator = torch.Generator().manual_seed(0)
-    drawn = [uniform_basis(12, 3, generator) for _ in range(4000)]
+    drawn = [haar_basis(12, 3, generator) for _ in range(4000)]
     gram = torch.stack([u.T @ u for u in drawn])
     assert float((gram - torch.eye(3, dtype=torch.float64)).abs().max()) < 1e-12
     # E[U U^T] = k/d I; the entries of U U^T have a variance below 1/d.

@@ -1,17 +1,13 @@
 """Damage on neutral text, and held-out probes."""
 
-import math
-
 import pytest
 import torch
 
-from kernel_surgery import Subspace, fused, hooked
+from kernel_surgery import Subspace, fused
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.evaluation.effects import (
-    damage,
     last_states,
     leaks,
-    neutral_logits,
     probe_accuracy,
     probes,
     read_by_probe,
@@ -20,38 +16,12 @@ from kernel_surgery.evaluation.effects import (
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import problems
-from kernel_surgery.problems.neutral import neutral
 
 
 @pytest.fixture(scope="module")
 def polyglot():
     subspace = Subspace.load(POLYGLOT.parent / "subspace.safetensors")
     return load_model("polyglot", torch.float32), load_tokenizer("polyglot"), subspace
-
-
-def test_damage_is_the_divergence_and_perplexity_counted_by_hand(polyglot):
-    model, tokenizer, subspace = polyglot
-    before = neutral_logits(model, tokenizer, ("en", "ar"))
-    unchanged = damage(model, tokenizer, before)
-    for r in unchanged.values():
-        assert r["kl_mean"] == r["kl_p99"] == 0 and r["perplexity"] == r["original_perplexity"]
-    with hooked(model, subspace, 2.0):
-        found = damage(model, tokenizer, before)
-        loss, kl = [], []
-        for text in neutral("test")["ar"]:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            with torch.no_grad():
-                out = model(ids, labels=ids)
-            loss += [float(out.loss)] * (ids.shape[1] - 1)
-            kl.append(out.logits[0, :-1].double().log_softmax(-1))
-    assert found["ar"]["perplexity"] == pytest.approx(math.exp(sum(loss) / len(loss)), rel=1e-4)
-    original = torch.cat([logits for logits, _ in before["ar"]]).double().log_softmax(-1)
-    by_hand = torch.nn.functional.kl_div(torch.cat(kl), original, log_target=True, reduction="none").sum(-1)
-    assert found["ar"]["kl_mean"] == pytest.approx(float(by_hand.mean()), rel=1e-4) and found["ar"]["kl_mean"] > 0.01
-    assert found["ar"]["tokens"] == len(loss)
-    # A stronger edit does more.
-    with hooked(model, subspace, 0.5):
-        assert damage(model, tokenizer, before)["ar"]["kl_mean"] < found["ar"]["kl_mean"]
 
 
 def test_a_probe_reads_what_is_there_and_nothing_else():
@@ -102,7 +72,7 @@ def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
 
 def test_the_table_names_the_worst_layer():
     found = {
-        "neutral": {"fused": {"en": {"kl_mean": 0.0414, "kl_p99": 0.35}}},
+        "neutral": {},
         "chance": 1 / 7,
         "probed": 140,
         "leak": {"fused": {"mlp_out": {2: 1e-7, 3: 2e-7}, "resid_post": {2: 0.5, 3: 0.25}}},
@@ -112,7 +82,6 @@ def test_the_table_names_the_worst_layer():
         },
     }
     said = table(found)
-    assert "KL(original || edited) on neutral text, nats per token, mean (99th percentile): en 0.041 (0.35)" in said
     assert (
         "fused: a linear probe at mlp_out still reads the language: lowest accuracy 0.500, at layer 1 (original "
         "0.990, chance 0.143, n=140)" in said

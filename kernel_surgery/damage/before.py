@@ -1,0 +1,89 @@
+"""Measure the damage of an edit before it is written to a checkpoint or an adapter."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.damage.measure import headline, measure_damage
+from kernel_surgery.damage.words import BROKEN
+from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype
+from kernel_surgery.models.stored import located
+from kernel_surgery.subspace.artifact import Subspace
+
+# Of the weights: the model itself, one weight that is rounded for a yardstick, and activations.
+ROOM = 1.15
+LOGITS = 1500  # tokens whose logits are held at a time in float32: those of two languages, and of a pass
+
+
+def memory_needed(folder: Path, dtype: torch.dtype) -> int:
+    """Return the bytes that a checkpoint needs in memory while its damage is measured."""
+    entries = {name: entry for name, (_, entry) in located(folder).items()}
+    numbers = sum(torch.Size(entry.shape).numel() for entry in entries.values())
+    vocabulary = max((entry.shape[0] for name, entry in entries.items() if "embed" in name), default=0)
+    return int(ROOM * numbers * dtype.itemsize) + 4 * LOGITS * vocabulary
+
+
+def memory_free(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def damage_before_writing(
+    folder: Path, subspace: Subspace, mode: str, strength: float, *, languages: tuple[str, ...], force: bool
+) -> dict[str, Any]:
+    """Return the damage as `measure_damage` does, with "in_words"; or {"in_words": why it was not measured}.
+
+    folder: the original checkpoint. mode: "baked" or "lora", as it will be written. languages: of the neutral text.
+
+    Raises UserError for an edit that breaks the model, unless `force` is set.
+    """
+    device = parse_device()
+    dtype = parse_dtype("auto", device)
+    needed, free = memory_needed(folder, dtype), memory_free(device)
+    if needed > free:
+        why = f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        return {"in_words": headline(None, why)}
+    try:
+        tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype, device)
+    except KernelSurgeryError as error:
+        return {"in_words": headline(None, str(error).splitlines()[0].rstrip("."))}
+    found = measure_damage(
+        *(model, tokenizer, languages, [mode], subspace), strength=strength, force=force, controls=False
+    )
+    words = headline(found)
+    if found["verdict"][mode]["word"] == BROKEN and not force:
+        raise UserError(
+            f"{words}.\nChoose a lower rank or strength, fewer layers, or fit --method oblique. With --force it is "
+            "written anyway."
+        )
+    return {"in_words": words} | found
+
+
+def measuring(
+    folder: Path, subspace: Subspace, mode: str, strength: float, options: Any, say: Callable[[str], object]
+) -> Callable[[], dict[str, Any]]:
+    """Return what `bake` and `lora` call before they write: it measures the damage and says it in one line.
+
+    options: the command's, with `languages`, `no_damage` and `force`. Raises UserError for unknown languages.
+    """
+    from kernel_surgery.problems.generator import parse_languages
+
+    languages = parse_languages(options.languages)
+
+    def measure() -> dict[str, Any]:
+        if options.no_damage:
+            found: dict[str, Any] = {"in_words": headline(None, "--no-damage")}
+        else:
+            given = {"languages": languages, "force": options.force}
+            found = damage_before_writing(folder, subspace, mode, strength, **given)
+        say(found["in_words"])
+        return found
+
+    return measure

@@ -1,0 +1,239 @@
+"""Measure the damage of edits: the passes over neutral text, the verdict, and what is printed of both."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.damage.neutral import NeutralText, Reading
+from kernel_surgery.damage.words import (
+    BITS4,
+    BITS8,
+    BROKEN,
+    CONSTANT,
+    HAAR,
+    MATCHED,
+    PRECISION,
+    WORDS,
+    judged,
+    with_intervals,
+)
+from kernel_surgery.damage.yardsticks import (
+    haar_edits,
+    in_other_precision,
+    matched_edits,
+    other_precision,
+    rounded_weights,
+)
+from kernel_surgery.edit.modes import applied
+from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.numerics.projection import Projection
+from kernel_surgery.problems.neutral import Split
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.moments import Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Block = Callable[[], AbstractContextManager[object]]
+
+
+def measure_damage(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    languages: Sequence[str],
+    modes: Sequence[str],
+    subspace: Subspace,
+    *,
+    strength: float = 1.0,
+    force: bool = False,
+    split: Split = "test",
+    controls: bool = True,
+) -> dict[str, Any]:
+    """Measure an edit in each of `modes`, beside the yardsticks, on the same neutral text. Return it as JSON.
+
+    languages: of the neutral text. split: "test" to report an edit, "dev" to choose one. controls: also draw the two
+    random edits, which no word depends on.
+
+    Returns {"split", "sentences", "precision", "neutral": {mode: {language: figures}}, "yardsticks": {name: the same},
+    "verdict": {mode: `words.judged`}}. The model is unchanged afterwards.
+
+    Numerics: the model's own dtype; figures in float64.
+    """
+    blocks: dict[str, Block] = {mode: partial(applied, mode, model, subspace, strength, force) for mode in modes}
+    names = [PRECISION, BITS8, BITS4, *((HAAR, MATCHED) if controls else ())]
+    # Two passes more: the original, and the activations' moments.
+    with progress_bar(len(blocks) + len(names) + 1, "damage", leave=False) as bar:
+        text = NeutralText(model, tokenizer, languages, split)
+        bar.update()
+        yardsticks = {CONSTANT: text.read(text.constant_predictions)}
+        for name, block in yardstick_blocks(text, names, subspace, strength, force):
+            with block():
+                yardsticks[name] = text.read()
+            bar.update()
+        edits: dict[str, dict[str, Reading]] = {}
+        for mode, block in blocks.items():
+            with block():
+                edits[mode] = text.read()
+            bar.update()
+    return {
+        **{"split": split, "sentences": text.sentences, "precision": other_precision(model)},
+        "neutral": {mode: _figures(by) for mode, by in edits.items()},
+        "yardsticks": {name: _figures(yardsticks[name]) for name in (*names, CONSTANT)},
+        "verdict": {mode: judged(by, yardsticks) for mode, by in edits.items()},
+    }
+
+
+def yardstick_blocks(
+    text: NeutralText, names: Sequence[str], subspace: Subspace, strength: float, force: bool
+) -> Iterator[tuple[str, Block]]:
+    """Yield (name, a function that returns a context manager with that change) for every yardstick."""
+    model = text.model
+    rounding: dict[str, Block] = {
+        PRECISION: partial(in_other_precision, model),
+        BITS8: partial(rounded_weights, model, 8),
+        BITS4: partial(rounded_weights, model, 4),
+    }
+    for name in names:
+        if name in rounding:
+            yield name, rounding[name]
+            continue
+        edits = subspace.projections
+        drawn = haar_edits(edits) if name == HAAR else matched_edits(edits, neutral_moments(text, tuple(edits)))
+        yield name, partial(applied, "hook", model, with_edits(subspace, drawn), strength, force)
+
+
+def with_edits(subspace: Subspace, edits: Mapping[int, Projection]) -> Subspace:
+    """Return the subspace with other edits at the same layers, and the same schedule of strengths."""
+    return replace(
+        subspace,
+        bases={layer: edit.basis for layer, edit in edits.items()},
+        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
+        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
+    )
+
+
+def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Moments]:
+    """Return the moments of the MLPs' outputs at `layers`, over the tokens of the text but for each first one.
+
+    The first token is an attention sink in many models: its activations are tens of times larger than all others.
+    """
+    found: dict[int, Moments] = {}
+    with caught_outputs(text.model, layers, found), torch.no_grad():
+        for language in text.languages:
+            for ids in text.encoded[language]:
+                text.model(input_ids=torch.tensor([ids], device=text.model.device), use_cache=False)
+    return found
+
+
+@contextmanager
+def caught_outputs(
+    model: "PreTrainedModel", layers: Sequence[int], found: dict[int, Moments]
+) -> Iterator[None]:
+    """Add the outputs of `down_proj` [1, tokens, d_model] to the moments of their layers, while the block runs."""
+
+    def catch(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            states = output.reshape(-1, output.shape[-1])[1:]
+            found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(states, 0)
+
+        return hook
+
+    handles = [site.module.register_forward_hook(catch(layer)) for layer, site in mlp_outputs(model, layers).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _figures(readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
+    return {language: with_intervals(reading) for language, reading in readings.items()}
+
+
+# --- what is printed ---
+
+
+def named(name: str, damage: Mapping[str, Any]) -> str:
+    """Return a yardstick's name as it is printed."""
+    names = {
+        PRECISION: f"run in {damage['precision']}",
+        BITS8: "8-bit weights",
+        BITS4: "4-bit weights",
+        HAAR: "random edit, uniform",
+        MATCHED: "random edit, covariance-matched",
+        CONSTANT: "no context (unigram)",
+    }
+    return names.get(name, name)
+
+
+def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
+    """Return the first line of every output: the damage in words, and the figures that the words rest on.
+
+    damage: a result of `measure_damage`; None or one without a verdict if it was not measured, for the reason `why`.
+    """
+    if not damage or not damage.get("verdict"):
+        return f"damage: not measured{f' ({why})' if why else ''}"
+    modes: dict[str, list[str]] = {}
+    for mode, verdict in damage["verdict"].items():
+        modes.setdefault(verdict["word"], []).append(mode)
+    word = max(modes, key=WORDS.index)
+    mode = max(modes[word], key=lambda m: max(r["kl_mean"] for r in damage["neutral"][m].values()))
+    figures = damage["neutral"][mode]
+    kl = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in figures.items())
+    ratio = ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
+    others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
+    beside = CONSTANT if word == BROKEN else BITS4
+    yardstick = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in damage["yardsticks"][beside].items())
+    said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
+    return (
+        f"damage, {', '.join(modes[word])}: {said}. KL {kl} nats per token ({named(beside, damage)}: {yardstick}); "
+        f"perplexity {ratio}" + (f". {others}" if others else "")
+    )
+
+
+def rows_of(damage: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
+    """Return (name, language, figures, word) of every edit and yardstick, in the order of the tables."""
+    rows = []
+    for mode, by in damage["neutral"].items():
+        words = damage["verdict"][mode]["languages"]
+        rows += [(mode, language, r, words[language]["word"]) for language, r in by.items()]
+    for name, by in damage["yardsticks"].items():
+        rows += [(named(name, damage), language, r, "") for language, r in by.items()]
+    return rows
+
+
+HEAD = ("changed model", "lang", "KL (95% CI)", "99% of tokens", "perplexity", "ratio (95% CI)", "in words")
+
+
+def cells(row: tuple[str, str, dict[str, Any], str]) -> list[str]:
+    """Return a row of the table as text."""
+    name, language, r, word = row
+    low, high = r["kl_ci95"]
+    least, most = r["perplexity_ratio_ci95"]
+    return [
+        *(name, language, f"{r['kl_mean']:.3g} ({low:.3g} to {high:.3g})", f"{r['kl_p99']:.3g}"),
+        *(f"{r['perplexity']:.4g}", f"{r['perplexity_ratio']:.3g} ({least:.3g} to {most:.3g})", word),
+    ]
+
+
+def table(damage: Mapping[str, Any]) -> str:
+    """Return the table of an edit's damage beside the yardsticks."""
+    rows = [list(HEAD), *map(cells, rows_of(damage))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    original = next(iter(damage["neutral"].values()), next(iter(damage["yardsticks"].values())))
+    before = ", ".join(f"{language} {r['original_perplexity']:.4g}" for language, r in original.items())
+    return "\n".join(
+        [
+            f"damage on {damage['sentences']} neutral sentences per language ({damage['split']} half): KL(original || "
+            f"changed), nats per token; perplexity of the original: {before}",
+            *(
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                for row in rows
+            ),
+        ]
+    )

@@ -1,0 +1,173 @@
+"""Known changes of a model, to measure an edit's damage against: rounding, and random edits.
+
+A model's weights are changed while a module runs, one module at a time, and restored after it. So a change needs the
+memory of one weight, and the model is whole again when the block ends.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.numerics.projection import Projection
+from kernel_surgery.subspace.erasing import SHRINKAGE, shrunk
+from kernel_surgery.subspace.moments import Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP = 32  # weights that share one scale
+
+
+def rounded_to_bits(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
+    """Round a weight [out, in] to the nearest of 2^bits - 1 values per group of `group` inputs.
+
+    Symmetric: each group's scale is its largest magnitude over 2^(bits - 1) - 1. The last group of a row may be
+    shorter. Returns the weight's dtype.
+
+    Numerics: float32.
+    """
+    most = 2 ** (bits - 1) - 1
+    rows, columns = weight.shape
+    x = nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
+    scale = x.abs().amax(-1, keepdim=True) / most
+    x = torch.where(scale > 0, (x / scale).round(), 0.0) * scale
+    return x.view(rows, -1)[:, :columns].to(weight.dtype)
+
+
+@contextmanager
+def _while_running(modules: Iterable[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the parameters of each module while that module runs."""
+    whole: dict[nn.Parameter, Tensor] = {}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for parameter in module.parameters(recurse=False):
+            whole[parameter] = parameter.data
+            parameter.data = change(parameter.data)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole.pop(parameter)
+
+    handles = [
+        handle
+        for module in modules
+        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, data in whole.items():  # of a module that did not finish
+            parameter.data = data
+
+
+@contextmanager
+def rounded_weights(model: "PreTrainedModel", bits: int) -> Iterator[None]:
+    """Round the weights of all linear layers in the decoder to `bits` while the block runs (`rounded_to_bits`).
+
+    The embeddings, the norms and the biases stay, as in most quantised checkpoints.
+    """
+    linear = [
+        module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)
+    ]
+
+    def change(data: Tensor) -> Tensor:
+        return rounded_to_bits(data, bits) if data.ndim == 2 else data
+
+    with _while_running(linear, change):
+        yield
+
+
+def other_precision(model: "PreTrainedModel") -> str:
+    """Return the dtype that `in_other_precision` compares with: bfloat16, or float32 for a model in 16 bits."""
+    return "bfloat16" if model.dtype == torch.float32 else "float32"
+
+
+@contextmanager
+def in_other_precision(model: "PreTrainedModel") -> Iterator[None]:
+    """Run a float32 model as if in bfloat16, or a 16-bit model in float32, while the block runs.
+
+    A float32 model keeps its dtype, but every weight, and what every module takes in and gives out, is rounded to
+    bfloat16. That is faster than bfloat16 on a CPU without such instructions. A 16-bit model computes in float32
+    altogether: its weights are widened one module at a time, and the embedding's output carries the dtype on.
+    """
+    low = model.dtype == torch.float32
+
+    def change(data: Tensor) -> Tensor:
+        return data.bfloat16().float() if low else data.float()
+
+    own = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    handles = []
+    if low:
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(_rounded(x) for x in inputs)
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            return tuple(_rounded(x) for x in output) if isinstance(output, tuple) else _rounded(output)
+
+        for module in own:
+            handles.append(module.register_forward_pre_hook(before))
+        for module in [*own, *decoder_layers(model)]:
+            handles.append(module.register_forward_hook(after))
+    try:
+        with _while_running(own, change):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounded(x: Any) -> Any:
+    return x.bfloat16().float() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+
+def haar_basis(d: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return a basis [d, k] of a uniformly (Haar) distributed k-dimensional subspace, float64.
+
+    It is the Q of the QR decomposition of a Gaussian matrix. QR leaves the signs of the columns to convention, but they
+    do not change the subspace.
+    """
+    return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
+
+
+def haar_edits(edits: Mapping[int, Projection], seed: int = 0) -> dict[int, Projection]:
+    """Return an orthogonal edit onto a Haar-random subspace for each layer, of the same rank."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for layer, edit in edits.items():
+        d, k = edit.basis.shape
+        drawn[layer] = Projection(haar_basis(d, k, generator).float().contiguous())
+    return drawn
+
+
+def matched_edits(
+    edits: Mapping[int, Projection], moments: Mapping[int, Moments], seed: int = 0
+) -> dict[int, Projection]:
+    """Return a random edit for each layer, of the same rank and form, with the activations' covariance in it.
+
+    With S the covariance (E x x^T for an edit without an offset), shrunk as in `fit`, and Q a Haar-random basis: an
+    oblique edit has A = S^(1/2) Q and B = S^(-1/2) Q, an affine one also c = B^T E x. An orthogonal edit has an
+    orthonormal basis of the span of S^(1/2) Q: directions in which the activations vary as much as they do in the mean.
+
+    Numerics: float64; the edits are float32.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for layer, edit in edits.items():
+        found, (d, k) = moments[layer], edit.basis.shape
+        second = found.mean_square if edit.offset is None else found.covariance
+        values, vectors = torch.linalg.eigh(shrunk(second.cpu(), SHRINKAGE))
+        roots, q = values.clamp_min(0).sqrt()[:, None], haar_basis(d, k, generator)
+        written = vectors @ (roots * (vectors.T @ q))
+        if edit.dual is None:
+            drawn[layer] = Projection(torch.linalg.qr(written)[0].float().contiguous())
+            continue
+        read = vectors @ ((vectors.T @ q) / roots)
+        offset = None if edit.offset is None else (read.T @ found.mean.cpu()).float()
+        drawn[layer] = Projection(written.float().contiguous(), read.float().contiguous(), offset)
+    return drawn
