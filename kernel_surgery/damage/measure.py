@@ -164,8 +164,8 @@ def named(name: str, damage: Mapping[str, Any]) -> str:
         PRECISION: f"run in {damage['precision']}",
         BITS8: "8-bit weights",
         BITS4: "4-bit weights",
-        HAAR: "random edit, uniform",
-        MATCHED: "random edit, covariance-matched",
+        HAAR: "uniform random edit",
+        MATCHED: "matched random edit",
         CONSTANT: "no context (unigram)",
     }
     return names.get(name, name)
@@ -185,15 +185,23 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
     mode = max(modes[word], key=lambda m: max(r["kl_mean"] for r in damage["neutral"][m].values()))
     figures = damage["neutral"][mode]
     kl = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in figures.items())
-    ratio = ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
+    ratio = "perplexity " + ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
+    if lost := beyond(damage):
+        ratio = f"perplexity says nothing in {', '.join(lost)}, which the original predicts worse than without context"
     others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
     beside = CONSTANT if word == BROKEN else BITS4
     yardstick = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in damage["yardsticks"][beside].items())
     said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
     return (
         f"damage, {', '.join(modes[word])}: {said}. KL {kl} nats per token ({named(beside, damage)}: {yardstick}); "
-        f"perplexity {ratio}" + (f". {others}" if others else "")
+        f"{ratio}" + (f". {others}" if others else "")
     )
+
+
+def beyond(damage: Mapping[str, Any]) -> list[str]:
+    """Return the languages that the original predicts worse than without context: text that it was not made for."""
+    constant = damage["yardsticks"][CONSTANT]
+    return [lang for lang, r in constant.items() if r["original_perplexity"] >= r["perplexity"]]
 
 
 def rows_of(damage: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:

@@ -43,14 +43,14 @@ RULE = (
 def ratio_interval(above: Values, below: Values) -> tuple[float, float]:
     """Return the 95% interval of sum(above) / sum(below), resampling the pairs (bias-corrected bootstrap, seeded).
 
-    All of `below` are positive. Uses scipy.stats.bootstrap. If all pairs have the same ratio, or there is only one, the
-    ratio is returned twice.
+    All of `below` are positive. Uses scipy.stats.bootstrap. The ratio is returned twice if all pairs have the same one,
+    if there is only one pair, or if one is not finite.
     """
     from scipy.stats import bootstrap
 
     a, b = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     each, ratio = a / b, float(_ratio(a, b))
-    if len(a) < 2 or np.ptp(each) == 0:
+    if len(a) < 2 or np.ptp(each) == 0 or not np.isfinite(each).all():
         return ratio, ratio
     options = {"n_resamples": RESAMPLES, "rng": np.random.default_rng(0), "method": "BCa"}
     found = bootstrap((a, b), _ratio, paired=True, vectorized=True, **options).confidence_interval

@@ -92,7 +92,7 @@ def damage(found: dict) -> list[str]:
         axes.set_ylim(-0.6, len(order) - 0.4)
         axes.set_xscale("log")
         axes.set_title(language, fontsize=10)
-        axes.set_xlabel("KL, nats per token (95% interval)")
+        axes.set_xlabel("KL, nats per token")
         pictures.append(svg(fig))
     return pictures
 

@@ -193,11 +193,11 @@ def damage_section(results: dict) -> str:
     if not found or not found.get("yardsticks"):
         return ""
     rows = [cells(row) for row in rows_of(found)]
-    half = "reported on" if found["split"] == "test" else "chosen on"
     return (
         f"<h2>Damage</h2><p>What the edit did to the model's predictions on {found['sentences']} everyday sentences "
-        f"per language without any maths ({found['split']} half: edits are {half} it), beside known changes of the "
-        "same model. KL(original || changed) is in nats per token; 0 means the same predictions.</p>"
+        f"per language without any maths (the {found['split']} half), beside known changes of the same model. "
+        "KL(original || changed) is in nats per token, with its 95% interval; 0 means the same predictions. A random "
+        "edit has the rank, layers and strength of the edit: uniform, or matched to the activations' covariance.</p>"
         + panels(damage(found), list(found["neutral"]), ["grey: known changes, to compare with"])
         + table(HEAD, rows, 2, words=[6])
         + f"<p class=small>{html.escape(RULE)}</p>"

@@ -26,6 +26,8 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import LANGUAGES, MODES, POOLS, SITES
+from kernel_surgery.damage.measure import headline, measure_damage
+from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
@@ -281,10 +283,14 @@ def run_study(
         control_results = run_controls(
             context, own, folder, subspace_of[best], controls, mode, strength, declared["seed"]
         )
+    damage = measure_damage(
+        *(model, tokenizer, languages, [mode], subspace_of[best]), strength=cells[best]["strength"]
+    )
     study = {
+        "damage_in_words": headline(damage),
         **{"schema": 1, "command": command, "declared": named, "environment": environment_record(device)},
         **{"dev": dev, "frozen": frozen, "test": figures(texts, ["original", *reported], languages, budget)},
-        **{"paired": paired, "power": power(paired), "controls": control_results},
+        **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
     }
     write_atomic(folder / "study.json", json.dumps(study, indent=2, ensure_ascii=False) + "\n")
     return study
@@ -307,11 +313,12 @@ def freeze(folder: Path, chosen: str, cells: dict[str, dict[str, Any]], declared
 def shown(study: dict[str, Any]) -> str:
     """Return the text that the command prints about a study."""
     frozen, declared = study["frozen"], study["declared"]
-    lines = [table(study["dev"], frozen["cell"])]
+    lines = [study["damage_in_words"], table(study["dev"], frozen["cell"])]
     count = 5 * declared["problems"]
     lines.append(f"choice frozen: {frozen['sha256'][:16]}, one of {frozen['of']} settings")
     lines.append(f"test problems, {count} per language:")
     lines.append(strict_table(study["test"], study["paired"]))
     if study["controls"]:
         lines.append(control_table(study["controls"]))
+    lines.append(damage_table(study["damage"]))
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from kernel_surgery.evaluation.controls import MEASURES, compare
 from kernel_surgery.evaluation.page import PANEL, marked, table
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.summary import pair, power, summarize
+from tests.damage.test_words import damage_of, reading
 from tests.evaluation.test_summary import cells
 
 
@@ -44,6 +45,7 @@ def whole(made, **more):
     languages = list(modes["original"])
     paired = pair(made)
     return {
+        "damage_in_words": "damage, fused: like 4-bit. KL en 0.04, zh 0.0437 nats per token",
         **{
             "modes": modes,
             "paired": paired,
@@ -59,11 +61,7 @@ def whole(made, **more):
             "spectrum": {"1": [3.0, 2.0, 1.0], "2": [4.0, 2.0, 0.5]},
         },
         "damage": {
-            "neutral": {
-                "fused": {
-                    "ar": {"tokens": 9, "kl_mean": 0.1, "kl_p99": 0.5, "perplexity": 12.5, "original_perplexity": 11.0}
-                }
-            },
+            **damage_of({"fused": {"en": reading(0.04), "zh": reading(0.0437)}}),
             "chance": 0.5,
             "probes": {
                 m: {"mlp_out": {"0": 1.0, "1": v}, "resid_post": {"0": 1.0, "1": 1.0}}
@@ -74,8 +72,8 @@ def whole(made, **more):
     } | more
 
 
-# Accuracy, two budget curves, three controls, two probes, two of the subspace.
-PICTURES = 10
+# Accuracy, two budget curves, three controls, two of damage, two probes, two of the subspace.
+PICTURES = 12
 
 
 def control_figures(modes, languages):
@@ -123,14 +121,17 @@ def test_the_report_is_one_well_formed_page_that_fetches_nothing_and_escapes_tex
 
 def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, made):
     text = written(tmp_path, made)
-    for head in ("Answers", "By category", "Accuracy by budget", "Controls", "Damage and erasure", "The subspace"):
+    for head in ("Answers", "By category", "Accuracy by budget", "Controls", "Damage", "Erasure", "The subspace"):
         assert f"<h2>{head}</h2>" in text
     assert text.count("<svg") == PICTURES
     page = parsed(text)
+    # The damage comes first, before what was asked.
+    headline = "damage, fused: like 4-bit. KL en 0.04, zh 0.0437 nats per token"
+    assert page.text.index(headline) < page.text.index("This page compares") < page.text.index("Answers")
     for row in whole(made)["paired"]:
         assert row["verdict"] in page.text
     assert "fused, all languages together: no difference shown (n=4)" in page.text
-    assert "3 random subspaces (haar) of the same rank" in page.text and "0.1000" in page.text and "12.5" in page.text
+    assert "3 random subspaces (haar) of the same rank" in page.text and "0.0437 (" in page.text
     assert "Smallest difference that these numbers of problems and comparisons can detect: ar none" in page.text
     # No picture is wider than a phone: it would be shrunk until nobody can read it.
     widths = [float(width) for width in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
@@ -141,7 +142,8 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     assert page.text.index("0.25") < page.text.index("1e-07")
     # A run without them has none of them.
     bare = written(tmp_path, made, damage=None, controls=None, subspace={}, command=None)
-    assert bare.count("<svg") == 3 and "Controls" not in bare and "Damage" not in bare and "The subspace" not in bare
+    absent = ("Controls", "<h2>Damage", "Erasure", "The subspace")
+    assert bare.count("<svg") == 3 and not any(head in bare for head in absent)
 
 
 TENSORS = [
