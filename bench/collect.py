@@ -6,8 +6,9 @@
     kernel_surgery.collect   the layers alone, with the prompts of all languages in batches of so many tokens
     --pool tokens            the same, and float64 moments over all tokens
 
-Every method reads the same prompts at all layers. Before anything is timed, `collect` must give the bits that the whole
-model gives in the same batches. Other batches round otherwise; the largest difference is printed.
+All layers are read. Before anything is timed, `collect` must give the bits that the whole model gives in the same
+batches. Other batches round otherwise; the largest difference is printed. To keep a round short, each method runs every
+so many-th of its batches, and its time is scaled by the tokens in them, without padding, to all prompts.
 
 Memory: what a collection adds to a loaded model, as the peak of a process's anonymous memory. Two random models differ
 in nothing but their vocabulary, and each one is measured in a process of its own, both ways.
@@ -20,7 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from bench.parsing import bench_parser
 from bench.store import keep, record
@@ -77,8 +81,24 @@ def read_whole(model, tokenizer, encoded, batches, whole: bool = True):
     return rows
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Every so many-th batch of one way to batch, and how many tokens it has without padding."""
+
+    batches: list[list[int]]
+    tokens: int
+
+    @classmethod
+    def of(cls, batches: list[list[int]], lengths: Sequence[int], every: int) -> "Slice":
+        chosen = batches[every // 2 :: every] or batches[:1]
+        return cls(chosen, sum(lengths[i] for batch in chosen for i in batch))
+
+
 def checked(model, tokenizer, prompts: Sequence[str]) -> float:
-    """The largest difference to the old batches, relative to the largest entry. Raises RuntimeError for other bits."""
+    """The largest difference to batches of `PROMPTS`, relative to the largest entry of a layer.
+
+    Raises RuntimeError if `collect` has other bits than the whole model in the same batches.
+    """
     import torch
 
     from kernel_surgery.subspace.collecting import encode, prompt_states
@@ -88,26 +108,36 @@ def checked(model, tokenizer, prompts: Sequence[str]) -> float:
     for layer, x in read_whole(model, tokenizer, encoded, batches).items():
         if not torch.equal(x, ours[layer]):
             raise RuntimeError(f"layer {layer} has other bits than in the whole model: nothing was timed")
-    before = read_whole(model, tokenizer, encoded, batches_before([len(ids) for ids in encoded], len(LANGUAGES)))
+    before = read_whole(model, tokenizer, encoded, batches_before([len(ids) for ids in encoded], 1))
     return max(float((x - ours[layer]).abs().max() / x.abs().max()) for layer, x in before.items())
 
 
-def calls(model, tokenizer, chosen, budgets: Sequence[int]) -> dict[str, Callable]:
-    """{method: function that reads every prompt once}."""
-    from kernel_surgery.subspace.collecting import collect_languages, collect_moments, encode
+def calls(model, tokenizer, prompts: Sequence[str], budgets: Sequence[int], every: int) -> dict[str, tuple]:
+    """{method: (function that reads a slice of the prompts once, the slice's tokens)}.
 
-    layers = range(model.config.num_hidden_layers)
-    prompts = [p.prompts[language] for language in LANGUAGES for p in chosen]
-    encoded = encode(tokenizer, prompts, 1)[0]
-    batches = batches_before([len(ids) for ids in encoded], len(LANGUAGES))
-    found: dict[str, Callable] = {
-        BEFORE: lambda: read_whole(model, tokenizer, encoded, batches),
-        BODY: lambda: read_whole(model, tokenizer, encoded, batches, whole=False),
+    prompts: language by language.
+    """
+    from kernel_surgery.models.padding import token_batches
+    from kernel_surgery.subspace.collecting import collect_moments, encode, prompt_states
+
+    layers, encoded = range(model.config.num_hidden_layers), encode(tokenizer, prompts, 1)[0]
+    lengths = [len(ids) for ids in encoded]
+    old = Slice.of(batches_before(lengths, len(LANGUAGES)), lengths, every)
+    found: dict[str, tuple] = {
+        BEFORE: (lambda: read_whole(model, tokenizer, encoded, old.batches), old.tokens),
+        BODY: (lambda: read_whole(model, tokenizer, encoded, old.batches, whole=False), old.tokens),
     }
     for budget in budgets:
+        # A batch ends when one more prompt of its longest's length would not fit. So the slice's prompts alone make
+        # the slice's batches again.
+        new = Slice.of(token_batches(lengths, budget), lengths, every)
+        texts = [prompts[i] for batch in new.batches for i in batch]
         name = OURS if budget == BATCH_TOKENS else f"{OURS}, {budget} tokens"
-        found[name] = lambda b=budget: collect_languages(model, tokenizer, chosen, LANGUAGES, layers, batch_tokens=b)
-    return found | {MOMENTS: lambda: collect_moments(model, tokenizer, chosen)}
+        found[name] = (partial(prompt_states, model, tokenizer, texts, layers, batch_tokens=budget), new.tokens)
+    new = Slice.of(token_batches(lengths, BATCH_TOKENS), lengths, every)
+    texts = [prompts[i] for batch in new.batches for i in batch]
+    pairs = [SimpleNamespace(prompts={"even": a, "odd": b}) for a, b in zip(texts[::2], texts[1::2], strict=False)]
+    return found | {MOMENTS: (lambda: collect_moments(model, tokenizer, pairs, ("even", "odd")), new.tokens)}
 
 
 def timed(args, about: dict) -> list[dict]:
@@ -116,28 +146,28 @@ def timed(args, about: dict) -> list[dict]:
     from kernel_surgery.problems.generator import problems
 
     model, tokenizer = load_model(args.model, device="cpu"), load_tokenizer(args.model)
-    chosen = problems("fit", args.problems)
-    prompts = [p.prompts[language] for language in LANGUAGES for p in chosen]
+    prompts = [p.prompts[language] for language in LANGUAGES for p in problems("fit", args.problems)]
     tokens = sum(len(tokenizer(prompt).input_ids) for prompt in prompts)
-    off = checked(model, tokenizer, prompts)
+    off = checked(model, tokenizer, prompts[:: 2 * args.every])
     print(
         f"{about['device']}: {public_name(args.model)}, {len(prompts)} prompts, {tokens} tokens. The bits are those of "
-        f"the whole model in the same batches; in the old batches vectors differ by {off:.1e} of the largest entry"
+        f"the whole model in the same batches; in batches of {PROMPTS} vectors differ by {off:.1e} of the largest entry"
     )
-    methods = calls(model, tokenizer, chosen, args.batch_tokens)
+    methods = calls(model, tokenizer, prompts, args.batch_tokens, args.every)
 
-    def one(call: Callable) -> float:
+    def one(call: Callable, part: int) -> float:
         began = time.perf_counter()
         call()
-        return (time.perf_counter() - began) * 1e6
+        return (time.perf_counter() - began) * 1e6 * tokens / part
 
     with progress_bar((args.rounds + 1) * len(methods), "collect", unit="pass") as bar:
-        times = interleaved({name: lambda c=call: one(c) for name, call in methods.items()}, args.rounds, bar.update)
+        passes = {name: partial(one, *method) for name, method in methods.items()}
+        times = interleaved(passes, args.rounds, bar.update)
     rows = []
     for name, sample in times.items():
         row = record("collect", "vectors", name, M=len(prompts), d=model.config.hidden_size, dtype="float32")
-        row |= {"model": public_name(args.model), "tokens": tokens, "difference": off, "rounds": args.rounds}
-        row |= percentiles(sample) | ratio(times[BEFORE], sample, "speedup") | about
+        row |= {"model": public_name(args.model), "tokens": tokens, "every": args.every, "difference": off}
+        row |= percentiles(sample) | ratio(times[BEFORE], sample, "speedup") | {"rounds": args.rounds} | about
         rows.append(row)
         low, high = ends(row, "speedup")
         print(
@@ -227,7 +257,8 @@ def parser() -> Parser:
     """The command line."""
     p = bench_parser("collect", "Time and weigh collect beside a forward pass of the whole model.")
     p.add_argument("--model", default="smollm2")
-    p.add_argument("--problems", type=int, default=10, help="in each of five categories (default 10)")
+    p.add_argument("--problems", type=int, default=40, help="in each of five categories (default 40)")
+    p.add_argument("--every", type=int, default=5, help="run every so many-th batch (default 5)")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--batch-tokens", type=int, nargs="+", default=[BATCH_TOKENS])
     p.add_argument("--only", choices=("time", "memory"))

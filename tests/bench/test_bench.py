@@ -208,7 +208,8 @@ def test_the_collect_benchmark_compares_bits_before_times(tmp_path, capsys, monk
 
     from bench import collect
 
-    out, words = tmp_path / "rows.json", ["--model", "polyglot", "--problems", "1", "--rounds", "1", "--only", "time"]
+    out = tmp_path / "rows.json"
+    words = "--model polyglot --problems 1 --rounds 1 --every 1 --only time".split()
     assert collect.run([*words, "--batch-tokens", "2048", "512", "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
     assert set(rows) == {collect.BEFORE, collect.BODY, collect.OURS, f"{collect.OURS}, 512 tokens", collect.MOMENTS}
