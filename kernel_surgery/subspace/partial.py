@@ -11,7 +11,6 @@ gigabyte, they are written less often. A kill then loses the work since the last
 times the time of a save. Either way the rest is computed as it would have been without the kill, bit for bit.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -211,6 +210,8 @@ def resuming(
 
     Raises CheckpointError if another process holds the folder, and UserError if something else is in its place.
     """
+    import fcntl
+
     check_partial(folder, {})
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ def test_the_collect_benchmark_compares_bits_before_times(tmp_path, capsys, monk
     from bench import collect
 
     out = tmp_path / "rows.json"
-    words = "--model polyglot --problems 1 --rounds 1 --every 1 --only time".split()
+    words = ["--model", "polyglot", "--problems", "1", "--rounds", "1", "--every", "1", "--only", "time"]
     assert collect.run([*words, "--batch-tokens", "2048", "512", "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
     assert set(rows) == {collect.BEFORE, collect.BODY, collect.OURS, f"{collect.OURS}, 512 tokens", collect.MOMENTS}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -173,6 +174,33 @@ def test_moments_are_saved_as_often_as_a_twentieth_of_the_time_allows(tmp_path, 
         assert set(apart) == {1}  # a batch is lost at most
     else:
         assert 1 < max(apart) <= 1 + save_s / SHARE / batch_s
+
+
+@pytest.mark.parametrize("pool", ["last", "tokens"])
+def test_the_command_says_that_it_goes_on_and_restart_does_not(pool, tmp_path, monkeypatch):
+    def interrupted(self, save, out):
+        raise KeyboardInterrupt
+
+    small = ["--problems", "1", "--batch-tokens", "128", "--device", "cpu", "--pool", pool]
+    out, whole = tmp_path / "acts", tmp_path / "whole"
+    with one_thread():
+        assert call("collect", *small, "--out", whole)[0] == 0
+        with monkeypatch.context() as inner:
+            inner.setattr(Partial, "publish", interrupted)
+            assert call("collect", *small, "--out", out)[0] == 130
+        assert not out.exists() and partial_folder(out).is_dir()
+        status, _, err = call("collect", *small, "--seed", "1", "--out", out)
+        assert status == 2 and "seed is 0 there, 1 here" in err and "No file was written." in err
+        status, _, err = call("collect", *small, "--out", out)
+        said = rf"{out}\.partial: (\d+) of \1 batches are done; going on from there\n"
+        assert status == 0 and re.fullmatch(said, err)
+        assert out.read_bytes() == whole.read_bytes() and not partial_folder(out).exists()
+        with monkeypatch.context() as inner:
+            inner.setattr(Partial, "publish", interrupted)
+            call("collect", *small, "--out", tmp_path / "again")
+        assert call("collect", *small, "--restart", "--out", tmp_path / "again")[::2] == (0, "")
+    assert (tmp_path / "again").read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "again", "whole"]
 
 
 def words(out, pool):
