@@ -94,6 +94,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": tables.on_gpu,
         "models": tables.models,
         "op": tables.op,
+        "collect": tables.collect,
         "fit": tables.fit,
         "evaluation": tables.evaluation,
         "checkpoint": tables.checkpoint,

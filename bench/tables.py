@@ -98,6 +98,7 @@ def speed() -> str:
                 f"- `fit`, exact, on {r['layers']} synthetic layers of {r['M']} x {r['d']}: {interval(r, 'speedup')} "
                 f"times the speed of numpy's full SVD. {where(r)}"
             )
+    lines += collected_in_short()
     of_loop = {r["provider"]: interval(r, "speedup") for r in asked}
     if asked:
         lines.append(
@@ -169,6 +170,36 @@ def fit() -> str:
     first = stored[0]
     about = f"{first['layers']} layers of {first['M']} x {first['d']} deviations, k = {first['k']}.\n\n"
     return about + table(head, body) + "\n" + where(first)
+
+
+def collect() -> str:
+    """Reading activations beside the whole model, and what it adds to a model's memory."""
+    stored = rows("collect.json")
+    if not stored:
+        return ""
+    timed, weighed = ([r for r in stored if r["case"] == case] for case in ("vectors", "memory"))
+    body = [
+        [r["provider"], f"{r['us_p50'] / 1e6:.1f}", f"{r['tokens'] / r['us_p50'] * 1e6:.0f}", interval(r, "speedup")]
+        for r in timed
+    ]
+    first = timed[0]
+    out = f"{first['model']}, {first['M']} prompts of {first['tokens']} tokens, all layers, float32.\n\n"
+    out += table(["", "s", "tokens/s", "speed over the speed before"], body)
+    sizes = list(dict.fromkeys(r["size"] for r in weighed))
+    found = {(r["provider"], r["size"]): f"{r['added_bytes'] / 1e6:.1f}" for r in weighed}
+    body = [[name, *(found[name, size] for size in sizes)] for name in dict.fromkeys(r["provider"] for r in weighed)]
+    out += "\nMB that it adds to a loaded model, at the peak, by the size of the vocabulary:\n\n"
+    return out + table(["", *map(str, sizes)], body) + "\n" + where(first)
+
+
+def collected_in_short() -> list[str]:
+    """README.md: the line about `collect`."""
+    return [
+        f"- `collect` of {r['model']}, at all layers: {interval(r, 'speedup')} times the speed of forward passes of "
+        f"the whole model in batches of 32. {where(r)}"
+        for r in rows("collect.json")
+        if (r["case"], r["provider"]) == ("vectors", "kernel_surgery.collect")
+    ]
 
 
 def busy() -> str:

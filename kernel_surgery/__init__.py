@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
     from kernel_surgery.ops.library import project
     from kernel_surgery.subspace.artifact import Subspace
-    from kernel_surgery.subspace.collecting import collect_activations
+    from kernel_surgery.subspace.collecting import collect_activations, collect_moments
     from kernel_surgery.subspace.fitting import fit_subspace
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "baked",
     "certify_model",
     "collect_activations",
+    "collect_moments",
     "evaluate",
     "fit_subspace",
     "fused",
@@ -59,6 +60,7 @@ _HOME = {
     "baked": "edit.baked",
     "certify_model": "certify.model",
     "collect_activations": "subspace.collecting",
+    "collect_moments": "subspace.collecting",
     "evaluate": "evaluation.run",
     "fit_subspace": "subspace.fitting",
     "fused": "edit.fused",

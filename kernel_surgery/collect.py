@@ -5,17 +5,28 @@
 The model reads every problem of a split in every language, as a raw prompt. Each layer gives one float32 vector per
 prompt. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream; the edit is made there.
 `resid_post` is the residual stream after the layer; the reference script that this project began with used it. `--pool`
-takes the last prompt token, or the mean over the prompt's tokens. Padding is never read, on either side.
+takes the last prompt token, or the mean over the prompt's tokens. `--pool tokens` takes all of them: it writes sums of
+x and of x x^T (moments), of which `fit --method oblique` and `leace` make better edits. Padding is never read, on
+either side.
+
+Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
+goes on from there and writes the same bytes.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
-from kernel_surgery.common.names import DTYPES, LANGUAGES, POOLS, SITES, SPLITS
+from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, LANGUAGES, POOLS, SITES, SPLITS, TOKENS
+
+if TYPE_CHECKING:
+    from kernel_surgery.subspace.activations import Activations
+    from kernel_surgery.subspace.moments import LanguageMoments
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     more = "where to read: the MLP's output, which is edited (default), or the residual stream after the layer"
     p.add_argument("--site", choices=SITES, default="mlp_out", help=more)
-    p.add_argument("--pool", choices=POOLS, default="last", help="last prompt token (default) or mean over the prompt")
+    more = "last prompt token (default), mean over the prompt, or tokens: moments over all of them"
+    p.add_argument("--pool", choices=(*POOLS, TOKENS), default="last", help=more)
+    more = "with --pool tokens, count each prompt's first token too (default: it is left out as an attention sink)"
+    p.add_argument("--keep-first", action="store_true", help=more)
     more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
     p.add_argument("--languages", default="all", help=more)
     p.add_argument("--layers", default="all", help='such as "9-26" or "2,3,5-7" (default: all)')
@@ -36,7 +50,12 @@ def parser() -> argparse.ArgumentParser:
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-    p.add_argument("--batch-size", type=int, default=32, help="prompts in one forward pass (default 32)")
+    more = "auto: spread the layers over all GPUs; needs accelerate"
+    p.add_argument("--device-map", choices=("auto",), help=more)
+    more = f"most tokens in one forward pass, padding included (default {BATCH_TOKENS}); a longer prompt runs alone"
+    p.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help=more)
+    more = "begin again; by default, a run that was killed is continued"
+    p.add_argument("--restart", action="store_true", help=more)
     add_overwrite(p)
     return p
 
@@ -51,45 +70,65 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.models.load import parse_device, parse_dtype, public_name
     from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.problems.generator import parse_languages, problems
-    from kernel_surgery.subspace.collecting import collect_activations
+    from kernel_surgery.subspace.collecting import collect_activations, collect_moments
+    from kernel_surgery.subspace.partial import check_partial, partial_folder, resuming
 
     languages = parse_languages(args.languages)
-    if len(languages) < 2:
-        raise UserError("a language subspace needs at least two languages; --languages names one.")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
-    chosen_problems = problems(args.split, args.problems, seed=args.seed)
+    _check_options(args, languages)
+    chosen = problems(args.split, args.problems, seed=args.seed)
     check_output(args.out, overwrite=args.overwrite)
     device = parse_device(args.device)
+    dtype, tokens, partial = parse_dtype(args.dtype, device), args.pool == TOKENS, partial_folder(args.out)
+    about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed}
     choose_threads(args.model)
 
     def check(source: Path, config: dict[str, Any]) -> None:
-        n_layers = config["num_hidden_layers"]
-        layers = range(n_layers) if args.layers == "all" else parse_layers(args.layers, n_layers)
-        size = 4 * config["hidden_size"] * len(layers) * len(prompts)
+        n_layers, d = config["num_hidden_layers"], config["hidden_size"]
+        layers = list(range(n_layers)) if args.layers == "all" else parse_layers(args.layers, n_layers)
+        # Twice: the batches and the whole, or the last moments and the new ones.
+        size = 2 * len(layers) * (8 * d * d if tokens else 4 * d * len(prompts))
         check_output(args.out, size=size, overwrite=args.overwrite)
+        known = {"languages": list(languages), "layers": layers, "problems": len(chosen), "site": args.site}
+        known |= {"pool": args.pool, "dtype": str(dtype).removeprefix("torch."), "batch_tokens": args.batch_tokens}
+        known |= {"first_token": "kept" if args.keep_first else "left out"} if tokens else {}
+        check_partial(partial, {} if args.restart else about | known)
 
-    prompts = [problem.prompts[language] for problem in chosen_problems for language in languages]
-    where = parse_dtype(args.dtype, device), device
-    model, tokenizer = load_checked(args.model, where, prompts, 0, check)
-    activations = collect_activations(
-        model,
-        tokenizer,
-        chosen_problems,
-        languages,
-        args.layers,
-        site=args.site,
-        pool=args.pool,
-        batch_size=args.batch_size,
-        about={"model_id": public_name(args.model), "split": args.split, "seed": args.seed},
-    )
-    activations.save(args.out)
-    size = args.out.stat().st_size / 1e6
-    print(
-        f"{args.out}: {len(chosen_problems)} problems x {len(languages)} languages x {len(activations.layers)} layers, "
-        f"d_model {activations.provenance['d_model']}, site {args.site}, pool {args.pool} ({size:.1f} MB)"
-    )
+    prompts = [problem.prompts[language] for problem in chosen for language in languages]
+    model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map)
+    common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about}
+    what = model, tokenizer, chosen, languages, args.layers
+    with resuming(partial, restart=args.restart, say=lambda line: print(line, file=sys.stderr)) as kept:
+        found: Activations | LanguageMoments
+        if tokens:
+            found = collect_moments(*what, keep_first=args.keep_first, partial=kept, **common)
+        else:
+            found = collect_activations(*what, pool=args.pool, partial=kept, **common)
+        kept.publish(found.save, args.out)
+    print(_summary(args.out, found.provenance, len(found.layers)))
     return 0
+
+
+def _check_options(args: argparse.Namespace, languages: Sequence[str]) -> None:
+    """Raise UserError for options that cannot be used, or not together."""
+    if len(languages) < 2:
+        raise UserError("a language subspace needs at least two languages; --languages names one.")
+    if args.batch_tokens < 1:
+        raise UserError(f"--batch-tokens must be at least 1, got {args.batch_tokens}.")
+    if args.keep_first and args.pool != TOKENS:
+        raise UserError(f"--keep-first is for --pool {TOKENS}, not {args.pool}.")
+    if args.device_map and args.device != "auto":
+        raise UserError(f"--device-map {args.device_map} chooses the devices itself; leave out --device {args.device}.")
+
+
+def _summary(out: Path, record: dict[str, Any], layers: int) -> str:
+    """Return the line that says what was written."""
+    what = f"{record['problems']} problems x {len(record['languages'])} languages x {layers} layers"
+    pool = f"pool {record['pool']}"
+    if record["pool"] == TOKENS:
+        count, first = sum(record["tokens"].values()), record["first_token"]
+        pool = f"moments over {count} tokens (the first of each prompt {first})"
+    size = out.stat().st_size / 1e6
+    return f"{out}: {what}, d_model {record['d_model']}, site {record['site']}, {pool} ({size:.1f} MB)"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every case runs a command whose model must not be loaded. `pytest -rP -n 0` prints how long each one took.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.calls import call, one_thread
-from tests.test_golden import BEFORE, PACKAGE, changed_model, changed_subspace
+from tests.test_golden import BEFORE, BEGUN, PACKAGE, changed_model, changed_subspace
 
 SECONDS = 5.0  # with torch imported already; most take a tenth of one
 BASIS = PACKAGE / "polyglot" / "subspace.safetensors"
@@ -55,6 +56,10 @@ def folder(tmp_path_factory) -> Path:
         *(("nan", "[grid]\nstrength = [nan]"), ("long", "max_new_tokens = 700"), ("odd", "model = '{odd}'")),
     ):
         (made / f"{name}.toml").write_text(text.format(odd=made / "odd"))
+    settings = BEGUN | {"model_id": "poly", "seed": 3, "problems": 10}
+    for name, file in (("begun", "settings.json"), ("taken", "thesis.txt")):
+        (made / f"{name}.partial").mkdir()
+        (made / f"{name}.partial" / file).write_text(json.dumps(settings))
     return made
 
 
@@ -139,6 +144,25 @@ CASES = {
     "study: layers": (words("study", more="layers"), "layer"),
     "study: strength": (words("study", more="nan"), "--strength must be"),
     "collect: layers": (words("collect", more="--layers 2-99"), "layer"),
+    "collect: one language": (words("collect", more="--languages en"), "at least two languages"),
+    "collect: batches of nothing": (words("collect", more="--batch-tokens 0"), "--batch-tokens must be at least 1"),
+    "collect: the first token of one": (words("collect", more="--keep-first"), "--keep-first is for --pool tokens"),
+    "collect: moments and a " + FULL: (words("collect", more="--pool tokens"), r"needs \d\.\d\d GB, but .* has only"),
+    "collect: begun with another seed": (words("collect", out="begun"), r"other options: seed is 3 there, 0 here"),
+    "collect: begun with other layers": (
+        words("collect", out="begun", more="--seed 3 --layers 2-5"),
+        r"other options: layers is \[0, 1, 2, 3, 4, 5, 6, 7\] there, \[2, 3, 4, 5\] here",
+    ),
+    "collect: something else in the way": (words("collect", out="taken"), "is not an unfinished collection"),
+    "collect: something else, not removed": (words("collect", out="taken", more="--restart"), "is not an unfinished"),
+    "collect: a device and a map": (
+        words("collect", more="--device cpu --device-map auto"),
+        "--device-map auto chooses the devices itself; leave out --device cpu",
+    ),
+    "collect: no accelerate": (
+        words("collect", more="--device-map auto"),
+        r"--device-map auto needs accelerate, which is not installed: pip install accelerate",
+    ),
     "reproduce: languages": (words("reproduce", more="--languages en,fr"), "fr"),
     "reproduce: controls": (words("reproduce", more="--controls gauss:3"), "gauss"),
     "eval: a baked model": (
@@ -156,6 +180,8 @@ def test_it_is_said_before_the_model_is_loaded(name, folder, monkeypatch):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    if "no accelerate" in name:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     if FULL in name:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     line, message = CASES[name]

@@ -32,6 +32,7 @@ from pathlib import Path
 import pytest
 
 import kernel_surgery
+from kernel_surgery.common.names import LANGUAGES
 from tests.support.calls import call, one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +264,13 @@ def changed_model(folder: Path, change=None, **config) -> Path:
     return folder
 
 
+# What a collection with the default options keeps beside its batches, and what is known before the model is loaded.
+BEGUN = {
+    **{"model_id": "polyglot", "split": "fit", "seed": 0, "languages": list(LANGUAGES), "layers": list(range(8))},
+    **{"problems": 200, "site": "mlp_out", "pool": "last", "dtype": "float32", "batch_tokens": 2048},
+}
+
+
 def inputs(tmp: Path) -> None:
     """Everything bad that the commands are given, in a folder."""
     import numpy as np
@@ -295,6 +303,11 @@ def inputs(tmp: Path) -> None:
     small = tmp / "before" / "subspace.safetensors"
     changed_subspace(tmp / "beyond.safetensors", small, tensors=lambda held: {"layer.40.basis": beyond})
     changed_subspace(tmp / "first.safetensors", small, tensors=lambda held: {"layer.0.basis": beyond})
+    # Collections that were killed, or look like it.
+    for name, file in (("begun", "settings.json"), ("taken", "notes.txt")):
+        (tmp / f"{name}.safetensors.partial").mkdir()
+        (tmp / f"{name}.safetensors.partial" / file).write_text(json.dumps(BEGUN | {"site": "resid_post"}))
+    (tmp / "filed.safetensors.partial").write_text("nothing")
     # Activations.
     rng = np.random.default_rng(0)
 
@@ -460,7 +473,13 @@ CASES = {
     "collect: unknown split": f"collect --split train {_OUT}",
     "collect: no language": f"collect --languages , {_OUT}",
     "collect: no problems": f"collect --problems 0 {_OUT}",
-    "collect: batches of nothing": f"collect --batch-size 0 {_OUT}",
+    "collect: batches of nothing": f"collect --batch-tokens 0 {_OUT}",
+    "collect: the first token of one vector": f"collect --keep-first {_OUT}",
+    "collect: a device and a map": f"collect --device cpu --device-map auto {_OUT}",
+    "collect: unknown map of devices": f"collect --device-map spread {_OUT}",
+    "collect: begun with other options": "collect --seed 1 --device cpu --out {tmp}/begun.safetensors",
+    "collect: something else where batches would lie": "collect --device cpu --out {tmp}/taken.safetensors",
+    "collect: a file where batches would lie": "collect --device cpu --out {tmp}/filed.safetensors",
     "collect: a layer twice": f"collect --layers 2,2 --device cpu {_OUT}",
     "collect: layers backwards": f"collect --layers 5-2 --device cpu {_OUT}",
     "collect: unknown device": f"collect --device tpu {_OUT}",

@@ -92,7 +92,6 @@ def last_states(
     tokenizer: "PreTrainedTokenizerBase",
     problems: Sequence[Problem],
     languages: Sequence[str],
-    batch_size: int = 32,
 ) -> States:
     """Return the states at the last prompt token, of the model as it is now.
 
@@ -101,9 +100,7 @@ def last_states(
     """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     return {
-        site: prompt_states(
-            model, tokenizer, prompts, layers, site=site, batch_size=batch_size, desc=f"probe {site}"
-        )
+        site: prompt_states(model, tokenizer, prompts, layers, site=site, desc=f"probe {site}")
         for site in SITES
     }
 

@@ -26,6 +26,11 @@ class Layout:
     norm: str = "model.norm"  # after the last layer
     input_norm: str = "input_layernorm"  # the first thing in a layer
 
+    @property
+    def body(self) -> str:
+        """The path of the module that runs the layers: the causal LM without its output embedding."""
+        return self.layers.rpartition(".")[0]
+
     def layer(self, index: int) -> str:
         """Return the path of a decoder layer."""
         return f"{self.layers}.{index}"

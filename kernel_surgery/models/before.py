@@ -8,7 +8,14 @@ import torch
 
 from kernel_surgery.common.errors import CheckpointError, ModelError
 from kernel_surgery.models.architectures import LLAMA, layout_named
-from kernel_surgery.models.load import load_model, load_tokenizer, local_folder, read_config, resolve_model
+from kernel_surgery.models.load import (
+    check_device_map,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    read_config,
+    resolve_model,
+)
 from kernel_surgery.models.stored import located
 
 if TYPE_CHECKING:
@@ -67,14 +74,17 @@ def load_checked(
     prompts: Iterable[str],
     new_tokens: int,
     check: Callable[[Path, dict[str, Any]], object],
+    device_map: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a model and its tokenizer. Nothing large is read until the model is known to do.
 
     name: as in `models.load.load_model`. where: its dtype and device. prompts: what it will be asked. new_tokens: the
     most that it will be asked to write. check: called with its folder and configuration before it is loaded.
+    device_map: as in `models.load.load_model`.
 
     Raises ModelError for an unknown architecture or too few positions, and what `check` and the loaders raise.
     """
+    check_device_map(device_map)
     source = local_folder(resolve_model(name))
     config = check_config(source)
     check_stored(source, config)
@@ -82,4 +92,4 @@ def load_checked(
     tokenizer = load_tokenizer(str(source))
     lengths = map(len, tokenizer(list(prompts)).input_ids)
     check_positions(config.get("max_position_embeddings"), lengths, new_tokens)
-    return load_model(str(source), *where), tokenizer
+    return load_model(str(source), *where, device_map), tokenizer

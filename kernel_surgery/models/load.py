@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -139,17 +140,22 @@ def _resolve_hub_id(name: str) -> str:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    device_map: str | None = None,
 ) -> "PreTrainedModel":
     """Load a causal LM in eval mode.
 
     name: "polyglot" (the embedded model), a folder, or a hub id org/name.
     dtype: None is bfloat16 on CUDA and float32 on the CPU.
+    device_map: "auto" lets accelerate spread the layers over all GPUs; `device` is then only for the default dtype.
 
     The loader gets the dtype, because casting afterwards (`model.to(dtype)`) would round the rotary embedding's
     inv_freq. Remote code is never run, and nothing is unpickled. Raises UserError if the checkpoint cannot be read or
-    lacks a weight, which transformers would fill with random numbers.
+    lacks a weight, which transformers would fill with random numbers, and if a device map needs accelerate.
     """
+    check_device_map(device_map)
     source = str(local_folder(resolve_model(name)))
     dtype = parse_dtype("auto", device) if dtype is None else dtype
     quiet_transformers()
@@ -157,7 +163,12 @@ def load_model(
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({"device_map": device_map} if device_map else {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
@@ -169,7 +180,13 @@ def load_model(
         )
     if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
         model.config._commit_hash = folder.name
-    return model.to(device).eval()
+    return (model if device_map else model.to(device)).eval()
+
+
+def check_device_map(device_map: str | None) -> None:
+    """Raise UserError if a device map is given, and accelerate, which makes it, is not installed."""
+    if device_map and importlib.util.find_spec("accelerate") is None:
+        raise UserError(f"--device-map {device_map} needs accelerate, which is not installed: pip install accelerate.")
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

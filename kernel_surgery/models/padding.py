@@ -22,6 +22,23 @@ def padding_id(
     return next((i for i in wanted if i is not None and 0 <= i < rows), 0)
 
 
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return the prompts' indices in batches of at most `batch_tokens` tokens, padding included.
+
+    lengths: of the prompts, in tokens. A batch has (its longest prompt) x (its prompts) tokens. A longer prompt is a
+    batch of its own. The longest come first: if memory runs out, it does so at once. Prompts of one length keep their
+    order, so equal prompts give equal batches.
+    """
+    batches: list[list[int]] = []
+    width = 0  # of the last batch: its first prompt is its longest
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or width * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+            width = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
 def padded(
     encoded: Sequence[Sequence[int]], pad: int, side: str, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.erasing import SHRINKAGE, erasing_edit
 from kernel_surgery.subspace.moments import LanguageMoments, moments_of
 
+# Of the activations' provenance, what the subspace keeps beside its own fields.
+_COPIED = ("split", "problems", "seed", "dtype", "first_token", "tokens", "environment")
+
 
 def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:
     """Return rows with the same singular values and right singular vectors as the deviations between languages.
@@ -137,7 +140,7 @@ def fit_subspace(
             "languages": list(activations.languages),
             "command": command,
             **({"shrinkage": "oas" if shrinkage is None else shrinkage} if method in ERASING else {}),
-            **{k: found[k] for k in ("split", "problems", "seed", "dtype", "tokens", "environment") if k in found},
+            **{k: found[k] for k in _COPIED if k in found},
         },
     )
 

@@ -1,5 +1,6 @@
 """Padding: masked, so any id of the embedding will do; a padding token beyond it is not used."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from kernel_surgery.evaluation.generate import generate
 from kernel_surgery.models.before import check_positions
 from kernel_surgery.models.load import load_tokenizer
-from kernel_surgery.models.padding import padded, padding_id
+from kernel_surgery.models.padding import padded, padding_id, token_batches
 from kernel_surgery.subspace.collecting import prompt_states
 from tests.support.models import pico
 
@@ -55,3 +56,19 @@ def test_positions_are_counted_with_the_new_tokens():
     model = pico("qwen2", vocab_size=len(tokenizer), max_position_embeddings=longest + 3)
     with pytest.raises(ValueError, match="Use --max-new-tokens 3 at most"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 12, 20, 1000])
+def test_batches_hold_every_prompt_once_within_the_budget_longest_first(budget):
+    lengths = [3, 5, 1, 5, 2, 2, 9, 1, 4]
+    batches = token_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    inside = [lengths[i] for batch in batches for i in batch]
+    assert inside == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+        assert batch == sorted(batch, key=lambda i: (-lengths[i], i))  # equal lengths in their order
+    # No batch could take the first prompt of the next one.
+    for batch, after in itertools.pairwise(batches):
+        assert (len(batch) + 1) * lengths[batch[0]] > budget, after
+    assert token_batches([], budget) == []

@@ -248,7 +248,7 @@ def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, caps
 
     chosen, exact_model = problems("fit", 40), load_model("polyglot", torch.float64)
     exact = collect_languages(
-        exact_model, load_tokenizer("polyglot"), chosen, LANGUAGES, shipped.layers, batch_size=200
+        exact_model, load_tokenizer("polyglot"), chosen, LANGUAGES, shipped.layers, batch_tokens=20_000
     )
     rounded = load_activations(acts).vectors
 

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+from kernel_surgery import Subspace
 from kernel_surgery.certify.model import certify_model
 from kernel_surgery.collect import run as collect
 from kernel_surgery.models.load import SMOLLM2_FOLDER, load_model, load_tokenizer, resolve_model
+from kernel_surgery.models.padding import padded, padding_id
 from kernel_surgery.subspace.activations import load_activations
+from kernel_surgery.subspace.collecting import pool_states, prompt_states
 from kernel_surgery.subspace.fitting import fit_subspace
+from kernel_surgery.subspace.moments import load_moments
 from tests.support.calls import call
 
 pytestmark = pytest.mark.real
@@ -63,3 +67,46 @@ def test_the_certificate_holds(collected, folder, method, dtype, modes):
     worst = max(row["error_over_bound"] for row in found["layers"])
     print(f"{method} {dtype}: largest error/bound {worst:.3f}")
     assert found["faults"] == [] and found["modes"] == modes and worst > 0
+
+
+def test_moments_leave_out_the_first_token_of_a_prompt_which_is_larger_than_the_others(folder, tmp_path):
+    """After layer 8. After layer 9 it is not: there, other tokens are as large."""
+    words = ["--model", "smollm2", "--problems", 1, "--languages", "en,zh", "--layers", "8-9", "--pool", "tokens"]
+    words += ["--site", "resid_post"]
+    energies = {}
+    for name, more in (("left out", []), ("kept", ["--keep-first"])):
+        status, out, err = call("collect", *words, *more, "--out", tmp_path / name)
+        assert status == 0 and f"the first of each prompt {name}" in out, err
+        moments = load_moments(tmp_path / name)
+        energies[name] = {layer: float(m.second.trace()) for layer, m in moments.by_layer.items()}
+        tokens = sum(moments.provenance["tokens"].values())
+        energies[name]["tokens"] = tokens
+    assert energies["kept"]["tokens"] - energies["left out"]["tokens"] == 10
+    for layer in (8, 9):
+        first = (energies["kept"][layer] - energies["left out"][layer]) / 10
+        other = energies["left out"][layer] / energies["left out"]["tokens"]
+        print(f"layer {layer}: a first token has {first / other:.1f} times the squared norm of another")
+        assert layer == 9 or first / other > 5
+    out = tmp_path / "subspace"
+    fitted = ["--activations", tmp_path / "left out", "--method", "oblique", "--layers", "8-9", "--out", out]
+    assert call("fit", *fitted)[0] == 0
+    assert Subspace.load(out).fit["first_token"] == "left out"
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "resid_post"])
+def test_collect_gives_the_bits_of_the_whole_model(folder, site):
+    model, tokenizer = load_model("smollm2", torch.float32), load_tokenizer("smollm2")
+    prompts = ["The capital of France is", "2 + 2 =", "Seven times eight is fifty-six, and one more is"]
+    got = prompt_states(model, tokenizer, prompts, [3, 12], site=site)
+    order = sorted(range(3), key=lambda i: -len(tokenizer(prompts[i]).input_ids))
+    encoded = [tokenizer(prompts[i]).input_ids for i in order]
+    ids, mask = padded(encoded, padding_id(model, tokenizer), tokenizer.padding_side, "cpu")
+    for layer in (3, 12):
+        seen = {}
+        block = model.model.layers[layer]
+        module = block.mlp.down_proj if site == "mlp_out" else block
+        handle = module.register_forward_hook(lambda m, i, o, seen=seen: seen.update(out=o))
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
+        handle.remove()
+        assert torch.equal(got[layer][order], pool_states(seen["out"], mask, "last"))

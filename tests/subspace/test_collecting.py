@@ -55,8 +55,8 @@ def by_hand(model, prompt, layer, site, pool):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_padding_and_batch_gives_what_one_unpadded_prompt_gives(model, site, pool, side):
     layers = [1, 2]
-    for batch_size in (1, 3, 4):
-        got = prompt_states(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_size=batch_size)
+    for batch_tokens in (1, 64, 4096):
+        got = prompt_states(model, Characters(side), PROMPTS, layers, site=site, pool=pool, batch_tokens=batch_tokens)
         assert set(got) == set(layers)
         for layer in layers:
             want = torch.stack([by_hand(model, p, layer, site, pool) for p in PROMPTS])
@@ -78,7 +78,7 @@ def test_pooling_reads_no_padding_even_if_it_holds_nan():
 
 def test_rows_line_up_across_languages(model):
     chosen = problems("fit", 2)
-    got = collect_languages(model, Characters("left"), chosen, ("en", "sw"), [2], batch_size=3)
+    got = collect_languages(model, Characters("left"), chosen, ("en", "sw"), [2], batch_tokens=300)
     for language in ("en", "sw"):
         for row in (0, 4, 9):
             want = by_hand(model, chosen[row].prompts[language], 2, "mlp_out", "last")
@@ -108,7 +108,8 @@ def test_unknown_words_are_refused(model):
 
 def test_what_is_collected_is_what_fit_takes(model):
     """The steps of the public API, without the command line between them."""
-    activations = collect_activations(model, Characters("left"), problems("fit", 2), ("en", "sw"), "1-2", batch_size=3)
+    options = {"languages": ("en", "sw"), "layers": "1-2", "batch_tokens": 300}
+    activations = collect_activations(model, Characters("left"), problems("fit", 2), **options)
     assert activations.languages == ("en", "sw") and activations.layers == (1, 2)
     record = activations.provenance
     assert (record["site"], record["pool"], record["problems"], record["d_model"]) == ("mlp_out", "last", 10, 48)

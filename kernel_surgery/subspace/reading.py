@@ -1,0 +1,78 @@
+"""Run prompts through a model and hand over each layer's activations, batch by batch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kernel_surgery.common.errors import SubspaceError
+from kernel_surgery.common.names import SITES
+from kernel_surgery.models.architectures import Site, mlp_outputs, residual_outputs
+from kernel_surgery.models.body import body_up_to, refuse_offloaded
+from kernel_surgery.models.padding import padded, padding_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Encoded = Sequence[Sequence[int]]
+
+
+def sites_at(model: "PreTrainedModel", layers: Sequence[int], site: str) -> Mapping[int, Site[nn.Module]]:
+    """Return {layer: `Site`} of the modules whose output is read. Raises SubspaceError for an unknown site."""
+    if site not in SITES:
+        raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+    return mlp_outputs(model, layers) if site == "mlp_out" else residual_outputs(model, layers)
+
+
+@contextmanager
+def reading(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    layers: Sequence[int],
+    site: str,
+    take: Callable[[int, Tensor, Tensor], object],
+) -> Iterator[Callable[[Encoded], None]]:
+    """Yield a function that runs one batch of prompts, given as token ids, through the layers up to the last one asked.
+
+    take: called with (layer, states, mask) for every layer that is read. states [batch, tokens, d_model] are in the
+    model's dtype on the layer's device. mask [batch, tokens] is there too; it is 0 for padding, which is on the
+    tokenizer's side. Edits of the model that are in force are in the states.
+
+    Positions are counted from the mask, so padding on either side does not change the rotary positions.
+
+    Raises SubspaceError for an unknown site, ModelError for an unknown architecture or layer and for weights that are
+    not in memory. The function raises RuntimeError if a layer did not run.
+    """
+    sites, pad = sites_at(model, layers, site), padding_id(model, tokenizer)
+    refuse_offloaded(model)
+    mask = torch.empty(0)  # of the batch that runs
+    seen: set[int] = set()
+
+    def catch(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            take(layer, states, mask.to(states.device))
+            seen.add(layer)
+
+        return hook
+
+    handles = [found.module.register_forward_hook(catch(layer)) for layer, found in sites.items()]
+    try:
+        with body_up_to(model, max(sites)) as body:
+
+            def read(batch: Encoded) -> None:
+                nonlocal mask
+                ids, mask = padded(batch, pad, tokenizer.padding_side, model.device)
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                seen.clear()
+                with torch.no_grad():
+                    body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+                if silent := [layer for layer in sites if layer not in seen]:
+                    raise RuntimeError(f"layers {silent} did not run: nothing was read there, nothing was written")
+
+            yield read
+    finally:
+        for handle in handles:
+            handle.remove()
