@@ -21,13 +21,16 @@ ROW = store.FIELDS.keys()
 
 
 @pytest.mark.slow
-def test_the_operators_benchmark_prints_its_ceiling_then_rows_that_are_right(tmp_path, capsys):
+def test_the_operators_benchmark_prints_its_ceiling_then_rows_that_are_right(tmp_path, capsys, monkeypatch):
     out = tmp_path / "op.json"
+    # The width and the rank that are measured, and fewer rows: their times are not looked at here.
+    monkeypatch.setattr(op, "CPU_CASES", [(1, 2048, 10), (2, 2048, 10), (64, 2048, 10)])
     assert op.run(["--quick", "--rounds", "6", "--device", "cpu", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert said.index("a large copy moves") < said.index("eager") and json.loads(said.splitlines()[-1])["rows"] > 0
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert {row["case"] for row in rows} == {"project", "project_add_rmsnorm"}
+    assert {row["M"] for row in rows} == {1, 64}  # --quick: the first case and the last
     for row in rows:
         assert row.keys() >= ROW and row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         assert row["cache"] == "warm" and row["graph"] is False and row["launches"] is None  # a CPU
@@ -106,6 +109,11 @@ def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monke
     """At a small size: what is timed is checked from the files, and the first script's way is shown to be coarse."""
     small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(checkpoint, "QWEN", checkpoint.QWEN | small | {"vocab_size": 512})
+    # One round, and none before it that is thrown away: each of its commands starts Python and imports transformers.
+    # What `interleaved` itself does is tested below.
+    monkeypatch.setattr(
+        checkpoint, "interleaved", lambda calls, rounds, done: {name: [call()] for name, call in calls.items()}
+    )
     out, work = tmp_path / "rows.json", tmp_path / "work"
     work.mkdir()
     words = ["--layers", "4", "--rounds", "1", "--peers", "--out", str(out), "--folder", str(work)]
@@ -282,7 +290,11 @@ def test_slopes_are_those_of_the_work():
 def test_the_growth_benchmark_prints_a_slope_for_every_quantity(capsys, monkeypatch, tmp_path):
     from bench import growth
 
-    monkeypatch.setattr(growth, "SIZES", {name: sizes[:3] for name, sizes in growth.SIZES.items()})
+    # Three sizes each, the fewest that have a slope, and small ones: what the times are is not looked at here.
+    small = {"tokens": (32, 64, 128), "d": (256, 512, 1024), "k": (4, 8, 16), "layers": (2, 3, 4)}
+    small |= {"problems": (5, 10, 20), "languages": (2, 3, 4), "checkpoint": (3, 4, 5)}
+    assert small.keys() == growth.SIZES.keys()
+    monkeypatch.setattr(growth, "SIZES", small)
     assert growth.run(["--rounds", "1", "--out", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     said = capsys.readouterr().out

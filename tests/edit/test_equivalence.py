@@ -137,9 +137,11 @@ def test_baked_weights_are_one_rounding_from_exact_and_leak_no_more_than_roundin
         return
     assert kept <= 1.1 * floor
     # Teeth: the reference script's way, P = I - U U^T rounded to the storage dtype.
-    p = (torch.eye(D) - u @ u.T).to(weight.dtype)
-    dense = (p.float() @ weight.float()).to(weight.dtype)
-    wrong, leaks = worst_ratio((dense.double() - exact).abs(), bound), leak_of_weight(dense, weight, u)
+    # In some columns, which do not depend on each other: a product with a dense P takes seconds.
+    p, few = (torch.eye(D) - u @ u.T).to(weight.dtype), weight[:, :512]
+    dense = (p.float() @ few.float()).to(weight.dtype)
+    wrong, leaks = worst_ratio((dense.double() - exact[:, :512]).abs(), bound[:, :512]), leak_of_weight(dense, few, u)
+    floor = leak_floor(dense, few, u)
     print(f"{weight.dtype}, P rounded too: error/bound {wrong:.1f}, leak/floor {leaks / floor:.2f}")
     assert wrong > 1 and leaks > 1.1 * floor
 
