@@ -89,8 +89,11 @@ def run(argv: list[str] | None = None) -> int:
     if subspace is None and args.model == "polyglot" and not folders:
         subspace = POLYGLOT_SUBSPACE
     source = None if args.model is None else local_folder(resolve_model(args.model))
+    damage = "damage: not measured here: a certificate says how exactly an edit was made, eval what it did to the model"
     for kind, folder in folders.items():
-        recorded_strength = float(read_provenance(folder, kind)["strength"])
+        record = read_provenance(folder, kind)
+        damage = "" if kind == "restored" else record.get("damage", {}).get("in_words", damage)
+        recorded_strength = float(record["strength"])
         if args.strength not in (None, recorded_strength):
             raise UserError(
                 f"{str(folder)!r} was made at strength {recorded_strength:g}, not {args.strength:g}. Omit --strength."
@@ -107,9 +110,12 @@ def run(argv: list[str] | None = None) -> int:
         certificate = verify_model(source, subspace, model_id=public_name(args.model), **options)
     else:
         certificate = verify_checkpoint(args.baked, source, subspace)
+    certificate = ({"damage_in_words": damage} if damage else {}) | certificate
     certificate["command"] = command_line("verify", argv)
     if args.out:
         write(args.out, certificate)
+    if damage:
+        print(damage)
     print(shown(certificate))
     return 1 if certificate["faults"] else 0
 

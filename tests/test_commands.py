@@ -268,16 +268,17 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     assert status == 0 and err == ""
     assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts to generate, about 1 min")
     assert "3 random subspaces (energy) with the same rank, layers and site, 10 problems per language" in out
-    assert "hook: KL(original || edited) on neutral text" in out
+    assert "\ndamage, hook: " in out and "damage on 22 neutral sentences per language (test half)" in out
     assert "a linear probe at resid_post still reads the language: lowest accuracy" in out
     assert "leak (share of the part inside" in out
     results = json.loads((run / "results.json").read_text())
     found = results["controls"]
     assert len(found["rows"]) == 6 and set(found["percentiles"]) == {"en", "zh"} and found["mode"] == "hook"
     assert found["real"]["en"]["accuracy"] == results["modes"]["hook"]["en"]["accuracy"]
+    assert results["damage_in_words"] in out and next(iter(results)) == "damage_in_words"
     assert set(results["damage"]["neutral"]["hook"]) == {"en", "zh"} and results["certificate"]["faults"] == []
     assert results["power"][0]["comparisons"] == 3 and results["command"].startswith("python -m kernel_surgery.eval")
-    assert (run / "report.html").read_text().count("<svg") == 13  # the panels of six pictures
+    assert (run / "report.html").read_text().count("<svg") == 15  # the panels of seven pictures
     # A kill within the controls: the cells that are whole are kept, the one that is not is made again, and alone.
     kept = (run / "controls.jsonl").read_bytes()
     lines = kept.split(b"\n")

@@ -262,6 +262,7 @@ def bake_checkpoint(
     for layer, projection in subspace.projections.items():
         site = LLAMA.site(layer)
         refuse_offset_without_bias(site, projection, f"{site}.bias" in stored)
+    check_output(destination, size=sum(layout.size for layout in layouts))
     damage = measure() if measure else None
     removal = _Removal(entries, subspace, strength)
 

@@ -38,7 +38,9 @@ def memory_free(device: torch.device) -> int:
 def damage_before_writing(
     folder: Path, subspace: Subspace, mode: str, strength: float, *, languages: tuple[str, ...], force: bool
 ) -> dict[str, Any]:
-    """Return the damage as `measure_damage` does, with "in_words"; or {"in_words": why it was not measured}.
+    """Return the damage as `measure_damage` does, without the yardsticks' figures and with "in_words".
+
+    If it cannot be measured, return {"in_words": why}.
 
     folder: the original checkpoint. mode: "baked" or "lora", as it will be written. languages: of the neutral text.
 
@@ -63,6 +65,7 @@ def damage_before_writing(
             f"{words}.\nChoose a lower rank or strength, fewer layers, or fit --method oblique. With --force it is "
             "written anyway."
         )
+    del found["yardsticks"]  # the verdict holds the ratios to them
     return {"in_words": words} | found
 
 
