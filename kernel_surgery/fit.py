@@ -13,37 +13,68 @@ Four methods, for each layer, with x[p, l] the activation of problem p in langua
                  dual basis and an offset.
     oblique      the linear map that does the same. It has no offset, so every mode and engine can make it.
 
+`--sequential --model M` needs no activations. It fits leace or oblique edits layer by layer, each on the model with the
+edits before it, in one pass over the problems with one decoder layer in memory. Killed, it goes on at its layer.
+
 With the first two, the k leading right singular vectors are the basis U [d_model, k] of an orthogonal edit. They are
 computed in float64 and stored in float32. The last two also take the moments that `collect --pool tokens` writes.
 """
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
-from kernel_surgery.common.names import ERASING, METHODS
+from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHODS, SPLITS
+
+if TYPE_CHECKING:
+    from kernel_surgery.subspace.artifact import Subspace
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     p = Parser("fit", description="Fit a language subspace to collected activations.")
     more = "file from kernel_surgery.collect, or an .npz with [problems, d_model] arrays such as en_L9"
-    p.add_argument("--activations", type=Path, required=True, help=more)
+    p.add_argument("--activations", type=Path, help=more)
     p.add_argument("--out", type=Path, required=True, help="subspace file to write (safetensors)")
     more = "dimensions of the subspace (default 10; leace and oblique: one less than there are languages)"
     p.add_argument("--rank", type=int, help=more)
     more = "deviations (default): all differences between languages; centroids: those of their means; leace, oblique: "
     more += "what the means tell, removed with least change"
-    p.add_argument("--method", choices=METHODS, default="deviations", help=more)
+    more += " (with --sequential: oblique)"
+    p.add_argument("--method", choices=METHODS, help=more)
     more = "of the covariance, 0 to 1, for leace and oblique (default 0.01); auto estimates it"
     p.add_argument("--shrinkage", help=more)
     p.add_argument("--layers", help='such as "9-26" (default: the middle half of the model)')
     p.add_argument("--model-id", help="model that an .npz was measured on")
     p.add_argument("--site", help="where an .npz was measured: mlp_out or resid_post")
     add_overwrite(p)
+    _add_sequential(p)
     return p
+
+
+def _add_sequential(p: argparse.ArgumentParser) -> None:
+    """Add the options that belong to --sequential: it reads the problems itself."""
+    group = p.add_argument_group("layer by layer, instead of --activations")
+    more = "fit each layer on the model with the edits before it; leace or oblique"
+    group.add_argument("--sequential", action="store_true", help=more)
+    group.add_argument("--model", help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
+    more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
+    group.add_argument("--languages", default="all", help=more)
+    group.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
+    group.add_argument("--problems", type=int, default=40, help="problems in each of five categories (default 40)")
+    group.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
+    group.add_argument("--keep-first", action="store_true", help="count the first token of every prompt too")
+    more = f"tokens in one forward pass (default {BATCH_TOKENS})"
+    group.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help=more)
+    more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
+    group.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    group.add_argument("--restart", action="store_true", help="begin again instead of going on with a killed fit")
 
 
 @untouched("No file was written.")
@@ -54,6 +85,15 @@ def run(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     check_output(args.out, overwrite=args.overwrite)
+    if args.sequential:
+        return _sequential(args)
+    if args.activations is None:
+        raise UserError(
+            "--activations is missing: the file from python -m kernel_surgery.collect. Or give --sequential --model M."
+        )
+    if args.model is not None:
+        raise UserError("--model is for --sequential. --activations say which model they were measured on.")
+    args.method = args.method or "deviations"
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import Activations, load_activations
@@ -68,19 +108,86 @@ def run(argv: list[str] | None = None) -> int:
         activations = load_activations(args.activations, args.model_id, args.site)
     n_layers = activations.provenance.get("n_layers") or max(activations.layers) + 1
     layers = parse_layers(args.layers, n_layers) if args.layers else default_layers(n_layers)
-    rank = f"--rank {args.rank} " if args.rank else ""
-    command = f"fit {rank}--method {args.method} --layers {args.layers or 'middle half'}"
-    command += f" --shrinkage {args.shrinkage}" if args.shrinkage else ""
-    options = {"method": args.method, "layers": list(layers), "shrinkage": shrinkage, "command": command}
+    options = {"method": args.method, "layers": list(layers), "shrinkage": shrinkage, "command": _command(args)}
     subspace = fit_subspace(activations, args.rank, **options)
     for layer in subspace.layers:
         captured = variance_captured(subspace.spectrum[layer], subspace.rank)
         print(f"  L{layer}: lang variance captured = {captured:.3f}")
     subspace.save(args.out)
-    print(
-        f"{args.out}: rank {subspace.rank}, {subspace.form}, layers {layers[0]}-{layers[-1]}, "
+    print(_summary(args.out, subspace))
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Return the options that shape the fit, for the record."""
+    rank = f"--rank {args.rank} " if args.rank else ""
+    sequential = "--sequential " if args.sequential else ""
+    shrinkage = f" --shrinkage {args.shrinkage}" if args.shrinkage else ""
+    return f"fit {sequential}{rank}--method {args.method} --layers {args.layers or 'middle half'}{shrinkage}"
+
+
+def _summary(out: Path, subspace: "Subspace") -> str:
+    """Return the line that says what was written."""
+    return (
+        f"{out}: rank {subspace.rank}, {subspace.form}, layers {subspace.layers[0]}-{subspace.layers[-1]}, "
         f"site {subspace.site or 'not stated'}, model {subspace.model_id or 'not stated'}"
     )
+
+
+def _sequential(args: argparse.Namespace) -> int:
+    """Fit layer by layer, print what is left at each layer, and save. Return 0."""
+    if args.model is None:
+        raise UserError("--sequential needs --model: it runs the model itself.")
+    if args.activations is not None:
+        raise UserError("--sequential measures its own activations: leave out --activations.")
+    args.method = args.method or "oblique"
+    if args.method not in ERASING:
+        raise UserError(f"--sequential is for --method {' and '.join(ERASING)}, not {args.method}.")
+    if args.batch_tokens < 1:
+        raise UserError(f"--batch-tokens must be at least 1, got {args.batch_tokens}.")
+
+    from kernel_surgery.models.architectures import default_layers, parse_layers
+    from kernel_surgery.models.before import check_config, check_stored
+    from kernel_surgery.models.layerwise import Layerwise
+    from kernel_surgery.models.load import (
+        load_tokenizer,
+        local_folder,
+        parse_device,
+        parse_dtype,
+        public_name,
+        resolve_model,
+    )
+    from kernel_surgery.models.threads import choose_threads
+    from kernel_surgery.problems.generator import parse_languages, problems
+    from kernel_surgery.subspace.partial import partial_folder, resuming
+    from kernel_surgery.subspace.sequential import fit_sequentially
+
+    shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), parse_languages(args.languages)
+    if len(languages) < 2:
+        raise UserError("a language subspace needs at least two languages; --languages names one.")
+    chosen, device = problems(args.split, args.problems, seed=args.seed), parse_device(args.device)
+    choose_threads(args.model)
+    source = local_folder(resolve_model(args.model))
+    config = check_config(source)
+    check_stored(source, config)
+    n_layers = config["num_hidden_layers"]
+    layers = parse_layers(args.layers, n_layers) if args.layers else default_layers(n_layers)
+    tokenizer = load_tokenizer(str(source))
+    reader = Layerwise(source, parse_dtype(args.dtype, device), device)
+    about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed, "command": _command(args)}
+    options = {"method": args.method, "rank": args.rank, "shrinkage": shrinkage, "keep_first": args.keep_first}
+    say = partial(print, file=sys.stderr)
+    with resuming(partial_folder(args.out), restart=args.restart, say=say) as kept:
+        subspace = fit_sequentially(
+            *(reader, tokenizer, chosen, languages, list(layers)),
+            **{**options, "batch_tokens": args.batch_tokens, "about": about, "partial": kept},
+        )
+        kept.publish(subspace.save, args.out)
+    for layer, left in (subspace.fit or {})["sequential"].items():
+        print(f"  L{layer}: covariance with the language label left = {left:.1e}")
+    count = sum((subspace.fit or {})["tokens"].values())
+    print(f"of {count} fitting tokens; another text, another layer or a probe may still tell the language")
+    print(_summary(args.out, subspace))
     return 0
 
 

@@ -3,6 +3,7 @@
     settings.json             what the collection is of. Another one does not go on from here.
     batch-00007.safetensors   the vectors of one batch, [layers, prompts, d_model]
     moments.safetensors       moments over all tokens so far, and how many batches they hold
+    state.safetensors         of a fit layer by layer: what the next layer needs, and how many layers are done
 
 Vectors are written after every batch, so a kill loses one batch at most. Moments are as large after one batch as after
 all of them: 8 layers d_model^2 bytes. They are written after every batch too, as long as all this writing takes
@@ -30,7 +31,7 @@ from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.subspace.moments import Moments
 
 GRACE_S, SHARE = 2.0, 0.05  # saving moments takes at most so many seconds and this share of the time
-SETTINGS, MOMENTS = "settings.json", "moments.safetensors"
+SETTINGS, MOMENTS, STATE = "settings.json", "moments.safetensors", "state.safetensors"
 _BATCH = re.compile(r"batch-(\d{5})\.safetensors")
 # Of these settings the values are too long for a message.
 _LONG = {"fingerprint": "the model's weights differ", "prompts": "the prompts' tokens differ"}
@@ -108,8 +109,8 @@ class Partial:
         self._began = self._saved_at = clock()
         self._saving = self._cost = 0.0  # of all saves, and of the last
 
-    def begin(self, settings: Mapping[str, Any], batches: int) -> int:
-        """Return how many of `batches` are finished. Their collection has the same settings.
+    def begin(self, settings: Mapping[str, Any], total: int, unit: str = "batches") -> int:
+        """Return how many of `total` batches (or layers: `unit`) are finished. Their collection has the same settings.
 
         Raises UserError as `check_partial` does.
         """
@@ -118,14 +119,15 @@ class Partial:
             write_atomic(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         finished = self._finished()
         if finished:
-            self.say(f"{self.folder}: {finished} of {batches} batches are done; going on from there")
+            self.say(f"{self.folder}: {finished} of {total} {unit} are done; going on from there")
         self._began = self._saved_at = self.clock()
         return finished
 
     def _finished(self) -> int:
-        if (self.folder / MOMENTS).is_file():
-            with self._opened(self.folder / MOMENTS) as file:
-                return int((file.metadata() or {}).get("batches", 0))
+        for name in (MOMENTS, STATE):
+            if (self.folder / name).is_file():
+                with self._opened(self.folder / name) as file:
+                    return int((file.metadata() or {}).get("batches", 0))
         there = {int(found[1]) for path in self.folder.iterdir() if (found := _BATCH.fullmatch(path.name))}
         return next(number for number in range(len(there) + 1) if number not in there)
 
@@ -161,6 +163,15 @@ class Partial:
             for layer, moments in by_layer.items():
                 for name, part in vars(moments).items():
                     part.copy_(file.get_tensor(f"L{layer}.{name}"))
+
+    def add_state(self, finished: int, tensors: dict[str, Tensor]) -> None:
+        """Keep the state after the first `finished` layers, in place of the one before."""
+        self._write(STATE, tensors, {"batches": str(finished)})
+
+    def load_state(self) -> dict[str, Tensor]:
+        """Return the tensors that `add_state` got last."""
+        with self._opened(self.folder / STATE) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def publish(self, save: Callable[[Path], object], out: Path) -> None:
         """Write the file of the whole collection to `out`, completely or not at all, and remove the folder.
