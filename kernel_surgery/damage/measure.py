@@ -88,16 +88,30 @@ def measure_damage(
     }
 
 
+def rounding_blocks(model: "PreTrainedModel") -> dict[str, Block]:
+    """Return {name: a function that returns a context manager with that rounding}: the yardsticks of the words."""
+    return {
+        PRECISION: partial(in_other_precision, model),
+        BITS8: partial(rounded_weights, model, 8),
+        BITS4: partial(rounded_weights, model, 4),
+    }
+
+
+def yardstick_readings(text: NeutralText) -> dict[str, dict[str, Reading]]:
+    """Return {name: readings} of the yardsticks that words depend on. They are the same for every edit."""
+    found = {CONSTANT: text.read(text.constant_predictions)}
+    for name, block in rounding_blocks(text.model).items():
+        with block():
+            found[name] = text.read()
+    return found
+
+
 def yardstick_blocks(
     text: NeutralText, names: Sequence[str], subspace: Subspace, strength: float, force: bool
 ) -> Iterator[tuple[str, Block]]:
     """Yield (name, a function that returns a context manager with that change) for every yardstick."""
     model = text.model
-    rounding: dict[str, Block] = {
-        PRECISION: partial(in_other_precision, model),
-        BITS8: partial(rounded_weights, model, 8),
-        BITS4: partial(rounded_weights, model, 4),
-    }
+    rounding = rounding_blocks(model)
     for name in names:
         if name in rounding:
             yield name, rounding[name]
