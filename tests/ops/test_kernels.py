@@ -391,12 +391,18 @@ def test_the_choice_of_a_form_is_by_shape_alone():
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
 def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets(sm, operation):
+    """Every pair of shape and dtype, of shape and device, and of dtype and device: a compilation takes two seconds. All
+    of them together are in the table, which the next test holds to this source."""
     from kernel_surgery.ops.compiled import CASES, OBLIQUE_CASES, compile_project
 
-    forms = set()
-    # The projection alone differs from the rest in bfloat16, where each form is chosen; the rest is in the table.
-    for dtype in DTYPES if operation != "project" else ("bfloat16",):
-        for dual, (rows, d, k) in [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES]:
+    cases, forms = [(False, case) for case in CASES] + [(True, case) for case in OBLIQUE_CASES], set()
+    for number, (dual, (rows, d, k)) in enumerate(cases):
+        turn = (number + (sm == 90)) % 2
+        if operation == "project":  # alone it differs from the rest in bfloat16, where each form is chosen
+            dtypes = () if turn else ("bfloat16",)
+        else:
+            dtypes = ("bfloat16", ("float32", "float16")[turn])
+        for dtype in dtypes:
             c = compile_project(sm, dtype, rows, d, k, operation, oblique=dual)
             print(f"sm_{sm} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} bytes shared")
             assert c.faults() == []
