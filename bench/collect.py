@@ -8,7 +8,8 @@
 
 All layers are read. Before anything is timed, `collect` must give the bits that the whole model gives in the same
 batches. Other batches round otherwise; the largest difference is printed. To keep a round short, each method runs every
-so many-th of its batches, and its time is scaled by the tokens in them, without padding, to all prompts.
+so many-th of its batches, and its time is scaled by the tokens in them, without padding, to all prompts. Processor time
+is printed too: beside other processes it is steadier than the time that passes.
 
 Memory: what a collection adds to a loaded model, as the peak of a process's anonymous memory. Two random models differ
 in nothing but their vocabulary, and each one is measured in a process of its own, both ways.
@@ -17,6 +18,7 @@ in nothing but their vocabulary, and each one is measured in a process of its ow
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -155,24 +157,30 @@ def timed(args, about: dict) -> list[dict]:
     )
     methods = calls(model, tokenizer, prompts, args.batch_tokens, args.every)
 
-    def one(call: Callable, part: int) -> float:
-        began = time.perf_counter()
+    cpu: dict[str, list[float]] = {name: [] for name in methods}
+
+    def one(name: str, call: Callable, part: int) -> float:
+        began, busy = time.perf_counter(), time.process_time()
         call()
+        cpu[name].append((time.process_time() - busy) * 1e6 * tokens / part)
         return (time.perf_counter() - began) * 1e6 * tokens / part
 
     with progress_bar((args.rounds + 1) * len(methods), "collect", unit="pass") as bar:
-        passes = {name: partial(one, *method) for name, method in methods.items()}
+        passes = {name: partial(one, name, *method) for name, method in methods.items()}
         times = interleaved(passes, args.rounds, bar.update)
     rows = []
     for name, sample in times.items():
         row = record("collect", "vectors", name, M=len(prompts), d=model.config.hidden_size, dtype="float32")
         row |= {"model": public_name(args.model), "tokens": tokens, "every": args.every, "difference": off}
         row |= percentiles(sample) | ratio(times[BEFORE], sample, "speedup") | {"rounds": args.rounds} | about
+        row |= {"cpu_us_p50": statistics.median(cpu[name][1:])}
+        row |= ratio(cpu[BEFORE][1:], cpu[name][1:], "cpu_speedup")  # the first round is discarded
         rows.append(row)
-        low, high = ends(row, "speedup")
+        (low, high), (least, most) = ends(row, "speedup"), ends(row, "cpu_speedup")
         print(
             f"{name:<36} {row['us_p50'] / 1e6:>7.2f} s {tokens / row['us_p50'] * 1e6:>8.0f} tokens/s  "
-            f"{row['speedup']:.2f} times the speed before ({low:.2f} to {high:.2f})"
+            f"{row['speedup']:.2f} times the speed before ({low:.2f} to {high:.2f}); "
+            f"by processor time {row['cpu_us_p50'] / 1e6:.1f} s, {row['cpu_speedup']:.2f} ({least:.2f} to {most:.2f})"
         )
     return rows
 
