@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import tables
 from bench.parsing import bench_parser
+from bench.reals import real
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
@@ -36,7 +37,7 @@ def answers() -> str:
     if config["languages"] != ["en", "zh"]:
         command += f" --languages {','.join(config['languages'])}"
     return (
-        f"```text\n{strict_table(results['modes'], results['paired'])}\n```\n\n"
+        f"```text\n{results['damage_in_words']}\n\n{strict_table(results['modes'], results['paired'])}\n```\n\n"
         f"`{command}` took {results['seconds']:.0f} s on {environment['device']}, torch {environment['torch']}, "
         f"commit {environment['commit'][:10]}, {environment['date'][:10]}. FAT: tokens until the right answer is "
         "complete; Holm p: corrected for all comparisons; the rest: see [below](#how-an-answer-is-judged).\n"
@@ -103,6 +104,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "fields": tables.fields,
     },
     "docs/scoring.md": {"labels": labels},
+    "docs/real.md": {"real": real},
     "docs/retest.md": {"retest": retest, "controls": controls},
 }
 
