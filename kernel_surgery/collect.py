@@ -2,12 +2,12 @@
 
     python -m kernel_surgery.collect --model M --out FILE
 
-The model reads every problem of a split in every language, as a raw prompt. Each layer gives one float32 vector per
-prompt. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream; the edit is made there.
-`resid_post` is the residual stream after the layer; the reference script that this project began with used it. `--pool`
-takes the last prompt token, or the mean over the prompt's tokens. `--pool tokens` takes all of them: it writes sums of
-x and of x x^T (moments), of which `fit --method oblique` and `leace` make better edits. Padding is never read, on
-either side.
+The model reads every problem of a split in every language, as a raw prompt. The file holds, for each layer, sums of x
+and of x x^T over all prompt tokens (moments), of which `fit` makes the edit that does least damage. `--pool last` and
+`--pool mean` keep a float32 vector per prompt instead: of the last prompt token, or the mean over the tokens. `fit
+--method deviations` needs them. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream;
+the edit is made there. `resid_post` is the residual stream after the layer; the reference script that this project
+began with used it. Padding is never read, on either side.
 
 Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
 goes on from there and writes the same bytes.
@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     more = "where to read: the MLP's output, which is edited (default), or the residual stream after the layer"
     p.add_argument("--site", choices=SITES, default="mlp_out", help=more)
-    more = "last prompt token (default), mean over the prompt, or tokens: moments over all of them"
-    p.add_argument("--pool", choices=(*POOLS, TOKENS), default="last", help=more)
+    more = "tokens (default): moments over all prompt tokens; last: the last one of each prompt; mean: their mean"
+    p.add_argument("--pool", choices=(*POOLS, TOKENS), default=TOKENS, help=more)
     more = "with --pool tokens, count each prompt's first token too (default: it is left out as an attention sink)"
     p.add_argument("--keep-first", action="store_true", help=more)
     more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"

@@ -4,20 +4,20 @@
 
 Four methods, for each layer, with x[p, l] the activation of problem p in language l:
 
+    oblique      (default) the linear map that makes the languages' means equal and changes the activations least in
+                 mean square. It has a dual basis and no offset, so every mode and engine can make it.
+    leace        LEACE: the affine map that does the same. It has an offset too.
     deviations   the right singular vectors of x[p, l] - mean over l of x[p, l]. Only the language changes between the
                  prompts of one problem, so the mathematics drops out. The reference script that this project began with
-                 used this method.
+                 used this method. It needs `collect --pool last` or `mean`, and breaks real models (docs/real.md).
     centroids    the same for the mean vectors of the languages. It has at most (languages - 1) dimensions and is less
                  noisy.
-    leace        LEACE: the affine map that makes the languages' means equal and changes the activations least. It has a
-                 dual basis and an offset.
-    oblique      the linear map that does the same. It has no offset, so every mode and engine can make it.
 
 `--sequential --model M` needs no activations. It fits leace or oblique edits layer by layer, each on the model with the
 edits before it, in one pass over the problems with one decoder layer in memory. Killed, it goes on at its layer.
 
-With the first two, the k leading right singular vectors are the basis U [d_model, k] of an orthogonal edit. They are
-computed in float64 and stored in float32. The last two also take the moments that `collect --pool tokens` writes.
+With the last two, the k leading right singular vectors are the basis U [d_model, k] of an orthogonal edit. They are
+computed in float64 and stored in float32.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
-from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHODS, SPLITS
+from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHOD, METHODS, SPLITS
 
 if TYPE_CHECKING:
     from kernel_surgery.subspace.artifact import Subspace
@@ -41,11 +41,10 @@ def parser() -> argparse.ArgumentParser:
     more = "file from kernel_surgery.collect, or an .npz with [problems, d_model] arrays such as en_L9"
     p.add_argument("--activations", type=Path, help=more)
     p.add_argument("--out", type=Path, required=True, help="subspace file to write (safetensors)")
-    more = "dimensions of the subspace (default 10; leace and oblique: one less than there are languages)"
+    more = "dimensions of the subspace (default: one less than there are languages; deviations, centroids: 10)"
     p.add_argument("--rank", type=int, help=more)
-    more = "deviations (default): all differences between languages; centroids: those of their means; leace, oblique: "
-    more += "what the means tell, removed with least change"
-    more += " (with --sequential: oblique)"
+    more = "oblique (default), leace: what the languages' means tell, removed with least change; deviations: all "
+    more += "differences between languages; centroids: those of their means"
     p.add_argument("--method", choices=METHODS, help=more)
     more = "of the covariance, 0 to 1, for leace and oblique (default 0.01); auto estimates it"
     p.add_argument("--shrinkage", help=more)
@@ -93,7 +92,7 @@ def run(argv: list[str] | None = None) -> int:
         )
     if args.model is not None:
         raise UserError("--model is for --sequential. --activations say which model they were measured on.")
-    args.method = args.method or "deviations"
+    args.method = args.method or METHOD
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import Activations, load_activations
@@ -140,7 +139,7 @@ def _sequential(args: argparse.Namespace) -> int:
         raise UserError("--sequential needs --model: it runs the model itself.")
     if args.activations is not None:
         raise UserError("--sequential measures its own activations: leave out --activations.")
-    args.method = args.method or "oblique"
+    args.method = args.method or METHOD
     if args.method not in ERASING:
         raise UserError(f"--sequential is for --method {' and '.join(ERASING)}, not {args.method}.")
     if args.batch_tokens < 1:

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--check", type=Path, help="check this bundle (or the --out that holds it) instead of making one")
     more = "how the edit is made in the evaluation (default: fused)"
     p.add_argument("--mode", default="fused", choices=("hook", "baked", "fused", "lora", "all"), help=more)
-    p.add_argument("--rank", type=int, default=10, help="dimensions of the subspace (default 10)")
+    p.add_argument("--rank", type=int, help="dimensions of the subspace (default: one less than languages)")
     p.add_argument("--languages", default="en,zh", help="languages of the evaluation (default: en,zh)")
     p.add_argument("--problems", type=int, help="problems in each of five categories (default 40)")
     p.add_argument("--seed", type=int, default=0, help="selects the test problems (default 0)")

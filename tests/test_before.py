@@ -100,7 +100,8 @@ def test_a_bundle_checks_out_and_a_changed_text_does_not(before):
 
 def test_activations_and_texts_are_read(before):
     acts = "study/activations-mlp_out-last.safetensors"
-    status, out, err = call("fit", "--activations", acts, "--out", "fitted.safetensors", "--rank", 2)
+    given = ("--activations", acts, "--rank", 2, "--method", "deviations", "--out", "fitted.safetensors")
+    status, out, err = call("fit", *given)
     assert (status, err) == (0, "") and "rank 2, orthogonal, layers 2-5, site mlp_out, model polyglot" in out
     status, out, err = call("score", "bundle/samples.jsonl")
     assert status == 0 and len(out.splitlines()) == 20 and err.startswith("original en: 5/5 right")

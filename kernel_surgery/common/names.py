@@ -9,6 +9,7 @@ POOLS = ("last", "mean")
 TOKENS = "tokens"  # collect's third pooling: no vectors, but moments over all tokens
 BATCH_TOKENS = 2048  # of one forward pass of collect, padding included
 METHODS = ("deviations", "centroids", "leace", "oblique")
+METHOD = "oblique"  # the default: it does the least damage to a real model (docs/real.md)
 ERASING = ("leace", "oblique")  # the methods that fit a dual beside the basis
 RANK = 10  # of the other methods, by default; an erasing one takes as many as there are
 MODES = ("original", "hook", "baked", "fused", "lora")

@@ -16,6 +16,7 @@ from kernel_surgery.common.command import command_line
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError, UserError
 from kernel_surgery.common.files import check_folder, write_atomic
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
@@ -45,7 +46,7 @@ class Recipe:
     model: str
     out: Path
     mode: str = "fused"
-    rank: int = 10
+    rank: int | None = None
     languages: str = "en,zh"
     problems: int | None = None
     seed: int = 0
@@ -71,8 +72,8 @@ class Recipe:
         source = local_folder(resolve_model(self.model))
         config = check_config(source)
         check_stored(source, config)
-        most = min(config["hidden_size"], MAX_RANK)
-        if not 1 <= self.rank <= most:
+        most = min(config["hidden_size"], MAX_RANK, len(LANGUAGES) - 1)  # what `fit` takes by default
+        if self.rank is not None and not 1 <= self.rank <= most:
             raise SubspaceError(f"--rank is {self.rank}: choose 1 to {most} for this model.")
         if not (self.out / "baked").exists():
             check_folder(self.out, size=sum(file.stat().st_size for file in weight_files(source)))
@@ -82,12 +83,13 @@ class Recipe:
         out, model = self.out, self.model
         acts, space, baked, certificate = (out / name for name in ("acts.safetensors", BUNDLE[0], "baked", BUNDLE[1]))
         common = ["--problems", self.problems] if self.problems else []
+        rank = [] if self.rank is None else ["--rank", self.rank]
         evaluation = ["--mode", self.mode, "--model", model, "--subspace", space, "--certificate", certificate]
         evaluation += ["--out", out / "eval", "--languages", self.languages, *common, "--seed", self.seed]
         evaluation += ["--controls", self.controls] if self.controls else []
         steps = [
             ("collect", acts, ["--model", model, "--out", acts, *common]),
-            ("fit", space, ["--activations", acts, "--out", space, "--rank", self.rank]),
+            ("fit", space, ["--activations", acts, "--out", space, *rank]),
             ("bake", baked, ["--model", model, "--subspace", space, "--out", baked]),
             ("verify", certificate, ["--model", model, "--subspace", space, "--baked", baked, "--out", certificate]),
             ("eval", out / "eval" / "results.json", evaluation),

@@ -176,7 +176,7 @@ def subspaces(
                 Activations(vectors, provenance).save(file)
             activations[site, pool] = load_activations(file)
         fit_layers = _layers(setting["layers"], len(layers))
-        yield name, fit_subspace(activations[site, pool], setting["rank"], layers=fit_layers)
+        yield name, fit_subspace(activations[site, pool], setting["rank"], method="deviations", layers=fit_layers)
 
 
 def edit_blocks(

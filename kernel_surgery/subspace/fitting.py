@@ -8,7 +8,7 @@ import torch
 from einops import einsum, rearrange, reduce
 
 from kernel_surgery.common.errors import SubspaceError
-from kernel_surgery.common.names import ERASING, METHODS, RANK
+from kernel_surgery.common.names import ERASING, METHOD, METHODS, RANK
 from kernel_surgery.common.progress import progress
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.activations import Activations
@@ -92,7 +92,7 @@ def fit_subspace(
     activations: Activations | LanguageMoments,
     rank: int | None = None,
     *,
-    method: str = "deviations",
+    method: str = METHOD,
     layers: list[int] | None = None,
     shrinkage: float | None = SHRINKAGE,
     command: str | None = None,
@@ -102,7 +102,7 @@ def fit_subspace(
     activations: one vector per prompt, or the moments of many; those have no pairs of prompts, so "deviations" cannot
     use them.
     rank: k, the number of directions per layer. By default 10, or with "leace" and "oblique" as many as there are.
-    method: "deviations" or "centroids" (`language_rows`), "leace" or "oblique" (`subspace.erasing`).
+    method: "oblique" or "leace" (`subspace.erasing`), "deviations" or "centroids" (`language_rows`).
     layers: the layers to fit (default: all that were collected).
     shrinkage: of the covariance, for "leace" and "oblique"; None estimates it (`subspace.erasing.oas_shrinkage`).
     command: the command line, for the record.

@@ -38,7 +38,7 @@ def projector(basis):
 
 def test_a_planted_subspace_is_recovered_and_holds_all_the_variance():
     activations, spaces = planted()
-    subspace = fit_subspace(activations, 4)
+    subspace = fit_subspace(activations, 4, method="deviations")
     for layer, space in spaces.items():
         basis = subspace.bases[layer]
         assert basis.shape == (96, 4) and basis.dtype == torch.float32
@@ -60,11 +60,11 @@ def test_what_all_languages_share_drops_out():
         {lang: {i: x + shift for i, x in by.items()} for lang, by in activations.vectors.items()},
         activations.provenance,
     )
-    one, other = fit_subspace(activations, 4), fit_subspace(moved, 4)
+    one, other = fit_subspace(activations, 4, method="deviations"), fit_subspace(moved, 4, method="deviations")
     assert (projector(one.bases[2]) - projector(other.bases[2])).norm() < 1e-5
     # Teeth: shifting one language alone does change it.
     lopsided = dict(activations.vectors) | {"en": {i: x + shift for i, x in activations.vectors["en"].items()}}
-    other = fit_subspace(Activations(lopsided, activations.provenance), 4)
+    other = fit_subspace(Activations(lopsided, activations.provenance), 4, method="deviations")
     assert (projector(one.bases[2]) - projector(other.bases[2])).norm() > 0.1
 
 
@@ -74,7 +74,7 @@ def test_it_is_the_reference_scripts_arithmetic():
     deviations = (per_lang - per_lang.mean(axis=1, keepdims=True)).reshape(-1, 96)
     _, s, vt = np.linalg.svd(deviations, full_matrices=False)
     script = torch.from_numpy(vt[:4].T @ vt[:4])
-    ours = fit_subspace(activations, 4)
+    ours = fit_subspace(activations, 4, method="deviations")
     # The script works in float32 throughout; its own span error is of that order over the gap s_4 - s_5.
     assert (projector(ours.bases[2]) - script).norm() < 1e-4
     assert variance_captured(ours.spectrum[2], 4) == pytest.approx((s[:4] ** 2).sum() / (s**2).sum(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_it_is_the_reference_scripts_arithmetic():
 def test_rank_beyond_the_data_is_refused_with_the_number():
     activations, _ = planted()
     with pytest.raises(ValueError, match=r"cannot fit rank 5 at layer 2: .* span 4 dimensions.\n.*1 to 4"):
-        fit_subspace(activations, 5)
+        fit_subspace(activations, 5, method="deviations")
     noisy, _ = planted(noise=0.5)
     assert fit_subspace(noisy, 6, method="centroids").rank == 6
     with pytest.raises(ValueError, match="span 6 dimensions"):
@@ -107,22 +107,22 @@ def test_activations_that_differ_by_rounding_only_are_refused():
                 vectors[lang][layer] = x + factor * step * torch.randint(0, 2, x.shape, generator=generator)
         rounded = Activations(vectors, activations.provenance)
         if factor == 4:
-            assert fit_subspace(rounded, 1).rank == 1
+            assert fit_subspace(rounded, 1, method="deviations").rank == 1
         else:
             with pytest.raises(SubspaceError, match="at layer 2: the activations do not differ between languages"):
-                fit_subspace(rounded, 1)
+                fit_subspace(rounded, 1, method="deviations")
 
 
 def test_layers_that_were_not_collected_are_refused():
     activations, _ = planted()
     with pytest.raises(ValueError, match=r"layers \[4\] were not collected: the activations hold \[2, 3\]"):
-        fit_subspace(activations, 2, layers=[3, 4])
+        fit_subspace(activations, 2, method="deviations", layers=[3, 4])
 
 
 def test_equal_data_give_equal_files(tmp_path):
     activations, _ = planted(noise=0.5)
     for name in ("a", "b"):
-        fit_subspace(activations, 4).save(tmp_path / name)
+        fit_subspace(activations, 4, method="deviations").save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
