@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from kernel_surgery import Subspace
+from kernel_surgery import Subspace, hooked
 from kernel_surgery.certify.model import certify_model
 from kernel_surgery.collect import run as collect
+from kernel_surgery.damage.measure import yardstick_readings
+from kernel_surgery.damage.neutral import NeutralText
+from kernel_surgery.damage.words import judged
 from kernel_surgery.models.load import SMOLLM2_FOLDER, load_model, load_tokenizer, resolve_model
 from kernel_surgery.models.padding import padded, padding_id
 from kernel_surgery.subspace.activations import load_activations
@@ -29,8 +32,8 @@ def folder():
 def collected(folder, tmp_path_factory):
     """Activations of six problems in two languages at two layers."""
     out = tmp_path_factory.mktemp("real") / "activations.safetensors"
-    words = ["--model", "smollm2", "--problems", "6", "--layers", "8-9", "--languages", "en,zh", "--out", str(out)]
-    assert collect(words) in (0, None)
+    words = ["--model", "smollm2", "--problems", "6", "--layers", "8-9", "--languages", "en,zh", "--pool", "last"]
+    assert collect([*words, "--out", str(out)]) in (0, None)
     return load_activations(out)
 
 
@@ -67,6 +70,33 @@ def test_the_certificate_holds(collected, folder, method, dtype, modes):
     worst = max(row["error_over_bound"] for row in found["layers"])
     print(f"{method} {dtype}: largest error/bound {worst:.3f}")
     assert found["faults"] == [] and found["modes"] == modes and worst > 0
+
+
+def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_breaks_it(folder, tmp_path):
+    """The commands' defaults against `--method deviations --rank 10`, in the words that users read."""
+    model, tokenizer = load_model("smollm2", torch.float32), load_tokenizer("smollm2")
+    text = NeutralText(model, tokenizer, ("en", "zh"))
+    yardsticks, found = yardstick_readings(text), {}
+    for name, pool, more in (
+        ("default", [], []),
+        ("deviations", ["--pool", "last"], ["--method", "deviations", "--rank", "10"]),
+    ):
+        acts, out = tmp_path / f"{name}-acts", tmp_path / name
+        given = ["--model", "smollm2", "--problems", "5", "--layers", "8-21", *pool, "--out", acts]
+        assert call("collect", *given)[0] == 0
+        assert call("fit", "--activations", acts, *more, "--out", out)[0] == 0
+        subspace = Subspace.load(out)
+        assert subspace.layers == tuple(range(8, 22))
+        with hooked(model, subspace):
+            readings = text.read()
+        found[name] = judged(readings, yardsticks)["word"], readings
+        for language, r in readings.items():
+            print(f"{name} {language}: KL {r.kl_mean:.3f}, perplexity x{r.perplexity / r.original_perplexity:.3f}")
+    word, readings = found["default"]
+    assert word == "like 4-bit"
+    assert all(r.kl_mean <= 0.25 and r.perplexity <= 1.25 * r.original_perplexity for r in readings.values())
+    word, readings = found["deviations"]
+    assert word == "broken" and all(r.kl_mean >= 3 for r in readings.values())
 
 
 def test_moments_leave_out_the_first_token_of_a_prompt_which_is_larger_than_the_others(folder, tmp_path):
