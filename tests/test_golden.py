@@ -267,7 +267,7 @@ def changed_model(folder: Path, change=None, **config) -> Path:
 # What a collection with the default options keeps beside its batches, and what is known before the model is loaded.
 BEGUN = {
     **{"model_id": "polyglot", "split": "fit", "seed": 0, "languages": list(LANGUAGES), "layers": list(range(8))},
-    **{"problems": 200, "site": "mlp_out", "pool": "last", "dtype": "float32", "batch_tokens": 2048},
+    **{"problems": 200, "site": "mlp_out", "pool": "last", "dtype": "float32", "batch_tokens": 1024},
 }
 
 

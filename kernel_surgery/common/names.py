@@ -7,7 +7,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SITES = ("mlp_out", "resid_post")
 POOLS = ("last", "mean")
 TOKENS = "tokens"  # collect's third pooling: no vectors, but moments over all tokens
-BATCH_TOKENS = 2048  # of one forward pass of collect, padding included
+# Of one forward pass of collect, padding included. On a CPU, 2048 are slower: they leave the cache (`bench.collect`).
+BATCH_TOKENS = 1024
 METHODS = ("deviations", "centroids", "leace", "oblique")
 METHOD = "oblique"  # the default: it does the least damage to a real model (docs/real.md)
 ERASING = ("leace", "oblique")  # the methods that fit a dual beside the basis
