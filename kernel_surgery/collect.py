@@ -2,12 +2,12 @@
 
     python -m kernel_surgery.collect --model M --out FILE
 
-The model reads every problem of a split in every language, as a raw prompt. Each layer gives one float32 vector per
-prompt. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream; the edit is made there.
-`resid_post` is the residual stream after the layer; the reference script that this project began with used it. `--pool`
-takes the last prompt token, or the mean over the prompt's tokens. `--pool tokens` takes all of them: it writes sums of
-x and of x x^T (moments), of which `fit --method oblique` and `leace` make better edits. Padding is never read, on
-either side.
+The model reads every problem of a split in every language: as it is, or as the user's turn of a chat (`--chat`). Each
+layer gives one float32 vector per prompt. `--site` says where it is read. `mlp_out` is what the MLP adds to the
+residual stream; the edit is made there. `resid_post` is the residual stream after the layer; the reference script that
+this project began with used it. `--pool` takes the last prompt token, or the mean over the prompt's tokens. `--pool
+tokens` takes all of them: it writes sums of x and of x x^T (moments), of which `fit --method oblique` and `leace` make
+better edits. Padding is never read, on either side.
 
 Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
 goes on from there and writes the same bytes.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_overwrite, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, LANGUAGES, POOLS, SITES, SPLITS, TOKENS
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
     p.add_argument("--problems", type=int, default=40, help="problems in each of five categories (default 40)")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
+    add_chat(p)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -67,6 +68,7 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.models.architectures import parse_layers
     from kernel_surgery.models.before import load_checked
+    from kernel_surgery.models.chat import choose_chat
     from kernel_surgery.models.load import parse_device, parse_dtype, public_name
     from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.problems.generator import parse_languages, problems
@@ -81,6 +83,7 @@ def run(argv: list[str] | None = None) -> int:
     dtype, tokens, partial = parse_dtype(args.dtype, device), args.pool == TOKENS, partial_folder(args.out)
     about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed}
     choose_threads(args.model)
+    chat = choose_chat(args.model, args.chat, thinking=args.thinking)
 
     def check(source: Path, config: dict[str, Any]) -> None:
         n_layers, d = config["num_hidden_layers"], config["hidden_size"]
@@ -90,12 +93,13 @@ def run(argv: list[str] | None = None) -> int:
         check_output(args.out, size=size, overwrite=args.overwrite)
         known = {"languages": list(languages), "layers": layers, "problems": len(chosen), "site": args.site}
         known |= {"pool": args.pool, "dtype": str(dtype).removeprefix("torch."), "batch_tokens": args.batch_tokens}
+        known |= chat.record()
         known |= {"first_token": "kept" if args.keep_first else "left out"} if tokens else {}
         check_partial(partial, {} if args.restart else about | known)
 
     prompts = [problem.prompts[language] for problem in chosen for language in languages]
-    model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map)
-    common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about}
+    model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map, chat)
+    common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about, "chat": chat}
     what = model, tokenizer, chosen, languages, args.layers
     with resuming(partial, restart=args.restart, say=lambda line: print(line, file=sys.stderr)) as kept:
         found: Activations | LanguageMoments

@@ -57,6 +57,7 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import Activations, load_activations
+    from kernel_surgery.subspace.collecting import recorded
     from kernel_surgery.subspace.fitting import fit_subspace, variance_captured
     from kernel_surgery.subspace.moments import LanguageMoments, holds_moments, load_moments
 
@@ -72,7 +73,7 @@ def run(argv: list[str] | None = None) -> int:
     command = f"fit {rank}--method {args.method} --layers {args.layers or 'middle half'}"
     command += f" --shrinkage {args.shrinkage}" if args.shrinkage else ""
     options = {"method": args.method, "layers": list(layers), "shrinkage": shrinkage, "command": command}
-    subspace = fit_subspace(activations, args.rank, **options)
+    subspace = recorded(fit_subspace(activations, args.rank, **options), activations.provenance)
     for layer in subspace.layers:
         captured = variance_captured(subspace.spectrum[layer], subspace.rank)
         print(f"  L{layer}: lang variance captured = {captured:.3f}")

@@ -53,6 +53,7 @@ def folder(tmp_path_factory) -> Path:
     (made / "old" / "config.json").write_text("{}")
     for name, text in (
         *(("rank", "[grid]\nrank = [65]"), ("layers", "[grid]\nlayers = ['2-99']"), ("good", "problems = 1")),
+        *(("talk", 'chat = "on"'), ("thinks", "thinking = 1")),
         *(("nan", "[grid]\nstrength = [nan]"), ("long", "max_new_tokens = 700"), ("odd", "model = '{odd}'")),
     ):
         (made / f"{name}.toml").write_text(text.format(odd=made / "odd"))
@@ -163,6 +164,15 @@ CASES = {
         words("collect", more="--device-map auto"),
         r"--device-map auto needs accelerate, which is not installed: pip install accelerate",
     ),
+    **{
+        f"{command}: no chat template": (
+            words(command, more=more),
+            r"--chat on needs a chat template, and the tokenizer of 'poly(glot)?' has none\. Use --chat off",
+        )
+        for command, more in (("collect", "--chat on"), ("eval", "--chat on"), ("study", "talk"))
+    },
+    "eval: thinking without a chat": (words("eval", more="--chat off --thinking"), "--thinking is for prompts"),
+    "study: thinking that is a number": (words("study", more="thinks"), "thinking is 1, not true or false"),
     "reproduce: languages": (words("reproduce", more="--languages en,fr"), "fr"),
     "reproduce: controls": (words("reproduce", more="--controls gauss:3"), "gauss"),
     "eval: a baked model": (

@@ -11,6 +11,9 @@ BATCH_TOKENS = 2048  # of one forward pass of collect, padding included
 METHODS = ("deviations", "centroids", "leace", "oblique")
 ERASING = ("leace", "oblique")  # the methods that fit a dual beside the basis
 RANK = 10  # of the other methods, by default; an erasing one takes as many as there are
+CHATS = ("auto", "on", "off")
+# What a record says that was written before there was a choice.
+BEFORE_CHAT = {"chat": "off", "thinking": False}
 MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
 LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

@@ -20,7 +20,7 @@ from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
 from kernel_surgery.evaluation.judging import Cells, score_again, score_kept
-from kernel_surgery.evaluation.run import Options
+from kernel_surgery.evaluation.options import Options
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.files.contents import weight_files
 from kernel_surgery.files.folder import changed_files

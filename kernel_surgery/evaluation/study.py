@@ -25,7 +25,7 @@ from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.names import LANGUAGES, MODES, POOLS, SITES
+from kernel_surgery.common.names import BEFORE_CHAT, CHATS, LANGUAGES, MODES, POOLS, SITES
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
@@ -38,12 +38,13 @@ from kernel_surgery.evaluation.summary import pair, power, summarize
 from kernel_surgery.evaluation.tables import strict_table
 from kernel_surgery.models.architectures import decoder_layers, default_layers, parse_layers
 from kernel_surgery.models.before import load_checked
+from kernel_surgery.models.chat import OFF, Chat, choose_chat
 from kernel_surgery.models.load import parse_device, parse_dtype, public_name
 from kernel_surgery.ops.library import MAX_RANK
 from kernel_surgery.problems.generator import Problem, parse_languages, problems
 from kernel_surgery.subspace.activations import Activations, load_activations
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import collect_languages
+from kernel_surgery.subspace.collecting import collect_languages, recorded
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import fit_subspace
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, Any] = {
     **{"model": "polyglot", "mode": "fused", "languages": ["en", "zh"], "problems": 40, "max_new_tokens": 256},
     **{"seed": 0, "test": "chosen", "dtype": "auto", "device": "auto", "batch_size": 64},
+    **{"chat": "auto", "thinking": False},
 }
 GRID: dict[str, list[Any]] = {
     "rank": [10],
@@ -99,12 +101,14 @@ def read_grid(path: Path) -> dict[str, Any]:
         for value in settings["grid"][name]:
             if value not in choices:
                 raise UserError(f"{str(path)!r}: grid.{name} has {value!r}; known: {', '.join(choices)}.")
-    for name, choices in (("mode", MODES[1:]), ("test", ("chosen", "all"))):
+    for name, choices in (("mode", MODES[1:]), ("test", ("chosen", "all")), ("chat", CHATS)):
         if settings[name] not in choices:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}; known: {', '.join(choices)}.")
     for name in ("problems", "max_new_tokens", "budget", "batch_size"):
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a whole number of at least 1.")
+    if not isinstance(settings["thinking"], bool):
+        raise UserError(f"{str(path)!r}: thinking is {settings['thinking']!r}, not true or false.")
     if settings["budget"] > settings["max_new_tokens"]:
         raise UserError(
             f"{str(path)!r}: budget is {settings['budget']}, above max_new_tokens, {settings['max_new_tokens']}."
@@ -150,10 +154,12 @@ def subspaces(
     declared: dict[str, Any],
     cells: dict[str, dict[str, Any]],
     folder: Path,
+    chat: Chat = OFF,
 ) -> Iterator[tuple[str, Subspace]]:
     """Fit the subspace of every cell. Yields (name, Subspace).
 
-    Activations are collected once per site and pooling, and stored in the folder.
+    Activations are collected once per site and pooling, and stored in the folder. chat: how
+    the prompts are put to the model.
     """
     layers = range(len(decoder_layers(model)))
     activations: dict[tuple[str, str], Activations] = {}
@@ -163,7 +169,8 @@ def subspaces(
             file = folder / f"activations-{site}-{pool}.safetensors"
             if not file.exists():
                 fit_problems = problems("fit", declared["problems"], seed=declared["seed"])
-                vectors = collect_languages(model, tokenizer, fit_problems, LANGUAGES, layers, site=site, pool=pool)
+                options: dict[str, Any] = {"site": site, "pool": pool, "chat": chat}
+                vectors = collect_languages(model, tokenizer, fit_problems, LANGUAGES, layers, **options)
                 provenance = {"model_id": public_name(declared["model"]), "n_layers": len(layers)}
                 provenance |= {
                     "fingerprint": fingerprint(model),
@@ -172,11 +179,13 @@ def subspaces(
                     "split": "fit",
                     "problems": len(fit_problems),
                     "seed": declared["seed"],
+                    **chat.record(),
                 }
                 Activations(vectors, provenance).save(file)
             activations[site, pool] = load_activations(file)
         fit_layers = _layers(setting["layers"], len(layers))
-        yield name, fit_subspace(activations[site, pool], setting["rank"], layers=fit_layers)
+        held = activations[site, pool]
+        yield name, recorded(fit_subspace(held, setting["rank"], layers=fit_layers), held.provenance)
 
 
 def edit_blocks(
@@ -189,9 +198,9 @@ def edit_blocks(
     return blocks
 
 
-def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase") -> Cells:
-    """Return the cells as a budget of `budget` tokens would have left them, scored again."""
-    decode = text_of(tokenizer)
+def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase", chat: Chat = OFF) -> Cells:
+    """Return the cells as a budget of `budget` tokens would have left them, scored again. chat: as in `text_of`."""
+    decode = text_of(tokenizer, chat)
     shortened: Cells = {}
     for (name, language), cell in cells.items():
         shortened[name, language] = []
@@ -245,6 +254,10 @@ def run_study(
     cells, languages, budget = cells_of(declared["grid"]), declared["languages"], declared["budget"]
     device = parse_device(declared["device"])
     dtype = parse_dtype(declared["dtype"], device)
+    chat = choose_chat(declared["model"], declared["chat"], thinking=declared["thinking"])
+    # Off leaves no trace: the hash of a choice that was frozen before there was a chat stays the same.
+    declared = {name: value for name, value in declared.items() if name not in BEFORE_CHAT}
+    declared |= chat.record() if chat.on else {}
     named = declared | {"model": public_name(declared["model"])}
     config = named | {"resolved_dtype": str(dtype)}
     resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
@@ -254,20 +267,21 @@ def run_study(
     model, tokenizer = load_checked(
         *(declared["model"], (dtype, device), prompts, declared["max_new_tokens"]),
         lambda source, found: check_cells(cells, declared["mode"], found),
+        chat=chat,
     )
     config["weights"] = digest(fingerprint(model))
     open_run(folder, config, resume=resume)
-    subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder))
+    subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder, chat))
     settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
     def ask(split: str, settings: Mapping[str, tuple[dict[str, Any], Subspace]]) -> tuple[Context, Cells]:
         context = Context(
-            model, tokenizer, splits[split], tuple(languages), declared["max_new_tokens"], declared["batch_size"]
+            model, tokenizer, splits[split], tuple(languages), declared["max_new_tokens"], declared["batch_size"], chat
         )
         samples = folder / f"{split}.jsonl"
-        done = take_up(samples, splits[split], score_again(tokenizer))
+        done = take_up(samples, splits[split], score_again(tokenizer, chat))
         texts = answer_cells(context, edit_blocks(model, declared, settings), done, samples)
-        return context, at_budget(texts, budget, tokenizer)
+        return context, at_budget(texts, budget, tokenizer, chat)
 
     dev = figures(ask("dev", settings_of)[1], ["original", *cells], languages, budget)
     best = choose(dev, list(cells))
@@ -283,9 +297,7 @@ def run_study(
         control_results = run_controls(
             context, own, folder, subspace_of[best], controls, mode, strength, declared["seed"]
         )
-    damage = measure_damage(
-        *(model, tokenizer, languages, [mode], subspace_of[best]), strength=cells[best]["strength"]
-    )
+    damage = measure_damage(*(model, tokenizer, languages, [mode], subspace_of[best]), strength=cells[best]["strength"])
     study = {
         "damage_in_words": headline(damage),
         **{"schema": 1, "command": command, "declared": named, "environment": environment_record(device)},
