@@ -10,7 +10,7 @@ options.
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, add_chat, command_line, kept_in, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
 from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
 
 
@@ -28,8 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", choices=("strict", "expag"), default="strict", help=more)
     more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: en,zh)"
     p.add_argument("--languages", default="en,zh", help=more)
-    more = "problems in each of five categories (default 40, that is 200 per language)"
-    p.add_argument("--problems", type=int, help=more)
+    add_problems(p, "default 40, that is 200 per language")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the test split (default 0)")
     p.add_argument("--max-new-tokens", type=int, help="longest text, in tokens (default 256; expag: 128)")
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"

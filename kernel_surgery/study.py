@@ -7,7 +7,7 @@ GRID.toml declares the settings. The lines above [grid] may be left out; they sh
     model = "polyglot"
     mode = "fused"
     languages = ["en", "zh"]
-    problems = 40                        # per category, on dev and on test
+    problems = 40                        # per category, on dev and on test; or as --problems of eval
     max_new_tokens = 256
     budget = 256                         # texts are cut off here before cells are compared
     seed = 0

@@ -57,6 +57,9 @@ def folder(tmp_path_factory) -> Path:
         *(("nan", "[grid]\nstrength = [nan]"), ("long", "max_new_tokens = 700"), ("odd", "model = '{odd}'")),
     ):
         (made / f"{name}.toml").write_text(text.format(odd=made / "odd"))
+    lines = ({"id": n, "answer": answer, "prompts": {"en": "1", "zh": "1"}} for n, answer in ((1, 2), (2, "many")))
+    (made / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (made / "own.toml").write_text(f"problems = '{made}/bad.jsonl'")
     settings = BEGUN | {"model_id": "poly", "seed": 3, "problems": 10}
     for name, file in (("begun", "settings.json"), ("taken", "thesis.txt")):
         (made / f"{name}.partial").mkdir()
@@ -173,6 +176,16 @@ CASES = {
     },
     "eval: thinking without a chat": (words("eval", more="--chat off --thinking"), "--thinking is for prompts"),
     "study: thinking that is a number": (words("study", more="thinks"), "thinking is 1, not true or false"),
+    **{
+        f"{command}: a bad line of problems": (
+            words(command, more=more),
+            r"bad\.jsonl', line 2: the answer is \"many\"",
+        )
+        for command, more in (
+            *((name, "--problems {folder}/bad.jsonl") for name in ("collect", "eval")),
+            ("study", "own"),
+        )
+    },
     "reproduce: languages": (words("reproduce", more="--languages en,fr"), "fr"),
     "reproduce: controls": (words("reproduce", more="--controls gauss:3"), "gauss"),
     "eval: a baked model": (

@@ -28,7 +28,7 @@ from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.before import check_config, check_stored
 from kernel_surgery.models.load import load_tokenizer, local_folder, public_name, resolve_model
 from kernel_surgery.ops.library import MAX_RANK
-from kernel_surgery.problems.generator import Problem, expag_problems, parse_languages, problems
+from kernel_surgery.problems.generator import Problem, expag_problems, problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class Recipe:
             controls=self.controls,
         )
         options.check()
-        options.asked(parse_languages(self.languages))
+        options.asked()
         check_folder(self.out)
         source = local_folder(resolve_model(self.model))
         config = check_config(source)

@@ -12,6 +12,7 @@ The activations are the outputs of `down_proj` at every token of the dev split's
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.chat import OFF, Chat
-from kernel_surgery.problems.generator import problems
+from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
 
@@ -107,6 +108,17 @@ def moments(
         for handle in handles:
             handle.remove()
     return found
+
+
+def first_of_each_category(asked: Sequence[Problem], count: int) -> list[Problem]:
+    """Return the first `count` problems of every category, in their order."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for problem in asked:
+        taken[problem.category] += 1
+        if taken[problem.category] <= count:
+            chosen.append(problem)
+    return chosen
 
 
 def names_of(kind: str, count: int) -> list[str]:
@@ -258,7 +270,7 @@ def run_controls(
     kind, count = parsed
     languages, mode = context.languages, "fused" if mode == "all" else mode
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
-    problem_list = problems("test", per_category, seed=seed)
+    problem_list = first_of_each_category(context.problems, per_category)
     context, path = replace(context, problems=tuple(problem_list)), folder / "controls.jsonl"
     done = take_up(path, problem_list, score_again(context.tokenizer, context.chat))
     # The file may also hold controls of another kind.

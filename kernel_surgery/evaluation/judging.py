@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.models.chat import OFF, THINK, THOUGHT, Chat
 from kernel_surgery.problems.generator import Problem
-from kernel_surgery.scoring.answers import Answer, extract_answer, first_answer_character, first_answer_token
+from kernel_surgery.scoring.answers import Answer, exact, extract_answer, first_answer_character, first_answer_token
 from kernel_surgery.scoring.language import judge
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def judged(text: str, prompt: str, language: str, answer: Answer) -> dict[str, A
     return {
         **{
             "extracted": None if extraction.value is None else str(extraction.value),
-            "correct": extraction.value == answer,
+            "correct": extraction.value == exact(answer),
         },
         **{"language_judged": verdict.judged, "language_passed": verdict.passed, "language_found": list(verdict.found)},
     }
@@ -118,14 +118,15 @@ def score_kept(problem: Problem, sample: Sample) -> Sample:
 BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def correct_at(answer: int, prompt: str, language: str, generation: Generation, decode: Decode) -> dict[str, bool]:
+def correct_at(
+    answer: Answer, prompt: str, language: str, generation: Generation, decode: Decode) -> dict[str, bool]:
     """Return {budget: whether the text gives the right answer if it is cut off there}.
 
     Only the BUDGETS shorter than the text are included. At any longer budget the verdict is that of the whole text.
     """
-    verdicts = {}
+    verdicts, value = {}, exact(answer)
     for budget in BUDGETS:
         if budget < len(generation.ids):
             extraction = extract_answer(spoken(decode(generation.ids[:budget])), prompt, language=language)
-            verdicts[str(budget)] = extraction.value == answer
+            verdicts[str(budget)] = extraction.value == value
     return verdicts

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.evaluation.options import Options
+from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.subspace.artifact import Subspace
 
@@ -15,9 +15,22 @@ FUSED = {
 }
 
 
-def check_held_out(subspace: Subspace | None, options: Options) -> None:
+def fitted_on(subspace: Subspace, asked: Asked | None) -> str | None:
+    """Return the split that the subspace was fitted on, of the problems that are asked; None if it says none.
+
+    "elsewhere" are problems of another origin: generated ones and those of a file share none. Of two files nothing is
+    known.
+    """
+    fit, here = subspace.fit or {}, {} if asked is None else asked.record
+    digests = (fit.get("problems_sha256"), here.get("problems_sha256"))
+    if "split" in fit and digests[0] != digests[1]:
+        return "another file" if all(digests) else "elsewhere"
+    return fit.get("split")
+
+
+def check_held_out(subspace: Subspace | None, options: Options, asked: Asked | None = None) -> None:
     """Raise UserError if the subspace was fitted on the problems that are asked, unless `force` is set."""
-    split = (subspace.fit or {}).get("split") if subspace is not None else None
+    split = fitted_on(subspace, asked) if subspace is not None else None
     if options.strict and split == "test" and not options.force:
         raise UserError(
             "the subspace was fitted on the test problems, on which it would be evaluated here. Collect on the fit "
@@ -42,7 +55,11 @@ def chat_notes(subspace: Subspace | None, options: Options, chat: Chat) -> list[
 
 
 def notes_of(
-    subspace: Subspace | None, edits: dict[str, dict[str, Any]], options: Options, chat: Chat = OFF
+    subspace: Subspace | None,
+    edits: dict[str, dict[str, Any]],
+    options: Options,
+    chat: Chat = OFF,
+    asked: Asked | None = None,
 ) -> list[str]:
     """Return the notes that every output shows beside the figures."""
     notes = [edit["note"] for edit in edits.values() if edit["note"]]
@@ -54,9 +71,13 @@ def notes_of(
     if not options.strict:
         notes.append("expag: the 20 problems and the scoring of the reference script, only to compare with its figures")
     elif subspace is not None:
-        split = (subspace.fit or {}).get("split")
+        split = fitted_on(subspace, asked)
         if split == "test":
             notes.append("the subspace was fitted on the test problems: these figures are not held out")
         elif split is None:
             notes.append("the subspace does not say which problems it was fitted on: they may be the test problems")
+        elif split == "another file":
+            fitted = (subspace.fit or {}).get("problems_file")
+            notes.append(f"the subspace was fitted on problems of another file, {fitted}: some may be among these")
+    notes += [asked.note] if asked is not None and asked.note else []
     return list(dict.fromkeys([*notes, *chat_notes(subspace, options, chat)]))

@@ -3,14 +3,26 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.evaluation.controls import parse_controls
-from kernel_surgery.problems.generator import EXPAG_LANGUAGES, Problem, expag_problems, problems
+from kernel_surgery.files.problems import Given, problem_source
+from kernel_surgery.problems.generator import EXPAG_LANGUAGES, Problem, expag_problems, parse_languages
 
 # No text depends on these options, so they may change when a run is resumed.
 LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The problems of an evaluation and its languages. record, note: what records and outputs say of their origin."""
+
+    problems: tuple[Problem, ...]
+    languages: tuple[str, ...]
+    record: dict[str, Any]
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class Options:
     subspace: the subspace file (None: the one shipped with polyglot).
     protocol: "strict" or "expag" (see the module).
     languages: comma-separated, or "all".
-    problems: number per category (None: 40). seed: selects the problems.
+    problems: number per category (None: 40), or files (`files.problems`). seed: selects the generated ones.
     max_new_tokens: the budget per text (None: 256, or the reference script's 128 with protocol "expag").
     strength: a in the edit y - a U (U^T y).
     controls: such as "haar:20": also ask that many random subspaces.
@@ -39,7 +51,7 @@ class Options:
     subspace: Path | None = None
     protocol: str = "strict"
     languages: str = "en,zh"
-    problems: int | None = None
+    problems: Given = None
     seed: int = 0
     max_new_tokens: int | None = None
     strength: float = 1.0
@@ -83,17 +95,20 @@ class Options:
             raise UserError("--controls needs an edited mode (not --mode original) and --protocol strict.")
         parse_controls(self.controls)
 
-    def asked(self, languages: tuple[str, ...]) -> list[Problem]:
+    def asked(self) -> "Asked":
         """Return the problems that the protocol asks.
 
-        Raises UserError for options that the protocol does not allow.
+        Raises UserError for options that the protocol does not allow, and what `problem_source` raises.
         """
         if self.strict:
-            return problems("test", 40 if self.problems is None else self.problems, seed=self.seed)
+            source = problem_source(self.problems, seed=self.seed)
+            languages = source.languages(self.languages)
+            return Asked(tuple(source.split("test")), languages, source.record, source.note("test"))
+        languages = parse_languages(self.languages)
         if foreign := [language for language in languages if language not in EXPAG_LANGUAGES]:
             raise UserError(
                 f"--protocol expag has no problems in {foreign[0]!r}: the reference script's 20 are in en and zh."
             )
         if self.problems is not None:
             raise UserError("--protocol expag always uses the reference script's 20 problems: omit --problems.")
-        return expag_problems()
+        return Asked(tuple(expag_problems()), languages, {}, None)

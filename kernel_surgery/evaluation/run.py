@@ -32,7 +32,7 @@ from kernel_surgery.evaluation.describing import describe_model, describe_subspa
 from kernel_surgery.evaluation.effects import measure_effects
 from kernel_surgery.evaluation.judging import Cells, score_again
 from kernel_surgery.evaluation.notes import check_held_out, notes_of
-from kernel_surgery.evaluation.options import LATER, Options
+from kernel_surgery.evaluation.options import LATER, Asked, Options
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
@@ -46,10 +46,6 @@ from kernel_surgery.models.load import (
     resolve_model,
 )
 from kernel_surgery.numerics.precision import name_of
-from kernel_surgery.problems.generator import (
-    Problem,
-    parse_languages,
-)
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -115,7 +111,7 @@ def check_edits(
 
 def configuration(
     options: Options,
-    asked: tuple[list[Problem], tuple[str, ...]],
+    asked: Asked,
     where: tuple[torch.dtype, torch.device],
     subspace_path: Path | None,
     environment: dict[str, Any],
@@ -123,19 +119,20 @@ def configuration(
     """Return config.json, everything that a text depends on, but for how they are put (`Chat.record`)
     and "weights": a digest of the model's.
 
-    asked: the problems and the languages. where: the model's dtype and device.
+    where: the model's dtype and device.
     """
-    (asked_problems, languages), (dtype, device) = asked, where
+    dtype, device = where
     config = {key: value for key, value in asdict(options).items() if key not in (*LATER, *BEFORE_CHAT)}
     return config | {
         "model": public_name(options.model),
-        "languages": list(languages),
-        "problems": len(asked_problems),
+        "languages": list(asked.languages),
+        "problems": len(asked.problems),
+        **asked.record,
         "max_new_tokens": options.budget,
         "dtype": name_of(dtype),
         "device": device.type,
         "subspace": hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None,
-        "prompts": digest([[p.id, p.prompts[lang]] for p in asked_problems for lang in languages]),
+        "prompts": digest([[p.id, p.prompts[lang]] for p in asked.problems for lang in asked.languages]),
         "versions": {name: environment[name] for name in ("kernel_surgery", "torch", "transformers")},
     }
 
@@ -201,8 +198,8 @@ def evaluate(
     Raises KernelSurgeryError for options, models and subspaces that cannot be used. Nothing was written then.
     """
     options = (options or Options(**settings)).with_folder()
-    languages = parse_languages(options.languages)
-    problem_list = options.asked(languages)
+    asked = options.asked()
+    languages, problem_list = asked.languages, asked.problems
     options.check()
     certificate = read_certificate(options.certificate)
     if options.out is None:  # `with_folder` leaves it so with `resume` alone
@@ -211,8 +208,8 @@ def evaluate(
     folder, modes = options.out, modes_of(options.mode)
     dtype, environment = parse_dtype(options.dtype, device), environment_record(device)
     subspace, subspace_path = subspace_of(options)
-    check_held_out(subspace, options)
-    config = configuration(options, (problem_list, languages), (dtype, device), subspace_path, environment)
+    check_held_out(subspace, options, asked)
+    config = configuration(options, asked, (dtype, device), subspace_path, environment)
     chat = _chat_of(options, source, config)
 
     def check(source: Path, config: dict[str, Any]) -> None:
@@ -221,9 +218,9 @@ def evaluate(
 
     prompts = [problem.prompts[language] for problem in problem_list for language in languages]
     model, tokenizer = load_checked(source, (dtype, device), prompts, options.budget, check, chat=chat)
-    context = Context(model, tokenizer, tuple(problem_list), languages, options.budget, options.batch_size, chat)
+    context = Context(model, tokenizer, problem_list, languages, options.budget, options.batch_size, chat)
     edits = check_edits(modes, model, subspace, options)
-    notes = notes_of(subspace, edits, options, chat)
+    notes = notes_of(subspace, edits, options, chat, asked)
     config["weights"] = digest(fingerprint(model))
     open_run(folder, config, resume=options.resume)
 

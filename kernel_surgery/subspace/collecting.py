@@ -146,7 +146,7 @@ def collect_languages(
 
 
 # What a fit's record takes from the provenance of its activations, beside what `fit_subspace` takes.
-_ASKED = tuple(Chat(True).record())
+_ASKED = (*Chat(True).record(), "problems_file", "problems_sha256")
 # Of the provenance, in the order in which it is written.
 _FIELDS = (
     *("model_id", "revision", "n_layers", "d_model", "fingerprint", "site", "pool", "first_token", "tokens"),
@@ -155,7 +155,7 @@ _FIELDS = (
 
 
 def recorded(subspace: Subspace, provenance: Mapping[str, Any]) -> Subspace:
-    """Return the subspace with a record of how the prompts of its activations were put to the model."""
+    """Return the subspace with a record of the prompts of its activations: how they were put, and their file."""
     asked = {name: provenance[name] for name in _ASKED if name in provenance}
     return replace(subspace, fit=(subspace.fit or {}) | asked)
 
