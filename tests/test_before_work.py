@@ -48,6 +48,7 @@ def folder(tmp_path_factory) -> Path:
     changed_subspace(made / "wide.safetensors", tensors=lambda held: {"layer.2.basis": wide})
     far = torch.eye(128)[:, :4].contiguous()
     changed_subspace(made / "far.safetensors", tensors=lambda held: {"layer.70.basis": far}, n_layers=None)
+    (made / "blank.txt").write_text("\n \n")
     (made / "file").write_text("something")
     (made / "old").mkdir()
     (made / "old" / "config.json").write_text("{}")
@@ -88,6 +89,7 @@ def words(command: str, model: str = "poly", out: str = "new", more: str = "", s
 
 NEW_FILE, NEW_FOLDER, CONTINUED = ("collect", "fit", "verify", "aot"), ("bake", "undo", "lora"), ("study", "reproduce")
 WRITERS = (*NEW_FILE, *NEW_FOLDER, "eval", *CONTINUED)
+COMPARE = "compare --model {folder}/poly --subspace " + f"{BASIS} --max-new-tokens 8"
 LOADERS = ("collect", "bake", "lora", "verify", "eval", "reproduce")
 FULL = "full disk"  # in the name of a case: the disk is said to have 1000 bytes left
 CASES = {
@@ -186,6 +188,19 @@ CASES = {
             ("study", "own"),
         )
     },
+    "compare: no prompt": (COMPARE, r"give one prompt, such as .* or --file FILE"),
+    "compare: two": (f"{COMPARE} Add --file {{folder}}/good.toml", "give one prompt"),
+    "compare: an empty file": (f"{COMPARE} --file {{folder}}/blank.txt", "blank.txt' holds no prompts: it is empty"),
+    "compare: no file": (f"{COMPARE} --file {{folder}}/none.txt", "cannot open .*none.txt"),
+    "compare: nothing to write": (f"{COMPARE} Add --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
+    "compare: strength": (f"{COMPARE} Add --strength nan", "--strength must be a finite number"),
+    "compare: positions": (f"{COMPARE} Add --max-new-tokens 700", r"positions. Use --max-new-tokens \d+ at most"),
+    "compare: no chat template": (f"{COMPARE} Add --chat on", "--chat on needs a chat template"),
+    "compare: no subspace": ("compare --model {folder}/poly Add", "--mode fused needs --subspace"),
+    "compare: another width": (
+        f"compare --model {{folder}}/small --subspace {BASIS} Add",
+        "the subspace has d_model=128, but the model has 48",
+    ),
     "reproduce: languages": (words("reproduce", more="--languages en,fr"), "fr"),
     "reproduce: controls": (words("reproduce", more="--controls gauss:3"), "gauss"),
     "eval: a baked model": (
