@@ -17,6 +17,7 @@ COMMANDS = {
     "lora": "write the edit as a LoRA adapter",
     "verify": "check that an edit was made exactly",
     "eval": "compare the original and the edited model on maths problems",
+    "compare": "read what the original and the edited model write, side by side",
     "score": "score texts that any engine generated",
     "study": "choose a setting on the dev problems, freeze it, report it on the test problems",
     "reproduce": "run everything and write one bundle that anyone can check",

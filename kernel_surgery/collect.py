@@ -2,8 +2,9 @@
 
     python -m kernel_surgery.collect --model M --out FILE
 
-The model reads every problem of a split in every language, as a raw prompt. The file holds, for each layer, sums of x
-and of x x^T over all prompt tokens (moments), of which `fit` makes the edit that does least damage. `--pool last` and
+The model reads every problem of a split in every language: as it is, or as the user's turn of a chat (`--chat`). The
+file holds, for each layer, sums of x and of x x^T over all prompt tokens (moments), of which `fit` makes the edit that
+does least damage. `--pool last` and
 `--pool mean` keep a float32 vector per prompt instead: of the last prompt token, or the mean over the tokens. `fit
 --method deviations` needs them. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream;
 the edit is made there. `resid_post` is the residual stream after the layer; the reference script that this project
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_overwrite, add_problems, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, LANGUAGES, POOLS, SITES, SPLITS, TOKENS
@@ -45,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--languages", default="all", help=more)
     p.add_argument("--layers", default="all", help='such as "9-26" or "2,3,5-7" (default: all)')
     p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
-    p.add_argument("--problems", type=int, default=40, help="problems in each of five categories (default 40)")
+    add_problems(p, "default 40")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
+    add_chat(p)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -65,22 +67,25 @@ def run(argv: list[str] | None = None) -> int:
     """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
 
+    from kernel_surgery.files.problems import problem_source
     from kernel_surgery.models.architectures import parse_layers
     from kernel_surgery.models.before import load_checked
+    from kernel_surgery.models.chat import choose_chat
     from kernel_surgery.models.load import parse_device, parse_dtype, public_name
     from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.problems.generator import parse_languages, problems
     from kernel_surgery.subspace.collecting import collect_activations, collect_moments
     from kernel_surgery.subspace.partial import check_partial, partial_folder, resuming
 
-    languages = parse_languages(args.languages)
+    asked = problem_source(args.problems, seed=args.seed)
+    languages = asked.languages(args.languages)
     _check_options(args, languages)
-    chosen = problems(args.split, args.problems, seed=args.seed)
+    chosen = asked.split(args.split)
     check_output(args.out, overwrite=args.overwrite)
     device = parse_device(args.device)
     dtype, tokens, partial = parse_dtype(args.dtype, device), args.pool == TOKENS, partial_folder(args.out)
-    about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed}
+    about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed} | asked.record
     choose_threads(args.model)
+    chat = choose_chat(args.model, args.chat, thinking=args.thinking)
 
     def check(source: Path, config: dict[str, Any]) -> None:
         n_layers, d = config["num_hidden_layers"], config["hidden_size"]
@@ -90,12 +95,13 @@ def run(argv: list[str] | None = None) -> int:
         check_output(args.out, size=size, overwrite=args.overwrite)
         known = {"languages": list(languages), "layers": layers, "problems": len(chosen), "site": args.site}
         known |= {"pool": args.pool, "dtype": str(dtype).removeprefix("torch."), "batch_tokens": args.batch_tokens}
+        known |= chat.record()
         known |= {"first_token": "kept" if args.keep_first else "left out"} if tokens else {}
         check_partial(partial, {} if args.restart else about | known)
 
     prompts = [problem.prompts[language] for problem in chosen for language in languages]
-    model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map)
-    common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about}
+    model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map, chat)
+    common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about, "chat": chat}
     what = model, tokenizer, chosen, languages, args.layers
     with resuming(partial, restart=args.restart, say=lambda line: print(line, file=sys.stderr)) as kept:
         found: Activations | LanguageMoments
@@ -105,6 +111,8 @@ def run(argv: list[str] | None = None) -> int:
             found = collect_activations(*what, pool=args.pool, partial=kept, **common)
         kept.publish(found.save, args.out)
     print(_summary(args.out, found.provenance, len(found.layers)))
+    if note := asked.note(args.split):
+        print(note)
     return 0
 
 

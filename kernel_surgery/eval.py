@@ -10,7 +10,7 @@ options.
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
 from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
 
 
@@ -28,8 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", choices=("strict", "expag"), default="strict", help=more)
     more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: en,zh)"
     p.add_argument("--languages", default="en,zh", help=more)
-    more = "problems in each of five categories (default 40, that is 200 per language)"
-    p.add_argument("--problems", type=int, help=more)
+    add_problems(p, "default 40, that is 200 per language")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the test split (default 0)")
     p.add_argument("--max-new-tokens", type=int, help="longest text, in tokens (default 256; expag: 128)")
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
@@ -41,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--margin", type=float, default=0.05, help=more)
     p.add_argument("--certificate", type=Path, help="JSON file from kernel_surgery.verify, shown in the report")
     p.add_argument("--no-damage", action="store_true", help="skip the measurements on neutral text and the probes")
+    add_chat(p)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -56,7 +56,8 @@ def run(argv: list[str] | None = None) -> int:
     """Run the evaluation and print the tables. Return 0. Raises what `evaluation.run.evaluate` raises."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.evaluation.run import Options, evaluate
+    from kernel_surgery.evaluation.options import Options
+    from kernel_surgery.evaluation.run import evaluate
     from kernel_surgery.evaluation.tables import shown
     from kernel_surgery.models.threads import choose_threads
 

@@ -7,10 +7,12 @@ GRID.toml declares the settings. The lines above [grid] may be left out; they sh
     model = "polyglot"
     mode = "fused"
     languages = ["en", "zh"]
-    problems = 40                        # per category, on dev and on test
+    problems = 40                        # per category, on dev and on test; or as --problems of eval
     max_new_tokens = 256
     budget = 256                         # texts are cut off here before cells are compared
     seed = 0
+    chat = "auto"                        # or "on", "off": as --chat
+    thinking = false                     # as --thinking
     test = "chosen"                      # or "all": every cell is asked the test problems, with correction for all
 
     [grid]                               # each value is a list; the cells are their product
@@ -26,7 +28,7 @@ The same command continues an interrupted study. All figures are in DIR/study.js
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, command_line, kept_in, main, untouched
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help=more)
     more = "also test random subspaces beside the chosen one: haar:20, energy:20 or pca:20 (see eval --help)"
     p.add_argument("--controls", help=more)
+    add_chat(p, None)
     return p
 
 
@@ -50,6 +53,7 @@ def run(argv: list[str] | None = None) -> int:
 
     with untouched(lambda: kept_in(args.out)):
         grid = read_grid(args.grid)
+        grid |= {"chat": args.chat or grid["chat"], "thinking": args.thinking or grid["thinking"]}
         choose_threads(grid["model"])
         study = run_study(grid, args.out, controls=args.controls, command=command_line("study", argv))
     print(shown(study))

@@ -48,14 +48,19 @@ def folder(tmp_path_factory) -> Path:
     changed_subspace(made / "wide.safetensors", tensors=lambda held: {"layer.2.basis": wide})
     far = torch.eye(128)[:, :4].contiguous()
     changed_subspace(made / "far.safetensors", tensors=lambda held: {"layer.70.basis": far}, n_layers=None)
+    (made / "blank.txt").write_text("\n \n")
     (made / "file").write_text("something")
     (made / "old").mkdir()
     (made / "old" / "config.json").write_text("{}")
     for name, text in (
         *(("rank", "[grid]\nrank = [65]"), ("layers", "[grid]\nlayers = ['2-99']"), ("good", "problems = 1")),
+        *(("talk", 'chat = "on"'), ("thinks", "thinking = 1")),
         *(("nan", "[grid]\nstrength = [nan]"), ("long", "max_new_tokens = 700"), ("odd", "model = '{odd}'")),
     ):
         (made / f"{name}.toml").write_text(text.format(odd=made / "odd"))
+    lines = ({"id": n, "answer": answer, "prompts": {"en": "1", "zh": "1"}} for n, answer in ((1, 2), (2, "many")))
+    (made / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (made / "own.toml").write_text(f"problems = '{made}/bad.jsonl'")
     settings = BEGUN | {"model_id": "poly", "seed": 3, "problems": 10}
     for name, file in (("begun", "settings.json"), ("taken", "thesis.txt")):
         (made / f"{name}.partial").mkdir()
@@ -84,6 +89,7 @@ def words(command: str, model: str = "poly", out: str = "new", more: str = "", s
 
 NEW_FILE, NEW_FOLDER, CONTINUED = ("collect", "fit", "verify", "aot"), ("bake", "undo", "lora"), ("study", "reproduce")
 WRITERS = (*NEW_FILE, *NEW_FOLDER, "eval", *CONTINUED)
+COMPARE = "compare --model {folder}/poly --subspace " + f"{BASIS} --max-new-tokens 8"
 LOADERS = ("collect", "bake", "lora", "verify", "eval", "reproduce")
 FULL = "full disk"  # in the name of a case: the disk is said to have 1000 bytes left
 CASES = {
@@ -162,6 +168,38 @@ CASES = {
     "collect: no accelerate": (
         words("collect", more="--device-map auto"),
         r"--device-map auto needs accelerate, which is not installed: pip install accelerate",
+    ),
+    **{
+        f"{command}: no chat template": (
+            words(command, more=more),
+            r"--chat on needs a chat template, and the tokenizer of 'poly(glot)?' has none\. Use --chat off",
+        )
+        for command, more in (("collect", "--chat on"), ("eval", "--chat on"), ("study", "talk"))
+    },
+    "eval: thinking without a chat": (words("eval", more="--chat off --thinking"), "--thinking is for prompts"),
+    "study: thinking that is a number": (words("study", more="thinks"), "thinking is 1, not true or false"),
+    **{
+        f"{command}: a bad line of problems": (
+            words(command, more=more),
+            r"bad\.jsonl', line 2: the answer is \"many\"",
+        )
+        for command, more in (
+            *((name, "--problems {folder}/bad.jsonl") for name in ("collect", "eval")),
+            ("study", "own"),
+        )
+    },
+    "compare: no prompt": (COMPARE, r"give one prompt, such as .* or --file FILE"),
+    "compare: two": (f"{COMPARE} Add --file {{folder}}/good.toml", "give one prompt"),
+    "compare: an empty file": (f"{COMPARE} --file {{folder}}/blank.txt", "blank.txt' holds no prompts: it is empty"),
+    "compare: no file": (f"{COMPARE} --file {{folder}}/none.txt", "cannot open .*none.txt"),
+    "compare: nothing to write": (f"{COMPARE} Add --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
+    "compare: strength": (f"{COMPARE} Add --strength nan", "--strength must be a finite number"),
+    "compare: positions": (f"{COMPARE} Add --max-new-tokens 700", r"positions. Use --max-new-tokens \d+ at most"),
+    "compare: no chat template": (f"{COMPARE} Add --chat on", "--chat on needs a chat template"),
+    "compare: no subspace": ("compare --model {folder}/poly Add", "--mode fused needs --subspace"),
+    "compare: another width": (
+        f"compare --model {{folder}}/small --subspace {BASIS} Add",
+        "the subspace has d_model=128, but the model has 48",
     ),
     "reproduce: languages": (words("reproduce", more="--languages en,fr"), "fr"),
     "reproduce: controls": (words("reproduce", more="--controls gauss:3"), "gauss"),

@@ -42,7 +42,7 @@ POLYGLOT = PACKAGE / "polyglot" / "model"
 SHIPPED = POLYGLOT.parent / "subspace.safetensors"
 STAGES = (
     *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "dequantize"),
-    *("polyglot.train", "polyglot.card"),
+    *("compare", "polyglot.train", "polyglot.card"),
 )
 UPDATE = "run python -m tests.test_golden --update if the change was meant"
 RELATIVE, ABSOLUTE = 1e-3, 1e-6

@@ -21,7 +21,10 @@ ROOMS = (
     *("common", "numerics", "problems", "scoring", "files", "models", "subspace", "ops", "edit", "damage"),
     *("checkpoint", "certify", "evaluation", "polyglot"),
 )
-COMMANDS = ("collect", "fit", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "aot", "dequantize")
+COMMANDS = (
+    *("collect", "fit", "bake", "lora", "verify", "eval", "compare", "score", "study", "reproduce", "aot"),
+    "dequantize",
+)
 LINES = 400  # of a file; those that may be longer, and why:
 LONGER = {
     "kernels/project.py": "the kernels, their launch table and the form they share are read together",

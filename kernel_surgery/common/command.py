@@ -146,6 +146,23 @@ def add_damage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-damage", action="store_true", help=more)
 
 
+def add_chat(p: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    """Add the options that say how a prompt is put to the model (`models.chat`). default: None if a file may say it."""
+    from kernel_surgery.common.names import CHATS
+
+    more = "put a prompt as the user's turn of the chat template; auto (the default): for an instruct model, which "
+    more += "stops where its template ends a turn"
+    p.add_argument("--chat", choices=CHATS, default=default, help=more)
+    p.add_argument("--thinking", action="store_true", help="let it think, where its chat template has a switch for it")
+
+
+def add_problems(p: argparse.ArgumentParser, words: str) -> None:
+    """Add the option --problems: a number, or files (`files.problems`). words: the default."""
+    more = f"a number, in each of five categories ({words}); or your own problems: a FILE.jsonl, or files "
+    more += "NAME_{lang}.tsv or their folder"
+    p.add_argument("--problems", nargs="+", metavar="N|FILE", help=more)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add the option --overwrite of a command that writes a file."""
     parser.add_argument("--overwrite", action="store_true", help="replace the file at --out if there is one")

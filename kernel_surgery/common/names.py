@@ -13,6 +13,9 @@ METHODS = ("deviations", "centroids", "leace", "oblique")
 METHOD = "oblique"  # the default: it does the least damage to a real model (docs/real.md)
 ERASING = ("leace", "oblique")  # the methods that fit a dual beside the basis
 RANK = 10  # of the other methods, by default; an erasing one takes as many as there are
+CHATS = ("auto", "on", "off")
+# What a record says that was written before there was a choice.
+BEFORE_CHAT = {"chat": "off", "thinking": False}
 MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
 LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

@@ -15,6 +15,7 @@ from kernel_surgery.edit.plan import Edit
 from kernel_surgery.evaluation.generate import generate
 from kernel_surgery.evaluation.judging import Cells, score, text_of
 from kernel_surgery.evaluation.samples import append_cell
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.problems.generator import Problem
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Context:
     """The inputs that every text of a run depends on, apart from the edit.
 
     problems: in the order in which they are asked. budget: the maximum number of new tokens per text.
+    chat: how the problems' prompts are put to the model.
     """
 
     model: "PreTrainedModel"
@@ -37,6 +39,7 @@ class Context:
     languages: tuple[str, ...]
     budget: int
     batch_size: int = 64
+    chat: Chat = OFF
 
     def prompts(self, language: str) -> list[str]:
         """Return the prompts of all problems in one language."""
@@ -57,7 +60,8 @@ def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, 
 
     Raises RuntimeError if an edited layer did not run, because the texts would then not be the edited model's.
     """
-    cells, missing, decode = dict(done), missing_cells(context, list(edits), done), text_of(context.tokenizer)
+    cells, missing = dict(done), missing_cells(context, list(edits), done)
+    decode = text_of(context.tokenizer, context.chat)
     with progress_bar(len(missing) * len(context.problems), unit="text") as bar:
         for name in dict.fromkeys(name for name, _ in missing):
             with edits[name]() as records:
@@ -71,6 +75,7 @@ def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, 
                         max_new_tokens=context.budget,
                         batch_size=context.batch_size,
                         advance=bar.update,
+                        chat=context.chat,
                     )
                     _refuse_idle(name, records, before)
                     pairs = zip(context.problems, texts, strict=True)

@@ -21,7 +21,7 @@ from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
 from kernel_surgery.evaluation.judging import Cells, score_again, score_kept
-from kernel_surgery.evaluation.run import Options
+from kernel_surgery.evaluation.options import Options
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.files.contents import weight_files
 from kernel_surgery.files.folder import changed_files
@@ -29,7 +29,7 @@ from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.before import check_config, check_stored
 from kernel_surgery.models.load import load_tokenizer, local_folder, public_name, resolve_model
 from kernel_surgery.ops.library import MAX_RANK
-from kernel_surgery.problems.generator import Problem, expag_problems, parse_languages, problems
+from kernel_surgery.problems.generator import Problem, expag_problems, problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ class Recipe:
             controls=self.controls,
         )
         options.check()
-        options.asked(parse_languages(self.languages))
+        options.asked()
         check_folder(self.out)
         source = local_folder(resolve_model(self.model))
         config = check_config(source)

@@ -12,6 +12,7 @@ The activations are the outputs of `down_proj` at every token of the dev split's
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ from kernel_surgery.evaluation.samples import take_up
 from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.architectures import mlp_outputs
-from kernel_surgery.problems.generator import problems
+from kernel_surgery.models.chat import OFF, Chat
+from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
 
@@ -72,8 +74,11 @@ def moments(
     prompts: Sequence[str],
     layers: Iterable[int],
     batch_size: int = 32,
+    chat: Chat = OFF,
 ) -> dict[int, Moments]:
     """Return {layer: Moments} over every token of the prompts, without padding.
+
+    chat: how the prompts are put to the model.
 
     Numerics: sums in float64.
     """
@@ -90,7 +95,7 @@ def moments(
 
     handles = [site.module.register_forward_hook(catch(i)) for i, site in mlp_outputs(model, layers).items()]
     try:
-        encoded = sorted((tokenizer(prompt).input_ids for prompt in prompts), key=len)
+        encoded = sorted((chat.ids(tokenizer, prompt) for prompt in prompts), key=len)
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             width = len(batch[-1])
@@ -103,6 +108,17 @@ def moments(
         for handle in handles:
             handle.remove()
     return found
+
+
+def first_of_each_category(asked: Sequence[Problem], count: int) -> list[Problem]:
+    """Return the first `count` problems of every category, in their order."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for problem in asked:
+        taken[problem.category] += 1
+        if taken[problem.category] <= count:
+            chosen.append(problem)
+    return chosen
 
 
 def names_of(kind: str, count: int) -> list[str]:
@@ -254,9 +270,9 @@ def run_controls(
     kind, count = parsed
     languages, mode = context.languages, "fused" if mode == "all" else mode
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
-    problem_list = problems("test", per_category, seed=seed)
+    problem_list = first_of_each_category(context.problems, per_category)
     context, path = replace(context, problems=tuple(problem_list)), folder / "controls.jsonl"
-    done = take_up(path, problem_list, score_again(context.tokenizer))
+    done = take_up(path, problem_list, score_again(context.tokenizer, context.chat))
     # The file may also hold controls of another kind.
     texts = len(missing_cells(context, names_of(kind, count), done)) * len(problem_list)
     estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
@@ -267,7 +283,7 @@ def run_controls(
     activations = None
     if kind != "haar":
         prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
-        activations = moments(context.model, context.tokenizer, prompts, subspace.layers)
+        activations = moments(context.model, context.tokenizer, prompts, subspace.layers, chat=context.chat)
     control_list, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
     blocks = {control.name: partial(controlled, applier, context.model, control) for control in control_list}
     texts_of = answer_cells(context, blocks, done, path)

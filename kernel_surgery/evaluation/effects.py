@@ -18,6 +18,7 @@ from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.answering import Context
 from kernel_surgery.evaluation.stats import wilson
 from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
@@ -92,15 +93,16 @@ def last_states(
     tokenizer: "PreTrainedTokenizerBase",
     problems: Sequence[Problem],
     languages: Sequence[str],
+    chat: Chat = OFF,
 ) -> States:
     """Return the states at the last prompt token, of the model as it is now.
 
     {"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force, "mlp_out" is read
-    after the edit.
+    after the edit. chat: how the prompts are put to the model.
     """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     return {
-        site: prompt_states(model, tokenizer, prompts, layers, site=site, desc=f"probe {site}")
+        site: prompt_states(model, tokenizer, prompts, layers, site=site, desc=f"probe {site}", chat=chat)
         for site in SITES
     }
 
@@ -159,13 +161,13 @@ def measure_effects(
     if not probed:
         return effects
     dev_problems = problems("dev", 20, seed=seed)
-    states = last_states(model, tokenizer, dev_problems, LANGUAGES)
+    states = last_states(model, tokenizer, dev_problems, LANGUAGES, context.chat)
     effects |= {"leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)}
     effects["probes"] = {"original": probes(states, len(LANGUAGES))}
     for mode in edited_modes[:1]:
         assert subspace is not None  # the mode edits
         with applied(mode, model, subspace, strength, force):
-            edited = last_states(model, tokenizer, dev_problems, LANGUAGES)
+            edited = last_states(model, tokenizer, dev_problems, LANGUAGES, context.chat)
         effects["probes"][mode] = probes(edited, len(LANGUAGES))
         effects["leak"][mode] = leaks(states, edited, subspace.projections)
     return effects

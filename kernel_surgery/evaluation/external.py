@@ -15,16 +15,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.evaluation.judging import judged
 from kernel_surgery.evaluation.stats import wilson
-from kernel_surgery.scoring.answers import exact_answer
+from kernel_surgery.scoring.answers import exact
 from kernel_surgery.scoring.expag import expag_check
 from kernel_surgery.scoring.language import fidelity, judge
 
-# A larger exponent would make an exact number with more digits than any text states.
-LARGEST_EXPONENT = 400
 # The required fields and their types.
 _FIELDS: dict[str, type | tuple[type, ...]] = {"text": str, "answer": (str, int, float), "language": str}
 
@@ -74,22 +72,6 @@ def _without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
     return value
-
-
-def exact(answer: str | int | float) -> Fraction:
-    """Return an answer as an exact number: 390, "390", "1,234", "3/4", 2.5.
-
-    2.5 means the decimal as written, not its binary approximation. Raises KernelSurgeryError for text that is not a
-    number and for an exponent beyond LARGEST_EXPONENT, ZeroDivisionError for a zero denominator.
-    """
-    written = str(answer).strip()
-    _, _, exponent = written.lower().partition("e")
-    if exponent.lstrip("+-").isdigit() and abs(int(exponent)) > LARGEST_EXPONENT:
-        raise KernelSurgeryError(f"{written!r} has more than {LARGEST_EXPONENT} digits")
-    try:
-        return Fraction(written)
-    except ValueError:
-        return exact_answer(written)
 
 
 def scored(line: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError
-from kernel_surgery.evaluation.judging import Generation
+from kernel_surgery.evaluation.judging import Generation, text_of
 from kernel_surgery.models.before import check_positions
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.padding import padded, padding_id
 
 if TYPE_CHECKING:
@@ -75,10 +76,12 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda done: None,
+    chat: Chat = OFF,
 ) -> list[Generation]:
     """Generate greedy continuations, in the order of `prompts`.
 
     max_new_tokens: the budget per text. advance: called with the number of prompts that were just finished.
+    chat: how the prompts are put to the model.
 
     Prompts are sorted by length, batched and padded on the left. Positions are counted from the attention mask, so a
     text does not depend on its batch, except for floating-point rounding. Rounding can swap two logits that are almost
@@ -93,12 +96,13 @@ def generate(
     ends = end_tokens(model, tokenizer)
     pad = padding_id(model, tokenizer, ends)
     config = greedy_config(max_new_tokens, ends, pad)
-    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
     if empty := [i for i, ids in enumerate(encoded) if not ids]:
         raise KernelSurgeryError(f"prompt {empty[0]} is empty after tokenization: there is nothing to continue")
     check_positions(getattr(model.config, "max_position_embeddings", None), map(len, encoded), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     done: dict[int, Generation] = {}
+    decode = text_of(tokenizer, chat)
     with checkpoint_settings_aside(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -108,7 +112,6 @@ def generate(
             for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((t for t, token in enumerate(row) if token in ends), None)
                 new_ids = tuple(row if stop is None else row[:stop])
-                text = tokenizer.decode(new_ids, skip_special_tokens=True)
-                done[i] = Generation(new_ids, text, "length" if stop is None else "stop")
+                done[i] = Generation(new_ids, decode(new_ids), "length" if stop is None else "stop")
             advance(len(batch))
     return [done[i] for i in range(len(prompts))]

@@ -89,8 +89,11 @@ def texts_table(mode: str, language: str, pairs: Sequence[tuple[dict, dict]]) ->
     )
 
 
-def marked(before: str, after: str) -> tuple[str, str]:
-    """Return two texts as HTML with their differences marked.
+Piece = tuple[str, bool]  # of a text, and whether it differs from the other text
+
+
+def pieces_of(before: str, after: str) -> tuple[list[Piece], list[Piece]]:
+    """Return two texts as pieces that differ or are the same.
 
     They are compared by words, or by characters in scripts without spaces.
     """
@@ -98,9 +101,20 @@ def marked(before: str, after: str) -> tuple[str, str]:
         re.findall(r"[A-Za-z\u00c0-\u024f\u0600-\u06ff\uac00-\ud7af]+|\d+|\s+|.", text) for text in (before, after)
     ]
     matcher = difflib.SequenceMatcher(a=pieces[0], b=pieces[1], autojunk=False)
-    out = ["", ""]
+    out: tuple[list[Piece], list[Piece]] = ([], [])
     for tag, a, b, c, d in matcher.get_opcodes():
         for side, (start, stop) in enumerate(((a, b), (c, d))):
-            text = html.escape("".join(pieces[side][start:stop]))
-            out[side] += f"<mark>{text}</mark>" if tag != "equal" and text else text
-    return out[0], out[1]
+            if text := "".join(pieces[side][start:stop]):
+                out[side].append((text, tag != "equal"))
+    return out
+
+
+def marked(before: str, after: str) -> tuple[str, str]:
+    """Return two texts as HTML with their differences marked, as `pieces_of` finds them."""
+
+    def written(pieces: list[Piece]) -> str:
+        texts = ((html.escape(text), differs) for text, differs in pieces)
+        return "".join(f"<mark>{text}</mark>" if differs else text for text, differs in texts)
+
+    one, other = pieces_of(before, after)
+    return written(one), written(other)

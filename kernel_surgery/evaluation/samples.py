@@ -17,6 +17,7 @@ from typing import Any
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_folder, write_atomic
+from kernel_surgery.common.names import BEFORE_CHAT
 from kernel_surgery.problems.generator import Problem
 
 OUTPUTS = ("samples.jsonl", "results.json", "report.html")
@@ -54,15 +55,13 @@ def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             )
         return
     if not resume:
-        raise UserError(
-            f"{str(folder)!r} already holds a run. Continue it with --resume, or choose another --out."
-        )
+        raise UserError(f"{str(folder)!r} already holds a run. Continue it with --resume, or choose another --out.")
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(file)!r} cannot be read ({error}). Choose another --out.") from error
     for key, value in json.loads(json.dumps(config)).items():
-        if old.get(key) != value:
+        if old.get(key, BEFORE_CHAT.get(key)) != value:
             raise UserError(
                 f"{str(folder)!r} holds a run with other settings: {key} was {old.get(key)!r}, now {value!r}. Use "
                 "the options of that run, or choose another --out."

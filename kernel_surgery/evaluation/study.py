@@ -25,7 +25,7 @@ from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.names import LANGUAGES, MODES, POOLS, SITES
+from kernel_surgery.common.names import BEFORE_CHAT, CHATS, MODES, POOLS, SITES
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
@@ -36,14 +36,16 @@ from kernel_surgery.evaluation.judging import Cells, Generation, score, score_ag
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from kernel_surgery.evaluation.tables import strict_table
+from kernel_surgery.files.problems import Source, problem_source
 from kernel_surgery.models.architectures import decoder_layers, default_layers, parse_layers
 from kernel_surgery.models.before import load_checked
+from kernel_surgery.models.chat import OFF, Chat, choose_chat
 from kernel_surgery.models.load import parse_device, parse_dtype, public_name
 from kernel_surgery.ops.library import MAX_RANK
-from kernel_surgery.problems.generator import Problem, parse_languages, problems
+from kernel_surgery.problems.generator import Problem, parse_languages
 from kernel_surgery.subspace.activations import Activations, load_activations
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import collect_languages
+from kernel_surgery.subspace.collecting import collect_languages, recorded
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import fit_subspace
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, Any] = {
     **{"model": "polyglot", "mode": "fused", "languages": ["en", "zh"], "problems": 40, "max_new_tokens": 256},
     **{"seed": 0, "test": "chosen", "dtype": "auto", "device": "auto", "batch_size": 64},
+    **{"chat": "auto", "thinking": False},
 }
 GRID: dict[str, list[Any]] = {
     "rank": [10],
@@ -99,12 +102,20 @@ def read_grid(path: Path) -> dict[str, Any]:
         for value in settings["grid"][name]:
             if value not in choices:
                 raise UserError(f"{str(path)!r}: grid.{name} has {value!r}; known: {', '.join(choices)}.")
-    for name, choices in (("mode", MODES[1:]), ("test", ("chosen", "all"))):
+    for name, choices in (("mode", MODES[1:]), ("test", ("chosen", "all")), ("chat", CHATS)):
         if settings[name] not in choices:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}; known: {', '.join(choices)}.")
-    for name in ("problems", "max_new_tokens", "budget", "batch_size"):
+    given = settings["problems"] if isinstance(settings["problems"], list) else [settings["problems"]]
+    if not given or not (all(isinstance(word, str) for word in given) or isinstance(settings["problems"], int)):
+        raise UserError(
+            f"{str(path)!r}: problems is {settings['problems']!r}, neither a whole number nor files of problems."
+        )
+    number = ("problems",) if isinstance(settings["problems"], int) else ()
+    for name in (*number, "max_new_tokens", "budget", "batch_size"):
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a whole number of at least 1.")
+    if not isinstance(settings["thinking"], bool):
+        raise UserError(f"{str(path)!r}: thinking is {settings['thinking']!r}, not true or false.")
     if settings["budget"] > settings["max_new_tokens"]:
         raise UserError(
             f"{str(path)!r}: budget is {settings['budget']}, above max_new_tokens, {settings['max_new_tokens']}."
@@ -150,10 +161,13 @@ def subspaces(
     declared: dict[str, Any],
     cells: dict[str, dict[str, Any]],
     folder: Path,
+    source: Source,
+    chat: Chat = OFF,
 ) -> Iterator[tuple[str, Subspace]]:
     """Fit the subspace of every cell. Yields (name, Subspace).
 
-    Activations are collected once per site and pooling, and stored in the folder.
+    Activations are collected once per site and pooling, and stored in the folder. source: of
+    the problems. chat: how the prompts are put to the model.
     """
     layers = range(len(decoder_layers(model)))
     activations: dict[tuple[str, str], Activations] = {}
@@ -162,8 +176,9 @@ def subspaces(
         if (site, pool) not in activations:
             file = folder / f"activations-{site}-{pool}.safetensors"
             if not file.exists():
-                fit_problems = problems("fit", declared["problems"], seed=declared["seed"])
-                vectors = collect_languages(model, tokenizer, fit_problems, LANGUAGES, layers, site=site, pool=pool)
+                fit_problems = source.split("fit")
+                options: dict[str, Any] = {"site": site, "pool": pool, "chat": chat}
+                vectors = collect_languages(model, tokenizer, fit_problems, source.languages(), layers, **options)
                 provenance = {"model_id": public_name(declared["model"]), "n_layers": len(layers)}
                 provenance |= {
                     "fingerprint": fingerprint(model),
@@ -172,11 +187,15 @@ def subspaces(
                     "split": "fit",
                     "problems": len(fit_problems),
                     "seed": declared["seed"],
+                    **chat.record(),
+                    **source.record,
                 }
                 Activations(vectors, provenance).save(file)
             activations[site, pool] = load_activations(file)
         fit_layers = _layers(setting["layers"], len(layers))
-        yield name, fit_subspace(activations[site, pool], setting["rank"], method="deviations", layers=fit_layers)
+        held = activations[site, pool]
+        subspace = fit_subspace(held, setting["rank"], method="deviations", layers=fit_layers)
+        yield name, recorded(subspace, held.provenance)
 
 
 def edit_blocks(
@@ -189,9 +208,9 @@ def edit_blocks(
     return blocks
 
 
-def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase") -> Cells:
-    """Return the cells as a budget of `budget` tokens would have left them, scored again."""
-    decode = text_of(tokenizer)
+def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase", chat: Chat = OFF) -> Cells:
+    """Return the cells as a budget of `budget` tokens would have left them, scored again. chat: as in `text_of`."""
+    decode = text_of(tokenizer, chat)
     shortened: Cells = {}
     for (name, language), cell in cells.items():
         shortened[name, language] = []
@@ -242,32 +261,42 @@ def run_study(
     frozen.json holds.
     """
     parse_controls(controls)
-    cells, languages, budget = cells_of(declared["grid"]), declared["languages"], declared["budget"]
+    cells, budget = cells_of(declared["grid"]), declared["budget"]
+    source = problem_source(declared["problems"], seed=declared["seed"])
+    languages = list(source.languages(",".join(declared["languages"])))
+    source.split("fit")
+    if source.own:  # the place of a file is not recorded: records travel
+        declared = declared | {"problems": source.record["problems_file"]} | source.record
     device = parse_device(declared["device"])
     dtype = parse_dtype(declared["dtype"], device)
+    chat = choose_chat(declared["model"], declared["chat"], thinking=declared["thinking"])
+    # Off leaves no trace: the hash of a choice that was frozen before there was a chat stays the same.
+    declared = {name: value for name, value in declared.items() if name not in BEFORE_CHAT}
+    declared |= chat.record() if chat.on else {}
     named = declared | {"model": public_name(declared["model"])}
     config = named | {"resolved_dtype": str(dtype)}
     resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
     check_run(folder, config, resume=resume)
-    splits = {split: tuple(problems(split, declared["problems"], seed=declared["seed"])) for split in ("dev", "test")}
+    splits = {split: tuple(source.split(split)) for split in ("dev", "test")}
     prompts = [p.prompts[language] for split in splits.values() for p in split for language in languages]
     model, tokenizer = load_checked(
         *(declared["model"], (dtype, device), prompts, declared["max_new_tokens"]),
         lambda source, found: check_cells(cells, declared["mode"], found),
+        chat=chat,
     )
     config["weights"] = digest(fingerprint(model))
     open_run(folder, config, resume=resume)
-    subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder))
+    subspace_of = dict(subspaces(model, tokenizer, declared, cells, folder, source, chat))
     settings_of = {name: (setting, subspace_of[name]) for name, setting in cells.items()}
 
     def ask(split: str, settings: Mapping[str, tuple[dict[str, Any], Subspace]]) -> tuple[Context, Cells]:
         context = Context(
-            model, tokenizer, splits[split], tuple(languages), declared["max_new_tokens"], declared["batch_size"]
+            model, tokenizer, splits[split], tuple(languages), declared["max_new_tokens"], declared["batch_size"], chat
         )
         samples = folder / f"{split}.jsonl"
-        done = take_up(samples, splits[split], score_again(tokenizer))
+        done = take_up(samples, splits[split], score_again(tokenizer, chat))
         texts = answer_cells(context, edit_blocks(model, declared, settings), done, samples)
-        return context, at_budget(texts, budget, tokenizer)
+        return context, at_budget(texts, budget, tokenizer, chat)
 
     dev = figures(ask("dev", settings_of)[1], ["original", *cells], languages, budget)
     best = choose(dev, list(cells))
@@ -283,11 +312,10 @@ def run_study(
         control_results = run_controls(
             context, own, folder, subspace_of[best], controls, mode, strength, declared["seed"]
         )
-    damage = measure_damage(
-        *(model, tokenizer, languages, [mode], subspace_of[best]), strength=cells[best]["strength"]
-    )
+    damage = measure_damage(*(model, tokenizer, languages, [mode], subspace_of[best]), strength=cells[best]["strength"])
     study = {
         "damage_in_words": headline(damage),
+        "notes": [note] if (note := source.note("test")) else [],
         **{"schema": 1, "command": command, "declared": named, "environment": environment_record(device)},
         **{"dev": dev, "frozen": frozen, "test": figures(texts, ["original", *reported], languages, budget)},
         **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
@@ -312,11 +340,12 @@ def freeze(folder: Path, chosen: str, cells: dict[str, dict[str, Any]], declared
 
 def shown(study: dict[str, Any]) -> str:
     """Return the text that the command prints about a study."""
-    frozen, declared = study["frozen"], study["declared"]
+    frozen = study["frozen"]
     lines = [study["damage_in_words"], table(study["dev"], frozen["cell"])]
-    count = 5 * declared["problems"]
+    count = next(iter(study["test"]["original"].values()))["n"]
     lines.append(f"choice frozen: {frozen['sha256'][:16]}, one of {frozen['of']} settings")
     lines.append(f"test problems, {count} per language:")
+    lines += study["notes"]
     lines.append(strict_table(study["test"], study["paired"]))
     if study["controls"]:
         lines.append(control_table(study["controls"]))

@@ -8,6 +8,7 @@ import torch
 
 from kernel_surgery.common.errors import CheckpointError, ModelError
 from kernel_surgery.models.architectures import LLAMA, layout_named
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.load import (
     check_device_map,
     load_model,
@@ -75,12 +76,13 @@ def load_checked(
     new_tokens: int,
     check: Callable[[Path, dict[str, Any]], object],
     device_map: str | None = None,
+    chat: Chat = OFF,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a model and its tokenizer. Nothing large is read until the model is known to do.
 
     name: as in `models.load.load_model`. where: its dtype and device. prompts: what it will be asked. new_tokens: the
     most that it will be asked to write. check: called with its folder and configuration before it is loaded.
-    device_map: as in `models.load.load_model`.
+    device_map: as in `models.load.load_model`. chat: how the prompts will be put.
 
     Raises ModelError for an unknown architecture or too few positions, and what `check` and the loaders raise.
     """
@@ -90,6 +92,6 @@ def load_checked(
     check_stored(source, config)
     check(source, config)
     tokenizer = load_tokenizer(str(source))
-    lengths = map(len, tokenizer(list(prompts)).input_ids)
+    lengths = [len(chat.ids(tokenizer, prompt)) for prompt in prompts]
     check_positions(config.get("max_position_embeddings"), lengths, new_tokens)
     return load_model(str(source), *where, device_map), tokenizer

@@ -175,7 +175,7 @@ def solution(problem: Problem, language: str) -> str:
         (
             "",
             SENTENCES[problem.kind][language],
-            working(problem.kind, problem.parameters, problem.answer),
+            working(problem.kind, problem.parameters, int(problem.answer)),
             ANSWERS[language].format(answer=problem.answer),
         )
     )

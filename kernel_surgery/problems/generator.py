@@ -56,14 +56,16 @@ Parameters = dict[str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `prompts[language]` is the exact text to tokenize, and `answer` is an integer."""
+    """One problem. `prompts[language]` is the exact text to tokenize, and `answer` an integer, or a string that holds
+    another number.
+    """
 
     id: str
     category: str
     kind: str
     split: str
     parameters: Parameters
-    answer: int
+    answer: int | str
     prompts: dict[str, str] = field(repr=False)
 
 

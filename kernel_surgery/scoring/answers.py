@@ -49,6 +49,8 @@ from kernel_surgery.scoring.numbers import UNIT, Number, numbers
 from kernel_surgery.scoring.plain import Plain
 
 Answer = int | str | Fraction
+# A larger exponent would make an exact number with more digits than any text states.
+LARGEST_EXPONENT = 400
 _Found = tuple[Fraction | None, int, int]  # (value, begin, end); no value where a number is not certain
 
 
@@ -324,6 +326,22 @@ def exact_answer(answer: Answer) -> Fraction:
             f"cannot compare with the answer {answer!r}: expected one number, such as 390, 1,234, 3/4 or 1.5e3."
         )
     return values[0].value
+
+
+def exact(answer: Answer | float) -> Fraction:
+    """Return an answer as an exact number: 390, "390", "1,234", "3/4", 2.5.
+
+    2.5 means the decimal as written, not its binary approximation. Raises KernelSurgeryError for text that is not a
+    number and for an exponent beyond LARGEST_EXPONENT, ZeroDivisionError for a zero denominator.
+    """
+    written = str(answer).strip()
+    _, _, exponent = written.lower().partition("e")
+    if exponent.lstrip("+-").isdigit() and abs(int(exponent)) > LARGEST_EXPONENT:
+        raise KernelSurgeryError(f"{written!r} has more than {LARGEST_EXPONENT} digits")
+    try:
+        return Fraction(written)
+    except ValueError:
+        return exact_answer(written)
 
 
 def is_correct(text: str, answer: Answer, prompt: str = "", *, language: str | None = None) -> bool:

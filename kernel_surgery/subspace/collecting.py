@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,12 @@ from kernel_surgery.common.names import BATCH_TOKENS, LANGUAGES, POOLS, TOKENS
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.models.architectures import decoder_layers, parse_layers
 from kernel_surgery.models.body import refuse_offloaded
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.padding import token_batches
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.activations import Activations
+from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.moments import LanguageMoments, Moments
 from kernel_surgery.subspace.partial import Partial
@@ -55,6 +57,7 @@ def prompt_states(
     desc: str = "collect",
     partial: Partial | None = None,
     settings: Mapping[str, Any] | None = None,
+    chat: Chat = OFF,
 ) -> dict[int, Tensor]:
     """Return one activation per prompt and layer: {layer: [prompts, d_model] float32 on the CPU}, in prompt order.
 
@@ -63,13 +66,14 @@ def prompt_states(
     that is read.
 
     partial: where finished batches are kept, and taken from. settings: what else identifies the collection there.
+    chat: how the prompts are put to the model.
 
     Raises SubspaceError for an unknown site or pool and a budget below 1, ModelError for an unknown architecture or
     layer, UserError if `partial` is of another collection, and RuntimeError if a layer did not run.
     """
     if pool not in POOLS:
         raise SubspaceError(f"unknown pooling {pool!r}; known: {', '.join(POOLS)}")
-    encoded, batches = encode(tokenizer, prompts, batch_tokens)
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
     rows = {layer: torch.empty(len(prompts), model.config.hidden_size) for layer in sorted(layers)}
     batch: list[int] = []  # the one that runs
 
@@ -91,12 +95,12 @@ def prompt_states(
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], batch_tokens: int
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], batch_tokens: int, chat: Chat = OFF
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the token ids of every prompt, and the batches as indices. Raises SubspaceError for a budget below 1."""
     if batch_tokens < 1:
         raise SubspaceError(f"a batch needs at least 1 token, got {batch_tokens}.")
-    encoded = [list(tokenizer(prompt).input_ids) for prompt in prompts]
+    encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
     return encoded, token_batches([len(ids) for ids in encoded], batch_tokens)
 
 
@@ -141,11 +145,19 @@ def collect_languages(
     return vectors
 
 
+# What a fit's record takes from the provenance of its activations, beside what `fit_subspace` takes.
+_ASKED = (*Chat(True).record(), "problems_file", "problems_sha256")
 # Of the provenance, in the order in which it is written.
 _FIELDS = (
     *("model_id", "revision", "n_layers", "d_model", "fingerprint", "site", "pool", "first_token", "tokens"),
-    *("languages", "split", "problems", "seed", "dtype", "environment"),
+    *("languages", "split", "problems", "seed", *_ASKED, "dtype", "environment"),
 )
+
+
+def recorded(subspace: Subspace, provenance: Mapping[str, Any]) -> Subspace:
+    """Return the subspace with a record of the prompts of its activations: how they were put, and their file."""
+    asked = {name: provenance[name] for name in _ASKED if name in provenance}
+    return replace(subspace, fit=(subspace.fit or {}) | asked)
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,7 @@ class Collection:
         languages: Sequence[str],
         layers: str,
         about: dict[str, Any] | None,
+        chat: Chat,
         **more: Any,
     ) -> "Collection":
         """Check what `collect_activations` and `collect_moments` are given. more: further fields of the record."""
@@ -182,6 +195,7 @@ class Collection:
             "fingerprint": fingerprint(model),
             "languages": list(languages),
             "problems": len(chosen),
+            **chat.record(),
             "dtype": name_of(model.dtype),
             "environment": environment_record(model.device),
         }
@@ -215,6 +229,7 @@ def collect_activations(
     batch_tokens: int = BATCH_TOKENS,
     about: dict[str, Any] | None = None,
     partial: Partial | None = None,
+    chat: Chat = OFF,
 ) -> Activations:
     """Read the activations of a loaded model for the same problems in several languages.
 
@@ -226,15 +241,16 @@ def collect_activations(
     batch_tokens: the most tokens in one forward pass, padding included. A longer prompt is run alone.
     about: fields to add to the provenance: "model_id", "split", "seed".
     partial: where finished batches are kept (`subspace.partial.resuming`); a killed collection goes on from there.
+    chat: how the prompts are put to the model (`models.chat.choose_chat`; default: as they are).
 
     Returns `Activations`: one float32 vector [d_model] on the CPU per problem, language and layer. `fit_subspace` takes
     them, and `Activations.save` writes them. Raises ModelError for a model or layers that are not known and for weights
     that are not in memory, SubspaceError for an unknown site or pool, a budget below 1, or for one language alone, and
     UserError if `partial` is of another collection.
     """
-    what = Collection.of(model, chosen, languages, layers, about, site=site, pool=pool)
+    what = Collection.of(model, chosen, languages, layers, about, chat, site=site, pool=pool)
     options: dict[str, Any] = {"site": site, "pool": pool, "batch_tokens": batch_tokens, "partial": partial}
-    options |= {"settings": what.settings(batch_tokens) if partial is not None else None}
+    options |= {"chat": chat, "settings": what.settings(batch_tokens) if partial is not None else None}
     vectors = collect_languages(model, tokenizer, what.chosen, languages, what.layers, **options)
     return Activations(vectors, what.provenance())
 
@@ -251,6 +267,7 @@ def collect_moments(
     batch_tokens: int = BATCH_TOKENS,
     about: dict[str, Any] | None = None,
     partial: Partial | None = None,
+    chat: Chat = OFF,
 ) -> LanguageMoments:
     """Read the moments of a loaded model's activations over all prompt tokens, by language. No activation is kept.
 
@@ -269,9 +286,9 @@ def collect_moments(
     for activations that are not finite.
     """
     first = "kept" if keep_first else "left out"
-    what = Collection.of(model, chosen, languages, layers, about, site=site, pool=TOKENS, first_token=first)
+    what = Collection.of(model, chosen, languages, layers, about, chat, site=site, pool=TOKENS, first_token=first)
     prompts = [problem.prompts[language] for language in languages for problem in what.chosen]
-    encoded, batches = encode(tokenizer, prompts, batch_tokens)
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
     language_of = torch.arange(len(languages)).repeat_interleave(len(what.chosen))
     tokens = dict.fromkeys(languages, 0)
     for ids, language in zip(encoded, language_of.tolist(), strict=True):

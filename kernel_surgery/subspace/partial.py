@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError, UserError
 from kernel_surgery.common.files import replacing, write_atomic
+from kernel_surgery.common.names import BEFORE_CHAT
 from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.subspace.moments import Moments
 
@@ -84,7 +85,7 @@ def _differences(begun: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return in words what differs of the settings that both name; an empty text if nothing does."""
     found = []
     for name, value in json.loads(json.dumps(settings)).items():
-        there = begun.get(name)
+        there = begun.get(name, BEFORE_CHAT.get(name))
         if there == value:
             continue
         if name in _LONG:

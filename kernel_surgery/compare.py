@@ -1,0 +1,114 @@
+"""Command: read what the original and the edited model write, side by side.
+
+    python -m kernel_surgery.compare --model M --subspace S "PROMPT"
+
+Both models answer the same prompts by greedy decoding. What differs is coloured on a terminal; elsewhere it stands in
+brackets, [-original-] and {+edited+}. A few texts show what an edit does, not how well it works: `eval` measures that.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from kernel_surgery.common.command import Parser, add_chat, check_finite_strength, main, untouched
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import DTYPES, MODES
+
+WIDTH = 120  # columns where there is no terminal
+LANGUAGES = ("en", "zh")  # in which --damage measures
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    p = Parser("compare", description="Show what the original and the edited model write, side by side.")
+    p.add_argument("prompt", nargs="?", help="the prompt; or name a --file of them")
+    p.add_argument("--file", type=Path, help="file with one prompt per line")
+    more = '"polyglot" (the embedded model, default), a folder, or a Hugging Face id'
+    p.add_argument("--model", default="polyglot", help=more)
+    p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
+    more = "how the edit is made (default: fused); see eval --help"
+    p.add_argument("--mode", choices=MODES[1:], default="fused", help=more)
+    more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
+    p.add_argument("--strength", type=float, default=1.0, help=more)
+    p.add_argument("--max-new-tokens", type=int, default=256, help="longest text, in tokens (default 256)")
+    more = f"measure the damage on neutral text first ({', '.join(LANGUAGES)}); it takes longer than the texts"
+    p.add_argument("--damage", action="store_true", help=more)
+    add_chat(p)
+    more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    more = "accept a subspace of unknown origin, or one fitted on another model"
+    p.add_argument("--force", action="store_true", help=more)
+    return p
+
+
+@untouched("Nothing was written.")
+def run(argv: list[str] | None = None) -> int:
+    """Write the texts of both models to stdout. Return 0. Raises UserError for options that cannot be used."""
+    args = parser().parse_args(argv)
+    prompts = read_prompts(args.prompt, args.file)
+    check_finite_strength(args.strength)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+
+    from kernel_surgery.checkpoint.source import check_edit
+    from kernel_surgery.damage.measure import headline, measure_damage
+    from kernel_surgery.evaluation.notes import chat_notes
+    from kernel_surgery.evaluation.options import Options
+    from kernel_surgery.evaluation.run import subspace_of
+    from kernel_surgery.evaluation.sidebyside import compare_texts, shown
+    from kernel_surgery.models.before import load_checked
+    from kernel_surgery.models.chat import choose_chat
+    from kernel_surgery.models.load import parse_device, parse_dtype, public_name, resolve_model
+    from kernel_surgery.models.threads import choose_threads
+
+    options = Options(mode=args.mode, model=args.model, subspace=args.subspace, chat=args.chat, force=args.force)
+    source, device = resolve_model(args.model), parse_device(args.device)
+    subspace, path = subspace_of(options)
+    assert subspace is not None and path is not None  # the mode edits
+    choose_threads(args.model)
+    chat = choose_chat(args.model, args.chat, thinking=args.thinking)
+
+    def check(folder: Path, config: dict[str, Any]) -> None:
+        check_edit(folder, subspace, [args.mode], force=args.force)
+
+    where = parse_dtype(args.dtype, device), device
+    model, tokenizer = load_checked(source, where, prompts, args.max_new_tokens, check, chat=chat)
+    edit: dict[str, Any] = {"strength": args.strength, "force": args.force}
+    damage = measure_damage(model, tokenizer, LANGUAGES, [args.mode], subspace, **edit) if args.damage else None
+    print(headline(damage, "python -m kernel_surgery.eval measures it, and so does --damage"))
+    print(f"{public_name(args.model)}, {path.name}: {args.mode}, strength {args.strength:g}, greedy decoding")
+    for note in (*([subspace.note] if subspace.note else []), *chat_notes(subspace, options, chat)):
+        print(note)
+    edit |= {"mode": args.mode, "max_new_tokens": args.max_new_tokens, "chat": chat}
+    colour = sys.stdout.isatty()
+    width = shutil.get_terminal_size((WIDTH, 24)).columns if colour else WIDTH
+    for pair in compare_texts(model, tokenizer, prompts, subspace, **edit):
+        print(f"\n{shown(pair, args.mode, width=width, colour=colour)}")
+    return 0
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """Return the prompts: the one of the command line, or the lines of a file that are not blank.
+
+    Raises UserError for none, for both, and for a file that is not UTF-8.
+    """
+    if (prompt is None) == (file is None):
+        raise UserError('give one prompt, such as "What is 12 + 7?", or --file FILE with one per line.')
+    if file is None:
+        prompts = [prompt or ""]
+    else:
+        try:
+            prompts = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{str(file)!r} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    prompts = [line.strip() for line in prompts if line.strip()]
+    if not prompts:
+        raise UserError("the prompt is empty." if file is None else f"{str(file)!r} holds no prompts: it is empty.")
+    return prompts
+
+
+if __name__ == "__main__":
+    main(run)
