@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel_surgery.common.command import Parser, add_overwrite, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_overwrite, add_problems, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHOD, METHODS, SPLITS
@@ -65,7 +65,8 @@ def _add_sequential(p: argparse.ArgumentParser) -> None:
     more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
     group.add_argument("--languages", default="all", help=more)
     group.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
-    group.add_argument("--problems", type=int, default=40, help="problems in each of five categories (default 40)")
+    add_problems(group, "default 40")
+    add_chat(group)
     group.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
     group.add_argument("--keep-first", action="store_true", help="count the first token of every prompt too")
     more = f"tokens in one forward pass (default {BATCH_TOKENS})"
@@ -146,8 +147,10 @@ def _sequential(args: argparse.Namespace) -> int:
     if args.batch_tokens < 1:
         raise UserError(f"--batch-tokens must be at least 1, got {args.batch_tokens}.")
 
+    from kernel_surgery.files.problems import problem_source
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.models.before import check_config, check_stored
+    from kernel_surgery.models.chat import choose_chat
     from kernel_surgery.models.layerwise import Layerwise
     from kernel_surgery.models.load import (
         load_tokenizer,
@@ -158,15 +161,16 @@ def _sequential(args: argparse.Namespace) -> int:
         resolve_model,
     )
     from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.problems.generator import parse_languages, problems
     from kernel_surgery.subspace.partial import partial_folder, resuming
     from kernel_surgery.subspace.sequential import fit_sequentially
 
-    shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), parse_languages(args.languages)
+    asked = problem_source(args.problems, seed=args.seed)
+    shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), asked.languages(args.languages)
     if len(languages) < 2:
         raise UserError("a language subspace needs at least two languages; --languages names one.")
-    chosen, device = problems(args.split, args.problems, seed=args.seed), parse_device(args.device)
+    chosen, device = asked.split(args.split), parse_device(args.device)
     choose_threads(args.model)
+    chat = choose_chat(args.model, args.chat, thinking=args.thinking)
     source = local_folder(resolve_model(args.model))
     config = check_config(source)
     check_stored(source, config)
@@ -175,17 +179,20 @@ def _sequential(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(str(source))
     reader = Layerwise(source, parse_dtype(args.dtype, device), device)
     about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed, "command": _command(args)}
+    about |= asked.record
     options = {"method": args.method, "rank": args.rank, "shrinkage": shrinkage, "keep_first": args.keep_first}
     say = partial(print, file=sys.stderr)
     with resuming(partial_folder(args.out), restart=args.restart, say=say) as kept:
         subspace = fit_sequentially(
             *(reader, tokenizer, chosen, languages, list(layers)),
-            **{**options, "batch_tokens": args.batch_tokens, "about": about, "partial": kept},
+            **{**options, "batch_tokens": args.batch_tokens, "about": about, "partial": kept, "chat": chat},
         )
         kept.publish(subspace.save, args.out)
     for layer, left in (subspace.fit or {})["sequential"].items():
         print(f"  L{layer}: covariance with the language label left = {left:.1e}")
     count = sum((subspace.fit or {})["tokens"].values())
+    if note := asked.note(args.split):
+        print(note)
     print(f"of {count} fitting tokens; another text, another layer or a probe may still tell the language")
     print(_summary(args.out, subspace))
     return 0

@@ -146,7 +146,7 @@ def add_damage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-damage", action="store_true", help=more)
 
 
-def add_chat(p: argparse.ArgumentParser, default: str | None = "auto") -> None:
+def add_chat(p: argparse._ActionsContainer, default: str | None = "auto") -> None:
     """Add the options that say how a prompt is put to the model (`models.chat`). default: None if a file may say it."""
     from kernel_surgery.common.names import CHATS
 
@@ -156,7 +156,7 @@ def add_chat(p: argparse.ArgumentParser, default: str | None = "auto") -> None:
     p.add_argument("--thinking", action="store_true", help="let it think, where its chat template has a switch for it")
 
 
-def add_problems(p: argparse.ArgumentParser, words: str) -> None:
+def add_problems(p: argparse._ActionsContainer, words: str) -> None:
     """Add the option --problems: a number, or files (`files.problems`). words: the default."""
     more = f"a number, in each of five categories ({words}); or your own problems: a FILE.jsonl, or files "
     more += "NAME_{lang}.tsv or their folder"

@@ -24,6 +24,7 @@ from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.files.tensorfile import mapped
 from kernel_surgery.models.architectures import LLAMA, DecoderLayer, submodule
 from kernel_surgery.models.before import check_positions, fingerprinted
+from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.numerics.projection import Projection
@@ -202,13 +203,15 @@ def fit_sequentially(
     batch_tokens: int = BATCH_TOKENS,
     about: dict[str, Any] | None = None,
     partial: Partial | None = None,
+    chat: Chat = OFF,
 ) -> Subspace:
     """Fit the edits of `layers`, in order, each on the model with the edits before it. Return the subspace.
 
     reader: the model, one layer at a time. chosen, languages: the problems, in at least two languages. method, rank,
     shrinkage: as in `subspace.fitting.fit_subspace`; only "leace" and "oblique" can be fitted so. keep_first: count the
     first token of every prompt too. batch_tokens: of one forward pass. about: further fields of the record, such as
-    "model_id". partial: where the state is kept after each layer (`subspace.partial.resuming`).
+    "model_id". partial: where the state is kept after each layer (`subspace.partial.resuming`). chat: how the prompts
+    are put to the model.
 
     The record's fit has "sequential": {layer: how much of the covariance with the language label is left at the site,
     on the fitting tokens}.
@@ -224,12 +227,12 @@ def fit_sequentially(
     if len(languages) < 2:
         raise SubspaceError(f"a language subspace needs at least two languages, got {', '.join(languages) or 'none'}.")
     prompts = [problem.prompts[language] for language in languages for problem in chosen]
-    encoded = [list(tokenizer(prompt).input_ids) for prompt in prompts]
+    encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
     check_positions(getattr(reader.config, "max_position_embeddings", None), map(len, encoded))
     labels = torch.arange(len(languages)).repeat_interleave(len(chosen))
     batches = batches_of(encoded, batch_tokens)
     stream = Stream([], [labels[batch] for batch in batches], keep_first)
-    record = _record(reader, chosen, languages, about, method, shrinkage, keep_first)
+    record = _record(reader, chosen, languages, (about or {}) | chat.record(), method, shrinkage, keep_first)
     fitted, layers, start = Fitted(), sorted(layers), 0
     settings = record | {"layers": layers, "rank": rank, "batch_tokens": batch_tokens, "prompts": digest(encoded)}
     if partial is not None:
@@ -266,7 +269,7 @@ def _record(
     reader: Layerwise,
     chosen: Sequence[Problem],
     languages: Sequence[str],
-    about: dict[str, Any] | None,
+    about: dict[str, Any],
     method: str,
     shrinkage: float | None,
     keep_first: bool,
@@ -282,7 +285,7 @@ def _record(
         "problems": len(chosen),
         "dtype": name_of(reader.dtype),
         "first_token": "kept" if keep_first else "left out",
-        **(about or {}),
+        **about,
     }
 
 

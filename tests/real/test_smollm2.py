@@ -77,12 +77,12 @@ def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_br
     model, tokenizer = load_model("smollm2", torch.float32), load_tokenizer("smollm2")
     text = NeutralText(model, tokenizer, ("en", "zh"))
     yardsticks, found = yardstick_readings(text), {}
-    for name, pool, more in (
-        ("default", [], []),
-        ("deviations", ["--pool", "last"], ["--method", "deviations", "--rank", "10"]),
+    for name, collected, more in (
+        ("default", ["--problems", "5"], []),
+        ("deviations", ["--problems", "2", "--pool", "last"], ["--method", "deviations", "--rank", "10"]),
     ):
         acts, out = tmp_path / f"{name}-acts", tmp_path / name
-        given = ["--model", "smollm2", "--problems", "5", "--layers", "8-21", *pool, "--out", acts]
+        given = ["--model", "smollm2", "--layers", "8-21", *collected, "--out", acts]
         assert call("collect", *given)[0] == 0
         assert call("fit", "--activations", acts, *more, "--out", out)[0] == 0
         subspace = Subspace.load(out)
