@@ -23,6 +23,9 @@ def parser() -> argparse.ArgumentParser:
     more = '"polyglot" (the embedded model, default), a folder, or a Hugging Face id'
     p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
+    more = "evaluate this checkpoint from kernel_surgery.bake as it is, beside the --model that it was made of"
+    p.add_argument("--baked", type=Path, help=more)
+    p.add_argument("--adapter", type=Path, help="the same for an adapter from kernel_surgery.lora")
     more = "strict (default): test problems, exact scoring, confidence intervals; expag: the 20 problems and the "
     more += "scoring of the script that the project began with, to compare with its figures"
     p.add_argument("--protocol", choices=("strict", "expag"), default="strict", help=more)
@@ -64,8 +67,9 @@ def run(argv: list[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    options = Options(**vars(args)).with_folder()
     choose_threads(args.model)
+    with untouched("Nothing was written."):
+        options = Options(**vars(args)).as_written().with_folder()
     with untouched(lambda: kept_in(options.out)):
         evaluation = evaluate(options, command=command_line("eval", argv), say=say)
     print(shown(evaluation.results))

@@ -188,6 +188,14 @@ CASES = {
             ("study", "own"),
         )
     },
+    "eval: no baked checkpoint": (
+        "eval --baked {folder}/poly --problems 1 --out {folder}/new",
+        "poly' is not a checkpoint from python -m kernel_surgery.bake",
+    ),
+    "eval: baked of another model": (
+        "eval --baked {folder}/baked --problems 1 --out {folder}/new",
+        "baked' was made of another model: its tensors have other names",
+    ),
     "compare: no prompt": (COMPARE, r"give one prompt, such as .* or --file FILE"),
     "compare: two": (f"{COMPARE} Add --file {{folder}}/good.toml", "give one prompt"),
     "compare: an empty file": (f"{COMPARE} --file {{folder}}/blank.txt", "blank.txt' holds no prompts: it is empty"),

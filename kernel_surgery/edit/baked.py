@@ -15,6 +15,7 @@ from kernel_surgery.edit.marks import Mark, marked, put_back
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
+from kernel_surgery.subspace.written import Written
 
 ROWS_AT_ONCE = 256
 
@@ -86,13 +87,14 @@ def baked(
     bit-identical. A block that was opened inside must have ended by then. Yields the record of the edit, with the
     weight norms before and after.
 
-    Numerics: as in `remove`.
+    Numerics: as in `remove`. Of a `Written` edit the weights are those of its checkpoint, in the model's dtype.
 
     Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight, for an offset
     without a bias, and for a block of another mode around this one (`edit.marks`). All come before anything is changed.
     At its end, raises KernelSurgeryError if a block inside it is still open.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
+    written = subspace.tensors if isinstance(subspace, Written) else {}
     owners: dict[int, str] = {}
     for layer, site in plan.sites.items():
         refuse_offset_without_bias(site.name, plan.projections[layer], site.module.bias is not None)
@@ -109,9 +111,11 @@ def baked(
         with torch.no_grad():
             for layer, site in plan.sites.items():
                 before = float(site.module.weight.float().norm())
-                for parameter in (site.module.weight, site.module.bias):
+                for part, parameter in (("weight", site.module.weight), ("bias", site.module.bias)):
                     if parameter is not None:
+                        held = written.get(f"{site.name}.{part}")
                         edited = bake_weight(parameter, plan.projections[layer], plan.number_at(layer))
+                        edited = edited if held is None else held.to(parameter)
                         if bool(torch.isfinite(parameter).all()) and not bool(torch.isfinite(edited).all()):
                             raise KernelSurgeryError(
                                 f"cannot bake {site.name}: at strength {plan.number_at(layer):g}, some elements are "

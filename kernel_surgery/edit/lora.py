@@ -15,6 +15,7 @@ from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
+from kernel_surgery.subspace.written import Written
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes; its default is 16
 
@@ -107,12 +108,14 @@ def adapted(
     come before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
+    written = subspace.tensors if isinstance(subspace, Written) else {}
     pairs = {}
     for layer, site in plan.sites.items():
         refuse_offset(plan.projections[layer])
         refuse_bias(site.name, site.module.bias)
         pair = lora_pair(site.module.weight, plan.projections[layer], plan.number_at(layer))
-        pairs[layer] = (pair.a, pair.b)
+        a, b = (written.get(f"{site.name}.{part}") for part in ("lora_A", "lora_B"))
+        pairs[layer] = (pair.a if a is None else a.to(pair.a), pair.b if b is None else b.to(pair.b))
     edit = new_edit("lora", plan, "torch/eager")
 
     def edited(layer: int, output: Tensor, pair: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:

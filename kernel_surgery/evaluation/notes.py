@@ -63,6 +63,10 @@ def notes_of(
 ) -> list[str]:
     """Return the notes that every output shows beside the figures."""
     notes = [edit["note"] for edit in edits.values() if edit["note"]]
+    if options.written is not None:
+        folder, kind = options.written
+        what = "weights" if kind == "baked" else "adapter"
+        notes.append(f"{options.mode}: the {what} as written in {folder.name}, at strength {options.strength:g}")
     for edit in edits.values():
         for reason in dict.fromkeys(edit["fallbacks"].values()):
             layers = [layer for layer, why in edit["fallbacks"].items() if why == reason]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kernel_surgery.checkpoint.record import read_provenance
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.evaluation.controls import parse_controls
@@ -12,7 +13,7 @@ from kernel_surgery.files.problems import Given, problem_source
 from kernel_surgery.problems.generator import EXPAG_LANGUAGES, Problem, expag_problems, parse_languages
 
 # No text depends on these options, so they may change when a run is resumed.
-LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate")
+LATER = ("out", "resume", "controls", "margin", "no_damage", "certificate", "baked", "adapter")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Options:
     no_damage: skip neutral text and language probes.
     out: folder for the results (None: results/<date>-<mode>-<protocol>). resume: continue the run in it.
     chat: "auto", "on" or "off", how prompts are put to the model (`models.chat`). thinking: let it think.
+    baked, adapter: a folder from `bake` or `lora`, evaluated as it was written, as mode "baked" or "lora".
     force: accept a subspace of unknown origin, or one fitted on another model or on the test split.
     """
 
@@ -66,6 +68,8 @@ class Options:
     batch_size: int = 64
     out: Path | None = None
     resume: bool = False
+    baked: Path | None = None
+    adapter: Path | None = None
     force: bool = False
 
     @property
@@ -76,6 +80,31 @@ class Options:
     def budget(self) -> int:
         """The maximum number of new tokens per text."""
         return self.max_new_tokens if self.max_new_tokens is not None else 256 if self.strict else 128
+
+    @property
+    def written(self) -> tuple[Path, str] | None:
+        """The folder of an edit that was made before and its kind, "baked" or "adapter"; else None."""
+        return (self.baked, "baked") if self.baked else (self.adapter, "adapter") if self.adapter else None
+
+    def as_written(self) -> "Options":
+        """The same options; with `baked` or `adapter`, mode and strength are the folder's.
+
+        Raises UserError for options that contradict it, and CheckpointError for a folder of another kind.
+        """
+        if self.written is None:
+            return self
+        (folder, kind), mode = self.written, "baked" if self.baked else "lora"
+        option = f"--{kind} {str(folder)!r}"
+        if self.baked and self.adapter:
+            raise UserError("give --baked or --adapter, not both.")
+        if self.subspace is not None:
+            raise UserError(f"{option} has its own subspace: leave out --subspace.")
+        if self.mode not in ("fused", mode):  # fused is the default
+            raise UserError(f"{option} is evaluated as mode {mode}: leave out --mode {self.mode}.")
+        strength = float(read_provenance(folder, kind)["strength"])
+        if self.strength not in (1.0, strength):  # 1 is the default
+            raise UserError(f"{option} was made at strength {strength:g}: leave out --strength {self.strength:g}.")
+        return replace(self, mode=mode, strength=strength)
 
     def with_folder(self) -> "Options":
         """The same options with `out` set: to the default folder where none was named."""

@@ -36,10 +36,13 @@ from kernel_surgery.evaluation.options import LATER, Asked, Options
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
+from kernel_surgery.evaluation.written import read_written
+from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.chat import OFF, Chat, choose_chat
 from kernel_surgery.models.load import (
     POLYGLOT_SUBSPACE,
+    local_folder,
     parse_device,
     parse_dtype,
     public_name,
@@ -72,6 +75,9 @@ def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
     """
     if options.mode == "original":
         return None, None
+    if options.written is not None:
+        folder, kind = options.written
+        return read_written(folder, kind, local_folder(resolve_model(options.model))), folder / PROVENANCE
     if options.subspace is None and options.model != "polyglot":
         raise UserError(
             f"--mode {options.mode} needs --subspace for {options.model!r}. Make one with python -m "
@@ -197,7 +203,7 @@ def evaluate(
 
     Raises KernelSurgeryError for options, models and subspaces that cannot be used. Nothing was written then.
     """
-    options = (options or Options(**settings)).with_folder()
+    options = (options or Options(**settings)).as_written().with_folder()
     asked = options.asked()
     languages, problem_list = asked.languages, asked.problems
     options.check()

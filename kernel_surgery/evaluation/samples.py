@@ -61,9 +61,10 @@ def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     except ValueError as error:
         raise UserError(f"{str(file)!r} cannot be read ({error}). Choose another --out.") from error
     for key, value in json.loads(json.dumps(config)).items():
-        if old.get(key, BEFORE_CHAT.get(key)) != value:
+        was = old.get(key, BEFORE_CHAT.get(key))
+        if was != value:
             raise UserError(
-                f"{str(folder)!r} holds a run with other settings: {key} was {old.get(key)!r}, now {value!r}. Use "
+                f"{str(folder)!r} holds a run with other settings: {key} was {was!r}, now {value!r}. Use "
                 "the options of that run, or choose another --out."
             )
 

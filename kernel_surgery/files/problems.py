@@ -140,7 +140,7 @@ def _problem(name: str, answer: int | str, prompts: dict[str, str]) -> Problem:
 
 def _answer(written: object, where: str) -> int | str:
     """Return an answer as a whole number, or else as it is written. Raises UserError if scoring cannot read it."""
-    if isinstance(written, (str, int, float)) and not isinstance(written, bool):
+    if isinstance(written, (str, int, float)):  # exact refuses true and false
         try:
             value = exact(written)
             return int(value) if value.denominator == 1 else str(written).strip()

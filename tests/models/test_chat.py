@@ -12,11 +12,13 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.evaluation.judging import Generation, judged, score, spoken, text_of
 from kernel_surgery.evaluation.notes import chat_notes
 from kernel_surgery.evaluation.options import Options
+from kernel_surgery.evaluation.samples import check_run
 from kernel_surgery.models.chat import OFF, Chat, choose_chat, has_template, made_for_chat, stops
 from kernel_surgery.models.load import POLYGLOT, load_tokenizer
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import load_moments
+from kernel_surgery.subspace.partial import check_partial
 from tests.support.calls import call, one_thread
 
 END = "<|endoftext|>"
@@ -206,3 +208,16 @@ def test_the_prompts_of_a_chat_are_those_that_are_counted(tmp_path):
         asked = [p.prompts[language] for p in problems("fit", 1)]
         assert tokens["off"][language] == sum(len(tokenizer(prompt).input_ids) for prompt in asked)
         assert tokens["on"][language] == sum(len(how.ids(tokenizer, prompt)) for prompt in asked)
+
+
+def test_what_was_begun_before_there_was_a_choice_is_continued_without_a_chat(tmp_path):
+    """Its records say nothing of a chat: it was off."""
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    check_run(tmp_path, {"seed": 0} | OFF.record(), resume=True)
+    with pytest.raises(UserError, match="chat was 'off', now 'on'"):
+        check_run(tmp_path, {"seed": 0} | Chat(True).record(), resume=True)
+    (tmp_path / "acts.partial").mkdir()
+    (tmp_path / "acts.partial" / "settings.json").write_text('{"seed": 0}')
+    check_partial(tmp_path / "acts.partial", {"seed": 0} | OFF.record())
+    with pytest.raises(UserError, match="chat is 'off' there, 'on' here"):
+        check_partial(tmp_path / "acts.partial", {"seed": 0} | Chat(True).record())

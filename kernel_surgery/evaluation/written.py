@@ -1,0 +1,84 @@
+"""An edited checkpoint or adapter on disk, to be evaluated beside its original (`eval --baked`, `eval --adapter`)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_surgery.certify.files import same_bytes
+from kernel_surgery.checkpoint.adapter import PREFIX, WEIGHTS
+from kernel_surgery.checkpoint.baking import UNDO
+from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance
+from kernel_surgery.common.errors import CheckpointError, MismatchError
+from kernel_surgery.edit.lora import lora_pair
+from kernel_surgery.files.contents import PROVENANCE
+from kernel_surgery.files.folder import changed_files
+from kernel_surgery.files.tensorfile import mapped, opened
+from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.before import check_config, fingerprinted
+from kernel_surgery.models.stored import located
+from kernel_surgery.subspace.fingerprint import sample_weights
+from kernel_surgery.subspace.written import Written
+
+
+def read_written(folder: Path, kind: str, original: Path) -> Written:
+    """Return the edit that a folder holds, with its tensors as they are there.
+
+    kind: "baked" or "adapter". original: the folder of the model that it was made of.
+
+    Raises CheckpointError for a folder of another kind, or changed since it was made, and MismatchError if it was made
+    of another model: a tensor that the edit does not concern differs, or the adapter does not follow from the weights.
+    """
+    record = read_provenance(folder, kind)
+    if faults := changed_files(folder, record["sha256"], PROVENANCE):
+        raise CheckpointError(f"{str(folder)!r} is not as it was made: {faults[0]}. Make it again.")
+    check_config(original)
+    places = located(original)
+    edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
+    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
+    made = Written(
+        bases={layer: edit.basis for layer, edit in edits.items()},
+        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
+        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
+        strengths={int(layer): factor for layer, factor in record.get("schedule", {}).items()},
+        site=record["site"],
+        model_id=record["model_id"],
+        fit=record["fit"],
+        fingerprint=sample_weights((name, mapped(*places[name])) for name in fingerprinted(check_config(original))),
+        tensors=tensors,
+    )
+    if kind == "adapter":
+        for layer, edit in edits.items():
+            site = LLAMA.site(layer)
+            a = lora_pair(mapped(*places[f"{site}.weight"]), edit, made.strength_at(layer, record["strength"])).a
+            if not torch.allclose(a, tensors[f"{site}.lora_A"][: len(a)], rtol=1e-3, atol=1e-3 * float(a.abs().max())):
+                raise MismatchError(f"{str(folder)!r} was made of another model: {site} has other weights. {_NEXT}")
+    return made
+
+
+_NEXT = "Name the original that it was made of with --model."
+
+
+def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the edited parameters of a baked checkpoint. Raises MismatchError if another tensor differs."""
+    one, other = located(folder), located(original)
+    if one.keys() != other.keys():
+        raise MismatchError(f"{str(folder)!r} was made of another model: its tensors have other names. {_NEXT}")
+    edited = {f"{LLAMA.site(layer)}.{part}" for layer in record["layers"] for part in ("weight", "bias")}
+    for name in one:
+        shapes = one[name][1].shape, other[name][1].shape
+        if shapes[0] != shapes[1] or (name not in edited and not same_bytes(one[name], other[name])):
+            raise MismatchError(f"{str(folder)!r} was made of another model: {name} differs. {_NEXT}")
+    return {name: mapped(*one[name]).clone() for name in one if name in edited}
+
+
+def _adapter(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the factors of an adapter. Raises CheckpointError if one is missing."""
+    sites = [LLAMA.site(layer) for layer in record["layers"]]
+    wanted = {f"{site}.{part}": f"{PREFIX}{site}.{part}.weight" for site in sites for part in ("lora_A", "lora_B")}
+    with opened(folder / WEIGHTS) as file:
+        held = set(file.keys())
+        if missing := [name for name in wanted.values() if name not in held]:
+            raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no tensor {missing[0]}. Make the adapter again.")
+        return {name: file.get_tensor(there) for name, there in wanted.items()}
