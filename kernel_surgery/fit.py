@@ -97,7 +97,6 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import Activations, load_activations
-    from kernel_surgery.subspace.collecting import recorded
     from kernel_surgery.subspace.fitting import fit_subspace, variance_captured
     from kernel_surgery.subspace.moments import LanguageMoments, holds_moments, load_moments
 
@@ -110,7 +109,7 @@ def run(argv: list[str] | None = None) -> int:
     n_layers = activations.provenance.get("n_layers") or max(activations.layers) + 1
     layers = parse_layers(args.layers, n_layers) if args.layers else default_layers(n_layers)
     options = {"method": args.method, "layers": list(layers), "shrinkage": shrinkage, "command": _command(args)}
-    subspace = recorded(fit_subspace(activations, args.rank, **options), activations.provenance)
+    subspace = fit_subspace(activations, args.rank, **options)
     for layer in subspace.layers:
         captured = variance_captured(subspace.spectrum[layer], subspace.rank)
         print(f"  L{layer}: lang variance captured = {captured:.3f}")

@@ -45,7 +45,7 @@ from kernel_surgery.ops.library import MAX_RANK
 from kernel_surgery.problems.generator import Problem, parse_languages
 from kernel_surgery.subspace.activations import Activations, load_activations
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import collect_languages, recorded
+from kernel_surgery.subspace.collecting import collect_languages
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.fitting import fit_subspace
 
@@ -194,8 +194,7 @@ def subspaces(
             activations[site, pool] = load_activations(file)
         fit_layers = _layers(setting["layers"], len(layers))
         held = activations[site, pool]
-        subspace = fit_subspace(held, setting["rank"], method="deviations", layers=fit_layers)
-        yield name, recorded(subspace, held.provenance)
+        yield name, fit_subspace(held, setting["rank"], method="deviations", layers=fit_layers)
 
 
 def edit_blocks(

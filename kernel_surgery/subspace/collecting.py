@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,6 @@ from kernel_surgery.models.padding import token_batches
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.activations import Activations
-from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from kernel_surgery.subspace.moments import LanguageMoments, Moments
 from kernel_surgery.subspace.partial import Partial
@@ -152,12 +151,6 @@ _FIELDS = (
     *("model_id", "revision", "n_layers", "d_model", "fingerprint", "site", "pool", "first_token", "tokens"),
     *("languages", "split", "problems", "seed", *_ASKED, "dtype", "environment"),
 )
-
-
-def recorded(subspace: Subspace, provenance: Mapping[str, Any]) -> Subspace:
-    """Return the subspace with a record of the prompts of its activations: how they were put, and their file."""
-    asked = {name: provenance[name] for name in _ASKED if name in provenance}
-    return replace(subspace, fit=(subspace.fit or {}) | asked)
 
 
 @dataclass(frozen=True)

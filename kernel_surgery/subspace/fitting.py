@@ -10,6 +10,7 @@ from einops import einsum, rearrange, reduce
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import ERASING, METHOD, METHODS, RANK
 from kernel_surgery.common.progress import progress
+from kernel_surgery.models.chat import Chat
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.activations import Activations
 from kernel_surgery.subspace.artifact import Subspace
@@ -17,7 +18,8 @@ from kernel_surgery.subspace.erasing import SHRINKAGE, erasing_edit
 from kernel_surgery.subspace.moments import LanguageMoments, moments_of
 
 # Of the activations' provenance, what the subspace keeps beside its own fields.
-_COPIED = ("split", "problems", "seed", "dtype", "first_token", "tokens", "environment")
+_COPIED: tuple[str, ...] = ("split", "problems", "seed", "dtype", "first_token", "tokens", "environment")
+_COPIED += (*Chat(True).record(), "problems_file", "problems_sha256")
 
 
 def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:

@@ -232,7 +232,7 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
     asked = done.stderr.splitlines()[-1]
     print(f"asked for: {asked}")
     assert asked.split()[0] == "0", asked
-    assert "Damage and erasure" in done.stdout and done.stdout.count("<svg") == PICTURES
+    assert "Damage" in done.stdout and "Erasure" in done.stdout and done.stdout.count("<svg") == PICTURES
     # Teeth: a picture from elsewhere is seen.
     page = text.replace("</body>", '<img src="http://pictures.invalid/x.png"></body>')
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
