@@ -24,7 +24,7 @@ def real(file: Path = SMOLLM2) -> str:
         ratio = [f"{r['perplexity_ratio']:.3g}" for r in row["damage"].values()] or ["-"] * len(languages)
         left = f"{max(row['left'].values()):.1e}" if "left" in row else "-"
         probes = ", ".join(f"{x:.3f}" for x in row["probes"].values()) if "probes" in row else "-"
-        body.append([name, row.get("tokens", "-"), *kl, *ratio, row["word"] or "-", left, probes])
+        body.append([name, str(row.get("tokens", "-")), *kl, *ratio, row["word"] or "-", left, probes])
     return (
         tables.table([*head, "in words", "left", "probe"], body)
         + f"\n`{stored['command']}` on {stored['device']}, torch {stored['torch']}, commit {stored['commit'][:10]}, "

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
     add_problems(p, "default 40")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
-    add_chat(p)
+    add_chat(p, "off")  # an edit that is fitted in a chat damages other text more (docs/real.md)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")

@@ -150,8 +150,8 @@ def add_chat(p: argparse._ActionsContainer, default: str | None = "auto") -> Non
     """Add the options that say how a prompt is put to the model (`models.chat`). default: None if a file may say it."""
     from kernel_surgery.common.names import CHATS
 
-    more = "put a prompt as the user's turn of the chat template; auto (the default): for an instruct model, which "
-    more += "stops where its template ends a turn"
+    more = "put a prompt as the user's turn of the chat template; auto: for an instruct model, which stops where its "
+    more += "template ends a turn" + (f" (default {default})" if default else "")
     p.add_argument("--chat", choices=CHATS, default=default, help=more)
     p.add_argument("--thinking", action="store_true", help="let it think, where its chat template has a switch for it")
 
