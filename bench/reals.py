@@ -5,7 +5,8 @@ from pathlib import Path
 
 from bench import tables
 
-SMOLLM2 = tables.RESULTS / "real-smollm2.json"
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "docs" / "real-smollm2.json"
 
 
 def real(file: Path = SMOLLM2) -> str:

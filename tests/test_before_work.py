@@ -146,13 +146,16 @@ CASES = {
     },
     "eval: rank": (words("eval", subspace="{folder}/wide.safetensors", more="--force"), "k=65 columns, but .* 1 to 64"),
     "study: rank": (words("study", more="rank"), r"grid\.rank has 65: choose 1 to 64"),
-    "reproduce: rank": (words("reproduce", more="--rank 65"), "--rank is 65: choose 1 to 64"),
+    "reproduce: rank": (words("reproduce", more="--rank 65"), "--rank is 65: choose 1 to 6"),
     "study: layers": (words("study", more="layers"), "layer"),
     "study: strength": (words("study", more="nan"), "--strength must be"),
     "collect: layers": (words("collect", more="--layers 2-99"), "layer"),
     "collect: one language": (words("collect", more="--languages en"), "at least two languages"),
     "collect: batches of nothing": (words("collect", more="--batch-tokens 0"), "--batch-tokens must be at least 1"),
-    "collect: the first token of one": (words("collect", more="--keep-first"), "--keep-first is for --pool tokens"),
+    "collect: the first token of one": (
+        words("collect", more="--pool last --keep-first"),
+        "--keep-first is for --pool tokens",
+    ),
     "collect: moments and a " + FULL: (words("collect", more="--pool tokens"), r"needs \d\.\d\d GB, but .* has only"),
     "collect: begun with another seed": (words("collect", out="begun"), r"other options: seed is 3 there, 0 here"),
     "collect: begun with other layers": (

@@ -474,7 +474,7 @@ CASES = {
     "collect: no language": f"collect --languages , {_OUT}",
     "collect: no problems": f"collect --problems 0 {_OUT}",
     "collect: batches of nothing": f"collect --batch-tokens 0 {_OUT}",
-    "collect: the first token of one vector": f"collect --keep-first {_OUT}",
+    "collect: the first token of one vector": f"collect --pool last --keep-first {_OUT}",
     "collect: a device and a map": f"collect --device cpu --device-map auto {_OUT}",
     "collect: unknown map of devices": f"collect --device-map spread {_OUT}",
     "collect: begun with other options": "collect --seed 1 --device cpu --out {tmp}/begun.safetensors",

@@ -22,7 +22,7 @@ SUBSPACE = BEFORE / "subspace.safetensors"
 
 COMMANDS = {
     "collect": ["--model", "polyglot", "--problems", "2", "--languages", "en,zh", "--layers", "2-5"],
-    "fit": ["--rank", "2"],
+    "fit": ["--rank", "1"],
     "verify": ["--baked", BEFORE / "baked"],
 }
 

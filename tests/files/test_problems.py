@@ -11,8 +11,8 @@ from kernel_surgery.evaluation.notes import check_held_out, fitted_on, notes_of
 from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.files.problems import problem_source, split_of_id
 from kernel_surgery.problems.generator import problems
-from kernel_surgery.subspace.activations import load_activations
 from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.moments import load_moments
 from tests.support.calls import call, one_thread
 
 
@@ -152,10 +152,10 @@ def test_the_commands_ask_them(tmp_path):
     with one_thread():
         status, out, error = call("collect", "--problems", path, "--layers", "2-5", "--device", "cpu", "--out", acts)
         assert (status, error) == (0, "") and source.note("fit") in out
-        held = load_activations(acts).provenance
+        held = load_moments(acts).provenance
         assert source.record.items() <= held.items() and held["languages"] == ["zh", "en"]
         assert held["problems"] == len(source.split("fit")) and str(tmp_path) not in json.dumps(held)
-        assert call("fit", "--activations", acts, "--out", space, "--rank", 2, "--layers", "2-5")[0] == 0
+        assert call("fit", "--activations", acts, "--out", space, "--rank", 1, "--layers", "2-5")[0] == 0
         assert source.record.items() <= Subspace.load(space).fit.items()
         words = ("--subspace", space, "--problems", path, "--mode", "hook", "--max-new-tokens", 4, "--no-damage")
         status, out, error = call("eval", *words, "--controls", "haar:1", "--device", "cpu", "--out", tmp_path / "run")

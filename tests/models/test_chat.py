@@ -175,7 +175,7 @@ def test_the_commands_record_it_and_a_run_continues_only_with_the_same(tmp_path)
     run = ("eval", *model, "--subspace", space, *small, "--mode", "hook", "--max-new-tokens", 4, "--no-damage")
     run = (*run, "--out", tmp_path / "run")
     with one_thread():
-        collected = call("collect", *model, *small, "--pool", "tokens", "--layers", "2-5", "--out", acts)
+        collected = call("collect", *model, *small, "--chat", "auto", "--layers", "2-5", "--out", acts)
         assert collected[::2] == (0, ""), collected
         held = load_moments(acts).provenance
         fitted = call("fit", "--activations", acts, "--out", space, "--method", "oblique", "--layers", "2-5")
