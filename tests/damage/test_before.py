@@ -1,0 +1,78 @@
+"""Damage before anything is written: what breaks the model is refused, what cannot be measured is said."""
+
+import json
+
+import pytest
+import torch
+
+from kernel_surgery.damage import before
+from kernel_surgery.damage.before import memory_needed
+from kernel_surgery.models.load import POLYGLOT, POLYGLOT_SUBSPACE
+from tests.support.calls import call
+
+GIVEN = ("--model", "polyglot", "--subspace", POLYGLOT_SUBSPACE)
+CARD = {"bake": "README.md", "lora": "README.md"}
+
+
+def first_of_card(folder):
+    """The first line of a card's text, after its header and title."""
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    title = next(i for i, line in enumerate(lines) if line.startswith("# "))
+    return next(line for line in lines[title + 1 :] if line)
+
+
+@pytest.mark.parametrize("command", CARD)
+def test_an_edit_that_breaks_the_model_is_refused_unless_forced(command, tmp_path):
+    out = tmp_path / "out"
+    status, said, error = call(command, *GIVEN, "--strength", 30, "--languages", "en", "--out", out)
+    assert status == 2 and not out.exists() and list(tmp_path.iterdir()) == []
+    assert error.startswith("error: damage, ") and "BROKEN: the edited model no longer predicts ordinary text" in error
+    assert "fit --method oblique. With --force it is written anyway." in error and error.count("\n") <= 3
+    status, said, error = call(command, *GIVEN, "--strength", 30, "--languages", "en", "--force", "--out", out)
+    assert (status, error) == (0, "") and "BROKEN" in said.splitlines()[0]
+    assert "BROKEN" in first_of_card(out)
+    record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["damage"]
+    assert said.splitlines()[0] == record["in_words"]
+    mode = {"bake": "baked", "lora": "lora"}[command]
+    assert record["verdict"][mode]["word"] == "broken" and set(record["neutral"][mode]) == {"en"}
+
+
+@pytest.mark.parametrize("command", CARD)
+def test_a_harmless_edit_is_written_and_its_card_begins_with_the_damage(command, tmp_path):
+    out = tmp_path / "out"
+    status, said, error = call(command, *GIVEN, "--languages", "zh", "--out", out)
+    assert (status, error) == (0, "")
+    line = said.splitlines()[0]
+    assert line.startswith("damage, ") and "like 4-bit. KL zh 0.05" in line
+    assert first_of_card(out).lower() == f"**{line}.**".lower()
+    if command == "bake":
+        status, said, _ = call("verify", "--baked", out)
+        assert status == 0 and said.splitlines()[0] == line
+
+
+def test_what_is_not_measured_is_said_with_the_reason(tmp_path, monkeypatch):
+    out = tmp_path / "no"
+    status, said, _ = call("bake", *GIVEN, "--strength", 30, "--no-damage", "--out", out)
+    assert status == 0 and said.splitlines()[0] == "damage: not measured (--no-damage)"
+    assert first_of_card(out) == "**Damage: not measured (--no-damage).**"
+    monkeypatch.setattr(before, "memory_free", lambda device: 1000)
+    status, said, _ = call("bake", *GIVEN, "--strength", 30, "--out", tmp_path / "small")
+    assert status == 0 and "damage: not measured (the model needs 0." in said and "GB are free)" in said.splitlines()[0]
+
+
+def test_the_memory_that_is_needed_is_that_of_the_weights_and_some_logits():
+    numbers = 1_773_696  # of the embedded model
+    vocabulary = json.loads((POLYGLOT / "config.json").read_text())["vocab_size"]
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        needed = memory_needed(POLYGLOT, dtype) - 4 * before.LOGITS * vocabulary
+        assert numbers * size <= needed <= 1.2 * numbers * size
+
+
+def test_an_evaluation_of_a_broken_model_exits_0_and_says_so_first(tmp_path):
+    words = ("--mode", "hook", "--strength", 30, "--problems", 1, "--max-new-tokens", 2, "--languages", "en")
+    status, said, error = call("eval", *words, "--protocol", "strict", "--out", tmp_path / "run")
+    assert (status, error) == (0, "") and said.startswith("damage, hook: BROKEN: the edited model no longer predicts")
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert next(iter(results)) == "damage_in_words" and results["damage"]["verdict"]["hook"]["word"] == "broken"
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.index("BROKEN: the edited model") < page.index("This page compares")
