@@ -18,6 +18,7 @@ from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_token
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.erasing import SHRINKAGE, shrunk
 from kernel_surgery.subspace.moments import Moments
+from tests.support.models import pico
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +187,30 @@ def test_bits_order_the_damage(polyglot):
         edit = text.read()["zh"].kl_mean
     print({bits: f"{value:.2e}" for bits, value in kl.items()}, f"edit {edit:.2e}")
     assert kl[8] < kl[4] < kl[2] and kl[8] > 0
+
+
+def test_the_other_precision_rounds_every_weight_and_all_that_a_module_takes_and_gives():
+    """On random weights: those of the embedded model are stored in bfloat16, so rounding them again shows nothing."""
+    model, seen = pico("llama"), {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            seen[name] = module.weight.detach().clone(), inputs[0], output
+
+        return hook
+
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    before = weights_of(model)
+    with in_other_precision(model), torch.no_grad():
+        # Before the hook that restores the weight: it was registered first, so these are prepended.
+        handles = [m.register_forward_hook(watch(n), prepend=True) for n, m in modules.items()]
+        model(torch.tensor([[1, 2, 3]]))
+    for handle in handles:
+        handle.remove()
+    assert seen.keys() == modules.keys()
+    for name, (weight, given, gave) in seen.items():
+        assert torch.equal(weight, before[f"{name}.weight"].bfloat16().float()), name
+        assert not torch.equal(weight, before[f"{name}.weight"])
+        assert torch.equal(given, given.bfloat16().float()), name
+        assert not torch.equal(gave, gave.bfloat16().float()), "it is rounded after this hook"
+    assert_whole(model, before)
