@@ -235,8 +235,9 @@ def test_the_readmes_two_commands_make_the_shipped_subspace_again(tmp_path, caps
     from kernel_surgery import Subspace
 
     acts, made = tmp_path / "acts.safetensors", tmp_path / "subspace.safetensors"
-    assert collect.run(["--model", "polyglot", "--out", str(acts)]) == 0
-    assert fit.run(["--activations", str(acts), "--out", str(made), "--rank", "10"]) == 0
+    assert collect.run(["--model", "polyglot", "--pool", "last", "--out", str(acts)]) == 0
+    words = ["--activations", str(acts), "--method", "deviations", "--rank", "10", "--out", str(made)]
+    assert fit.run(words) == 0
     assert "lang variance captured" in capsys.readouterr().out
     shipped, again = Subspace.load(MODEL.parent / "subspace.safetensors"), Subspace.load(made)
     assert (shipped.layers, shipped.site, shipped.pool, shipped.rank) == (again.layers, again.site, again.pool, 10)
