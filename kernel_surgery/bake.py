@@ -7,6 +7,7 @@ The edit is W <- W - a U (U^T W). The work is done in `checkpoint.baking`.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from kernel_surgery.common.command import (
@@ -52,8 +53,9 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
-    from kernel_surgery.damage.before import measuring
+    from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
+    from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("bake", argv), resolve_checkpoint(args.model)
@@ -62,10 +64,12 @@ def run(argv: list[str] | None = None) -> int:
         show(norms)
         print(f"{args.out}: the edit of {len(norms)} tensors undone, to within rounding")
         return 0
+    languages = parse_languages(args.languages)
     subspace = Subspace.load(args.subspace, force=args.force)
     folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
-    options["measure"] = measuring(folder, subspace, "baked", args.strength, args, say)
+    how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
+    options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)
     show(bake_checkpoint(folder, subspace, args.out, **options))
     if subspace.note:
         print(subspace.note)
@@ -77,11 +81,6 @@ def show(norms: dict[str, tuple[float, float]]) -> None:
     """Print one line per tensor."""
     for name, (before, after) in norms.items():
         print(f"  {name}: norm {before:.3f} -> {after:.3f}")
-
-
-def say(line: str) -> None:
-    """Print a line at once: what follows takes long."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

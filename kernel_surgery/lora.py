@@ -12,6 +12,7 @@ the component of the exact W h in the subspace; they subtract that of the rounde
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from kernel_surgery.common.command import (
@@ -50,15 +51,18 @@ def run(argv: list[str] | None = None) -> int:
     check_output(args.out)
 
     from kernel_surgery.checkpoint.adapter import write_adapter
-    from kernel_surgery.damage.before import measuring
+    from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
+    from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("lora", argv), resolve_checkpoint(args.model)
+    languages = parse_languages(args.languages)
     subspace = Subspace.load(args.subspace, force=args.force)
     folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
-    options["measure"] = measuring(folder, subspace, "lora", args.strength, args, say)
+    how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
+    options["measure"] = partial(damage_before_writing, folder, subspace, "lora", args.strength, **how)
     rank = write_adapter(folder, subspace, args.out, **options)
     if subspace.note:
         print(subspace.note)
@@ -67,11 +71,6 @@ def run(argv: list[str] | None = None) -> int:
         f"{args.strength:g}"
     )
     return 0
-
-
-def say(line: str) -> None:
-    """Print a line at once: what follows takes long."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

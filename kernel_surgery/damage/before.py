@@ -36,16 +36,37 @@ def memory_free(device: torch.device) -> int:
 
 
 def damage_before_writing(
-    folder: Path, subspace: Subspace, mode: str, strength: float, *, languages: tuple[str, ...], force: bool
+    folder: Path,
+    subspace: Subspace,
+    mode: str,
+    strength: float,
+    *,
+    languages: tuple[str, ...],
+    force: bool,
+    skip: bool,
+    say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Return the damage as `measure_damage` does, without the yardsticks' figures and with "in_words".
 
     If it cannot be measured, return {"in_words": why}.
 
     folder: the original checkpoint. mode: "baked" or "lora", as it will be written. languages: of the neutral text.
+    skip: measure nothing, because the user asked for that. say: called with the damage in words.
 
     Raises UserError for an edit that breaks the model, unless `force` is set.
     """
+    found = (
+        {"in_words": headline(None, "--no-damage")}
+        if skip
+        else _measured(folder, subspace, mode, strength, languages, force)
+    )
+    say(found["in_words"])
+    return found
+
+
+def _measured(
+    folder: Path, subspace: Subspace, mode: str, strength: float, languages: tuple[str, ...], force: bool
+) -> dict[str, Any]:
     device = parse_device()
     dtype = parse_dtype("auto", device)
     needed, free = memory_needed(folder, dtype), memory_free(device)
@@ -67,26 +88,3 @@ def damage_before_writing(
         )
     del found["yardsticks"]  # the verdict holds the ratios to them
     return {"in_words": words} | found
-
-
-def measuring(
-    folder: Path, subspace: Subspace, mode: str, strength: float, options: Any, say: Callable[[str], object]
-) -> Callable[[], dict[str, Any]]:
-    """Return what `bake` and `lora` call before they write: it measures the damage and says it in one line.
-
-    options: the command's, with `languages`, `no_damage` and `force`. Raises UserError for unknown languages.
-    """
-    from kernel_surgery.problems.generator import parse_languages
-
-    languages = parse_languages(options.languages)
-
-    def measure() -> dict[str, Any]:
-        if options.no_damage:
-            found: dict[str, Any] = {"in_words": headline(None, "--no-damage")}
-        else:
-            given = {"languages": languages, "force": options.force}
-            found = damage_before_writing(folder, subspace, mode, strength, **given)
-        say(found["in_words"])
-        return found
-
-    return measure

@@ -4,7 +4,7 @@ Two figures per token: KL(original || changed) in nats, and the loss (the negati
 follows). Both are kept as sums over sentences, because sentences are the units that intervals resample.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,3 @@ def batches(encoded: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[
             start, width = stop, len(ids)
     if encoded:
         yield encoded[start:]
-
-
-def finite(readings: Mapping[str, Reading]) -> bool:
-    """Return whether every figure is a finite number. Those of a model that gives NaN are not."""
-    return all(np.isfinite([r.kl.sum(), r.loss.sum()]).all() for r in readings.values())
