@@ -1,6 +1,7 @@
 """The tables of docs/real.md, from what `bench.real` stored."""
 
 import json
+import statistics
 from pathlib import Path
 
 from bench import tables
@@ -23,7 +24,10 @@ def real(file: Path = SMOLLM2) -> str:
             f"{r['kl_mean']:.3g} ({r['kl_ci95'][0]:.3g} to {r['kl_ci95'][1]:.3g})" for r in row["damage"].values()
         ] or ["-"] * len(languages)
         ratio = [f"{r['perplexity_ratio']:.3g}" for r in row["damage"].values()] or ["-"] * len(languages)
-        left = f"{max(row['left'].values()):.1e}" if "left" in row else "-"
+        left = "-"
+        if "left" in row:
+            layer, most = max(row["left"].items(), key=lambda item: item[1])
+            left = f"{statistics.median(row['left'].values()):.1e}, {most:.1e} (layer {layer})"
         probes = ", ".join(f"{x:.3f}" for x in row["probes"].values()) if "probes" in row else "-"
         body.append([name, str(row.get("tokens", "-")), *kl, *ratio, row["word"] or "-", left, probes])
     return (

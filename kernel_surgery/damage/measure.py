@@ -1,13 +1,14 @@
 """Measure the damage of edits: the passes over neutral text, the verdict, and what is printed of both."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
+from kernel_surgery.common.names import BATCH_TOKENS
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.damage.neutral import NeutralText, Reading
 from kernel_surgery.damage.words import (
@@ -30,11 +31,12 @@ from kernel_surgery.damage.yardsticks import (
     rounded_weights,
 )
 from kernel_surgery.edit.modes import applied
-from kernel_surgery.models.architectures import mlp_outputs
+from kernel_surgery.models.padding import token_batches
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.neutral import Split
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
+from kernel_surgery.subspace.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,32 +139,16 @@ def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Momen
     The first token is an attention sink in many models: its activations are tens of times larger than all others.
     """
     found: dict[int, Moments] = {}
-    with caught_outputs(text.model, layers, found), torch.no_grad():
-        for language in text.languages:
-            for ids in text.encoded[language]:
-                text.model(input_ids=torch.tensor([ids], device=text.model.device), use_cache=False)
+
+    def take(layer: int, states: Tensor, mask: Tensor) -> None:
+        counted = states[(mask * mask.cumsum(-1)) > 1]
+        found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(counted, 0)
+
+    with reading(text.model, text.tokenizer, layers, "mlp_out", take) as read:
+        for encoded in text.encoded.values():
+            for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
+                read([encoded[i] for i in batch])
     return found
-
-
-@contextmanager
-def caught_outputs(
-    model: "PreTrainedModel", layers: Sequence[int], found: dict[int, Moments]
-) -> Iterator[None]:
-    """Add the outputs of `down_proj` [1, tokens, d_model] to the moments of their layers, while the block runs."""
-
-    def catch(layer: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            states = output.reshape(-1, output.shape[-1])[1:]
-            found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(states, 0)
-
-        return hook
-
-    handles = [site.module.register_forward_hook(catch(layer)) for layer, site in mlp_outputs(model, layers).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _figures(readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
@@ -199,16 +185,19 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
     mode = max(modes[word], key=lambda m: max(r["kl_mean"] for r in damage["neutral"][m].values()))
     figures = damage["neutral"][mode]
     kl = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in figures.items())
-    ratio = "perplexity " + ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
+    ratio = "Perplexity " + ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
     if lost := beyond(damage):
-        ratio = f"perplexity says nothing in {', '.join(lost)}, which the original predicts worse than without context"
+        ratio = f"Perplexity says nothing in {', '.join(lost)}: the original predicts that text worse than without "
+        ratio += "context"
     others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
     beside = CONSTANT if word == BROKEN else BITS4
     yardstick = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in damage["yardsticks"][beside].items())
     said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
     return (
-        f"damage, {', '.join(modes[word])}: {said}. KL {kl} nats per token ({named(beside, damage)}: {yardstick}); "
-        f"{ratio}" + (f". {others}" if others else "")
+        f"damage, {', '.join(modes[word])}: {said}. KL {kl} nats per token. "
+        f"{named(beside, damage).capitalize()}: {yardstick}. "
+        + ratio
+        + (f". {others[0].upper()}{others[1:]}" if others else "")
     )
 
 

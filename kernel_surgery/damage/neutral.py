@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_surgery.models.padding import padded, padding_id
+from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.models.padding import padded, padding_id, token_batches
 from kernel_surgery.problems.neutral import Split, neutral
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 1024  # padded, in one forward pass; their logits are the memory that is needed
 # Called with a language; yields the log probabilities [tokens, vocabulary] of each sentence, in order.
 Predictions = Callable[[str], Iterator[Tensor]]
 
@@ -79,27 +79,29 @@ class NeutralText:
         languages: Sequence[str],
         split: Split = "test",
     ):
-        self.model, self.languages, self.split = model, tuple(languages), split
+        self.model, self.tokenizer, self.languages, self.split = model, tokenizer, tuple(languages), split
         texts = neutral(split)
         self.encoded = {lang: [tokenizer(text).input_ids for text in texts[lang]] for lang in languages}
-        self._pad, self._side = padding_id(model, tokenizer), tokenizer.padding_side
-        self._logits = {lang: list(self._sentence_logits(lang)) for lang in languages}
+        self._pad = padding_id(model, tokenizer)
+        self._logits = {lang: self._sentence_logits(lang) for lang in languages}
 
     @property
     def sentences(self) -> int:
         """The number of sentences per language."""
         return min(map(len, self.encoded.values()))
 
-    def _sentence_logits(self, language: str) -> Iterator[Tensor]:
-        """Yield the logits [tokens - 1, vocabulary] of each sentence, in order, for the model as it is now."""
+    def _sentence_logits(self, language: str) -> list[Tensor]:
+        """Return the logits [tokens - 1, vocabulary] of each sentence, in order, for the model as it is now."""
         encoded = self.encoded[language]
-        for batch in batches(encoded, BATCH_TOKENS):
-            ids, mask = padded(batch, self._pad, self._side, self.model.device)
+        found: dict[int, Tensor] = {}
+        for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
+            ids, mask = padded([encoded[i] for i in batch], self._pad, self.tokenizer.padding_side, self.model.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             with torch.no_grad():
                 logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-            for row, kept in zip(logits, mask.bool(), strict=True):
-                yield row[kept.to(row.device)][:-1].float().cpu()
+            for index, row, kept in zip(batch, logits, mask.bool(), strict=True):
+                found[index] = row[kept.to(row.device)][:-1].float().cpu()
+        return [found[index] for index in range(len(encoded))]
 
     def model_predictions(self, language: str) -> Iterator[Tensor]:
         """Yield the log probabilities of each sentence, for the model as it is now. float64."""
@@ -144,15 +146,3 @@ class NeutralText:
             every.append(kl)
         tokens, kl_sums, loss, original = np.array(sums, dtype=np.float64).T
         return Reading(tokens, kl_sums, loss, original, float(torch.cat(every).quantile(0.99)))
-
-
-def batches(encoded: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[Sequence[int]]]:
-    """Yield consecutive sentences, as many as make at most `tokens` with their padding, and at least one."""
-    start, width = 0, 0
-    for stop, ids in enumerate(encoded):
-        width = max(width, len(ids))
-        if stop > start and width * (stop + 1 - start) > tokens:
-            yield encoded[start:stop]
-            start, width = stop, len(ids)
-    if encoded:
-        yield encoded[start:]

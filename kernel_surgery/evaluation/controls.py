@@ -24,19 +24,21 @@ import torch
 from torch import nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.names import BATCH_TOKENS
 from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.edit.modes import applier_of
-from kernel_surgery.edit.plan import Edit, Hook
+from kernel_surgery.edit.plan import Edit
 from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
 from kernel_surgery.evaluation.judging import Cells, Sample, score_again
 from kernel_surgery.evaluation.samples import take_up
 from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
-from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.collecting import encode
 from kernel_surgery.subspace.moments import Moments
+from kernel_surgery.subspace.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +75,7 @@ def moments(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     layers: Iterable[int],
-    batch_size: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
     chat: Chat = OFF,
 ) -> dict[int, Moments]:
     """Return {layer: Moments} over every token of the prompts, without padding.
@@ -83,30 +85,14 @@ def moments(
     Numerics: sums in float64.
     """
     found: dict[int, Moments] = {}
-    mask = torch.empty(0)  # of the batch that runs
 
-    def catch(layer: int) -> Hook:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if layer not in found:
-                found[layer] = Moments.empty(1, output.shape[-1], output.device)
-            found[layer].add(output[mask.bool()], 0)
+    def take(layer: int, states: torch.Tensor, mask: torch.Tensor) -> None:
+        found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(states[mask.bool()], 0)
 
-        return hook
-
-    handles = [site.module.register_forward_hook(catch(i)) for i, site in mlp_outputs(model, layers).items()]
-    try:
-        encoded = sorted((chat.ids(tokenizer, prompt) for prompt in prompts), key=len)
-        for start in range(0, len(encoded), batch_size):
-            batch = encoded[start : start + batch_size]
-            width = len(batch[-1])
-            # Pad on the right: in a causal model the real tokens come first and never see the padding.
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
+    with reading(model, tokenizer, list(layers), "mlp_out", take) as read:
+        for batch in batches:
+            read([encoded[i] for i in batch])
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, hooked
-from kernel_surgery.damage.neutral import NeutralText, batches
+from kernel_surgery.damage.neutral import NeutralText
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
 from kernel_surgery.problems.neutral import neutral
 
@@ -76,14 +76,6 @@ def test_padding_and_batches_change_nothing(polyglot, side, monkeypatch):
         monkeypatch.undo()
         b = whole.read()["sw"]
     assert a.kl == pytest.approx(b.kl, rel=1e-3) and a.loss == pytest.approx(b.loss, rel=1e-5)
-
-
-def test_batches_hold_all_sentences_in_order_within_the_limit():
-    encoded = [[0] * n for n in (5, 3, 9, 1, 1, 20, 2)]
-    cut = list(batches(encoded, 10))
-    assert [x for batch in cut for x in batch] == encoded
-    assert all(len(batch) * max(map(len, batch)) <= 10 or len(batch) == 1 for batch in cut)
-    assert [len(batch) for batch in cut] == [2, 1, 2, 1, 1] and list(batches([], 10)) == []
 
 
 def test_no_constant_prediction_is_closer_to_the_original_than_the_mean_one(text):

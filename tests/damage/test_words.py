@@ -120,18 +120,18 @@ def test_the_first_line_says_the_worst_and_what_it_rests_on():
     mild = {"en": reading(0.04), "zh": reading(0.05)}
     said = headline(damage_of({"hook": mild, "fused": mild}))
     assert said == (
-        "damage, hook, fused: like 4-bit. KL en 0.04, zh 0.05 nats per token (4-bit weights: en 0.1, zh 0.1); "
-        "perplexity en x1.65, zh x1.65"
+        "damage, hook, fused: like 4-bit. KL en 0.04, zh 0.05 nats per token. 4-bit weights: en 0.1, zh 0.1. "
+        "Perplexity en x1.65, zh x1.65"
     )
     said = headline(damage_of({"hook": mild, "baked": {"en": reading(0.04), "zh": reading(5.0, loss=9.0)}}))
     assert said.startswith("damage, baked: BROKEN: the edited model no longer predicts ordinary text. KL en 0.04, zh 5")
-    assert "(no context (unigram): en 3, zh 3)" in said and said.endswith(". hook: like 4-bit")
+    assert ". No context (unigram): en 3, zh 3. " in said and said.endswith(". Hook: like 4-bit")
     # The toy model's perplexity on text that it was not made for falls with any damage.
     lost = damage_of({"hook": mild})
     for r in lost["yardsticks"][CONSTANT].values():
         r["original_perplexity"] = 500.0
     assert headline(lost).endswith(
-        "perplexity says nothing in en, zh, which the original predicts worse than without context"
+        "Perplexity says nothing in en, zh: the original predicts that text worse than without context"
     )
     assert headline(None, "--no-damage") == "damage: not measured (--no-damage)" and "\n" not in said
 

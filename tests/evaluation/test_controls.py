@@ -36,6 +36,8 @@ def space(d=48, k=5):
 class Words:
     """A tokenizer of its own: a token a character."""
 
+    pad_token_id, eos_token_id, padding_side = 0, 0, "left"
+
     def __call__(self, text):
         return type("Encoded", (), {"input_ids": [1 + ord(c) % 60 for c in text]})
 
@@ -69,7 +71,7 @@ def test_a_haar_basis_is_orthonormal_and_favours_no_direction():
 
 def test_moments_are_those_of_every_token_and_of_no_padding():
     model = pico("llama")
-    found = moments(model, Words(), PROMPTS, LAYERS, batch_size=3)
+    found = moments(model, Words(), PROMPTS, LAYERS, batch_tokens=20)
     seen = {i: [] for i in LAYERS}
     handles = [
         site.module.register_forward_hook(lambda m, args, out, i=i: seen[i].append(out[0].double()))
