@@ -29,6 +29,7 @@ setup(
         "kernel_surgery.checkpoint",
         "kernel_surgery.certify",
         "kernel_surgery.evaluation",
+        "kernel_surgery.studies",
         "kernel_surgery.polyglot",
         "kernel_surgery.kernels",
     ],
@@ -63,13 +64,15 @@ setup(
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77"),
             *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
-            *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4"),
+            *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2"),
         ],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],
         # GGUF files, SmolLM2 among them.
         "gguf": ["gguf>=0.10", "accelerate"],
         "lora": ["peft>=0.18"],
+        # study with a [search].
+        "search": ["optuna>=4.2"],
         "accelerate": ["accelerate"],
         "lm-eval": ["lm-eval"],
     },

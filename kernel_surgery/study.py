@@ -1,8 +1,10 @@
 """Command: choose among declared settings on dev, freeze the choice, and report it on test.
 
-    python -m kernel_surgery.study GRID.toml --out DIR
+    python -m kernel_surgery.study DECLARATION.toml --out DIR
 
-GRID.toml declares the settings. The lines above [grid] may be left out; they show the defaults:
+The declaration has either a [grid], whose settings are all tried, or a [search], which looks for the setting that does
+the least harm (it needs Optuna, the extra `search`; `python -m pydoc kernel_surgery.studies.space` shows one). The
+lines above [grid] may be left out; they show the defaults:
 
     model = "polyglot"
     mode = "fused"
@@ -22,7 +24,8 @@ GRID.toml declares the settings. The lines above [grid] may be left out; they sh
     strength = [1.0, 2.0]
     layers = ["middle"]                  # or "2-5"
 
-The same command continues an interrupted study. All figures are in DIR/study.json.
+The same command continues an interrupted study. All figures are in DIR/study.json. A search also writes
+DIR/report.html, with a picture of what was tried.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from kernel_surgery.common.command import Parser, add_chat, command_line, kept_i
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    description = "Choose a setting from a grid on the dev problems, freeze it, and report it on the test problems."
+    description = "Choose a setting from a grid or by a search, on dev; freeze it; and report it on test."
     p = Parser("study", description=description)
     p.add_argument("grid", type=Path, help="TOML file of the settings; python -m pydoc kernel_surgery.study shows one")
     more = "folder of the study; run the same command again to continue"
@@ -48,8 +51,9 @@ def run(argv: list[str] | None = None) -> int:
     """Run the study and print its tables. Return 0. Raises what `evaluation.study` raises."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.evaluation.study import read_grid, run_study, shown
     from kernel_surgery.models.threads import choose_threads
+    from kernel_surgery.studies.declaring import read_grid
+    from kernel_surgery.studies.study import run_study, shown
 
     with untouched(lambda: kept_in(args.out)):
         grid = read_grid(args.grid)
@@ -57,7 +61,8 @@ def run(argv: list[str] | None = None) -> int:
         choose_threads(grid["model"])
         study = run_study(grid, args.out, controls=args.controls, command=command_line("study", argv))
     print(shown(study))
-    print(f"{args.out}: study.json, frozen.json, chosen.safetensors, dev.jsonl, test.jsonl")
+    report = "report.html, " if "search" in study else ""
+    print(f"{args.out}: {report}study.json, frozen.json, chosen.safetensors, and every text and trial")
     return 0
 
 

@@ -65,27 +65,37 @@ def read_by_probe(accuracy: float, chance: float, n: int) -> str:
     return "still reads the language" if low > chance else "is not shown to read the language"
 
 
-def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) -> float:
-    """Return the held-out accuracy of a linear probe: ridge regression to one-hot labels, cross-validated over groups.
+def probe_hits(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) -> Tensor:
+    """Return which rows a held-out linear probe reads right, [rows] bool.
 
-    x: [rows, d_model]. labels: [rows] int. groups: [rows] int. The rows of one group (a problem in all its languages)
-    are held out together, so the probe never trains on the problem it is tested on. Features are centred on the
-    training rows.
+    The probe is a ridge regression to one-hot labels, cross-validated over groups. x: [rows, d_model]. labels: [rows]
+    int. groups: [rows] int. The rows of one group (a problem in all its languages) are held out together, so the probe
+    never trains on the problem it is tested on. Features are centred on the training rows.
 
-    Numerics: float64.
+    Numerics: float64. The sums of each fold are taken once. Those of the training rows are what the other folds have.
     """
-    x, correct = x.double(), 0
+    x, hits = x.double(), torch.zeros(len(x), dtype=torch.bool)
     targets = torch.nn.functional.one_hot(labels).double()
-    for fold in range(folds):
-        in_test = groups % folds == fold
-        mean = x[~in_test].mean(0)
-        train, test = x[~in_test] - mean, x[in_test] - mean
-        gram = train.T @ train
+    held_out = [groups % folds == fold for fold in range(folds)]
+    sums = []
+    for rows in held_out:
+        a, b = x[rows], targets[rows]
+        sums.append((a.T @ a, a.T @ b, a.sum(0), b.sum(0)))
+    for rows, own in zip(held_out, sums, strict=True):
+        squares, cross, feature, label = (torch.stack([s[i] for s in sums]).sum(0) - own[i] for i in range(4))
+        count = len(x) - int(rows.sum())
+        mean, rate = feature / count, label / count
+        gram = squares - count * torch.outer(mean, mean)
         # The lower limit keeps the system solvable if all features are zero. The probe then reads nothing.
-        gram += (RIDGE * gram.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram, train.T @ (targets[~in_test] - targets[~in_test].mean(0)))
-        correct += int(((test @ weights + targets[~in_test].mean(0)).argmax(-1) == labels[in_test]).sum())
-    return correct / len(x)
+        gram.diagonal().add_((RIDGE * gram.diagonal().mean()).clamp_min(1e-30))
+        weights = torch.linalg.solve(gram, cross - count * torch.outer(mean, rate))
+        hits[rows] = ((x[rows] - mean) @ weights + rate).argmax(-1) == labels[rows]
+    return hits
+
+
+def probe_accuracy(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) -> float:
+    """Return the held-out accuracy of a linear probe (`probe_hits`)."""
+    return float(probe_hits(x, labels, groups, folds).double().mean())
 
 
 def last_states(

@@ -9,8 +9,12 @@ import pytest
 
 from kernel_surgery import Subspace
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.evaluation.study import cells_of, choose, frozen_digest, read_grid
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.problems.generator import problems
+from kernel_surgery.studies.declaring import cells_of, read_grid
+from kernel_surgery.studies.reporting import Reporting
+from kernel_surgery.studies.settings import Fitter, Setting
+from kernel_surgery.studies.study import choose, frozen_digest
 from kernel_surgery.study import run
 
 GRID = """
@@ -132,11 +136,66 @@ def test_all_cells_may_be_reported_and_a_budget_cuts_the_texts(tmp_path):
     assert max(len(json.loads(line)["tokens"]) for line in lines if line) > 12
 
 
+SEARCH = """
+mode = "hook"
+problems = 1
+max_new_tokens = 24
+[search]
+trials = 3
+probed = 5
+controls = 1
+objectives = ["damage", "probe", "accuracy"]
+limits = {probe = "baseline"}
+[search.space]
+rank = {low = 1, high = 6}
+strength = [1.0, 2.0]
+"""
+
+
+@pytest.mark.slow
+def test_a_search_freezes_its_choice_before_the_test_half_is_read(tmp_path, capsys, monkeypatch):
+    words = [str(declared(tmp_path, SEARCH)), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    # Killed before the first test figure: the choice is frozen by then.
+    real = Reporting.on_test
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reporting, "on_test", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(words)
+    frozen = json.loads((out / "frozen.json").read_text())
+    assert not (out / "test.jsonl").exists() and not (out / "measured.json").exists()
+    assert frozen["of"] == 4 and frozen["subspace_sha256"] == sha256(out / "chosen.safetensors")
+    monkeypatch.setattr(Reporting, "on_test", real)
+    # It goes on: no setting is measured again, and nothing is fitted again but the baseline.
+    fits, fit = [], Fitter.fit
+    monkeypatch.setattr(Fitter, "fit", lambda self, setting: fits.append(setting) or fit(self, setting))
+    assert run(words) == 0
+    said, made = capsys.readouterr().out, json.loads((out / "study.json").read_text())
+    assert [setting.name for setting in fits] == [made["search"]["baseline"]]
+    assert made["frozen"] == frozen and len(made["search"]["rows"]) == 4
+    rows = {row["number"]: row for row in made["search"]["rows"]}
+    chosen = rows[made["search"]["chosen"]]
+    assert chosen["name"] == frozen["cell"] and chosen["probe"] <= rows[-1]["probe"]
+    assert list(made["measured"]) == ["original", "baseline", "chosen", "haar:0", "matched:0"]
+    assert list(made["test"]) == ["original", "chosen"] and 0 <= chosen["accuracy"] <= 1
+    subspace = Subspace.load(out / "chosen.safetensors")
+    assert subspace.strengths == {i: s for i, s in Setting.of(chosen["setting"]).schedule().items() if s != 1}
+    assert "3 of 3 settings are measured; going on from there" in said and "<- " in said and "one of 4 settings" in said
+    assert (out / "report.html").read_text().count("<svg") == 2
+    # Another file under the frozen name is refused.
+    (out / "chosen.safetensors").write_bytes((out / "chosen.safetensors").read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"is not the subspace that .* names"):
+        run(words)
+
+
 # Imports once; every study is a fork of that, killed after a while that is given on a line of stdin.
 SERVER = """
 import os, signal, sys, time
 import torch, transformers, scipy.stats
-import kernel_surgery.evaluation.study
+import kernel_surgery.studies.study
 from kernel_surgery import study
 grid, out = sys.argv[1:]
 print("ready", flush=True)

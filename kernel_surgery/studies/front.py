@@ -1,0 +1,135 @@
+"""The Pareto front of a search: as JSON, as the terminal shows it, and as a picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
+from kernel_surgery.studies.searching import Row, front, rule
+from kernel_surgery.studies.space import Search
+
+SHOWN = 12  # rows of the front in the terminal
+WIDTH = 3.7  # of a panel, in inches: a phone's
+UNITS = {
+    "damage": "damage: KL, nats per token, worst language",
+    "probe": "accuracy of a probe for the language",
+    "means": "covariance with the language, share left",
+    "accuracy": "accuracy",
+    "fidelity": "language fidelity",
+}
+
+
+def record(rows: Sequence[Row], search: Search, best: Row) -> dict[str, Any]:
+    """Return the "search" entry of study.json. rows: the baseline's first."""
+    return {
+        "rule": rule(search),
+        "objectives": list(search.objectives),
+        "baseline": rows[0].name,
+        "chosen": best.number,
+        "front": [row.number for row in front(rows, search.objectives)],
+        "rows": [row.as_json() for row in rows],
+    }
+
+
+def table(search: Mapping[str, Any]) -> str:
+    """Return the table of the front on dev, with the baseline and the choice."""
+    rows = {row["number"]: row for row in search["rows"]}
+    first, columns = search["objectives"][0], list(dict.fromkeys([*search["objectives"], "damage", "probe", "means"]))
+    numbers = sorted(search["front"], key=lambda number: rows[number][first])
+    left_out = len(numbers) - SHOWN
+    if left_out > 0:  # the choice stays, and the others evenly
+        step = len(numbers) / SHOWN
+        numbers = sorted(
+            {numbers[int(i * step)] for i in range(SHOWN)} | {search["chosen"]}, key=lambda number: rows[number][first]
+        )
+    shown = [-1, *(number for number in numbers if number != -1)]
+    refused = sum("refused" in row for row in search["rows"])
+    lines = [
+        f"{len(rows) - 1} settings and the baseline on dev, {refused} of them refused. Choice: {search['rule']}. "
+        "The front:",
+        "  " + "  ".join(f"{name:>9}" for name in columns),
+    ]
+    for number in shown:
+        row = rows[number]
+        marks = ["baseline"] * (number == -1) + ["chosen"] * (number == search["chosen"])
+        figures = "  ".join(f"{row[name]:>9.4f}" for name in columns)
+        lines.append(f"  {figures}  {row['name']}{'  <- ' + ', '.join(marks) if marks else ''}")
+    if left_out > 0:
+        lines.append(f"  and {len(search['front']) - len(numbers)} more; all are in study.json")
+    return "\n".join(lines)
+
+
+def reported_table(study: Mapping[str, Any]) -> str:
+    """Return the table of the choice, the baseline and the random edits on test, and how the first two differ."""
+    measured = study["measured"]
+    languages = list(next(iter(measured.values()))["kl"])
+    head = "  ".join(f"{'KL ' + language:>9}" for language in languages)
+    lines = [f"on test:  {head}      probe      means  in words"]
+    for name, by in measured.items():
+        kl = "  ".join(f"{by['kl'][language]:>9.4f}" for language in languages)
+        word = "" if name == "original" else by["word"]
+        lines.append(f"{name:<9} {kl}  {by['probe']:>9.4f}  {by['means']:>9.4f}  {word}".rstrip())
+    lines.append(f"the choice beside the baseline (95% intervals): {difference_in_words(study['difference'])}")
+    return "\n".join(lines)
+
+
+def difference_in_words(found: Mapping[str, Any]) -> str:
+    """Return how the choice differs from the baseline on test, with intervals."""
+    ratios = ", ".join(
+        f"{language} " + ("not comparable" if by is None else "x{:.2f} ({:.2f} to {:.2f})".format(*by))
+        for language, by in found["damage"].items()
+    )
+    return f"KL {ratios}; probe " + "{:+.4f} ({:+.4f} to {:+.4f})".format(*found["probe"])
+
+
+def pictures(study: Mapping[str, Any]) -> list[str]:
+    """Return two panels: all settings with the front on dev, and the choice with the controls on test."""
+    search = study["search"]
+    x, y = "damage", next(name for name in search["objectives"] if name != "damage")
+    rows = [row for row in search["rows"] if "refused" not in row]
+    made, (axes,) = figure(WIDTH, 3.4)
+    least = _positive([row[x] for row in rows] if x in rows[0] else [])
+
+    def at(row: Mapping[str, Any]) -> tuple[float, float]:
+        return max(row[x], least), row[y]
+
+    on_front = sorted((row for row in rows if row["number"] in search["front"]), key=lambda row: row[x])
+    axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color="#9ca3af", alpha=0.8)
+    axes.plot(*zip(*map(at, on_front), strict=True), "o-", ms=4, lw=1, color=COLOURS["fused"])
+    _named(axes, at(rows[0]), "baseline", COLOURS["baked"], "s")
+    _named(axes, at(next(r for r in rows if r["number"] == search["chosen"])), "chosen", LIMIT, "D")
+    _finish(axes, f"dev: {len(rows)} settings", y)
+    other, (axes,) = figure(WIDTH, 3.4)
+    if y in ("probe", "means"):
+        measured = study["measured"]
+        level = measured["original"][y]
+        axes.axhline(level, color=COLOURS["original"], lw=1)
+        axes.annotate("original", (0.02, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        for kind, mark in (("haar", "x"), ("matched", "+")):
+            points = [(max(by[x], least), by[y]) for name, by in measured.items() if name.startswith(kind)]
+            if points:
+                label = {"haar": "uniform random edit", "matched": "matched random edit"}[kind]
+                axes.plot(*zip(*points, strict=True), mark, ms=6, color="#4b5563")
+                axes.annotate(label, max(points), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="right")
+        for name, colour, mark in (("baseline", COLOURS["baked"], "s"), ("chosen", LIMIT, "D")):
+            _named(axes, (max(measured[name][x], least), measured[name][y]), name, colour, mark)
+        _finish(axes, "test: the choice beside random edits", y)
+        return [svg(made), svg(other)]
+    return [svg(made)]
+
+
+def _positive(values: Sequence[float]) -> float:
+    """Return the least positive value: what a logarithmic axis shows instead of 0."""
+    return min((value for value in values if value > 0), default=1e-6)
+
+
+def _named(axes: Any, point: tuple[float, float], name: str, colour: str, mark: str) -> None:
+    axes.plot([point[0]], [point[1]], mark, ms=7, color=colour)
+    axes.annotate(name, point, xytext=(6, -11), textcoords="offset points", fontsize=9, color=colour)
+
+
+def _finish(axes: Any, title: str, y: str) -> None:
+    axes.set_xscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(UNITS["damage"], fontsize=9)
+    axes.set_ylabel(UNITS[y], fontsize=9)
+    axes.margins(0.12)

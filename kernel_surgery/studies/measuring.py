@@ -1,0 +1,208 @@
+"""What a search measures of an edit: the damage on neutral text, and what a probe still reads of the language.
+
+Every edit is read at the same layers, whatever layers it changes: an edit of one layer is then no better than it is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.damage.measure import yardstick_readings
+from kernel_surgery.damage.neutral import NeutralText, Reading
+from kernel_surgery.damage.words import judged, ratio_interval, with_intervals
+from kernel_surgery.edit.modes import applied
+from kernel_surgery.evaluation.controls import first_of_each_category
+from kernel_surgery.evaluation.effects import probe_hits
+from kernel_surgery.models.chat import OFF, Chat
+from kernel_surgery.models.padding import token_batches
+from kernel_surgery.problems.generator import Problem
+from kernel_surgery.problems.neutral import Split
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.moments import Moments
+from kernel_surgery.subspace.reading import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One edit on one split.
+
+    kl: {language: `Reading`}. hits: {layer: tokens that the probe reads right, [problems]}. tokens: [problems], those
+    that it was asked. left: {layer: norm of the covariance with the language label, over that of the original}.
+    """
+
+    kl: Mapping[str, Reading]
+    hits: Mapping[int, np.ndarray]
+    tokens: np.ndarray
+    left: Mapping[int, float]
+
+    @property
+    def damage(self) -> float:
+        """KL(original || edited) of the language that it is largest in, nats per token. Inf if it is not finite."""
+        means = [reading.kl_mean for reading in self.kl.values()]
+        return max(mean if math.isfinite(mean) else math.inf for mean in means)
+
+    @property
+    def probe(self) -> float:
+        """The probe's accuracy, mean over the layers."""
+        return float(np.mean(list(self.by_layer().values())))
+
+    def by_layer(self) -> dict[int, float]:
+        """Return {layer: the probe's accuracy}."""
+        return {layer: float(hits.sum() / self.tokens.sum()) for layer, hits in self.hits.items()}
+
+    @property
+    def all_hits(self) -> np.ndarray:
+        """Tokens that the probe reads right, summed over the layers, [problems]."""
+        return np.sum(list(self.hits.values()), axis=0)
+
+    @property
+    def means(self) -> float:
+        """How much the means still tell of the language: `left`, mean over the layers."""
+        return float(np.mean(list(self.left.values())))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures that decide, as JSON."""
+        languages = {language: reading.kl_mean for language, reading in self.kl.items()}
+        found: dict[str, Any] = {"damage": self.damage, "probe": self.probe, "means": self.means, "kl": languages}
+        return found | {"probes": self.by_layer(), "left": dict(self.left)}
+
+    def whole(self) -> dict[str, Any]:
+        """Return everything as JSON, for `of`."""
+        readings = {
+            language: {name: np.asarray(value).tolist() for name, value in vars(reading).items()}
+            for language, reading in self.kl.items()
+        }
+        return {
+            "kl": readings,
+            "hits": {layer: hits.tolist() for layer, hits in self.hits.items()},
+            "tokens": self.tokens.tolist(),
+            "left": dict(self.left),
+        }
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> "Measured":
+        """Return what `whole` gave."""
+        kl = {}
+        for language, by in held["kl"].items():
+            tokens, sums, loss, original = (np.array(by[name]) for name in ("tokens", "kl", "loss", "original_loss"))
+            kl[language] = Reading(tokens, sums, loss, original, by["kl_p99"])
+        hits = {int(layer): np.array(found) for layer, found in held["hits"].items()}
+        return cls(kl, hits, np.array(held["tokens"]), {int(layer): x for layer, x in held["left"].items()})
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Measures edits of one model on one split.
+
+    model: unedited when this is made. languages: of the neutral text. asked: the problems whose prompts the probe
+    reads, in `probed` languages. layers: where it reads, at the MLPs' outputs. mode: how edits are made.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    languages: Sequence[str]
+    asked: Sequence[Problem]
+    probed: Sequence[str]
+    layers: Sequence[int]
+    mode: str
+    split: Split
+    chat: Chat = OFF
+
+    @cached_property
+    def text(self) -> NeutralText:
+        """The original's predictions."""
+        return NeutralText(self.model, self.tokenizer, self.languages, self.split)
+
+    @cached_property
+    def yardsticks(self) -> dict[str, dict[str, Reading]]:
+        """What the words are measured against."""
+        return yardstick_readings(self.text)
+
+    def measure(self, subspace: Subspace | None) -> Measured:
+        """Measure an edit, or the original. The model is unchanged afterwards."""
+        original, before = self._original  # read before there is an edit
+        if subspace is None:
+            return original
+        with applied(self.mode, self.model, subspace, 1.0):
+            kl, (hits, tokens, norms) = self.text.read(), self._probe()
+        left = {layer: norm / before[layer] for layer, norm in norms.items()}
+        return Measured(kl, hits, tokens, left)
+
+    @cached_property
+    def _original(self) -> tuple[Measured, dict[int, float]]:
+        """The original, and the norm of its covariance with the language label by layer."""
+        hits, tokens, norms = self._probe()
+        return Measured(self.text.read(), hits, tokens, dict.fromkeys(norms, 1.0)), norms
+
+    def _probe(self) -> tuple[dict[int, np.ndarray], np.ndarray, dict[int, float]]:
+        """Return the tokens that a probe reads right, {layer: [problems]}, those it was asked, [problems], and the norm
+        of the tokens' covariance with the language label, {layer: norm}.
+
+        The first token of a prompt is left out: it is the same in every language, or an attention sink.
+        """
+        prompts = [(g, label) for g in range(len(self.asked)) for label in range(len(self.probed))]
+        texts = [self.asked[g].prompts[self.probed[label]] for g, label in prompts]
+        encoded = [self.chat.ids(self.tokenizer, text) for text in texts]
+        rows: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+
+        def take(layer: int, states: Tensor, mask: Tensor) -> None:
+            rows[layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
+
+        order: list[int] = []  # the prompt of every row
+        with reading(self.model, self.tokenizer, self.layers, "mlp_out", take) as read:
+            for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
+                read([encoded[i] for i in batch])
+                order += [i for i in batch for _ in encoded[i][1:]]
+        groups, labels = torch.tensor(prompts)[order].T
+        count = len(self.asked)
+        hits, norms = {}, {}
+        for layer in self.layers:
+            x = torch.cat(rows.pop(layer))
+            right = groups[probe_hits(x, labels, groups)]
+            hits[layer] = torch.bincount(right, minlength=count).double().numpy()
+            moments = Moments.empty(len(self.probed), x.shape[1])
+            moments.add(x, labels)
+            norms[layer] = float(moments.label_covariance.norm())
+        return hits, torch.bincount(groups, minlength=count).double().numpy(), norms
+
+    def figures(self, found: Measured) -> dict[str, Any]:
+        """Return everything that is reported of an edit, with intervals and its damage in words."""
+        return found.as_json() | {
+            "neutral": {language: with_intervals(reading) for language, reading in found.kl.items()},
+            "word": judged(found.kl, self.yardsticks)["word"],
+            "probe_ci95": list(ratio_interval(found.all_hits, found.tokens * len(found.hits))),
+        }
+
+
+def first_problems(asked: Sequence[Problem], count: int) -> list[Problem]:
+    """Return about `count` problems: the first of every category, the same number of each."""
+    categories = len({problem.category for problem in asked})
+    return first_of_each_category(asked, max(1, count // categories))
+
+
+def difference(edit: Measured, baseline: Measured) -> dict[str, Any]:
+    """Compare an edit with another one, on the same texts. Every interval is 95%, paired over sentences or problems.
+
+    Returns {"damage": {language: [ratio of the mean KL, low, high], or None if the other has no damage}, "probe":
+    [difference in accuracy, low, high]}.
+    """
+    ratios: dict[str, list[float] | None] = {}
+    for language, one in edit.kl.items():
+        other = baseline.kl[language]
+        if not (other.kl > 0).all():
+            ratios[language] = None
+            continue
+        ratios[language] = [float(one.kl.sum() / other.kl.sum()), *ratio_interval(one.kl, other.kl)]
+    above = edit.all_hits - baseline.all_hits
+    below = edit.tokens * len(edit.hits)
+    return {"damage": ratios, "probe": [float(above.sum() / below.sum()), *ratio_interval(above, below)]}

@@ -1,0 +1,134 @@
+"""A study under way: the loaded model, the problems of each split, the folder, and how they are asked."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.edit.modes import applied
+from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
+from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
+from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
+from kernel_surgery.evaluation.summary import summarize
+from kernel_surgery.files.problems import Source, problem_source
+from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.before import load_checked
+from kernel_surgery.models.chat import OFF, Chat, choose_chat
+from kernel_surgery.models.load import parse_device, parse_dtype, public_name
+from kernel_surgery.problems.generator import Problem
+from kernel_surgery.studies.settings import Fitter
+from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# {name of a setting: (its subspace, the strength of the edit)}.
+Settings = Mapping[str, tuple[Subspace, float]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is under way: the loaded model, the problems of each split, and the folder.
+
+    declared: as `read_grid` returns it, without what left no trace. named: the same as the record has it.
+    """
+
+    declared: dict[str, Any]
+    named: dict[str, Any]
+    folder: Path
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    source: Source
+    splits: dict[str, tuple[Problem, ...]]
+    languages: tuple[str, ...]
+    chat: Chat
+    device: "torch.device"
+
+    @property
+    def layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def fitter(self, layers: range) -> Fitter:
+        """Return what fits the settings, at these layers."""
+        about = (self.source, self.folder, self.declared["model"], self.declared["seed"], self.chat)
+        return Fitter(self.model, self.tokenizer, layers, *about)
+
+    def ask(self, split: str, settings: Settings) -> tuple[Context, Cells]:
+        """Ask the problems of a split, of the original and of every edit. Return the texts at the budget."""
+        declared = self.declared
+        context = Context(
+            *(self.model, self.tokenizer, self.splits[split], self.languages, declared["max_new_tokens"]),
+            *(declared["batch_size"], self.chat),
+        )
+        samples = self.folder / f"{split}.jsonl"
+        done = take_up(samples, self.splits[split], score_again(self.tokenizer, self.chat))
+        texts = answer_cells(context, edit_blocks(self.model, declared["mode"], settings), done, samples)
+        return context, at_budget(texts, declared["budget"], self.tokenizer, self.chat)
+
+    def figures(self, cells: Cells, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Return {name: {language: summary}}."""
+        budget = self.declared["budget"]
+        return {name: {lang: summarize(cells[name, lang], budget) for lang in self.languages} for name in names}
+
+
+def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any]], object]) -> Study:
+    """Load what a study needs, and open its folder. check: called with the model's configuration, before it loads."""
+    source = problem_source(declared["problems"], seed=declared["seed"])
+    languages = source.languages(",".join(declared["languages"]))
+    source.split("fit")
+    if source.own:  # the place of a file is not recorded: records travel
+        declared = declared | {"problems": source.record["problems_file"]} | source.record
+    device = parse_device(declared["device"])
+    dtype = parse_dtype(declared["dtype"], device)
+    chat = choose_chat(declared["model"], declared["chat"], thinking=declared["thinking"])
+    # Off leaves no trace: the hash of a choice that was frozen before there was a chat stays the same.
+    declared = {name: value for name, value in declared.items() if name not in BEFORE_CHAT}
+    declared |= chat.record() if chat.on else {}
+    named = declared | {"model": public_name(declared["model"])}
+    if "search" in named:
+        named["search"] = asdict(named["search"])
+    config = named | {"resolved_dtype": str(dtype)}
+    resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
+    check_run(folder, config, resume=resume)
+    splits = {split: tuple(source.split(split)) for split in ("dev", "test")}
+    prompts = [p.prompts[language] for split in splits.values() for p in split for language in languages]
+    model, tokenizer = load_checked(
+        *(declared["model"], (dtype, device), prompts, declared["max_new_tokens"]),
+        lambda _, found: check(found),
+        chat=chat,
+    )
+    config["weights"] = digest(fingerprint(model))
+    open_run(folder, config, resume=resume)
+    return Study(declared, named, folder, model, tokenizer, source, splits, tuple(languages), chat, device)
+
+
+def edit_blocks(model: "PreTrainedModel", mode: str, settings: Settings) -> dict[str, EditBlock]:
+    """Return the edits to ask: the original's, and one for every subspace."""
+    blocks: dict[str, EditBlock] = {"original": partial(applied, "original", model, None, 1.0)}
+    for name, (subspace, strength) in settings.items():
+        blocks[name] = partial(applied, mode, model, subspace, strength)
+    return blocks
+
+
+def at_budget(cells: Cells, budget: int, tokenizer: "PreTrainedTokenizerBase", chat: Chat = OFF) -> Cells:
+    """Return the cells as a budget of `budget` tokens would have left them, scored again. chat: as in `text_of`."""
+    decode = text_of(tokenizer, chat)
+    shortened: Cells = {}
+    for (name, language), cell in cells.items():
+        shortened[name, language] = []
+        for sample in cell:
+            if len(sample["tokens"]) <= budget:
+                shortened[name, language].append(sample)
+                continue
+            ids = tuple(sample["tokens"][:budget])
+            problem = Problem(
+                sample["id"], sample["category"], "", "", {}, sample["answer"], {language: sample["prompt"]}
+            )
+            sample_at_budget = score(problem, language, name, Generation(ids, decode(ids), "length"), decode)
+            shortened[name, language].append(sample_at_budget)
+    return shortened

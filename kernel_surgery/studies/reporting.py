@@ -1,0 +1,82 @@
+"""What a study reports of its choice on the test half: beside the baseline, the original and random edits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.damage.measure import neutral_moments, with_edits
+from kernel_surgery.damage.yardsticks import haar_edits, matched_edits
+from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
+from kernel_surgery.studies.opening import Study
+from kernel_surgery.studies.settings import Setting
+from kernel_surgery.studies.space import BASELINE, Search
+from kernel_surgery.subspace.artifact import Subspace
+
+CHOSEN, ORIGINAL = "chosen", "original"
+MEASURED = "measured.json"
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Measures edits on dev and on test. controls: random edits of each kind."""
+
+    dev: Measuring
+    test: Measuring
+    folder: Path
+    controls: int
+
+    @classmethod
+    def of(cls, study: Study, search: Search, base: Setting) -> "Reporting":
+        """Return what measures the edits of a study at the baseline's layers."""
+
+        def measuring(split: Any) -> Measuring:
+            asked = first_problems(study.splits[split], search.probed)
+            return Measuring(
+                *(study.model, study.tokenizer, study.languages, asked, study.source.languages()),
+                *(list(range(base.layers[0], base.layers[1] + 1)), study.declared["mode"], split, study.chat),
+            )
+
+        return cls(measuring("dev"), measuring("test"), study.folder, search.controls)
+
+    def on_test(self, chosen: Subspace, baseline: Subspace, name: str) -> dict[str, Any]:
+        """Measure the choice, the baseline, the original and the controls on test. Return their figures as JSON.
+
+        name: of the choice. What is finished is kept in measured.json, so a killed study does not do it again.
+
+        Returns {"measured": {"original", "baseline", "chosen", "haar:0", ...: figures}, "difference": of the choice
+        from the baseline}.
+        """
+        edits: dict[str, Callable[[], Subspace | None]] = {
+            ORIGINAL: lambda: None,
+            BASELINE: lambda: baseline,
+            CHOSEN: lambda: chosen,
+        }
+        for seed in range(self.controls):
+            edits[f"haar:{seed}"] = lambda seed=seed: self._random(chosen, "haar", seed)  # type: ignore[misc]
+            edits[f"matched:{seed}"] = lambda seed=seed: self._random(chosen, "matched", seed)  # type: ignore[misc]
+        file, kept = self.folder / MEASURED, dict[str, Any]()
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = kept["edits"] if kept.get("of") == name else {}
+        with progress_bar(len(edits), "test", initial=len(kept)) as bar:
+            for edit, make in edits.items():
+                if edit not in kept:
+                    kept[edit] = self.test.measure(make()).whole()
+                    write_atomic(file, json.dumps({"of": name, "edits": kept}) + "\n")
+                    bar.update()
+        found = {edit: Measured.of(kept[edit]) for edit in edits}
+        return {
+            "measured": {edit: self.test.figures(by) for edit, by in found.items()},
+            "difference": difference(found[CHOSEN], found[BASELINE]),
+        }
+
+    def _random(self, subspace: Subspace, kind: str, seed: int) -> Subspace:
+        """Return a random edit of the same rank, layers and strengths."""
+        edits = subspace.projections
+        if kind == "haar":
+            return with_edits(subspace, haar_edits(edits, seed))
+        return with_edits(subspace, matched_edits(edits, neutral_moments(self.test.text, tuple(edits)), seed))
