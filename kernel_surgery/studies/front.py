@@ -82,54 +82,50 @@ def difference_in_words(found: Mapping[str, Any]) -> str:
 
 
 def pictures(study: Mapping[str, Any]) -> list[str]:
-    """Return two panels: all settings with the front on dev, and the choice with the controls on test."""
+    """Return two panels: all settings with the front on dev, and the choice with the controls on test.
+
+    A search whose second objective needs answers has the first panel alone.
+    """
     search = study["search"]
     x, y = "damage", next(name for name in search["objectives"] if name != "damage")
     rows = [row for row in search["rows"] if "refused" not in row]
-    made, (axes,) = figure(WIDTH, 3.4)
-    least = _positive([row[x] for row in rows] if x in rows[0] else [])
+    least = min((row[x] for row in rows if row[x] > 0), default=1e-6)  # where a logarithmic axis shows 0
 
-    def at(row: Mapping[str, Any]) -> tuple[float, float]:
-        return max(row[x], least), row[y]
+    def at(figures: Mapping[str, Any]) -> tuple[float, float]:
+        return max(figures[x], least), figures[y]
 
     on_front = sorted((row for row in rows if row["number"] in search["front"]), key=lambda row: row[x])
-    axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color="#9ca3af", alpha=0.8)
-    axes.plot(*zip(*map(at, on_front), strict=True), "o-", ms=4, lw=1, color=COLOURS["fused"])
-    _named(axes, at(rows[0]), "baseline", COLOURS["baked"], "s")
-    _named(axes, at(next(r for r in rows if r["number"] == search["chosen"])), "chosen", LIMIT, "D")
-    _finish(axes, f"dev: {len(rows)} settings", y)
-    other, (axes,) = figure(WIDTH, 3.4)
-    if y in ("probe", "means"):
-        measured = study["measured"]
-        level = measured["original"][y]
-        axes.axhline(level, color=COLOURS["original"], lw=1)
-        axes.annotate("original", (0.02, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        for kind, mark in (("haar", "x"), ("matched", "+")):
-            points = [(max(by[x], least), by[y]) for name, by in measured.items() if name.startswith(kind)]
-            if points:
-                label = {"haar": "uniform random edit", "matched": "matched random edit"}[kind]
-                axes.plot(*zip(*points, strict=True), mark, ms=6, color="#4b5563")
-                axes.annotate(label, max(points), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="right")
-        for name, colour, mark in (("baseline", COLOURS["baked"], "s"), ("chosen", LIMIT, "D")):
-            _named(axes, (max(measured[name][x], least), measured[name][y]), name, colour, mark)
-        _finish(axes, "test: the choice beside random edits", y)
-        return [svg(made), svg(other)]
-    return [svg(made)]
+    made, (axes,) = figure(WIDTH, 3.8)
+    axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color="#9ca3af", alpha=0.8, label="a setting")
+    axes.plot(*zip(*map(at, on_front), strict=True), "o-", ms=4, lw=1, color=COLOURS["fused"], label="the front")
+    chosen = next(row for row in rows if row["number"] == search["chosen"])
+    _stand_out(axes, at(rows[0]), at(chosen))
+    _finish(made, axes, f"dev: {len(rows)} settings", y)
+    if y not in ("probe", "means"):
+        return [svg(made)]
+    measured = study["measured"]
+    other, (axes,) = figure(WIDTH, 3.8)
+    axes.axhline(measured["original"][y], color=COLOURS["original"], lw=1, label="original")
+    for kind, mark, label in (("haar", "x", "uniform random edit"), ("matched", "+", "matched random edit")):
+        if points := [at(by) for name, by in measured.items() if name.startswith(kind)]:
+            axes.plot(*zip(*points, strict=True), mark, ms=7, color="#4b5563", label=label)
+    _stand_out(axes, at(measured["baseline"]), at(measured["chosen"]))
+    _finish(other, axes, "test: the choice beside random edits", y)
+    return [svg(made), svg(other)]
 
 
-def _positive(values: Sequence[float]) -> float:
-    """Return the least positive value: what a logarithmic axis shows instead of 0."""
-    return min((value for value in values if value > 0), default=1e-6)
+def _stand_out(axes: Any, baseline: tuple[float, float], chosen: tuple[float, float]) -> None:
+    """Mark the baseline and the choice. Where they are one, both marks are seen."""
+    axes.plot(
+        *([value] for value in baseline), "s", ms=9, mfc="none", mew=1.8, color=COLOURS["baked"], label="baseline"
+    )
+    axes.plot(*([value] for value in chosen), "D", ms=5, color=LIMIT, label="chosen")
 
 
-def _named(axes: Any, point: tuple[float, float], name: str, colour: str, mark: str) -> None:
-    axes.plot([point[0]], [point[1]], mark, ms=7, color=colour)
-    axes.annotate(name, point, xytext=(6, -11), textcoords="offset points", fontsize=9, color=colour)
-
-
-def _finish(axes: Any, title: str, y: str) -> None:
+def _finish(made: Any, axes: Any, title: str, y: str) -> None:
     axes.set_xscale("log")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(UNITS["damage"], fontsize=9)
     axes.set_ylabel(UNITS[y], fontsize=9)
     axes.margins(0.12)
+    made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
