@@ -2,7 +2,7 @@
 
     --check            write nothing; print one line for each page or plot that is not up to date, and return 1
     --results DIR      first store the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
-    --study DIR        first store a finished study (docs/retest.md)
+    --study DIR        first store a finished study (docs/retest.md), or a search (docs/real.md)
     --controls DIR...  first store the controls of finished evaluations (docs/retest.md)
 
 A table stands between two marks on its page: <!-- measured: NAME --> and <!-- end -->. Nobody types a figure there.
@@ -14,9 +14,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import tables
+from bench import reals, tables
 from bench.parsing import bench_parser
-from bench.reals import real
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
@@ -104,7 +103,14 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "fields": tables.fields,
     },
     "docs/scoring.md": {"labels": labels},
-    "docs/real.md": {"real": real},
+    "docs/real.md": {
+        "real": reals.real,
+        "search": reals.search,
+        "sources": reals.sources,
+        "curve": reals.curve,
+        "texts": reals.texts,
+        "polyglot": reals.polyglot,
+    },
     "docs/retest.md": {"retest": retest, "controls": controls},
 }
 
@@ -142,7 +148,11 @@ def store_inputs(args: argparse.Namespace) -> None:
     """Copy the results that the command line names to the files that the tables are made from."""
     if args.results:
         write_atomic(ANSWERS, json.dumps(finished(args.results), indent=1, ensure_ascii=False) + "\n")
-    if args.study:
+    if args.study and "search" in finished(args.study, "study.json"):
+        held = finished(args.study, "study.json")
+        kept = ("declared", "environment", "damage_in_words", "search", "frozen", "measured", "difference", "damage")
+        write_atomic(reals.SEARCH, json.dumps({name: held[name] for name in kept}, indent=1) + "\n")
+    elif args.study:
         write_atomic(STUDY, json.dumps(finished(args.study, "study.json")) + "\n")
     if args.controls:
         stored = []

@@ -1,4 +1,4 @@
-"""The tables of docs/real.md, from what `bench.real` stored."""
+"""The tables of docs/real.md, from what `bench.real`, `bench.sources`, `bench.texts` and `study` stored in docs/."""
 
 import json
 import statistics
@@ -6,32 +6,156 @@ from pathlib import Path
 
 from bench import tables
 
-ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = ROOT / "docs" / "real-smollm2.json"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SMOLLM2, POLYGLOT = DOCS / "real-smollm2.json", DOCS / "real-polyglot.json"
+SEARCH, SOURCES, TEXTS = DOCS / "search-smollm2.json", DOCS / "real-sources.json", DOCS / "real-texts.json"
+OURS, THEIRS = "our problems", "the files' problems"  # as `bench.sources` names them
+
+
+def held(file: Path) -> dict | None:
+    """The contents of a file, or None if nothing is stored."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def stamped(stored: dict, command: str | None = None) -> str:
+    """Where and when something was measured."""
+    return (
+        f"\n`{command or stored['command']}` on {stored['device']}, torch {stored['torch']}, commit "
+        f"{stored['commit'][:10]}, {stored['date'][:10]}.\n"
+    )
+
+
+def kl(figures: dict) -> str:
+    """A mean KL with its interval."""
+    return f"{figures['kl_mean']:.3g} ({figures['kl_ci95'][0]:.3g} to {figures['kl_ci95'][1]:.3g})"
 
 
 def real(file: Path = SMOLLM2) -> str:
     """Every setting: damage per language, what is left, and what a probe reads. Empty if nothing is stored."""
-    if not file.is_file():
+    stored = held(file)
+    if stored is None:
         return ""
-    stored = json.loads(file.read_text(encoding="utf-8"))
     languages = list(next(row["damage"] for row in stored["rows"] if row["damage"]))
     head = ["edit", "tokens", *(f"KL {x} (95% interval)" for x in languages), *(f"ppl {x}" for x in languages)]
     body = []
     for row in stored["rows"]:
         name = row["setting"] if row.get("yardstick") else row["setting"][0].upper() + row["setting"][1:]
-        kl = [
-            f"{r['kl_mean']:.3g} ({r['kl_ci95'][0]:.3g} to {r['kl_ci95'][1]:.3g})" for r in row["damage"].values()
-        ] or ["-"] * len(languages)
+        costs = [kl(figures) for figures in row["damage"].values()] or ["-"] * len(languages)
         ratio = [f"{r['perplexity_ratio']:.3g}" for r in row["damage"].values()] or ["-"] * len(languages)
         left = "-"
         if "left" in row:
             layer, most = max(row["left"].items(), key=lambda item: item[1])
             left = f"{statistics.median(row['left'].values()):.1e}, {most:.1e} (layer {layer})"
         probes = ", ".join(f"{x:.3f}" for x in row["probes"].values()) if "probes" in row else "-"
-        body.append([name, str(row.get("tokens", "-")), *kl, *ratio, row["word"] or "-", left, probes])
+        body.append([name, str(row.get("tokens", "-")), *costs, *ratio, row["word"] or "-", left, probes])
+    return tables.table([*head, "in words", "left", "probe"], body) + stamped(stored)
+
+
+def polyglot() -> str:
+    """The same for the embedded model."""
+    return real(POLYGLOT)
+
+
+def search() -> str:
+    """The search's choice on test, beside the baseline and random edits."""
+    from kernel_surgery.studies.front import difference_in_words
+    from kernel_surgery.studies.settings import Setting
+
+    study = held(SEARCH)
+    if study is None:
+        return ""
+    found, measured = study["search"], study["measured"]
+    rows = {row["number"]: row for row in found["rows"]}
+    languages = list(measured["original"]["kl"])
+    head = ["edit, on test", *(f"KL {x} (95% interval)" for x in languages), *(f"ppl {x}" for x in languages)]
+    body = [
+        [
+            *(name, *(kl(by["neutral"][x]) for x in languages)),
+            *(f"{by['neutral'][x]['perplexity_ratio']:.3g}" for x in languages),
+            *(f"{by['probe']:.4f} ({by['probe_ci95'][0]:.4f} to {by['probe_ci95'][1]:.4f})", f"{by['means']:.3f}"),
+            by["word"] if name != "original" else "-",
+        ]
+        for name, by in measured.items()
+    ]
+    chosen = Setting.of(rows[found["chosen"]]["setting"])
     return (
-        tables.table([*head, "in words", "left", "probe"], body)
-        + f"\n`{stored['command']}` on {stored['device']}, torch {stored['torch']}, commit {stored['commit'][:10]}, "
-        f"{stored['date']}.\n"
+        f"Tried: {len(rows) - 1} settings and the baseline; on the front: {len(found['front'])}. Choice: "
+        f"{found['rule']}.\n\nChosen: {chosen.name}. Beside the baseline on test: "
+        f"{difference_in_words(study['difference'])}.\n\n"
+        + tables.table([*head, "probe (95% interval)", "means left", "in words"], body)
+        + stamped(study["environment"], "python -m kernel_surgery.study docs/search-smollm2.toml --out search")
     )
+
+
+def sources() -> str:
+    """The edit fitted on other problems beside ours: damage, what is read on both, and the principal angles."""
+    stored = held(SOURCES)
+    if stored is None:
+        return ""
+    names = {OURS: "our templates", THEIRS: "MGSM", "our problems, the files' languages": "our templates"}
+    languages = list(next(iter(stored["rows"].values()))["damage"])
+    head = ["fitted on", "languages", "rank", "tokens", *(f"KL {x} (95% interval)" for x in languages)]
+    head += [f"ppl {x}" for x in languages]
+    body = [
+        [
+            *(names[name], str(len(row["languages"])), str(row["rank"]), str(row["tokens"])),
+            *(kl(row["damage"][x]) for x in languages),
+            *(f"{row['damage'][x]['perplexity_ratio']:.3g}" for x in languages),
+            *(f"{row['read'][where]['probe']:.3f}, {row['read'][where]['means']:.2f}" for where in (OURS, THEIRS)),
+        ]
+        for name, row in stored["rows"].items()
+    ]
+    before = stored["original"]
+    columns = [f"on our unseen wordings ({before[OURS]:.3f}, 1)", f"on unseen MGSM ({before[THEIRS]:.3f}, 1)"]
+    angles = stored["angles"]
+    lines = []
+    for side, words in (("written", "what they write (A)"), ("read", "what they read (B)")):
+        middle = [statistics.median(column) for column in zip(*angles[side].values(), strict=True)]
+        lines.append(f"{words} {', '.join(f'{x:.0f}' for x in middle)}")
+    chance = ", ".join(f"{x:.0f}" for x in angles["random"])
+    return (
+        tables.table([*head, *columns], body)
+        + f"\nPrincipal angles between the two edits in five languages, in degrees, median over the layers: "
+        f"{'; '.join(lines)}; two random subspaces {chance}.\n"
+        + stamped(stored, "python -m bench.sources --problems mgsm")
+    )
+
+
+def curve() -> str:
+    """The learning curve on MGSM: tokens, rank and order of the fit."""
+    stored = held(SOURCES)
+    if stored is None or not stored.get("curve"):
+        return ""
+    whole = stored["rows"][THEIRS]
+    rows = [*stored["curve"].values(), whole | {"sequential": False}]
+    rows.sort(key=lambda row: (row["sequential"], row["rank"] != whole["rank"], row["rank"], row["tokens"]))
+    languages = list(whole["damage"])
+    body = []
+    for row in rows:
+        read = row["read"][THEIRS]
+        low, high = read["probe_ci95"]
+        body.append(
+            [
+                *("layer by layer" if row["sequential"] else "one by one", str(row["rank"]), str(row["tokens"])),
+                *(kl(row["damage"][x]) for x in languages),
+                *(f"{read['probe']:.3f} ({low:.3f} to {high:.3f})", f"{read['means']:.2f}", row["word"]),
+            ]
+        )
+    head = ["fitted", "rank", "tokens", *(f"KL {x} (95% interval)" for x in languages)]
+    return tables.table([*head, "probe on unseen MGSM", "means left", "in words"], body)
+
+
+def texts() -> str:
+    """Texts of the original and the edited models, one block per prompt."""
+    stored = held(TEXTS)
+    if stored is None:
+        return ""
+    blocks = []
+    for index, prompt in enumerate(stored["prompts"]):
+        body = [
+            [name, " ".join(by[index].split()).replace("|", "\\|") or "(nothing)"]
+            for name, by in stored["texts"].items()
+        ]
+        blocks.append(f"**{prompt}**\n\n" + tables.table(["", "text"], body))
+    how = f"Decoded greedily, {stored['tokens']} tokens at most{', in the chat template' * stored['chat']}."
+    return "\n".join(blocks) + f"\n{how}\n" + stamped(stored)

@@ -5,6 +5,9 @@ edits are fitted: on our problems in seven languages (the default), on ours in t
 files. For each: the damage on neutral text, and what a probe and the means still tell of the language at the edited
 sites, on our unseen wordings and on unseen problems of the files. For the last two also the principal angles between
 what they read (B) and what they write (A), layer by layer, beside those of random subspaces.
+
+Then a learning curve: the edit fitted on the first problems of the files, on more and more of them, at every rank, and
+layer by layer. Rows are stored one by one; --resume goes on with those that are missing.
 """
 
 import json
@@ -37,6 +40,14 @@ def random_angles(d: int, k: int, draws: int = 200) -> list[float]:
     return [statistics.median(column) for column in zip(*found, strict=True)]
 
 
+def curve(count: int, most: int) -> list[tuple[int, int | None, bool]]:
+    """(problems, rank or None for the most, layer by layer) of every row of the curve, for `count` problems."""
+    sizes = [n for n in (2, 6, 18, 54) if n < count]
+    rows: list[tuple[int, int | None, bool]] = [(n, None, False) for n in sizes]
+    rows += [(count, rank, False) for rank in range(1, most)]
+    return rows + [(n, None, True) for n in (*sizes[-1:], count)]
+
+
 def parser() -> Parser:
     """The command line."""
     p = bench_parser("sources", "The default edit fitted on other problems, beside the one fitted on ours.")
@@ -45,62 +56,106 @@ def parser() -> Parser:
     p.add_argument("--languages", default="en,zh", help="of the neutral text (default en,zh)")
     p.add_argument("--count", type=int, default=5, help="our problems per category (default 5)")
     p.add_argument("--out", type=Path, help="JSON file to store the result in")
+    p.add_argument("--resume", action="store_true", help="keep the rows that are in --out, and go on")
     return p
 
 
+class Sources:
+    """A loaded model, the problems of both sources, and what measures an edit on each."""
+
+    def __init__(self, name: str, files: list[str], spoken: tuple[str, ...], count: int):
+        from kernel_surgery.common.names import LANGUAGES
+        from kernel_surgery.files.problems import problem_source
+        from kernel_surgery.models.architectures import default_layers
+        from kernel_surgery.models.load import load_model, load_tokenizer, local_folder, resolve_model
+        from kernel_surgery.problems.generator import problems
+        from kernel_surgery.studies.measuring import Measuring, first_problems
+
+        self.folder = local_folder(resolve_model(name))
+        self.model, self.tokenizer = load_model(name), load_tokenizer(name)
+        self.layers = list(default_layers(self.model.config.num_hidden_layers))
+        source = problem_source(files)
+        self.file, theirs, ours = source.record["problems_file"], source.languages(), problems("fit", count)
+        self.fits = {OURS: (ours, LANGUAGES), FEWER: (ours, theirs), THEIRS: (source.split("fit"), theirs)}
+        asked = {OURS: (problems("test", 4), LANGUAGES), THEIRS: (first_problems(source.split("test"), 20), theirs)}
+        about = (self.layers, "hook", "test")
+        self.measuring = {
+            where: Measuring(self.model, self.tokenizer, spoken, chosen, languages, *about)
+            for where, (chosen, languages) in asked.items()
+        }
+
+    def fit(self, name: str, count: int | None = None, rank: int | None = None, sequential: bool = False):
+        """The subspace fitted on the first `count` problems of a source (None: on all)."""
+        import torch
+
+        from kernel_surgery import collect_moments, fit_subspace
+        from kernel_surgery.models.layerwise import Layerwise
+        from kernel_surgery.subspace.sequential import fit_sequentially
+
+        chosen, languages = self.fits[name]
+        if sequential:
+            reader = Layerwise(self.folder, torch.float32)
+            return fit_sequentially(reader, self.tokenizer, chosen[:count], languages, self.layers, rank=rank)
+        layers = f"{self.layers[0]}-{self.layers[-1]}"
+        return fit_subspace(collect_moments(self.model, self.tokenizer, chosen[:count], languages, layers), rank)
+
+    def row(self, subspace, where: tuple[str, ...]) -> dict:
+        """What is measured of a subspace on the given sources."""
+        found = {name: self.measuring[name].figures(self.measuring[name].measure(subspace)) for name in where}
+        first = found[where[0]]
+        read = {name: {key: by[key] for key in ("probe", "probe_ci95", "means")} for name, by in found.items()}
+        fit = subspace.fit
+        return {"rank": subspace.rank, "problems": fit["problems"], "tokens": sum(fit["tokens"].values())} | {
+            "damage": first["neutral"],
+            "word": first["word"],
+            "read": read,
+        }
+
+
 def run(argv: list[str] | None = None) -> int:
-    """Print and store the comparison. Return 0."""
+    """Print and store the comparison and the learning curve. Return 0."""
     args = parser().parse_args(argv)
 
     from bench.timing import stamp
-    from kernel_surgery import collect_moments, fit_subspace
-    from kernel_surgery.common.names import LANGUAGES
-    from kernel_surgery.files.problems import problem_source
-    from kernel_surgery.models.architectures import default_layers
-    from kernel_surgery.models.load import load_model, load_tokenizer
     from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.problems.generator import problems
-    from kernel_surgery.studies.measuring import Measuring, first_problems
 
     choose_threads(args.model)
-    about = {"model": args.model} | stamp("cpu")
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    layers = list(default_layers(model.config.num_hidden_layers))
-    source, spoken = problem_source(args.problems), tuple(args.languages.split(","))
-    theirs = source.languages()
-    asked = {OURS: (problems("test", 4), LANGUAGES), THEIRS: (first_problems(source.split("test"), 20), theirs)}
-    measuring = {
-        name: Measuring(model, tokenizer, spoken, chosen, languages, layers, "hook", "test")
-        for name, (chosen, languages) in asked.items()
-    }
-    ours = problems("fit", args.count)
-    fits = {OURS: (ours, LANGUAGES), FEWER: (ours, theirs), THEIRS: (source.split("fit"), theirs)}
-    rows, subspaces = [], {}
-    for name, (chosen, languages) in fits.items():
-        moments = collect_moments(model, tokenizer, chosen, languages, f"{layers[0]}-{layers[-1]}")
-        subspaces[name] = fit_subspace(moments)
-        figures = {where: m.figures(m.measure(subspaces[name])) for where, m in measuring.items()}
-        row = {"fitted on": name, "languages": list(languages), "rank": subspaces[name].rank}
-        row |= {"problems": len(chosen), "tokens": sum(moments.provenance["tokens"].values())}
-        row |= {"damage": figures[OURS]["neutral"], "word": figures[OURS]["word"]}
-        row |= {"read": {where: {k: found[k] for k in ("probe", "means")} for where, found in figures.items()}}
-        rows.append(row)
-        print(json.dumps({key: row[key] for key in ("fitted on", "tokens", "word", "read")}), flush=True)
-    one, other = subspaces[FEWER].projections, subspaces[THEIRS].projections
-    d, k = one[layers[0]].basis.shape
-    found = {
-        "written": {layer: angles(one[layer].basis, other[layer].basis) for layer in layers},
-        "read": {layer: angles(one[layer].reads, other[layer].reads) for layer in layers},
-        "random": random_angles(d, k),
-    }
-    original = {where: {k: getattr(m.measure(None), k) for k in ("probe", "means")} for where, m in measuring.items()}
-    result = about | {"problems_file": source.record["problems_file"], "rows": rows, "angles": found}
-    result |= {"original": original, "sentences": measuring[OURS].text.sentences}
-    for side in ("written", "read"):
-        middle = [statistics.median(column) for column in zip(*found[side].values(), strict=True)]
-        print(side, *(f"{x:.0f}" for x in middle), "degrees; random", *(f"{x:.0f}" for x in found["random"]))
-    if args.out:
-        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+    result: dict = {"rows": {}, "curve": {}}
+    if args.resume and args.out and args.out.is_file():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+    sources = Sources(args.model, args.problems, tuple(args.languages.split(",")), args.count)
+    result |= {"model": args.model, "problems_file": sources.file} | stamp("cpu")
+
+    def keep(part: str, name: str, row: dict) -> None:
+        result[part][name] = row
+        print(part, name, json.dumps({key: row.get(key) for key in ("tokens", "word", "read")}), flush=True)
+        if args.out:
+            write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+    if "original" not in result:
+        both = {where: measuring.measure(None) for where, measuring in sources.measuring.items()}
+        result["original"] = {where: found.as_json()["probe"] for where, found in both.items()}
+        result["sentences"] = sources.measuring[OURS].text.sentences
+    subspaces = {}
+    for name in (OURS, FEWER, THEIRS):
+        if name not in result["rows"] or "angles" not in result:
+            subspaces[name] = sources.fit(name)
+        if name not in result["rows"]:
+            row = sources.row(subspaces[name], (OURS, THEIRS))
+            keep("rows", name, row | {"languages": list(sources.fits[name][1])})
+    if "angles" not in result:
+        one, other = subspaces[FEWER].projections, subspaces[THEIRS].projections
+        d, k = one[sources.layers[0]].basis.shape
+        result["angles"] = {
+            "written": {layer: angles(one[layer].basis, other[layer].basis) for layer in sources.layers},
+            "read": {layer: angles(one[layer].reads, other[layer].reads) for layer in sources.layers},
+            "random": random_angles(d, k),
+        }
+    for count, rank, sequential in curve(len(sources.fits[THEIRS][0]), len(sources.fits[THEIRS][1]) - 1):
+        name = f"{count} problems, rank {rank or 'all'}{', layer by layer' * sequential}"
+        if name not in result["curve"]:
+            subspace = sources.fit(THEIRS, count, rank, sequential)
+            keep("curve", name, sources.row(subspace, (THEIRS,)) | {"sequential": sequential})
     return 0
 
 

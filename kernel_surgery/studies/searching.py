@@ -79,7 +79,7 @@ def search_settings(
         _tell(study, trial.number, next((r for r in rows if r.number == trial.number), None), search)  # a kill left it
     if len(rows) > 1:
         say(f"{folder / STORAGE}: {len(rows) - 1} of {search.trials} settings are measured; going on from there")
-    known = {row.name: row for row in rows}
+    known = {_key(row.setting): row for row in rows}
     with progress_bar(search.trials, "search", unit="setting", initial=min(len(rows) - 1, search.trials)) as bar:
         while len(rows) - 1 < search.trials:
             with warnings.catch_warnings():
@@ -93,7 +93,7 @@ def search_settings(
             trial.set_user_attr("row", _stored(row.as_json()))
             _tell(study, trial.number, row, search)
             rows.append(row)
-            known.setdefault(row.name, row)
+            known.setdefault(_key(row.setting), row)
             bar.update()
     return rows
 
@@ -110,12 +110,17 @@ def _tell(study: Any, number: int, row: Row | None, search: Search) -> None:
 
 def _measured(number: int, setting: Setting, known: Mapping[str, Row], measure: Callable[[Setting], Figures]) -> Row:
     """Return the row of a setting, whose figures may be known."""
-    if same := known.get(setting.name):
+    if same := known.get(_key(setting.as_json())):
         return Row(number, setting.as_json(), setting.name, same.figures, same.refused)
     try:
         return Row(number, setting.as_json(), setting.name, measure(setting))
     except KernelSurgeryError as error:
         return Row(number, setting.as_json(), setting.name, {}, str(error))
+
+
+def _key(setting: Mapping[str, Any]) -> str:
+    """Return what equal settings share. Names round."""
+    return json.dumps(setting, sort_keys=True)
 
 
 def _finished(study: Any) -> list[Row]:

@@ -52,11 +52,18 @@ class Setting:
     def name(self) -> str:
         """The setting in words, the same for equal settings."""
         rank = "" if self.rank is None else f" rank {self.rank}"
-        parts = [f"{self.method}{rank}", f"layers {self.layers[0]}-{self.layers[1]}", self.pool]
+        schedule = self.schedule()
+        strengths = sorted({strength for strength in schedule.values() if strength})
+        edited = [layer for layer, strength in schedule.items() if strength]
+        # One strength in some of the layers, or a schedule that is shown by its knots.
+        flat = len(strengths) == 1
+        layers = spans(edited) if flat else f"{self.layers[0]}-{self.layers[1]}"
+        parts = [f"{self.method}{rank}", f"layers {layers}", self.pool]
         parts += [self.site] * (self.site != "mlp_out")
         parts += [f"shrinkage {self.shrinkage:.3g}"] * (self.method in ERASING)
         parts += ["offset"] * self.offset
-        return ", ".join([*parts, "strength " + " ".join(f"{s:.3g}" for s in self.strengths)])
+        shown = strengths if flat else self.strengths
+        return ", ".join([*parts, "strength " + " ".join(f"{s:.3g}" for s in shown)])
 
     def schedule(self) -> dict[int, float]:
         """Return {layer: strength} of every layer."""
@@ -81,6 +88,17 @@ class Setting:
         """Return the setting of `as_json`."""
         first, last = held["layers"]
         return cls(**{**held, "layers": (first, last), "strengths": tuple(held["strengths"])})
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Return sorted layers as `parse_layers` reads them, such as "8-10,13"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def impossible(setting: Setting) -> str | None:

@@ -60,6 +60,21 @@ def test_a_schedule_runs_straight_between_its_knots(strengths, expected):
     assert Setting(layers=(2, 5), strengths=strengths).schedule() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "strengths, name",
+    [
+        ((1.0,), "layers 2-5, tokens, shrinkage 0.01, strength 1"),
+        ((0.5, 0.5), "layers 2-5, tokens, shrinkage 0.01, strength 0.5"),
+        ((1.0, 1.0, 0.0, 1.0), "layers 2-3,5, tokens, shrinkage 0.01, strength 1"),
+        ((0.0, 2.0, 0.0, 0.0), "layers 3, tokens, shrinkage 0.01, strength 2"),
+        ((1.0, 0.0), "layers 2-5, tokens, shrinkage 0.01, strength 1 0"),
+        ((0.0,), "layers 2-5, tokens, shrinkage 0.01, strength 0"),
+    ],
+)
+def test_a_name_says_which_layers_are_edited(strengths, name):
+    assert Setting(layers=(2, 5), strengths=strengths).name == f"oblique, {name}"
+
+
 def test_a_schedule_of_one_layer_takes_the_first_strength():
     assert Setting(layers=(3, 3), strengths=(0.5, 2.0)).schedule() == {3: 0.5}
 
