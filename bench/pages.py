@@ -87,7 +87,7 @@ def controls() -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"answers": answers, "speed": tables.speed},
+    "README.md": {"two models": reals.two_models, "answers": answers, "speed": tables.speed},
     "docs/benchmarks.md": {
         "opcount": lambda: tables.opcount("stack"),
         "opcount-polyglot": lambda: tables.opcount("polyglot"),

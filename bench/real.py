@@ -21,7 +21,10 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to fit. pool: "last" or "tokens". sequential: layer by layer. problems: per category, for the fit."""
+    """One way to fit. pool: "last" or "tokens". sequential: layer by layer. problems: per category, for the fit.
+
+    Prompts are put as they are, but with `chat`.
+    """
 
     method: str
     rank: int | None = None
@@ -29,12 +32,14 @@ class Setting:
     sequential: bool = False
     problems: int = 5
     strength: float = 1.0
+    chat: bool = False  # every prompt twice: in the chat template and as it is
 
     @property
     def name(self) -> str:
         rank = "" if self.rank is None else f" rank {self.rank}"
         pool = {"last": "last token", "tokens": "all tokens"}[self.pool]
         how = "layer by layer" if self.sequential else pool
+        how += ", chat and plain" * self.chat
         strength = "" if self.strength == 1 else f", strength {self.strength:g}"
         return f"{self.method}{rank}, {how}, {self.problems} problems per category{strength}"
 
@@ -47,6 +52,7 @@ SETTINGS = (
     Setting("oblique", 6, "last", problems=10),
     Setting("leace", 6),
     Setting("oblique", 6),
+    Setting("oblique", 6, chat=True),
     Setting("oblique", 1),
     Setting("oblique", 6, sequential=True, problems=1),
     Setting("oblique", 6, sequential=True, problems=3),
@@ -93,6 +99,7 @@ class Bench:
         import torch
 
         from kernel_surgery import collect_activations, collect_moments, fit_subspace
+        from kernel_surgery.models.chat import OFF, choose_chat
         from kernel_surgery.models.layerwise import Layerwise
         from kernel_surgery.problems.generator import problems
         from kernel_surgery.subspace.sequential import fit_sequentially
@@ -106,7 +113,8 @@ class Bench:
             return fit_sequentially(reader, self.tokenizer, chosen, LANGUAGES, self.layers, **how)
         layers = ",".join(map(str, self.layers))
         collect = collect_moments if setting.pool == "tokens" else collect_activations
-        found = collect(self.model, self.tokenizer, chosen, layers=layers)
+        chat = choose_chat(self.name, "on") if setting.chat else OFF
+        found = collect(self.model, self.tokenizer, chosen, layers=layers, chat=chat)
         return fit_subspace(found, setting.rank, method=setting.method)
 
     def probes(self) -> dict[int, float]:
@@ -186,7 +194,7 @@ def line(row: dict) -> str:
 def parser() -> Parser:
     """The command line."""
     p = bench_parser("real", "Damage and erasure of every way to fit, on a real model.")
-    p.add_argument("--model", default="smollm2", help="smollm2 (default), or another model (no chat template is used)")
+    p.add_argument("--model", default="smollm2", help="smollm2 (default), or another model")
     p.add_argument("--languages", default="en,zh", help="of the neutral text (default en,zh)")
     p.add_argument("--most", type=int, default=100, help="largest number of problems per category (default 100)")
     p.add_argument("--out", type=Path, help="JSON file to store the rows in")
@@ -199,6 +207,7 @@ def run(argv: list[str] | None = None, settings: tuple[Setting, ...] = SETTINGS,
     args = parser().parse_args(argv)
 
     from bench.timing import stamp
+    from kernel_surgery.models.chat import has_template
     from kernel_surgery.models.threads import choose_threads
 
     choose_threads(args.model)
@@ -208,7 +217,8 @@ def run(argv: list[str] | None = None, settings: tuple[Setting, ...] = SETTINGS,
     about = {"model": args.model, "command": f"python -m bench.real --model {args.model}"} | stamp("cpu")
     bench = Bench(args.model, tuple(args.languages.split(",")))
     about |= {"sentences": bench.text.sentences, "layers": bench.layers}
-    for row in rows_of(bench, tuple(s for s in settings if s.problems <= args.most), rows):
+    wanted = [s for s in settings if s.problems <= args.most and (not s.chat or has_template(bench.folder))]
+    for row in rows_of(bench, tuple(wanted), rows):
         rows.append(row)
         say(line(row))
         if args.out:

@@ -9,6 +9,7 @@ from bench import tables
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SMOLLM2, POLYGLOT = DOCS / "real-smollm2.json", DOCS / "real-polyglot.json"
 SEARCH, SOURCES, TEXTS = DOCS / "search-smollm2.json", DOCS / "real-sources.json", DOCS / "real-texts.json"
+ANSWERS = tables.RESULTS / "eval-polyglot.json"
 OURS, THEIRS = "our problems", "the files' problems"  # as `bench.sources` names them
 
 
@@ -49,6 +50,40 @@ def real(file: Path = SMOLLM2) -> str:
         probes = ", ".join(f"{x:.3f}" for x in row["probes"].values()) if "probes" in row else "-"
         body.append([name, str(row.get("tokens", "-")), *costs, *ratio, row["word"] or "-", left, probes])
     return tables.table([*head, "in words", "left", "probe"], body) + stamped(stored)
+
+
+def two_models() -> str:
+    """README.md: what edits do to the embedded model and to a real one, beside 4-bit weights."""
+    from kernel_surgery.damage.words import BITS4
+
+    small, found, study = held(ANSWERS), held(SMOLLM2), held(SEARCH)
+    if small is None or found is None:
+        return ""
+    damage, mode = small["damage"], small["config"]["mode"]
+    names = {"deviations": "the first script's, rank {rank}", "oblique": "the default, rank {rank}"}
+    body = [
+        [
+            *("the embedded one", names["deviations"].format(rank=small["subspace"]["rank"])),
+            *(_costs(damage["neutral"][mode], damage["yardsticks"][BITS4]), damage["verdict"][mode]["word"]),
+        ]
+    ]
+    rows = {row["setting"]: row for row in found["rows"]}
+    fits = {"oblique": "oblique rank 6, all tokens, 5", "deviations": "deviations rank 10, last token, 10"}
+    for kind, setting in fits.items():
+        row = rows[f"{setting} problems per category"]
+        costs = _costs(row["damage"], rows["4-bit weights"]["damage"])
+        body.append(["SmolLM2-135M-Instruct", names[kind].format(rank=row["rank"]), costs, row["word"]])
+    if study is not None:
+        by = study["measured"]["chosen"]
+        costs = _costs(by["neutral"], rows["4-bit weights"]["damage"])
+        body.insert(2, ["SmolLM2-135M-Instruct", "found by a search", costs, by["word"]])
+    languages = ", ".join(damage["neutral"][mode])
+    return tables.table(["model", "edit", f"damage ({languages}); 4-bit weights", "in words"], body)
+
+
+def _costs(edit: dict, rounded: dict) -> str:
+    one, other = (", ".join(f"{by[x]['kl_mean']:.2g}" for x in edit) for by in (edit, rounded))
+    return f"{one}; {other}"
 
 
 def polyglot() -> str:

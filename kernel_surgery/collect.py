@@ -2,13 +2,13 @@
 
     python -m kernel_surgery.collect --model M --out FILE
 
-The model reads every problem of a split in every language: as it is, or as the user's turn of a chat (`--chat`). The
-file holds, for each layer, sums of x and of x x^T over all prompt tokens (moments), of which `fit` makes the edit that
-does least damage. `--pool last` and
-`--pool mean` keep a float32 vector per prompt instead: of the last prompt token, or the mean over the tokens. `fit
---method deviations` needs them. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream;
-the edit is made there. `resid_post` is the residual stream after the layer; the reference script that this project
-began with used it. Padding is never read, on either side.
+The model reads every problem of a split in every language. The file holds, for each layer, sums of x and of x x^T over
+all prompt tokens (moments), of which `fit` makes the edit that does least damage. With an instruct model, moments are
+taken of every prompt twice: as the user's turn of a chat and as it is (`--chat`). `--pool last` and `--pool mean` keep
+a float32 vector per prompt instead: of the last prompt token, or the mean over the tokens. `fit --method deviations`
+needs them. `--site` says where it is read. `mlp_out` is what the MLP adds to the residual stream; the edit is made
+there. `resid_post` is the residual stream after the layer; the reference script that this project began with used it.
+Padding is never read, on either side.
 
 Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
 goes on from there and writes the same bytes.
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
     add_problems(p, "default 40")
     p.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
-    add_chat(p, "off")  # an edit that is fitted in a chat damages other text more (docs/real.md)
+    add_chat(p)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")

@@ -66,7 +66,7 @@ def _add_sequential(p: argparse.ArgumentParser) -> None:
     group.add_argument("--languages", default="all", help=more)
     group.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
     add_problems(group, "default 40")
-    add_chat(group, "off")
+    add_chat(group)
     group.add_argument("--seed", type=int, default=0, help="selects the problems from the split (default 0)")
     group.add_argument("--keep-first", action="store_true", help="count the first token of every prompt too")
     more = f"tokens in one forward pass (default {BATCH_TOKENS})"

@@ -89,7 +89,7 @@ def moments(
     def take(layer: int, states: torch.Tensor, mask: torch.Tensor) -> None:
         found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(states[mask.bool()], 0)
 
-    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, [chat])
     with reading(model, tokenizer, list(layers), "mlp_out", take) as read:
         for batch in batches:
             read([encoded[i] for i in batch])

@@ -61,6 +61,14 @@ class Chat:
             return {"chat": "off"}
         return {"chat": "on", "thinking": self.thinking, "chat_template": self.template}
 
+    @property
+    def forms(self) -> tuple["Chat", ...]:
+        """The ways in which moments read every prompt: as a chat and as it is, or as it is alone.
+
+        An edit that is fitted on chats alone breaks plain text, which it has not seen (docs/real.md).
+        """
+        return (self, OFF) if self.on else (OFF,)
+
     def text(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
         """Return the text that the model reads. Raises UserError if the template cannot be applied."""
         if not self.on:

@@ -72,7 +72,7 @@ def prompt_states(
     """
     if pool not in POOLS:
         raise SubspaceError(f"unknown pooling {pool!r}; known: {', '.join(POOLS)}")
-    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, [chat])
     rows = {layer: torch.empty(len(prompts), model.config.hidden_size) for layer in sorted(layers)}
     batch: list[int] = []  # the one that runs
 
@@ -94,13 +94,21 @@ def prompt_states(
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], batch_tokens: int, chat: Chat = OFF
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], batch_tokens: int, forms: Sequence[Chat] = (OFF,)
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the token ids of every prompt, and the batches as indices. Raises SubspaceError for a budget below 1."""
+    """Return the token ids of every prompt in each form, one form after the other, and the batches as indices.
+
+    Raises SubspaceError for a budget below 1.
+    """
     if batch_tokens < 1:
         raise SubspaceError(f"a batch needs at least 1 token, got {batch_tokens}.")
-    encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [chat.ids(tokenizer, prompt) for chat in forms for prompt in prompts]
     return encoded, token_batches([len(ids) for ids in encoded], batch_tokens)
+
+
+def in_forms(chat: Chat) -> dict[str, str]:
+    """Return what a record of moments says of the forms of a prompt; nothing if there is one."""
+    return {"forms": "chat and plain"} if len(chat.forms) > 1 else {}
 
 
 def digest(encoded: Sequence[Sequence[int]]) -> str:
@@ -145,7 +153,7 @@ def collect_languages(
 
 
 # What a fit's record takes from the provenance of its activations, beside what `fit_subspace` takes.
-_ASKED = (*Chat(True).record(), "problems_file", "problems_sha256")
+_ASKED = (*Chat(True).record(), "forms", "problems_file", "problems_sha256")
 # Of the provenance, in the order in which it is written.
 _FIELDS = (
     *("model_id", "revision", "n_layers", "d_model", "fingerprint", "site", "pool", "first_token", "tokens"),
@@ -264,6 +272,7 @@ def collect_moments(
 ) -> LanguageMoments:
     """Read the moments of a loaded model's activations over all prompt tokens, by language. No activation is kept.
 
+    chat: how the prompts are put to the model. In a chat, each is read twice: in the template, and as it is.
     keep_first: count the first token of every prompt too. By default it is left out: models use it as an attention
     sink, and its activations are unlike the others' (10 times the squared norm in SmolLM2-135M after layer 8; from
     layer 9 on, some other tokens are as large). Padding is never counted.
@@ -278,11 +287,11 @@ def collect_moments(
     Raises what `collect_activations` raises, and SubspaceError for a language whose prompts have no token to count and
     for activations that are not finite.
     """
-    first = "kept" if keep_first else "left out"
-    what = Collection.of(model, chosen, languages, layers, about, chat, site=site, pool=TOKENS, first_token=first)
+    more: dict[str, Any] = {"first_token": "kept" if keep_first else "left out"} | in_forms(chat)
+    what = Collection.of(model, chosen, languages, layers, about, chat, site=site, pool=TOKENS, **more)
     prompts = [problem.prompts[language] for language in languages for problem in what.chosen]
-    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat)
-    language_of = torch.arange(len(languages)).repeat_interleave(len(what.chosen))
+    encoded, batches = encode(tokenizer, prompts, batch_tokens, chat.forms)
+    language_of = torch.arange(len(languages)).repeat_interleave(len(what.chosen)).repeat(len(chat.forms))
     tokens = dict.fromkeys(languages, 0)
     for ids, language in zip(encoded, language_of.tolist(), strict=True):
         tokens[languages[language]] += len(ids) - (not keep_first)

@@ -19,7 +19,7 @@ from kernel_surgery.subspace.moments import LanguageMoments, moments_of
 
 # Of the activations' provenance, what the subspace keeps beside its own fields.
 _COPIED: tuple[str, ...] = ("split", "problems", "seed", "dtype", "first_token", "tokens", "environment")
-_COPIED += (*Chat(True).record(), "problems_file", "problems_sha256")
+_COPIED += (*Chat(True).record(), "forms", "problems_file", "problems_sha256")
 
 
 def language_rows(x: torch.Tensor, method: str) -> torch.Tensor:

@@ -30,7 +30,7 @@ from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import digest
+from kernel_surgery.subspace.collecting import digest, in_forms
 from kernel_surgery.subspace.erasing import SHRINKAGE, erasing_edit
 from kernel_surgery.subspace.fingerprint import sample_weights
 from kernel_surgery.subspace.moments import Moments
@@ -211,7 +211,7 @@ def fit_sequentially(
     shrinkage: as in `subspace.fitting.fit_subspace`; only "leace" and "oblique" can be fitted so. keep_first: count the
     first token of every prompt too. batch_tokens: of one forward pass. about: further fields of the record, such as
     "model_id". partial: where the state is kept after each layer (`subspace.partial.resuming`). chat: how the prompts
-    are put to the model.
+    are put to the model; in a chat, each is read twice, in the template and as it is.
 
     The record's fit has "sequential": {layer: how much of the covariance with the language label is left at the site,
     on the fitting tokens}.
@@ -227,12 +227,13 @@ def fit_sequentially(
     if len(languages) < 2:
         raise SubspaceError(f"a language subspace needs at least two languages, got {', '.join(languages) or 'none'}.")
     prompts = [problem.prompts[language] for language in languages for problem in chosen]
-    encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [form.ids(tokenizer, prompt) for form in chat.forms for prompt in prompts]
     check_positions(getattr(reader.config, "max_position_embeddings", None), map(len, encoded))
-    labels = torch.arange(len(languages)).repeat_interleave(len(chosen))
+    labels = torch.arange(len(languages)).repeat_interleave(len(chosen)).repeat(len(chat.forms))
     batches = batches_of(encoded, batch_tokens)
     stream = Stream([], [labels[batch] for batch in batches], keep_first)
-    record = _record(reader, chosen, languages, (about or {}) | chat.record(), method, shrinkage, keep_first)
+    known = (about or {}) | chat.record() | in_forms(chat)
+    record = _record(reader, chosen, languages, known, method, shrinkage, keep_first)
     fitted, layers, start = Fitted(), sorted(layers), 0
     settings = record | {"layers": layers, "rank": rank, "batch_tokens": batch_tokens, "prompts": digest(encoded)}
     if partial is not None:

@@ -6,19 +6,23 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
+from kernel_surgery import collect_moments, fit_subspace
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.evaluation.judging import Generation, judged, score, spoken, text_of
 from kernel_surgery.evaluation.notes import chat_notes
 from kernel_surgery.evaluation.options import Options
 from kernel_surgery.evaluation.samples import check_run
 from kernel_surgery.models.chat import OFF, Chat, choose_chat, has_template, made_for_chat, stops
-from kernel_surgery.models.load import POLYGLOT, load_tokenizer
+from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import load_moments
 from kernel_surgery.subspace.partial import check_partial
+from kernel_surgery.subspace.sequential import fit_sequentially
 from tests.support.calls import call, one_thread
 
 END = "<|endoftext|>"
@@ -175,7 +179,7 @@ def test_the_commands_record_it_and_a_run_continues_only_with_the_same(tmp_path)
     run = ("eval", *model, "--subspace", space, *small, "--mode", "hook", "--max-new-tokens", 4, "--no-damage")
     run = (*run, "--out", tmp_path / "run")
     with one_thread():
-        collected = call("collect", *model, *small, "--chat", "auto", "--layers", "2-5", "--out", acts)
+        collected = call("collect", *model, *small, "--layers", "2-5", "--out", acts)
         assert collected[::2] == (0, ""), collected
         held = load_moments(acts).provenance
         fitted = call("fit", "--activations", acts, "--out", space, "--method", "oblique", "--layers", "2-5")
@@ -194,8 +198,8 @@ def test_the_commands_record_it_and_a_run_continues_only_with_the_same(tmp_path)
         assert "was fitted on prompts with chat on, but is evaluated with chat off" in call(*other, "--chat", "off")[1]
 
 
-def test_the_prompts_of_a_chat_are_those_that_are_counted(tmp_path):
-    """The moments are over the template's tokens too: as many more as it has."""
+def test_moments_read_every_prompt_in_the_chat_and_as_it_is(tmp_path):
+    """The template's tokens are counted too."""
     folder = folder_with(tmp_path)
     tokens = {}
     for chat in ("on", "off"):
@@ -203,11 +207,31 @@ def test_the_prompts_of_a_chat_are_those_that_are_counted(tmp_path):
         words = ("--problems", 1, "--device", "cpu", "--pool", "tokens", "--keep-first", "--layers", 2, "--chat", chat)
         assert call("collect", "--model", folder, *words, "--languages", "en,zh", "--out", out)[0] == 0
         tokens[chat] = load_moments(out).provenance["tokens"]
+        assert load_moments(out).provenance.get("forms") == {"on": "chat and plain", "off": None}[chat]
     tokenizer, how = load_tokenizer(str(folder)), choose_chat(str(folder))
     for language in ("en", "zh"):
         asked = [p.prompts[language] for p in problems("fit", 1)]
         assert tokens["off"][language] == sum(len(tokenizer(prompt).input_ids) for prompt in asked)
-        assert tokens["on"][language] == sum(len(how.ids(tokenizer, prompt)) for prompt in asked)
+        in_chat = sum(len(how.ids(tokenizer, prompt)) for prompt in asked)
+        assert tokens["on"][language] == in_chat + tokens["off"][language]
+
+
+def test_a_fit_layer_by_layer_reads_both_forms_too(tmp_path):
+    """Its first layer, which no edit comes before, is that of a fit to the moments of both."""
+    folder = folder_with(tmp_path)
+    model, tokenizer, how = load_model(str(folder), torch.float32), load_tokenizer(str(folder)), choose_chat(str(folder))
+    asked = problems("fit", 1)
+    moments = collect_moments(model, tokenizer, asked, ("en", "zh"), "2-3", chat=how)
+    reader = Layerwise(folder, torch.float32)
+    found = fit_sequentially(reader, tokenizer, asked, ("en", "zh"), [2, 3], chat=how)
+    assert found.fit["tokens"] == moments.provenance["tokens"] and found.fit["forms"] == "chat and plain"
+    one, other = found.projections[2], fit_subspace(moments, layers=[2]).projections[2]
+    # Read without padding, the activations differ by roundings of float32.
+    assert torch.allclose(one.basis, other.basis, rtol=1e-3, atol=1e-4 * float(other.basis.abs().max()))
+    assert max(found.fit["sequential"].values()) < 1e-4
+    # Of the chat alone it is another edit.
+    alone = fit_sequentially(reader, tokenizer, asked, ("en", "zh"), [2, 3]).projections[2]
+    assert not torch.allclose(alone.basis, other.basis, rtol=0.1, atol=0.1 * float(other.basis.abs().max()))
 
 
 def test_what_was_begun_before_there_was_a_choice_is_continued_without_a_chat(tmp_path):

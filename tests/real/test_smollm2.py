@@ -78,7 +78,7 @@ def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_br
     text = NeutralText(model, tokenizer, ("en", "zh"))
     yardsticks, found = yardstick_readings(text), {}
     for name, collected, more in (
-        ("default", ["--problems", "5"], []),
+        ("default", ["--problems", "3"], []),
         ("deviations", ["--problems", "2", "--pool", "last"], ["--method", "deviations", "--rank", "10"]),
     ):
         acts, out = tmp_path / f"{name}-acts", tmp_path / name
@@ -102,7 +102,7 @@ def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_br
 def test_moments_leave_out_the_first_token_of_a_prompt_which_is_larger_than_the_others(folder, tmp_path):
     """After layer 8. After layer 9 it is not: there, other tokens are as large."""
     words = ["--model", "smollm2", "--problems", 1, "--languages", "en,zh", "--layers", "8-9", "--pool", "tokens"]
-    words += ["--site", "resid_post"]
+    words += ["--site", "resid_post", "--chat", "off"]
     energies = {}
     for name, more in (("left out", []), ("kept", ["--keep-first"])):
         status, out, err = call("collect", *words, *more, "--out", tmp_path / name)

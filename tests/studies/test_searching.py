@@ -9,6 +9,7 @@ import pytest
 from kernel_surgery.common.errors import KernelSurgeryError, SubspaceError, UserError
 from kernel_surgery.studies import searching
 from kernel_surgery.studies.searching import Row, choose, front, rule, search_settings
+from kernel_surgery.studies.settings import Setting
 from kernel_surgery.studies.space import read_search
 
 SPACE = {
@@ -71,6 +72,14 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypa
     assert len(calls) - 3 == len({json.dumps(row.setting) for row in found})
     # All is done: nothing is measured again.
     assert search_settings(searched(), 8, tmp_path / "killed", 0, lambda setting: 1 / 0) == found
+
+
+def test_equal_settings_are_measured_once(tmp_path):
+    calls = []
+    search = read_search({"trials": 8, "space": {"rank": [1, 2]}}, "x")
+    rows = search_settings(search, 8, tmp_path, 0, lambda setting: calls.append(setting) or measured(setting))
+    assert len(rows) == 9 and sorted(s.rank or 0 for s in calls) == [0, 1, 2]
+    assert all(row.figures == measured(Setting.of(row.setting)) for row in rows)
 
 
 def test_another_seed_is_another_search(tmp_path):
