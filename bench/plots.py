@@ -2,10 +2,12 @@
 
 import re
 
+from bench import reals
 from bench.opcount import figure as figure_of
 from bench.tables import opcount_rows, rows
 from bench.timing import ends
 from kernel_surgery.common.plotting import COLOURS, figure, svg
+from kernel_surgery.studies.front import pictures as search_pictures
 
 OTHER = "#9ca3af"
 MODES = {"hook": "hook", "fused": "fused", "fused output": "fused", "baked": "baked", "lora": "lora"}
@@ -71,11 +73,40 @@ def growth() -> str:
     return svg(drawing)
 
 
+def curve(stored: dict) -> str:
+    """The learning curve of docs/real.md: a probe on unseen problems against the tokens of the fit, at full rank."""
+    whole = stored["rows"][reals.THEIRS] | {"sequential": False}
+    fitted = [row for row in (*stored["curve"].values(), whole) if row["rank"] == whole["rank"]]
+    drawing, (panel,) = figure(5.2, 3.4)
+    before = stored["original"][reals.THEIRS]
+    panel.axhline(before, color=COLOURS["original"], lw=1)
+    panel.annotate("original", (0.99, before), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=9)
+    for sequential, words, name in ((False, "one by one", "fused"), (True, "layer by layer", "baked")):
+        chosen = sorted((row for row in fitted if row["sequential"] == sequential), key=lambda row: row["tokens"])
+        x, read = [row["tokens"] for row in chosen], [row["read"][reals.THEIRS] for row in chosen]
+        for tokens, by in zip(x, read, strict=True):
+            panel.plot([tokens] * 2, by["probe_ci95"], lw=1.5, color=COLOURS[name])
+        panel.plot(x, [by["probe"] for by in read], "o-", ms=4, color=COLOURS[name])
+        panel.annotate(words, (x[-1], read[-1]["probe"]), xytext=(6, 0), textcoords="offset points", fontsize=9)
+    panel.set_xscale("log")
+    panel.margins(x=0.2)
+    panel.set_xlabel("tokens of MGSM that the edit was fitted on")
+    panel.set_ylabel("accuracy of a probe, unseen MGSM", fontsize=9)
+    chance = 1 / len(whole["languages"])
+    panel.set_title(f"SmolLM2-135M-Instruct, rank {whole['rank']}; chance {chance:.2f}", fontsize=10)
+    return svg(drawing)
+
+
 def draw() -> dict[str, str]:
     """{file name: SVG} of every picture that has stored rows."""
     pictures = {"counted": ("opcount.json", opcount), "models": ("model-stack.json", models)}
     pictures["growth"] = "growth.json", growth
-    return {f"{name}.svg": draw_one() for name, (file, draw_one) in pictures.items() if rows(file)}
+    drawn = {f"{name}.svg": draw_one() for name, (file, draw_one) in pictures.items() if rows(file)}
+    if (study := reals.held(reals.SEARCH)) is not None:
+        drawn |= dict(zip(("search-dev.svg", "search-test.svg"), search_pictures(study), strict=True))
+    if (stored := reals.held(reals.SOURCES)) is not None and stored.get("curve"):
+        drawn["curve.svg"] = curve(stored)
+    return drawn
 
 
 def same_picture(one: str, other: str) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ from kernel_surgery.damage.yardsticks import (
 )
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.models.padding import token_batches
-from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.neutral import Split
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
@@ -120,17 +118,7 @@ def yardstick_blocks(
             continue
         edits = subspace.projections
         drawn = haar_edits(edits) if name == HAAR else matched_edits(edits, neutral_moments(text, tuple(edits)))
-        yield name, partial(applied, "hook", model, with_edits(subspace, drawn), strength, force)
-
-
-def with_edits(subspace: Subspace, edits: Mapping[int, Projection]) -> Subspace:
-    """Return the subspace with other edits at the same layers, and the same schedule of strengths."""
-    return replace(
-        subspace,
-        bases={layer: edit.basis for layer, edit in edits.items()},
-        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
-        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
-    )
+        yield name, partial(applied, "hook", model, subspace.with_edits(drawn), strength, force)
 
 
 def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Moments]:

@@ -37,10 +37,8 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     places = located(original)
     edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
     tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
-    made = Written(
-        bases={layer: edit.basis for layer, edit in edits.items()},
-        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
-        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
+    made = Written.of(
+        edits,
         strengths={int(layer): factor for layer, factor in record.get("schedule", {}).items()},
         site=record["site"],
         model_id=record["model_id"],

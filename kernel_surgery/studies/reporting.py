@@ -8,7 +8,7 @@ from typing import Any
 
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.damage.measure import neutral_moments, with_edits
+from kernel_surgery.damage.measure import neutral_moments
 from kernel_surgery.damage.yardsticks import haar_edits, matched_edits
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
 from kernel_surgery.studies.opening import Study
@@ -78,5 +78,5 @@ class Reporting:
         """Return a random edit of the same rank, layers and strengths."""
         edits = subspace.projections
         if kind == "haar":
-            return with_edits(subspace, haar_edits(edits, seed))
-        return with_edits(subspace, matched_edits(edits, neutral_moments(self.test.text, tuple(edits)), seed))
+            return subspace.with_edits(haar_edits(edits, seed))
+        return subspace.with_edits(matched_edits(edits, neutral_moments(self.test.text, tuple(edits)), seed))

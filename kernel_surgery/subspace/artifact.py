@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,6 +78,15 @@ class Subspace:
     def __repr__(self) -> str:
         where = f"layers={list(self.layers)}, rank={self.rank}, d_model={self.d_model}, site={self.site!r}"
         return f"Subspace({where}, form={self.form!r}, model_id={self.model_id!r})"
+
+    @classmethod
+    def of(cls, edits: Mapping[int, Projection], **fields: Any) -> Self:
+        """Return the subspace of one edit per layer. fields: the others."""
+        return cls(**_parts_of(edits), **fields)
+
+    def with_edits(self, edits: Mapping[int, Projection]) -> "Subspace":
+        """Return the same subspace with other edits at the same layers, and the same schedule of strengths."""
+        return replace(self, **_parts_of(edits))
 
     @property
     def projections(self) -> dict[int, Projection]:
@@ -322,6 +331,15 @@ def _check_parts(layer: int, edit: Projection) -> None:
             f"the dual of layer {layer} does not belong to its basis: the largest entry of B^T A - I is "
             f"{float(off.max()):.1e}. It must be 0 but for rounding."
         )
+
+
+def _parts_of(edits: Mapping[int, Projection]) -> dict[str, Any]:
+    """Return {"bases", "duals", "offsets"} of the edits, each {layer: tensor}; the last two may be empty."""
+    return {
+        "bases": {layer: edit.basis for layer, edit in edits.items()},
+        "duals": {layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
+        "offsets": {layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
+    }
 
 
 def check_bases(bases: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -124,10 +124,8 @@ def fit_subspace(
     for layer in progress(layers, total=len(layers), desc="fit"):
         edits[layer], spectra[layer], means[layer] = _fit_layer(activations, layer, method, rank, shrinkage)
     found, first = activations.provenance, edits[layers[0]]
-    return Subspace(
-        bases={layer: edit.basis for layer, edit in edits.items()},
-        duals={layer: edit.dual for layer, edit in edits.items() if edit.dual is not None},
-        offsets={layer: edit.offset for layer, edit in edits.items() if edit.offset is not None},
+    return Subspace.of(
+        edits,
         means=means,
         spectrum=spectra,
         site=found.get("site"),

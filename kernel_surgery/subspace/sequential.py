@@ -294,10 +294,8 @@ def _subspace(fitted: Fitted, record: dict[str, Any], tokens: dict[str, int]) ->
     own = ("model_id", "revision", "n_layers", "fingerprint")
     fit = {name: value for name, value in record.items() if name not in own}
     first = next(iter(fitted.edits.values()))
-    return Subspace(
-        bases={layer: edit.basis for layer, edit in fitted.edits.items()},
-        duals={layer: edit.dual for layer, edit in fitted.edits.items() if edit.dual is not None},
-        offsets={layer: edit.offset for layer, edit in fitted.edits.items() if edit.offset is not None},
+    return Subspace.of(
+        fitted.edits,
         means=fitted.means,
         spectrum=fitted.singular,
         site="mlp_out",

@@ -27,13 +27,7 @@ SCHEDULE = {2: 0.5, 3: 1.0, 4: 0.75, 5: 1.25}
 
 
 def subspace_of(edits, model, strengths=None):
-    return Subspace(
-        {i: e.basis for i, e in edits.items()},
-        fingerprint=fingerprint(model),
-        duals={i: e.dual for i, e in edits.items() if e.dual is not None},
-        offsets={i: e.offset for i, e in edits.items() if e.offset is not None},
-        strengths=strengths or {},
-    )
+    return Subspace.of(edits, fingerprint=fingerprint(model), strengths=strengths or {})
 
 
 @pytest.fixture(scope="module")
