@@ -23,7 +23,7 @@ BENCHES = {
     "collect": ("reading activations, beside the whole model; memory beside the vocabulary", "15 min", "collect.json"),
     "evaluation": ("the batched evaluation, beside a loop over single prompts", "10 min", "evaluation.json"),
     "real": ("damage and erasure of every way to fit, on SmolLM2", "1 h", "docs/real-smollm2.json"),
-    "sources": ("the default edit fitted on other problems, such as MGSM's", "15 min", "docs/real-sources.json"),
+    "sources": ("an edit fitted on other problems, such as MGSM's", "15 min", "docs/real-sources.json"),
     "texts": ("what SmolLM2 writes before and after an edit", "5 min", "docs/real-texts.json"),
     "checkpoint": (
         "baking 6 GB, beside cp with SHA-256, a dense P @ W and PEFT's merge",

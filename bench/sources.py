@@ -1,9 +1,10 @@
-"""The default edit fitted on other problems, beside the one fitted on ours: python -m bench.sources --problems FILES
+"""An edit fitted on other problems, beside the one fitted on ours: python -m bench.sources --problems FILES
 
 `--problems` takes what `collect` takes, such as the folder of MGSM's TSV files: problems that nobody here wrote. Three
-edits are fitted: on our problems in seven languages (the default), on ours in the languages of the files, and on the
-files. For each: the damage on neutral text, and what a probe and the means still tell of the language at the edited
-sites, on our unseen wordings and on unseen problems of the files. For the last two also the principal angles between
+oblique edits are fitted to all tokens of prompts as they are: of our problems in seven languages, of ours in the
+languages of the files, and of the files. For each: the damage on neutral text, and what a probe and the means still
+tell of the language at the edited sites, on our unseen wordings and on unseen problems of the files, in the languages
+of the files. For the last two also the principal angles between
 what they read (B) and what they write (A), layer by layer, beside those of random subspaces.
 
 Then a learning curve: the edit fitted on the first problems of the files, on more and more of them, at every rank, and
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
 OURS, FEWER, THEIRS = "our problems", "our problems, the files' languages", "the files' problems"
@@ -50,7 +52,7 @@ def curve(count: int, most: int) -> list[tuple[int, int | None, bool]]:
 
 def parser() -> Parser:
     """The command line."""
-    p = bench_parser("sources", "The default edit fitted on other problems, beside the one fitted on ours.")
+    p = bench_parser("sources", "An edit fitted on other problems, beside the one fitted on ours.")
     p.add_argument("--problems", nargs="+", required=True, help="as for collect: FILE.jsonl, TSV files or their folder")
     p.add_argument("--model", default="smollm2", help="smollm2 (default), or another model (no chat template is used)")
     p.add_argument("--languages", default="en,zh", help="of the neutral text (default en,zh)")
@@ -77,7 +79,8 @@ class Sources:
         source = problem_source(files)
         self.file, theirs, ours = source.record["problems_file"], source.languages(), problems("fit", count)
         self.fits = {OURS: (ours, LANGUAGES), FEWER: (ours, theirs), THEIRS: (source.split("fit"), theirs)}
-        asked = {OURS: (problems("test", 4), LANGUAGES), THEIRS: (first_problems(source.split("test"), 20), theirs)}
+        # Both in the languages of the files, so that no edit is asked about a language that it was not fitted on.
+        asked = {OURS: (problems("test", 4), theirs), THEIRS: (first_problems(source.split("test"), 20), theirs)}
         about = (self.layers, "hook", "test")
         self.measuring = {
             where: Measuring(self.model, self.tokenizer, spoken, chosen, languages, *about)
@@ -113,7 +116,7 @@ class Sources:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Print and store the comparison and the learning curve. Return 0."""
+    """Print and store the comparison and the learning curve. Return 0. Raises UserError for rows of another run."""
     args = parser().parse_args(argv)
 
     from bench.timing import stamp
@@ -124,10 +127,16 @@ def run(argv: list[str] | None = None) -> int:
     if args.resume and args.out and args.out.is_file():
         result = json.loads(args.out.read_text(encoding="utf-8"))
     sources = Sources(args.model, args.problems, tuple(args.languages.split(",")), args.count)
-    result |= {"model": args.model, "problems_file": sources.file} | stamp("cpu")
+    about = {"model": args.model, "problems_file": sources.file, "spoken": args.languages, "count": args.count}
+    for name, value in about.items():
+        if result.get(name, value) != value:
+            raise UserError(f"{str(args.out)!r} holds rows with {name} {result[name]!r}, not {value!r}.")
+    measured = stamp("cpu")
+    result = measured | result | about  # every row has the stamp of its own run, if the file's is another
+    own = {name: measured[name] for name in ("commit", "dirty", "date", "torch", "device")}
 
     def keep(part: str, name: str, row: dict) -> None:
-        result[part][name] = row
+        result[part][name] = row | own
         print(part, name, json.dumps({key: row.get(key) for key in ("tokens", "word", "read")}), flush=True)
         if args.out:
             write_atomic(args.out, json.dumps(result, indent=1) + "\n")

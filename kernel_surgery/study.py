@@ -2,9 +2,9 @@
 
     python -m kernel_surgery.study DECLARATION.toml --out DIR
 
-The declaration has either a [grid], whose settings are all tried, or a [search], which looks for the setting that does
-the least harm (it needs Optuna, the extra `search`; `python -m pydoc kernel_surgery.studies.space` shows one). The
-lines above [grid] may be left out; they show the defaults:
+The declaration has either a [grid], whose settings are all tried, or a [search], which looks for the best setting by
+a declared rule, such as the least damage. A search needs Optuna, the extra `search`; `python -m pydoc
+kernel_surgery.studies.space` shows one. The lines above [grid] may be left out; they show the defaults:
 
     model = "polyglot"
     mode = "fused"
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run the study and print its tables. Return 0. Raises what `evaluation.study` raises."""
+    """Run the study and print its tables. Return 0. Raises what `studies.study` raises."""
     args = parser().parse_args(argv)
 
     from kernel_surgery.models.threads import choose_threads

@@ -31,6 +31,7 @@ from kernel_surgery.damage.yardsticks import (
 )
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.models.padding import token_batches
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.neutral import Split
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
@@ -117,8 +118,19 @@ def yardstick_blocks(
             yield name, rounding[name]
             continue
         edits = subspace.projections
-        drawn = haar_edits(edits) if name == HAAR else matched_edits(edits, neutral_moments(text, tuple(edits)))
+        drawn = random_edits(text, edits, name)
         yield name, partial(applied, "hook", model, subspace.with_edits(drawn), strength, force)
+
+
+def random_edits(text: NeutralText, edits: Mapping[int, Projection], kind: str, seed: int = 0) -> dict[int, Projection]:
+    """Return random edits beside `edits`. kind: HAAR or MATCHED, of `damage.words`. text: what they are matched to."""
+    moments = None
+    if kind == MATCHED or any(edit.offset is not None for edit in edits.values()):
+        moments = neutral_moments(text, tuple(edits))
+    if kind == HAAR:
+        return haar_edits(edits, seed, moments)
+    assert moments is not None
+    return matched_edits(edits, moments, seed)
 
 
 def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Moments]:

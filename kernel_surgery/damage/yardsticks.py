@@ -136,13 +136,23 @@ def haar_basis(d: int, k: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
 
 
-def haar_edits(edits: Mapping[int, Projection], seed: int = 0) -> dict[int, Projection]:
-    """Return an orthogonal edit onto a Haar-random subspace for each layer, of the same rank."""
+def haar_edits(
+    edits: Mapping[int, Projection], seed: int = 0, moments: Mapping[int, Moments] | None = None
+) -> dict[int, Projection]:
+    """Return an orthogonal edit onto a Haar-random subspace for each layer, of the same rank.
+
+    moments: of the activations, needed if the edits have offsets. The random edit then keeps the mean too: c = U^T E x.
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for layer, edit in edits.items():
         d, k = edit.basis.shape
-        drawn[layer] = Projection(haar_basis(d, k, generator).float().contiguous())
+        u = haar_basis(d, k, generator)
+        offset = None
+        if edit.offset is not None:
+            assert moments is not None
+            offset = (u.T @ moments[layer].mean.cpu()).float()
+        drawn[layer] = Projection(u.float().contiguous(), None, offset)
     return drawn
 
 
@@ -165,7 +175,9 @@ def matched_edits(
         roots, q = values.clamp_min(0).sqrt()[:, None], haar_basis(d, k, generator)
         written = vectors @ (roots * (vectors.T @ q))
         if edit.dual is None:
-            drawn[layer] = Projection(torch.linalg.qr(written)[0].float().contiguous())
+            u = torch.linalg.qr(written)[0]
+            offset = None if edit.offset is None else (u.T @ found.mean.cpu()).float()
+            drawn[layer] = Projection(u.float().contiguous(), None, offset)
             continue
         read = vectors @ ((vectors.T @ q) / roots)
         offset = None if edit.offset is None else (read.T @ found.mean.cpu()).float()

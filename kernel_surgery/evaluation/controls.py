@@ -2,7 +2,7 @@
 
 If random subspaces have an effect too, it comes from removing k dimensions, not from language. There are three kinds:
 
-    haar     U is uniform among all k-dimensional subspaces
+    haar     U is uniform among all k-dimensional subspaces; the strength of each layer is that of the real edit
     energy   as haar, with the strength scaled so that the edit removes as much energy from the activations as the real
              one does
     pca      U is uniform among the k-dimensional subspaces of the first 100 principal components of the activations
@@ -34,6 +34,7 @@ from kernel_surgery.evaluation.samples import take_up
 from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.chat import OFF, Chat
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.collecting import encode
@@ -127,9 +128,9 @@ def draw(
     for number, name in enumerate(names_of(kind, count)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * number + KINDS.index(kind))
         bases, strengths = {}, {}
-        for layer, basis in subspace.bases.items():
-            d, k = basis.shape
-            strengths[layer] = strength
+        for layer, edit in subspace.projections.items():
+            d, k = edit.basis.shape
+            strengths[layer] = subspace.strength_at(layer, strength)
             if kind == "pca":
                 inside = known[layer].components(COMPONENTS).cpu()
                 if inside.shape[1] < k:
@@ -141,7 +142,7 @@ def draw(
             else:
                 u = haar_basis(d, k, generator)
             if kind == "energy":
-                strengths[layer] = strength * (known[layer].energy(basis) / known[layer].energy(u)) ** 0.5
+                strengths[layer] *= (known[layer].energy(edit) / known[layer].energy(Projection(u))) ** 0.5
             bases[layer] = u.float().contiguous()
         controls.append(Control(name, bases, strengths))
     return controls

@@ -80,6 +80,8 @@ def read_grid(path: Path) -> dict[str, Any]:
     for name in (*number, "max_new_tokens", "budget", "batch_size"):
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise UserError(f"{str(path)!r}: {name} is {settings[name]!r}, not a whole number of at least 1.")
+    if isinstance(seed := settings["seed"], bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise UserError(f"{str(path)!r}: seed is {seed!r}, not a whole number from 0 to 2^31 - 1.")
     if not isinstance(settings["thinking"], bool):
         raise UserError(f"{str(path)!r}: thinking is {settings['thinking']!r}, not true or false.")
     if settings["budget"] > settings["max_new_tokens"]:

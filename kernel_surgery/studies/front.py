@@ -68,7 +68,9 @@ def reported_table(study: Mapping[str, Any]) -> str:
         kl = "  ".join(f"{by['kl'][language]:>9.4f}" for language in languages)
         word = "" if name == "original" else by["word"]
         lines.append(f"{name:<9} {kl}  {by['probe']:>9.4f}  {by['means']:>9.4f}  {word}".rstrip())
-    lines.append(f"the choice beside the baseline (95% intervals): {difference_in_words(study['difference'])}")
+    lines.append(
+        f"the choice beside the baseline (95% intervals, each its own): {difference_in_words(study['difference'])}"
+    )
     return "\n".join(lines)
 
 
@@ -89,7 +91,9 @@ def pictures(study: Mapping[str, Any]) -> list[str]:
     search = study["search"]
     x, y = "damage", next(name for name in search["objectives"] if name != "damage")
     rows = [row for row in search["rows"] if "refused" not in row]
-    least = min((row[x] for row in rows if row[x] > 0), default=1e-6)  # where a logarithmic axis shows 0
+    shown = [row[x] for row in rows] + [by[x] for by in study["measured"].values()]
+    least = min((value for value in shown if value > 0), default=1e-6)  # where a logarithmic axis shows 0
+    line = "o-" if len(search["objectives"]) == 2 else "o"  # a front of three is no line in two
 
     def at(figures: Mapping[str, Any]) -> tuple[float, float]:
         return max(figures[x], least), figures[y]
@@ -97,7 +101,7 @@ def pictures(study: Mapping[str, Any]) -> list[str]:
     on_front = sorted((row for row in rows if row["number"] in search["front"]), key=lambda row: row[x])
     made, (axes,) = figure(WIDTH, 3.8)
     axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color="#9ca3af", alpha=0.8, label="a setting")
-    axes.plot(*zip(*map(at, on_front), strict=True), "o-", ms=4, lw=1, color=COLOURS["fused"], label="the front")
+    axes.plot(*zip(*map(at, on_front), strict=True), line, ms=4, lw=1, color=COLOURS["fused"], label="the front")
     chosen = next(row for row in rows if row["number"] == search["chosen"])
     _stand_out(axes, at(rows[0]), at(chosen))
     _finish(made, axes, f"dev: {len(rows)} settings", y)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import BATCH_TOKENS
 from kernel_surgery.damage.measure import yardstick_readings
 from kernel_surgery.damage.neutral import NeutralText, Reading
@@ -175,6 +176,12 @@ class Measuring:
             norms[layer] = float(moments.label_covariance.norm())
         return hits, torch.bincount(groups, minlength=count).double().numpy(), norms
 
+    def asked_of(self) -> dict[str, Any]:
+        """Return what the probe is asked: problems, languages, tokens, the layers, and the accuracy of chance."""
+        tokens = int(self.measure(None).tokens.sum())
+        about = {"problems": len(self.asked), "languages": list(self.probed), "tokens": tokens}
+        return about | {"layers": list(self.layers), "chance": 1 / len(self.probed)}
+
     def figures(self, found: Measured) -> dict[str, Any]:
         """Return everything that is reported of an edit, with intervals and its damage in words."""
         return found.as_json() | {
@@ -185,16 +192,22 @@ class Measuring:
 
 
 def first_problems(asked: Sequence[Problem], count: int) -> list[Problem]:
-    """Return about `count` problems: the first of every category, the same number of each."""
+    """Return about `count` problems: the first of every category, the same number of each.
+
+    Raises UserError if that is one problem: a probe is trained on some and asked others.
+    """
     categories = len({problem.category for problem in asked})
-    return first_of_each_category(asked, max(1, count // categories))
+    chosen = first_of_each_category(asked, max(1, count // categories))
+    if len(chosen) < 2:
+        raise UserError(f"a probe needs at least 2 problems of each split, there is {len(chosen)}: ask more problems.")
+    return chosen
 
 
 def difference(edit: Measured, baseline: Measured) -> dict[str, Any]:
     """Compare an edit with another one, on the same texts. Every interval is 95%, paired over sentences or problems.
 
-    Returns {"damage": {language: [ratio of the mean KL, low, high], or None if the other has no damage}, "probe":
-    [difference in accuracy, low, high]}.
+    Returns {"damage": {language: [ratio of the mean KL, low, high], or None if a sentence has no damage in the other},
+    "probe": [difference in accuracy, low, high]}. Each interval is its own: it is not corrected for the others.
     """
     ratios: dict[str, list[float] | None] = {}
     for language, one in edit.kl.items():

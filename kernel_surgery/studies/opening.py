@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Study:
     languages: tuple[str, ...]
     chat: Chat
     device: "torch.device"
+    done: dict[str, Cells] = field(default_factory=dict)  # {split: the texts that were made}
 
     @property
     def layers(self) -> int:
@@ -66,8 +67,10 @@ class Study:
             *(declared["batch_size"], self.chat),
         )
         samples = self.folder / f"{split}.jsonl"
-        done = take_up(samples, self.splits[split], score_again(self.tokenizer, self.chat))
-        texts = answer_cells(context, edit_blocks(self.model, declared["mode"], settings), done, samples)
+        if split not in self.done:
+            self.done[split] = take_up(samples, self.splits[split], score_again(self.tokenizer, self.chat))
+        texts = answer_cells(context, edit_blocks(self.model, declared["mode"], settings), self.done[split], samples)
+        self.done[split] |= texts
         return context, at_budget(texts, declared["budget"], self.tokenizer, self.chat)
 
     def figures(self, cells: Cells, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -46,10 +46,11 @@ def page(study: Mapping[str, Any]) -> str:
 <p>Chosen: <strong>{html.escape(chosen["name"])}</strong></p>
 <p class=note>{html.escape(study["damage_in_words"])}</p>
 <p>Beside the baseline ({html.escape(search["baseline"])}), on test:
-{html.escape(difference_in_words(study["difference"]))}. The intervals are 95%, paired over sentences and problems.</p>
+{html.escape(difference_in_words(study["difference"]))}. The intervals are 95%, each its own, paired over sentences
+and problems.</p>
 {panels(pictures(study))}
-<p>{len(search["rows"]) - 1} settings were measured on the dev half, and the choice was made there:
-{html.escape(search["rule"])}. Its hash was written down before anything of the test half was read:
+<p>{len(search["rows"]) - 1} settings were tried on the dev half, and the choice was made there:
+{html.escape(search["rule"])}. Its hash was written down before any figure of the test half was taken:
 {html.escape(study["frozen"]["sha256"][:16])}. "probe" is the held-out accuracy of a linear probe for the language over
 prompt tokens, at the MLPs' outputs of the baseline's layers; "means left" is how much of the covariance with the
 language is left there. {html.escape(RULE)}</p>

@@ -8,8 +8,8 @@ from typing import Any
 
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.damage.measure import neutral_moments
-from kernel_surgery.damage.yardsticks import haar_edits, matched_edits
+from kernel_surgery.damage.measure import random_edits
+from kernel_surgery.damage.words import HAAR, MATCHED
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
 from kernel_surgery.studies.opening import Study
 from kernel_surgery.studies.settings import Setting
@@ -47,8 +47,8 @@ class Reporting:
 
         name: of the choice. What is finished is kept in measured.json, so a killed study does not do it again.
 
-        Returns {"measured": {"original", "baseline", "chosen", "haar:0", ...: figures}, "difference": of the choice
-        from the baseline}.
+        Returns {"probed": what the probe was asked, by split; "measured": {"original", "baseline", "chosen", "haar:0",
+        ...: figures}; "difference": of the choice from the baseline}.
         """
         edits: dict[str, Callable[[], Subspace | None]] = {
             ORIGINAL: lambda: None,
@@ -56,8 +56,8 @@ class Reporting:
             CHOSEN: lambda: chosen,
         }
         for seed in range(self.controls):
-            edits[f"haar:{seed}"] = lambda seed=seed: self._random(chosen, "haar", seed)  # type: ignore[misc]
-            edits[f"matched:{seed}"] = lambda seed=seed: self._random(chosen, "matched", seed)  # type: ignore[misc]
+            for kind in (HAAR, MATCHED):
+                edits[f"{kind}:{seed}"] = lambda k=kind, s=seed: self._random(chosen, k, s)  # type: ignore[misc]
         file, kept = self.folder / MEASURED, dict[str, Any]()
         if file.is_file():
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -70,13 +70,11 @@ class Reporting:
                     bar.update()
         found = {edit: Measured.of(kept[edit]) for edit in edits}
         return {
+            "probed": {split: m.asked_of() for split, m in (("dev", self.dev), ("test", self.test))},
             "measured": {edit: self.test.figures(by) for edit, by in found.items()},
             "difference": difference(found[CHOSEN], found[BASELINE]),
         }
 
     def _random(self, subspace: Subspace, kind: str, seed: int) -> Subspace:
         """Return a random edit of the same rank, layers and strengths."""
-        edits = subspace.projections
-        if kind == "haar":
-            return subspace.with_edits(haar_edits(edits, seed))
-        return subspace.with_edits(matched_edits(edits, neutral_moments(self.test.text, tuple(edits)), seed))
+        return subspace.with_edits(random_edits(self.test.text, subspace.projections, kind, seed))

@@ -5,6 +5,7 @@ settings as if it had not been killed: what is proposed depends on the seed and 
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def require_optuna() -> None:
 def search_settings(
     search: Search,
     n_layers: int,
+    mode: str,
     folder: Path,
     seed: int,
     measure: Callable[[Setting], Figures],
@@ -58,8 +60,9 @@ def search_settings(
 ) -> list[Row]:
     """Measure the baseline and `search.trials` settings. Return their rows, the baseline's first.
 
-    measure: returns the figures of a setting on dev, or raises KernelSurgeryError for one that cannot be made; that
-    trial is kept as refused. Equal settings are measured once. say: called with a line if a search goes on.
+    mode: in which edits are made. measure: returns the figures of a setting on dev, or raises KernelSurgeryError for
+    one that cannot be made; that trial is kept as refused, and so is one with a figure that is not finite. Equal
+    settings are measured once. say: called with a line if a search goes on.
 
     Raises UserError if Optuna is missing, and what `measure` raises for the baseline.
     """
@@ -70,6 +73,7 @@ def search_settings(
     directions = [DIRECTIONS[name] for name in search.objectives]
     storage = f"sqlite:///{(folder / STORAGE).absolute()}"
     study = optuna.create_study(study_name="search", storage=storage, directions=directions, load_if_exists=True)
+    study.set_user_attr("optuna", optuna.__version__)
     base = search.baseline_setting(n_layers)
     if BASELINE not in study.user_attrs:
         study.set_user_attr(BASELINE, _stored(measure(base)))
@@ -88,7 +92,7 @@ def search_settings(
                 # A new sampler for every trial: its state is then a function of what is stored.
                 study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * (len(rows) - 1), **options)
                 trial = study.ask()
-                setting = search.draw(trial, n_layers)
+                setting = search.draw(trial, n_layers, mode)
             row = _measured(trial.number, setting, known, measure)
             trial.set_user_attr("row", _stored(row.as_json()))
             _tell(study, trial.number, row, search)
@@ -112,10 +116,14 @@ def _measured(number: int, setting: Setting, known: Mapping[str, Row], measure: 
     """Return the row of a setting, whose figures may be known."""
     if same := known.get(_key(setting.as_json())):
         return Row(number, setting.as_json(), setting.name, same.figures, same.refused)
+    about = (number, setting.as_json(), setting.name)
     try:
-        return Row(number, setting.as_json(), setting.name, measure(setting))
+        figures = measure(setting)
     except KernelSurgeryError as error:
-        return Row(number, setting.as_json(), setting.name, {}, str(error))
+        return Row(*about, {}, str(error))
+    if broken := [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]:
+        return Row(*about, {}, f"{broken[0]} is not a finite number: the edit overflows this dtype")
+    return Row(*about, figures)
 
 
 def _key(setting: Mapping[str, Any]) -> str:
@@ -135,7 +143,7 @@ def _finished(study: Any) -> list[Row]:
 
 
 def _stored(value: object) -> str:
-    # As text: Optuna's database refuses an attribute that holds Infinity.
+    # As text, in the order in which it was written.
     return json.dumps(value)
 
 

@@ -34,7 +34,8 @@ class Setting:
     """How an edit is fitted and made.
 
     method, rank, shrinkage: as in `fit`; rank None is the method's own. site: where activations are read. pool: "last",
-    "mean", "tokens", or "sequential" (all tokens, fitted layer by layer). offset: keep the mean of what is removed.
+    "mean", "tokens", or "sequential" (all tokens, fitted layer by layer; each edit at strength 1 and without an offset
+    while the next are fitted). offset: c = B^T E x, with the mean that the layer had when it was fitted.
     layers: first and last. strengths: at the first layer, at the last, and at as many between them; the layers in
     between are interpolated linearly. One number is the strength of all layers.
     """
@@ -73,9 +74,12 @@ class Setting:
             return dict.fromkeys(layers, self.strengths[0])
         found = {}
         for layer in layers:
-            place = (layer - first) / (last - first) * parts
-            left = min(int(place), parts - 1)
-            share = place - left
+            # In whole numbers, so that a layer at a knot has exactly its strength.
+            left, rest = divmod((layer - first) * parts, last - first)
+            if not rest:
+                found[layer] = self.strengths[left]
+                continue
+            share = rest / (last - first)
             found[layer] = (1 - share) * self.strengths[left] + share * self.strengths[left + 1]
         return found
 
@@ -101,8 +105,8 @@ def spans(layers: Sequence[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def impossible(setting: Setting) -> str | None:
-    """Return why a setting cannot be fitted at all, or None."""
+def impossible(setting: Setting, mode: str = "hook") -> str | None:
+    """Return why a setting cannot be fitted, or cannot be made in a mode, or None."""
     erasing = setting.method in ERASING
     if setting.pool == TOKENS and setting.method == "deviations":
         return "deviations needs pairs of prompts: pool last or mean, not tokens"
@@ -112,6 +116,8 @@ def impossible(setting: Setting) -> str | None:
         return "leace has its own offset: offset is for the other methods"
     if setting.offset and setting.site != "mlp_out":
         return "an offset needs the mean at mlp_out"
+    if mode == "lora" and (setting.offset or setting.method == "leace"):
+        return "an adapter cannot hold an offset"
     return None
 
 

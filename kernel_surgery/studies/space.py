@@ -4,7 +4,7 @@
     trials = 40                          # settings to try, beside the baseline
     objectives = ["damage", "probe"]     # what is measured on dev; also "means", "accuracy", "fidelity"
     choose = "damage"                    # of the settings that keep the limits, the one that is best in this
-    limits = {probe = "baseline"}        # a number, or "baseline": at least as good as the baseline
+    limits = {probe = "baseline"}        # a number or "baseline": as good at least (default: for all others)
     probed = 20                          # problems whose tokens the probe reads
     controls = 3                         # random edits of each kind beside the choice
     knots = 1                            # strengths along the layers, with straight lines between them
@@ -21,11 +21,16 @@
     strength = {low = 0.2, high = 1.5}
 
 Names of the space: method, rank, site, pool ("last", "mean", "tokens" or "sequential"), shrinkage, offset (true or
-false), first_layer, last_layer, strength. The objectives are: damage, the mean KL on neutral text in the worst
-language; probe, the accuracy of a held-out probe for the language over the prompts' tokens; means, how much of the
-covariance with the language is left there, 1 without an edit; accuracy, the share of dev problems solved; fidelity, the
-share of texts in the language of the prompt. The first three shall be small, the others large. Probe and means are
-taken at the baseline's layers, whatever layers a setting edits, and averaged over them.
+false), first_layer, last_layer, strength. The objectives are:
+
+    damage     mean KL(original || edited) on neutral text, nats per token, in the worst language
+    probe      accuracy of a held-out linear probe for the language, over the tokens of dev prompts
+    means      norm of the covariance with the language over those tokens, over the original's: 1 without an edit
+    accuracy   share of the dev problems that are solved
+    fidelity   share of all texts that are judged and in the language of the prompt
+
+The first three shall be small, the others large. Probe and means are taken at the baseline's layers, whatever layers a
+setting edits, and averaged over them. In a chat, the template's tokens are among those of a prompt.
 """
 
 import math
@@ -34,7 +39,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.names import METHODS, POOLS, SITES, TOKENS
+from kernel_surgery.common.names import ERASING, METHODS, POOLS, SITES, TOKENS
 from kernel_surgery.models.architectures import default_layers
 from kernel_surgery.studies.settings import SEQUENTIAL, Setting, impossible
 
@@ -93,27 +98,33 @@ class Search:
             ends += [held["low"], held["high"]] if isinstance(held, dict) else held
         return range(min(ends), max(ends) + 1)
 
-    def draw(self, trial: "Trial", n_layers: int) -> Setting:
+    def draw(self, trial: "Trial", n_layers: int, mode: str = "hook") -> Setting:
         """Return the setting of an Optuna trial.
 
-        Of the pools only those are offered that the drawn method can use, and a rank, shrinkage or offset only where it
-        means something. So no trial is lost on a setting that cannot be.
+        Only methods, pools and offsets are offered that can be together, and a shrinkage only to a method that has one.
+        What depends on the data, such as a rank that they do not have, is refused when it is fitted.
         """
         base, drawn = self.baseline_setting(n_layers), dict[str, Any]()
-        for name in ("method", "site", "first_layer", "last_layer"):
+        for name in ("site", "first_layer", "last_layer"):
             drawn |= self._suggest(trial, name)
-        base = _setting(drawn, base, self.knots)
-        if pools := self._choices("pool"):
-            possible = [pool for pool in pools if not impossible(replace(base, pool=pool, offset=False))]
-            if possible:
-                # One name per method: Optuna wants the same choices under the same name.
-                pool = trial.suggest_categorical(f"pool of {base.method} at {base.site}", possible)
-                base = replace(base, pool=pool)
-        for name in ("rank", "shrinkage", "offset"):
-            if name == "offset" and impossible(replace(base, offset=True)):
-                base = replace(base, offset=False)
-            else:
-                base = _setting(self._suggest(trial, name), base, self.knots)
+        base = replace(_setting(drawn, base, self.knots), offset=False)
+        pools = self._choices("pool") or [base.pool]
+
+        def possible(method: str) -> list[str]:
+            return [pool for pool in pools if not impossible(replace(base, method=method, pool=pool), mode)]
+
+        # `check_space` has seen that there is one.
+        methods = [method for method in self._choices("method") or [base.method] if possible(method)]
+        # One name for each list of choices: Optuna wants the same choices under the same name.
+        base = replace(base, method=_one_of(trial, f"method at {base.site}", methods))
+        base = replace(base, pool=_one_of(trial, f"pool of {base.method} at {base.site}", possible(base.method)))
+        base = _setting(self._suggest(trial, "rank"), base, self.knots)
+        if base.method in ERASING:
+            base = _setting(self._suggest(trial, "shrinkage"), base, self.knots)
+        offsets = self._choices("offset") or [self.baseline_setting(n_layers).offset]
+        offsets = [offset for offset in offsets if not impossible(replace(base, offset=offset), mode)]
+        if offsets:
+            base = replace(base, offset=_one_of(trial, f"offset of {base.method} at {base.site}", offsets))
         if "strength" in (self.space or {}):
             found = [self._suggest(trial, "strength", f"strength {i + 1}")["strength"] for i in range(self.knots)]
             base = replace(base, strengths=tuple(found))
@@ -133,6 +144,11 @@ class Search:
         if name in WHOLE:
             return {name: trial.suggest_int(label, low, high, log=log)}
         return {name: trial.suggest_float(label, low, high, log=log)}
+
+
+def _one_of(trial: "Trial", name: str, choices: list[Any]) -> Any:
+    """Return one of the choices; the only one without asking Optuna."""
+    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, choices)
 
 
 def _setting(given: Mapping[str, Any], base: Setting, knots: int) -> Setting:
@@ -162,7 +178,7 @@ def read_search(held: Mapping[str, Any], where: str) -> Search:
         if not _whole(value := getattr(search, name)) or value < least:
             raise UserError(f"{where}: search.{name} is {value!r}, not a whole number of at least {least}.")
     for name in search.objectives:
-        if name not in DIRECTIONS:
+        if not isinstance(name, str) or name not in DIRECTIONS:
             raise UserError(f"{where}: search.objectives has {name!r}; known: {', '.join(DIRECTIONS)}.")
     if len(set(search.objectives)) != len(search.objectives) or len(search.objectives) < 2:
         raise UserError(f"{where}: search.objectives is {list(search.objectives)!r}, not two or more different ones.")
@@ -187,8 +203,11 @@ def read_search(held: Mapping[str, Any], where: str) -> Search:
     return search
 
 
-def check_space(search: Search, n_layers: int, where: str = "the declaration") -> None:
-    """Check the layers of a search against a model. Raises UserError for one that it does not have."""
+def check_space(search: Search, n_layers: int, mode: str = "hook", where: str = "the declaration") -> None:
+    """Check a search against a model and a mode.
+
+    Raises UserError for a layer that the model does not have, and for a baseline or a space that cannot be.
+    """
     for part in ("baseline", "space"):
         for name in ("first_layer", "last_layer"):
             held = (getattr(search, part) or {}).get(name, 0)
@@ -198,6 +217,14 @@ def check_space(search: Search, n_layers: int, where: str = "the declaration") -
                     raise UserError(
                         f"{where}: search.{part}.{name} has {value}; the model has layers 0 to {n_layers - 1}."
                     )
+    if why := impossible(search.baseline_setting(n_layers), mode):
+        raise UserError(f"{where}: search.baseline cannot be made in mode {mode}: {why}.")
+    base, space = search.baseline_setting(n_layers), search.space or {}
+    methods, pools = space.get("method", [base.method]), space.get("pool", [base.pool])
+    for site in space.get("site", [base.site]):
+        tried = [replace(base, site=site, method=m, pool=p, offset=False) for m in methods for p in pools]
+        if all(impossible(setting, mode) for setting in tried):
+            raise UserError(f"{where}: nothing of search.space can be made at {site}: {impossible(tried[0], mode)}.")
 
 
 def _known(part: str, held: Any, names: Any, where: str) -> None:

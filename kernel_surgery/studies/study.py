@@ -12,6 +12,7 @@ command continues an interrupted study. study.json holds everything else.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.evaluation.controls import parse_controls, run_controls
 from kernel_surgery.evaluation.controls import table as control_table
+from kernel_surgery.evaluation.samples import digest
 from kernel_surgery.evaluation.summary import pair, power
 from kernel_surgery.evaluation.tables import strict_table
 from kernel_surgery.files.hashing import sha256
@@ -35,7 +37,7 @@ from kernel_surgery.studies.reporting import Reporting
 from kernel_surgery.studies.searching import choose as choose_row
 from kernel_surgery.studies.searching import require_optuna, search_settings
 from kernel_surgery.studies.settings import Setting
-from kernel_surgery.studies.space import ASKED, Search, check_space
+from kernel_surgery.studies.space import ASKED, BASELINE, check_space
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fitting import fit_subspace
 
@@ -96,7 +98,7 @@ def run_study(
         "damage_in_words": headline(damage),
         "notes": [note] if (note := under_way.source.note("test")) else [],
         **{"schema": 1, "command": command, "declared": under_way.named},
-        **{"environment": environment_record(under_way.device)},
+        **{"environment": environment_record(under_way.device) | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}},
         **found,
         "test": under_way.figures(texts, ["original", *settings]),
         **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
@@ -127,28 +129,33 @@ def _by_search(declared: dict[str, Any], folder: Path) -> tuple[Study, str, Sett
 
     Returns what `_by_grid` does.
     """
-    search: Search = declared["search"]
+    search, mode = declared["search"], declared["mode"]
     require_optuna()
-    study = begin(declared, folder, lambda config: check_space(search, config["num_hidden_layers"]))
+    study = begin(declared, folder, lambda config: check_space(search, config["num_hidden_layers"], mode))
     base = search.baseline_setting(study.layers)
+    asked = bool(set(ASKED) & set(search.objectives))
     fitter, reporting = study.fitter(search.reach(study.layers)), Reporting.of(study, search, base)
 
     def measure(setting: Setting) -> dict[str, Any]:
         subspace = fitter.fit(setting)
         figures = reporting.dev.measure(subspace).as_json()
-        if set(ASKED) & set(search.objectives):
-            by = study.figures(study.ask("dev", {setting.name: (subspace, 1.0)})[1], [setting.name])[setting.name]
-            figures["accuracy"] = sum(r["accuracy"] for r in by.values()) / len(by)
-            figures["fidelity"] = sum(r["language_fidelity"] or 0.0 for r in by.values()) / len(by)
+        if asked:
+            name = f"{setting.name} {digest(setting.as_json())[:8]}"  # names round
+            by = study.figures(study.ask("dev", {name: (subspace, 1.0)})[1], [name])[name].values()
+            figures["accuracy"] = sum(r["accuracy"] for r in by) / len(by)
+            figures["fidelity"] = sum((r["language_fidelity"] or 0.0) * r["coverage"] for r in by) / len(by)
         return figures
 
-    rows = search_settings(search, study.layers, folder, declared["seed"], measure)
+    rows = search_settings(search, study.layers, mode, folder, declared["seed"], measure)
+    write_atomic(folder / "trials.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
     best = choose_row(rows, search)
     subspace = _chosen(study, best.name, lambda: fitter.fit(Setting.of(best.setting)))
     frozen = freeze(folder, best.name, best.setting, study.declared, len(rows), sha256(folder / CHOSEN))
     found = {"search": front.record(rows, search, best), "frozen": frozen}
-    found |= reporting.on_test(subspace, fitter.fit(base), best.name)
-    return study, "chosen", {"chosen": (subspace, 1.0)}, found
+    baseline = fitter.fit(base)
+    found |= reporting.on_test(subspace, baseline, best.name)
+    settings = {"chosen": (subspace, 1.0)} | ({BASELINE: (baseline, 1.0)} if asked else {})
+    return study, "chosen", settings, found
 
 
 def _chosen(study: Study, name: str, fit: Callable[[], Subspace]) -> Subspace:

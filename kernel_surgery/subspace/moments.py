@@ -18,6 +18,7 @@ from torch import Tensor
 from kernel_surgery.common.errors import MissingFileError, SubspaceError
 from kernel_surgery.common.files import mistaken, replacing
 from kernel_surgery.files.tensorfile import save_tensors
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.fingerprint import check_provenance
 
 FORMAT = "kernel-surgery-moments-1"
@@ -89,10 +90,15 @@ class Moments:
         shares = self.counts / self.counts.sum()
         return ((self.means - self.mean) * shares[:, None]).T
 
-    def energy(self, basis: Tensor) -> float:
-        """Return E of norm(U^T x)^2 for an orthonormal basis U [d_model, k]: what an edit removes at strength 1."""
-        u = basis.double().to(self.second.device)
-        return float((u * (self.mean_square @ u)).sum())
+    def energy(self, edit: Projection) -> float:
+        """Return E of norm(A (B^T x - c))^2: what an edit takes away at strength 1, in mean square."""
+        exact = edit.to(self.second.device).double()
+        inside = exact.reads.T @ self.mean_square @ exact.reads
+        if exact.offset is not None:
+            mean = exact.reads.T @ self.mean
+            inside = inside - torch.outer(mean, exact.offset) - torch.outer(exact.offset, mean)
+            inside = inside + torch.outer(exact.offset, exact.offset)
+        return float((inside * (exact.basis.T @ exact.basis)).sum())
 
     def components(self, count: int) -> Tensor:
         """Return the first principal components, [d_model, count] orthonormal, float64.

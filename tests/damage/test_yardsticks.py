@@ -138,12 +138,12 @@ def edits(kind, layers=(1, 3), d=24, k=3):
         a = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0]
         b = a + 0.3 * (torch.eye(d) - a @ a.T).double() @ torch.randn(d, k, generator=generator, dtype=torch.float64)
         b = b @ torch.linalg.inv(a.T @ b)
-        offset = torch.randn(k, generator=generator) if kind == "affine" else None
-        made[layer] = Projection(a.float(), None if kind == "orthogonal" else b.float(), offset)
+        offset = torch.randn(k, generator=generator) if kind in ("affine", "orthogonal with an offset") else None
+        made[layer] = Projection(a.float(), None if kind.startswith("orthogonal") else b.float(), offset)
     return made
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "oblique", "affine"])
+@pytest.mark.parametrize("kind", ["orthogonal", "orthogonal with an offset", "oblique", "affine"])
 def test_random_edits_have_the_rank_and_form_of_the_edit(kind):
     own, generator = edits(kind), torch.Generator().manual_seed(1)
     scales = torch.logspace(0, -2, 24)
@@ -151,18 +151,23 @@ def test_random_edits_have_the_rank_and_form_of_the_edit(kind):
     for layer in own:
         found[layer] = Moments.empty(1, 24)
         found[layer].add(torch.randn(500, 24, generator=generator) * scales + (2.0 if kind == "affine" else 0), 0)
-    for layer, edit in haar_edits(own).items():
-        assert edit.dual is None and edit.basis.shape == own[layer].basis.shape
+    for layer, edit in haar_edits(own, moments=found).items():
+        assert edit.dual is None and (edit.offset is None) == (own[layer].offset is None)
+        if edit.offset is not None:  # it keeps the mean, as the edit that it stands beside does
+            assert torch.allclose(edit.offset.double(), edit.basis.double().T @ found[layer].mean, atol=1e-4)
+        assert edit.basis.shape == own[layer].basis.shape
         assert torch.allclose(edit.basis.T @ edit.basis, torch.eye(3), atol=1e-6)
     matched = matched_edits(own, found)
     assert matched.keys() == own.keys() and not torch.equal(matched[1].basis, matched[3].basis)
     for layer, edit in matched.items():
         assert (edit.dual is None, edit.offset is None) == (own[layer].dual is None, own[layer].offset is None)
         assert torch.allclose(edit.reads.T @ edit.basis, torch.eye(3), atol=1e-5)
-        if kind == "orthogonal":
+        if kind == "orthogonal with an offset":
+            assert torch.allclose(edit.offset.double(), edit.basis.double().T @ found[layer].mean, atol=1e-4)
+        elif kind == "orthogonal":
             # It holds far more of the activations' variance than a uniform one does: .12 of 24 dimensions.
-            inside = found[layer].energy(edit.basis) / float(found[layer].mean_square.trace())
-            uniform = found[layer].energy(haar_edits(own)[layer].basis) / float(found[layer].mean_square.trace())
+            inside = found[layer].energy(edit) / float(found[layer].mean_square.trace())
+            uniform = found[layer].energy(haar_edits(own)[layer]) / float(found[layer].mean_square.trace())
             assert inside > 2 * uniform
         else:
             # Q in whitened coordinates is orthonormal: S^(-1/2) A = S^(1/2) B.

@@ -24,7 +24,10 @@ from kernel_surgery.evaluation.controls import (
 )
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.oracle import project_oracle
-from tests.support.models import basis, pico
+from kernel_surgery.numerics.projection import Projection
+from kernel_surgery.subspace.collecting import encode
+from kernel_surgery.subspace.reading import reading
+from tests.support.models import basis, oblique, pico
 
 LAYERS = (1, 2)
 
@@ -88,7 +91,7 @@ def test_moments_are_those_of_every_token_and_of_no_padding():
         torch.testing.assert_close(found[i].mean_square, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         u = basis(48, 5, i)
         removed = (x - project_oracle(x, u)).square().sum(-1).mean()
-        assert found[i].energy(u) == pytest.approx(float(removed), rel=1e-4)
+        assert found[i].energy(Projection(u)) == pytest.approx(float(removed), rel=1e-4)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -108,16 +111,41 @@ def test_controls_are_drawn_as_they_are_named():
             Subspace(control.bases)  # orthonormal, of one shape
             for i in LAYERS:
                 assert tuple(control.bases[i].shape) == (48, 5)
-                energy = found[i].energy(control.bases[i]) * control.strengths[i] ** 2
+                energy = found[i].energy(Projection(control.bases[i])) * control.strengths[i] ** 2
                 if kind == "energy":
-                    assert energy == pytest.approx(found[i].energy(real.bases[i]), rel=1e-6)
+                    assert energy == pytest.approx(found[i].energy(real.projections[i]), rel=1e-6)
                 else:
                     assert control.strengths[i] == 1.0
     inside = found[1].components(20)
     assert inside.shape == (48, 20)
-    values = torch.tensor([found[1].energy(inside[:, [j]]) for j in range(20)])
+    values = torch.tensor([found[1].energy(Projection(inside[:, [j]])) for j in range(20)])
     centred = values - (inside.T @ found[1].mean) ** 2
     assert bool((centred.diff() <= 1e-9).all())  # the largest variance first
+
+
+@pytest.mark.parametrize("kind", ["haar", "energy"])
+def test_controls_have_the_strength_of_the_edit_in_each_layer(kind):
+    """A schedule counts, and the energy is that which an oblique edit with an offset takes away, summed over tokens."""
+    model = pico("llama")
+    rows = {i: [] for i in LAYERS}
+    with reading(model, Words(), LAYERS, "mlp_out", lambda i, x, mask: rows[i].append(x[mask.bool()].double())) as read:
+        read(encode(Words(), PROMPTS, 1000)[0])
+    found = moments(model, Words(), PROMPTS, LAYERS)
+    edits = {i: oblique(48, 3, i) for i in LAYERS}
+    edits = {i: Projection(e.basis, e.dual, torch.arange(3.0)) for i, e in edits.items()}
+    real = Subspace.of(edits, strengths={LAYERS[0]: 0.25})
+    (control,) = draw(kind, 1, real, 2.0, found)
+    for layer in LAYERS:
+        strength = 2.0 * real.strengths.get(layer, 1.0)
+        if kind == "haar":
+            assert control.strengths[layer] == strength
+            continue
+        x, exact = torch.cat(rows[layer]), edits[layer].double()
+        taken = strength * exact.inside(x) @ exact.basis.T
+        u = control.bases[layer].double()
+        other = control.strengths[layer] * x @ u @ u.T
+        # The bases are stored in float32: the energies agree to a few roundings.
+        assert float(other.square().sum()) == pytest.approx(float(taken.square().sum()), rel=1e-5)
 
 
 def test_pca_controls_lie_in_the_principal_components(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, collect_moments, fit_subspace, hooked
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.damage.measure import measure_damage
 from kernel_surgery.evaluation.effects import probe_accuracy
@@ -111,3 +112,11 @@ def test_the_same_number_of_every_category_is_probed():
     asked = problems("dev", 8)
     assert [p.category for p in first_problems(asked, 20)] == [p.category for p in problems("dev", 4)]
     assert len(first_problems(asked, 3)) == 5 and len(first_problems(asked[:8], 20)) == 8
+    with pytest.raises(UserError, match="a probe needs at least 2 problems of each split, there is 1"):
+        first_problems(asked[:8], 1)
+
+
+def test_the_record_says_what_the_probe_is_asked(measuring, found):
+    made = measuring.asked_of()
+    assert made["problems"] == 10 and made["layers"] == LAYERS and made["chance"] == 1 / 7
+    assert made["tokens"] == found[0].tokens.sum() and made["languages"] == list(LANGUAGES)

@@ -39,7 +39,7 @@ class Killed(BaseException):
 def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = search_settings(searched(), 8, tmp_path / "whole", 0, measured)
+    whole = search_settings(searched(), 8, "hook", tmp_path / "whole", 0, measured)
     assert [row.number for row in whole] == list(range(-1, 16))
     assert len({row.name for row in whole}) > 10 and any(row.refused for row in whole)
     # Killed inside the measurement, and between the storing of a row and Optuna's being told of it.
@@ -62,7 +62,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypa
     kills, found = 0, []
     while not found:
         try:
-            found = search_settings(searched(), 8, tmp_path / "killed", 0, dying, said.append)
+            found = search_settings(searched(), 8, "hook", tmp_path / "killed", 0, dying, said.append)
         except Killed:
             kills += 1
     print(f"{kills} kills")
@@ -71,13 +71,13 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypa
     # Nothing finished was measured twice: every call but the killed ones is a row, or the same setting as one.
     assert len(calls) - 3 == len({json.dumps(row.setting) for row in found})
     # All is done: nothing is measured again.
-    assert search_settings(searched(), 8, tmp_path / "killed", 0, lambda setting: 1 / 0) == found
+    assert search_settings(searched(), 8, "hook", tmp_path / "killed", 0, lambda setting: 1 / 0) == found
 
 
 def test_equal_settings_are_measured_once(tmp_path):
     calls = []
     search = read_search({"trials": 8, "space": {"rank": [1, 2]}}, "x")
-    rows = search_settings(search, 8, tmp_path, 0, lambda setting: calls.append(setting) or measured(setting))
+    rows = search_settings(search, 8, "hook", tmp_path, 0, lambda setting: calls.append(setting) or measured(setting))
     assert len(rows) == 9 and sorted(s.rank or 0 for s in calls) == [0, 1, 2]
     assert all(row.figures == measured(Setting.of(row.setting)) for row in rows)
 
@@ -86,14 +86,21 @@ def test_another_seed_is_another_search(tmp_path):
     names = []
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-        names.append([r.name for r in search_settings(searched(trials=4), 8, tmp_path / str(seed), seed, measured)])
+        names.append(
+            [r.name for r in search_settings(searched(trials=4), 8, "hook", tmp_path / str(seed), seed, measured)]
+        )
     assert names[0][0] == names[1][0] and not set(names[0][1:]) & set(names[1][1:])
 
 
-def test_a_damage_without_end_is_kept(tmp_path):
-    rows = search_settings(searched(trials=2), 8, tmp_path, 0, lambda s: {"damage": math.inf, "probe": 0.5})
-    assert all(row.figures["damage"] == math.inf for row in rows)
-    assert search_settings(searched(trials=2), 8, tmp_path, 0, measured) == rows
+@pytest.mark.parametrize("figure", [math.inf, math.nan])
+def test_a_figure_that_is_not_finite_refuses_the_setting(tmp_path, figure):
+    def measure(setting):
+        return {"damage": 1.0, "probe": 0.5 if setting == searched().baseline_setting(8) else figure}
+
+    rows = search_settings(searched(trials=2), 8, "hook", tmp_path, 0, measure)
+    assert [row.refused for row in rows] == [None, *["probe is not a finite number: the edit overflows this dtype"] * 2]
+    assert choose(rows, searched()) == rows[0] == front(rows, ["damage", "probe"])[0]
+    assert search_settings(searched(trials=2), 8, "hook", tmp_path, 0, measure) == rows
 
 
 def test_a_baseline_that_cannot_be_made_is_an_error(tmp_path):
@@ -101,7 +108,7 @@ def test_a_baseline_that_cannot_be_made_is_an_error(tmp_path):
         raise SubspaceError("no such rank")
 
     with pytest.raises(KernelSurgeryError, match="no such rank"):
-        search_settings(searched(), 8, tmp_path, 0, measure)
+        search_settings(searched(), 8, "hook", tmp_path, 0, measure)
 
 
 def rows(*figures):
@@ -162,7 +169,7 @@ def test_without_optuna_the_error_says_how_to_get_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r'needs Optuna, .* not installed: pip install "kernel-surgery\[search\]"'):
-        search_settings(searched(), 8, tmp_path, 0, measured)
+        search_settings(searched(), 8, "hook", tmp_path, 0, measured)
     assert not list(tmp_path.iterdir())
 
 

@@ -60,6 +60,14 @@ def test_a_schedule_runs_straight_between_its_knots(strengths, expected):
     assert Setting(layers=(2, 5), strengths=strengths).schedule() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("count", [2, 14, 23, 24, 26, 27, 30, 36, 39])
+def test_a_knot_for_every_layer_is_its_strength_exactly(count):
+    """In float arithmetic a layer that is left alone would get 2e-15, and be fitted."""
+    strengths = tuple(float(i % 3 == 0) for i in range(count))
+    made = Setting(layers=(5, 4 + count), strengths=strengths).schedule()
+    assert made == {5 + i: strength for i, strength in enumerate(strengths)}
+
+
 @pytest.mark.parametrize(
     "strengths, name",
     [
@@ -126,6 +134,9 @@ def test_a_setting_that_cannot_be_says_why(changes, message):
         ("[search.space]\noffset = [1]", "search.space.offset has 1; known: true, false"),
         ("[search.baseline]\nmethod = 'deviations'\n[search.space]\nrank = [1]", "search.baseline cannot be fitted"),
         ("[search.baseline]\nrank = 'x'\n[search.space]\nrank = [1]", "search.baseline.rank has 'x', not a whole"),
+        ("[search]\nobjectives = [['damage'], 'probe']\n[search.space]\nrank = [1]", r"objectives has \['damage'\]"),
+        ("seed = -1", "seed is -1, not a whole number from 0"),
+        ("seed = 'x'", "seed is 'x', not a whole number from 0"),
         ("[grid]\nrank = [1]\n[search.space]\nrank = [1]", r"has a \[grid\] and a \[search\]"),
         ("test = 'all'\n[search.space]\nrank = [1]", "test is 'all': a search reports its choice"),
     ],
@@ -134,6 +145,33 @@ def test_a_search_that_cannot_be_used_is_refused(tmp_path, text, message):
     (tmp_path / "search.toml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_grid(tmp_path / "search.toml")
+
+
+@pytest.mark.parametrize(
+    "held, mode, message",
+    [
+        ({"space": {"method": ["deviations"]}}, "hook", "nothing of search.space can be made at mlp_out: deviations n"),
+        ({"space": {"site": ["mlp_out", "resid_post"], "pool": ["sequential"]}}, "hook", "can be made at resid_post"),
+        ({"space": {"method": ["leace"]}}, "lora", "an adapter cannot hold an offset"),
+        ({"space": {"rank": [1]}, "baseline": {"offset": True}}, "lora", "search.baseline cannot be made in mode lora"),
+    ],
+)
+def test_a_space_of_which_nothing_can_be_is_refused(held, mode, message):
+    with pytest.raises(UserError, match=message):
+        check_space(read_search(held, "x"), 8, mode)
+
+
+def test_only_what_can_be_together_is_drawn():
+    """Without a pool in the space it is the baseline's, tokens, which deviations cannot use. lora has no offset."""
+    search = read_search({"space": {"method": ["deviations", "oblique", "leace"], "offset": [True, False]}}, "x")
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [search.draw(study.ask(), 8) for _ in range(60)]
+    assert {(s.method, s.offset) for s in drawn} == {("oblique", True), ("oblique", False), ("leace", False)}
+    assert {(s.method, s.offset) for s in (search.draw(study.ask(), 8, "lora") for _ in range(20))} == {
+        ("oblique", False)
+    }
+    centroids = read_search({"space": {"method": ["centroids"], "shrinkage": [0.1, 0.5]}}, "x")
+    assert {centroids.draw(study.ask(), 8).shrinkage for _ in range(20)} == {Setting().shrinkage}  # it has none
 
 
 @pytest.mark.parametrize("part", ["baseline", "space"])
