@@ -9,14 +9,16 @@ Rows are stored one by one. A run that was killed goes on with --resume.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
 ORIGINAL = "original"
+OWN = ("commit", "dirty", "date")  # of the run that measured a row
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Setting:
     sequential: bool = False
     problems: int = 5
     strength: float = 1.0
-    chat: bool = False  # every prompt twice: in the chat template and as it is
+    chat: str = ""  # "and plain": every prompt twice, in the chat template and as it is; "alone": in the template
 
     @property
     def name(self) -> str:
         rank = "" if self.rank is None else f" rank {self.rank}"
         pool = {"last": "last token", "tokens": "all tokens"}[self.pool]
         how = "layer by layer" if self.sequential else pool
-        how += ", chat and plain" * self.chat
+        how += f", chat {self.chat}" if self.chat else ""
         strength = "" if self.strength == 1 else f", strength {self.strength:g}"
         return f"{self.method}{rank}, {how}, {self.problems} problems per category{strength}"
 
@@ -52,7 +54,8 @@ SETTINGS = (
     Setting("oblique", 6, "last", problems=10),
     Setting("leace", 6),
     Setting("oblique", 6),
-    Setting("oblique", 6, chat=True),
+    Setting("oblique", 6, chat="and plain"),
+    Setting("oblique", 6, chat="alone"),
     Setting("oblique", 1),
     Setting("oblique", 6, sequential=True, problems=1),
     Setting("oblique", 6, sequential=True, problems=3),
@@ -113,7 +116,7 @@ class Bench:
             return fit_sequentially(reader, self.tokenizer, chosen, LANGUAGES, self.layers, **how)
         layers = ",".join(map(str, self.layers))
         collect = collect_moments if setting.pool == "tokens" else collect_activations
-        chat = choose_chat(self.name, "on") if setting.chat else OFF
+        chat = replace(choose_chat(self.name, "on"), alone=setting.chat == "alone") if setting.chat else OFF
         found = collect(self.model, self.tokenizer, chosen, layers=layers, chat=chat)
         return fit_subspace(found, setting.rank, method=setting.method)
 
@@ -212,14 +215,19 @@ def run(argv: list[str] | None = None, settings: tuple[Setting, ...] = SETTINGS,
 
     choose_threads(args.model)
     rows: list[dict] = []
+    measured = stamp("cpu")
+    own = {name: measured[name] for name in OWN}
+    about = measured | {"model": args.model, "command": f"python -m bench.real --model {args.model}"}
     if args.resume and args.out and args.out.is_file():
-        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
-    about = {"model": args.model, "command": f"python -m bench.real --model {args.model}"} | stamp("cpu")
+        held = json.loads(args.out.read_text(encoding="utf-8"))
+        if held["model"] != args.model:
+            raise UserError(f"{str(args.out)!r} holds rows of {held['model']!r}, not of {args.model!r}.")
+        rows = [{name: held[name] for name in OWN} | row for row in held["rows"]]
     bench = Bench(args.model, tuple(args.languages.split(",")))
     about |= {"sentences": bench.text.sentences, "layers": bench.layers}
     wanted = [s for s in settings if s.problems <= args.most and (not s.chat or has_template(bench.folder))]
     for row in rows_of(bench, tuple(wanted), rows):
-        rows.append(row)
+        rows.append(row | own)
         say(line(row))
         if args.out:
             write_atomic(args.out, json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -19,10 +19,14 @@ def held(file: Path) -> dict | None:
 
 
 def stamped(stored: dict, command: str | None = None) -> str:
-    """Where and when something was measured."""
+    """Where and when something was measured: the commits of its rows, if they have their own."""
+    rows = [*stored.get("rows", {})] if isinstance(stored.get("rows"), list) else [*stored.get("rows", {}).values()]
+    rows += stored.get("curve", {}).values()
+    commits = dict.fromkeys(row["commit"][:10] for row in rows if "commit" in row) or [stored["commit"][:10]]
+    dates = sorted({row["date"][:10] for row in rows if "date" in row} or {stored["date"][:10]})
     return (
         f"\n`{command or stored['command']}` on {stored['device']}, torch {stored['torch']}, commit "
-        f"{stored['commit'][:10]}, {stored['date'][:10]}.\n"
+        f"{', '.join(commits)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n"
     )
 
 
@@ -46,7 +50,7 @@ def real(file: Path = SMOLLM2) -> str:
         left = "-"
         if "left" in row:
             layer, most = max(row["left"].items(), key=lambda item: item[1])
-            left = f"{statistics.median(row['left'].values()):.1e}, {most:.1e} (layer {layer})"
+            left = f"{statistics.median(row['left'].values()):.2g}, {most:.2g} (layer {layer})"
         probes = ", ".join(f"{x:.3f}" for x in row["probes"].values()) if "probes" in row else "-"
         body.append([name, str(row.get("tokens", "-")), *costs, *ratio, row["word"] or "-", left, probes])
     return tables.table([*head, "in words", "left", "probe"], body) + stamped(stored)
@@ -64,26 +68,29 @@ def two_models() -> str:
     body = [
         [
             *("the embedded one", names["deviations"].format(rank=small["subspace"]["rank"])),
-            *(_costs(damage["neutral"][mode], damage["yardsticks"][BITS4]), damage["verdict"][mode]["word"]),
+            *(*_costs(damage["neutral"][mode], damage["yardsticks"][BITS4]), damage["verdict"][mode]["word"]),
         ]
     ]
     rows = {row["setting"]: row for row in found["rows"]}
-    fits = {"oblique": "oblique rank 6, all tokens, 5", "deviations": "deviations rank 10, last token, 10"}
+    fits = {"oblique": "oblique rank 6, all tokens, chat and plain, 5"}
+    fits["deviations"] = "deviations rank 10, last token, 10"
     for kind, setting in fits.items():
-        row = rows[f"{setting} problems per category"]
+        row = rows.get(f"{setting} problems per category")
+        if row is None:
+            continue
         costs = _costs(row["damage"], rows["4-bit weights"]["damage"])
-        body.append(["SmolLM2-135M-Instruct", names[kind].format(rank=row["rank"]), costs, row["word"]])
+        body.append(["SmolLM2-135M-Instruct", names[kind].format(rank=row["rank"]), *costs, row["word"]])
     if study is not None:
         by = study["measured"]["chosen"]
         costs = _costs(by["neutral"], rows["4-bit weights"]["damage"])
-        body.insert(2, ["SmolLM2-135M-Instruct", "found by a search", costs, by["word"]])
+        body.insert(2, ["SmolLM2-135M-Instruct", "found by a search", *costs, by["word"]])
     languages = ", ".join(damage["neutral"][mode])
-    return tables.table(["model", "edit", f"damage ({languages}); 4-bit weights", "in words"], body)
+    return tables.table(["model", "edit", f"damage ({languages})", f"4-bit weights ({languages})", "in words"], body)
 
 
-def _costs(edit: dict, rounded: dict) -> str:
-    one, other = (", ".join(f"{by[x]['kl_mean']:.2g}" for x in edit) for by in (edit, rounded))
-    return f"{one}; {other}"
+def _costs(edit: dict, rounded: dict) -> list[str]:
+    """The mean KL of an edit and of rounding the weights, in every language."""
+    return [", ".join(f"{by[x]['kl_mean']:.2g}" for x in edit) for by in (edit, rounded)]
 
 
 def polyglot() -> str:

@@ -18,7 +18,10 @@ PROMPTS = (
     "用一句话介绍北京。",
     "Escribe una frase sobre el mar.",
 )
-EDITS = {"default edit": Setting("oblique", 6), "deviations, rank 10": Setting("deviations", 10, "last", problems=10)}
+EDITS = {
+    "default edit": Setting("oblique", 6, chat="and plain"),
+    "deviations, rank 10": Setting("deviations", 10, "last", problems=10),
+}
 
 
 def parser() -> Parser:
@@ -38,7 +41,7 @@ def run(argv: list[str] | None = None) -> int:
     from bench.timing import stamp
     from kernel_surgery import Subspace, collect_activations, collect_moments, fit_subspace
     from kernel_surgery.evaluation.sidebyside import compare_texts
-    from kernel_surgery.models.chat import choose_chat
+    from kernel_surgery.models.chat import OFF, choose_chat
     from kernel_surgery.models.load import load_model, load_tokenizer
     from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.problems.generator import problems
@@ -49,7 +52,8 @@ def run(argv: list[str] | None = None) -> int:
     subspaces = {}
     for name, setting in EDITS.items():
         collect = collect_moments if setting.pool == "tokens" else collect_activations
-        found = collect(model, tokenizer, problems("fit", setting.problems))
+        asked = problems("fit", setting.problems)
+        found = collect(model, tokenizer, asked, chat=chat if setting.chat else OFF)
         subspaces[name] = fit_subspace(found, setting.rank, method=setting.method, layers=_middle(model))
     if args.chosen:
         subspaces["the search's choice"] = Subspace.load(args.chosen)

@@ -48,12 +48,13 @@ class Chat:
     """How prompts are put to a model.
 
     on: as the user's turn of a chat, instead of as they are. thinking: where the template has a switch for it.
-    template: the SHA-256 of the chat template, or None.
+    template: the SHA-256 of the chat template, or None. alone: moments read prompts in the chat alone (`forms`).
     """
 
     on: bool = False
     thinking: bool = False
     template: str | None = None
+    alone: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return the fields of every record. With `on` they decide a prompt's text, together with the tokenizer."""
@@ -65,9 +66,9 @@ class Chat:
     def forms(self) -> tuple["Chat", ...]:
         """The ways in which moments read every prompt: as a chat and as it is, or as it is alone.
 
-        An edit that is fitted on chats alone breaks plain text, which it has not seen (docs/real.md).
+        An edit that is fitted on chats alone breaks plain text, which it has not seen (docs/real.md, Chats).
         """
-        return (self, OFF) if self.on else (OFF,)
+        return (self, OFF) if self.on and not self.alone else (self,)
 
     def text(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
         """Return the text that the model reads. Raises UserError if the template cannot be applied."""
