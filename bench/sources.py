@@ -132,6 +132,7 @@ def run(argv: list[str] | None = None) -> int:
         if result.get(name, value) != value:
             raise UserError(f"{str(args.out)!r} holds rows with {name} {result[name]!r}, not {value!r}.")
     measured = stamp("cpu")
+    about["command"] = f"python -m bench.sources --problems {sources.file}"  # without a folder of this machine
     result = measured | result | about  # every row has the stamp of its own run, if the file's is another
     own = {name: measured[name] for name in ("commit", "dirty", "date", "torch", "device")}
 
@@ -165,6 +166,8 @@ def run(argv: list[str] | None = None) -> int:
         if name not in result["curve"]:
             subspace = sources.fit(THEIRS, count, rank, sequential)
             keep("curve", name, sources.row(subspace, (THEIRS,)) | {"sequential": sequential})
+    if args.out:
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0
 
 
