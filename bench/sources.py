@@ -81,6 +81,7 @@ class Sources:
         self.fits = {OURS: (ours, LANGUAGES), FEWER: (ours, theirs), THEIRS: (source.split("fit"), theirs)}
         # Both in the languages of the files, so that no edit is asked about a language that it was not fitted on.
         asked = {OURS: (problems("test", 4), theirs), THEIRS: (first_problems(source.split("test"), 20), theirs)}
+        self.moments: dict = {}  # {(source, problems): what was collected}
         about = (self.layers, "hook", "test")
         self.measuring = {
             where: Measuring(self.model, self.tokenizer, spoken, chosen, languages, *about)
@@ -99,8 +100,11 @@ class Sources:
         if sequential:
             reader = Layerwise(self.folder, torch.float32)
             return fit_sequentially(reader, self.tokenizer, chosen[:count], languages, self.layers, rank=rank)
-        layers = f"{self.layers[0]}-{self.layers[-1]}"
-        return fit_subspace(collect_moments(self.model, self.tokenizer, chosen[:count], languages, layers), rank)
+        key = name, len(chosen[:count])
+        if key not in self.moments:
+            layers = f"{self.layers[0]}-{self.layers[-1]}"
+            self.moments[key] = collect_moments(self.model, self.tokenizer, chosen[:count], languages, layers)
+        return fit_subspace(self.moments[key], rank)
 
     def row(self, subspace, where: tuple[str, ...]) -> dict:
         """What is measured of a subspace on the given sources."""
