@@ -83,6 +83,8 @@ def curve(stored: dict) -> str:
     panel.annotate("original", (0.99, before), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=9)
     for sequential, words, name in ((False, "one by one", "fused"), (True, "layer by layer", "baked")):
         chosen = sorted((row for row in fitted if row["sequential"] == sequential), key=lambda row: row["tokens"])
+        if not chosen:
+            continue
         x, read = [row["tokens"] for row in chosen], [row["read"][reals.THEIRS] for row in chosen]
         for tokens, by in zip(x, read, strict=True):
             panel.plot([tokens] * 2, by["probe_ci95"], lw=1.5, color=COLOURS[name])
