@@ -180,7 +180,7 @@ def test_a_search_freezes_its_choice_before_the_test_half_is_read(tmp_path, caps
     chosen = rows[made["search"]["chosen"]]
     assert chosen["name"] == frozen["cell"] and chosen["probe"] <= rows[-1]["probe"]
     assert list(made["measured"]) == ["original", "baseline", "chosen", "haar:0", "matched:0"]
-    assert list(made["test"]) == ["original", "chosen"] and 0 <= chosen["accuracy"] <= 1
+    assert list(made["test"]) == ["original", "chosen", "baseline"] and 0 <= chosen["accuracy"] <= 1
     subspace = Subspace.load(out / "chosen.safetensors")
     assert subspace.strengths == {i: s for i, s in Setting.of(chosen["setting"]).schedule().items() if s != 1}
     assert "3 of 3 settings are measured; going on from there" in said and "<- " in said and "one of 4 settings" in said
