@@ -47,7 +47,8 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.problems.generator import problems
 
     choose_threads(args.model)
-    about = {"model": args.model} | stamp("cpu")
+    chosen = f" --chosen {args.chosen.name}" if args.chosen else ""  # without a folder of this machine
+    about = stamp("cpu") | {"model": args.model, "command": f"python -m bench.texts --model {args.model}{chosen}"}
     model, tokenizer, chat = load_model(args.model), load_tokenizer(args.model), choose_chat(args.model)
     subspaces = {}
     for name, setting in EDITS.items():
