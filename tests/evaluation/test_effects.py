@@ -6,9 +6,11 @@ import torch
 from kernel_surgery import Subspace, fused
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.evaluation.effects import (
+    RIDGE,
     last_states,
     leaks,
     probe_accuracy,
+    probe_hits,
     probes,
     read_by_probe,
     table,
@@ -44,6 +46,25 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     # Nor where all rows of a problem share the label: they are held out together.
     shared = (groups * 7 // 3) % 4
     assert probe_accuracy(problem, shared, groups) < 0.25 + 4 * (0.25 * 0.75 / 100) ** 0.5
+
+
+def test_the_probe_is_ridge_regression_on_centred_features_of_the_other_folds():
+    """Against the sums of each training set, taken anew; with means that are large, as an outlier dimension's is."""
+    generator = torch.Generator().manual_seed(1)
+    groups, labels = torch.arange(20).repeat_interleave(6), torch.arange(3).repeat(40)
+    labels[::7] = 0  # shares that differ
+    x = torch.randn(120, 8, generator=generator) + torch.nn.functional.one_hot(labels, 8) * 0.7 + 30.0
+    hits = probe_hits(x, labels, groups, 4)
+    wide, targets = x.double(), torch.nn.functional.one_hot(labels).double()
+    for fold in range(4):
+        out = groups % 4 == fold
+        mean, rate = wide[~out].mean(0), targets[~out].mean(0)
+        train = wide[~out] - mean
+        gram = train.T @ train
+        gram += RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+        read = (wide[out] - mean) @ torch.linalg.solve(gram, train.T @ (targets[~out] - rate)) + rate
+        assert torch.equal(hits[out], read.argmax(-1) == labels[out])
+    assert 0.4 < float(hits.double().mean()) < 1
 
 
 def test_probes_read_both_sites_with_the_edit_in_force(polyglot):

@@ -44,8 +44,8 @@ def test_tokens_vectors_and_layer_by_layer(fitter):
     same(made, fit_subspace(vectors, 2, method="deviations"))
     assert made.site == "resid_post" and made.pool == "mean" and made.fit["split"] == "fit"
     reader = Layerwise(POLYGLOT, torch.float32)
-    made = fitter.fit(Setting("oblique", 6, pool="sequential", layers=MIDDLE))
-    same(made, fit_sequentially(reader, fitter.tokenizer, asked, LANGUAGES, [2, 3, 4, 5], rank=6))
+    made = fitter.fit(Setting("oblique", 6, pool="sequential", shrinkage=0.2, layers=MIDDLE))
+    same(made, fit_sequentially(reader, fitter.tokenizer, asked, LANGUAGES, [2, 3, 4, 5], rank=6, shrinkage=0.2))
     made.check_model(fitter.model)  # the fingerprint is in the record
     assert made.fit["seed"] == 0 and made.model_id == "polyglot"
 
