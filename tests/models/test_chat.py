@@ -219,7 +219,8 @@ def test_moments_read_every_prompt_in_the_chat_and_as_it_is(tmp_path):
 def test_a_fit_layer_by_layer_reads_both_forms_too(tmp_path):
     """Its first layer, which no edit comes before, is that of a fit to the moments of both."""
     folder = folder_with(tmp_path)
-    model, tokenizer, how = load_model(str(folder), torch.float32), load_tokenizer(str(folder)), choose_chat(str(folder))
+    model, tokenizer = load_model(str(folder), torch.float32), load_tokenizer(str(folder))
+    how = choose_chat(str(folder))
     asked = problems("fit", 1)
     moments = collect_moments(model, tokenizer, asked, ("en", "zh"), "2-3", chat=how)
     reader = Layerwise(folder, torch.float32)
