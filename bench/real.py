@@ -74,18 +74,18 @@ class Bench:
     """A loaded model, the original's readings, and what settings share."""
 
     def __init__(self, name: str, languages: tuple[str, ...]):
-        from kernel_surgery.damage.measure import yardstick_readings
-        from kernel_surgery.damage.neutral import NeutralText
+        from kernel_surgery.common.names import LANGUAGES
         from kernel_surgery.models.architectures import default_layers
         from kernel_surgery.models.load import load_model, load_tokenizer, local_folder, resolve_model
         from kernel_surgery.problems.generator import problems
+        from kernel_surgery.studies.measuring import Measuring
 
         self.folder = local_folder(resolve_model(name))
         self.name, self.model, self.tokenizer = name, load_model(name), load_tokenizer(name)
         self.layers = list(default_layers(self.model.config.num_hidden_layers))
-        self.text = NeutralText(self.model, self.tokenizer, languages)
-        self.yardsticks = yardstick_readings(self.text)
-        self.dev = problems("dev", 4)
+        ends = [self.layers[0], self.layers[len(self.layers) // 2], self.layers[-1]]
+        about = (problems("dev", 4), LANGUAGES, ends, "hook", "test")
+        self.measuring = Measuring(self.model, self.tokenizer, languages, *about)
         self.fitting = problems("fit", 5)
         self.before = self.label_covariance(self.fitting)
 
@@ -120,51 +120,24 @@ class Bench:
         found = collect(self.model, self.tokenizer, chosen, layers=layers, chat=chat)
         return fit_subspace(found, setting.rank, method=setting.method)
 
-    def probes(self) -> dict[int, float]:
-        """{layer: held-out accuracy of a probe over the tokens of unseen problems}, of the model as it is now."""
-        import torch
-
-        from kernel_surgery.common.names import LANGUAGES
-        from kernel_surgery.evaluation.effects import probe_accuracy
-        from kernel_surgery.subspace.reading import reading
-
-        layers = [self.layers[0], self.layers[len(self.layers) // 2], self.layers[-1]]
-        rows: dict[int, list] = {layer: [] for layer in layers}
-        labels, groups = [], []
-        with reading(
-            *(self.model, self.tokenizer, layers, "mlp_out"),
-            lambda layer, states, mask: rows[layer].append(states[mask.bool()][1:].float().cpu()),
-        ) as read:
-            for number, problem in enumerate(self.dev):
-                for label, language in enumerate(LANGUAGES):
-                    ids = list(self.tokenizer(problem.prompts[language]).input_ids)
-                    read([ids])
-                    labels += [label] * (len(ids) - 1)
-                    groups += [number] * (len(ids) - 1)
-        about = torch.tensor(labels), torch.tensor(groups)
-        return {layer: probe_accuracy(torch.cat(x), *about) for layer, x in rows.items()}
-
     def row(self, setting: Setting) -> dict:
         """Everything that is measured of one setting."""
         from kernel_surgery import hooked
-        from kernel_surgery.damage.words import judged, with_intervals
 
         subspace = self.fit(setting)
-        with hooked(self.model, subspace, setting.strength):
-            readings = self.text.read()
+        if setting.strength != 1:
+            subspace = replace(subspace, strengths=dict.fromkeys(subspace.layers, setting.strength))
+        figures = self.measuring.figures(self.measuring.measure(subspace))
+        with hooked(self.model, subspace):
             left = {
                 layer: float(after.norm() / self.before[layer].norm())
                 for layer, after in self.label_covariance(self.fitting).items()
             }
-            probes = self.probes()
         tokens = (subspace.fit or {}).get("tokens")
         return {
             **{"setting": setting.name, "rank": subspace.rank, "form": subspace.form},
             "tokens": sum(tokens.values()) if tokens else setting.problems * 5 * 7,
-            "damage": {language: with_intervals(r) for language, r in readings.items()},
-            "word": judged(readings, self.yardsticks)["word"],
-            "left": left,
-            "probes": probes,
+            **{"damage": figures["neutral"], "word": figures["word"], "left": left, "probes": figures["probes"]},
         }
 
 
@@ -175,12 +148,12 @@ def rows_of(bench: Bench, settings: tuple[Setting, ...], done: list[dict]) -> It
 
     have = {row["setting"] for row in done}
     about = {"precision": "bfloat16"}
-    for name, by in bench.yardsticks.items():
+    for name, by in bench.measuring.yardsticks.items():
         if named(name, about) not in have:
             figures = {language: with_intervals(r) for language, r in by.items()}
             yield {"setting": named(name, about), "damage": figures, "word": "", "yardstick": True}
     if ORIGINAL not in have:
-        yield {"setting": ORIGINAL, "probes": bench.probes(), "damage": {}, "word": ""}
+        yield {"setting": ORIGINAL, "probes": bench.measuring.measure(None).by_layer(), "damage": {}, "word": ""}
     for setting in settings:
         if setting.name not in have:
             yield bench.row(setting)
@@ -224,7 +197,7 @@ def run(argv: list[str] | None = None, settings: tuple[Setting, ...] = SETTINGS,
             raise UserError(f"{str(args.out)!r} holds rows of {held['model']!r}, not of {args.model!r}.")
         rows = [{name: held[name] for name in OWN} | row for row in held["rows"]]
     bench = Bench(args.model, tuple(args.languages.split(",")))
-    about |= {"sentences": bench.text.sentences, "layers": bench.layers}
+    about |= {"sentences": bench.measuring.text.sentences, "layers": bench.layers}
     wanted = [s for s in settings if s.problems <= args.most and (not s.chat or has_template(bench.folder))]
     for row in rows_of(bench, tuple(wanted), rows):
         rows.append(row | own)

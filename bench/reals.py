@@ -85,7 +85,9 @@ def two_models() -> str:
         costs = _costs(by["neutral"], rows["4-bit weights"]["damage"])
         body.insert(2, ["SmolLM2-135M-Instruct", "found by a search", *costs, by["word"]])
     languages = ", ".join(damage["neutral"][mode])
-    return tables.table(["model", "edit", f"damage ({languages})", f"4-bit weights ({languages})", "in words"], body)
+    head = ["model", "edit", f"damage ({languages})", f"4-bit weights ({languages})", "in words"]
+    search = " and `python -m kernel_surgery.study docs/search-smollm2.toml --out search`" * (study is not None)
+    return tables.table(head, body) + f"\nFrom the command above, `{found['command']}`{search}.\n"
 
 
 def _costs(edit: dict, rounded: dict) -> list[str]:
@@ -122,7 +124,7 @@ def search() -> str:
     chosen = Setting.of(rows[found["chosen"]]["setting"])
     return (
         f"Tried: {len(rows) - 1} settings and the baseline; on the front: {len(found['front'])}. Choice: "
-        f"{found['rule']}.\n\nChosen: {chosen.name}. Beside the baseline on test: "
+        f"{found['rule']}.\n\nChosen: {chosen.name}.\n\nBeside the baseline on test: "
         f"{difference_in_words(study['difference'])}.\n\n"
         + tables.table([*head, "probe (95% interval)", "means left", "in words"], body)
         + stamped(study["environment"], "python -m kernel_surgery.study docs/search-smollm2.toml --out search")
@@ -157,8 +159,8 @@ def sources() -> str:
     chance = ", ".join(f"{x:.0f}" for x in angles["random"])
     return (
         tables.table([*head, *columns], body)
-        + f"\nPrincipal angles between the two edits in five languages, in degrees, median over the layers: "
-        f"{'; '.join(lines)}; two random subspaces {chance}.\n"
+        + "\nPrincipal angles between the two edits in five languages, in degrees, median over the layers:\n\n"
+        + "".join(f"- {line}\n" for line in [*lines, f"two random subspaces {chance}"])
         + stamped(stored, "python -m bench.sources --problems mgsm")
     )
 

@@ -147,13 +147,16 @@ def haar_edits(
     drawn = {}
     for layer, edit in edits.items():
         d, k = edit.basis.shape
-        u = haar_basis(d, k, generator)
-        offset = None
+        random = Projection(haar_basis(d, k, generator))
         if edit.offset is not None:
             assert moments is not None
-            offset = (u.T @ moments[layer].mean.cpu()).float()
-        drawn[layer] = Projection(u.float().contiguous(), None, offset)
+            random = random.keeping(moments[layer].mean.cpu())
+        drawn[layer] = random.map(_stored)
     return drawn
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def matched_edits(
@@ -175,11 +178,10 @@ def matched_edits(
         roots, q = values.clamp_min(0).sqrt()[:, None], haar_basis(d, k, generator)
         written = vectors @ (roots * (vectors.T @ q))
         if edit.dual is None:
-            u = torch.linalg.qr(written)[0]
-            offset = None if edit.offset is None else (u.T @ found.mean.cpu()).float()
-            drawn[layer] = Projection(u.float().contiguous(), None, offset)
-            continue
-        read = vectors @ ((vectors.T @ q) / roots)
-        offset = None if edit.offset is None else (read.T @ found.mean.cpu()).float()
-        drawn[layer] = Projection(written.float().contiguous(), read.float().contiguous(), offset)
+            random = Projection(torch.linalg.qr(written)[0])
+        else:
+            random = Projection(written, vectors @ ((vectors.T @ q) / roots))
+        if edit.offset is not None:
+            random = random.keeping(found.mean.cpu())
+        drawn[layer] = random.map(_stored)
     return drawn

@@ -81,8 +81,9 @@ def probe_hits(x: Tensor, labels: Tensor, groups: Tensor, folds: int = 5) -> Ten
     for rows in held_out:
         a, b = x[rows], targets[rows]
         sums.append((a.T @ a, a.T @ b, a.sum(0), b.sum(0)))
+    whole = [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)]
     for rows, own in zip(held_out, sums, strict=True):
-        squares, cross, feature, label = (torch.stack([s[i] for s in sums]).sum(0) - own[i] for i in range(4))
+        squares, cross, feature, label = (every - part for every, part in zip(whole, own, strict=True))
         count = len(x) - int(rows.sum())
         mean, rate = feature / count, label / count
         gram = squares - count * torch.outer(mean, mean)

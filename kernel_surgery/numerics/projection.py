@@ -41,6 +41,10 @@ class Projection:
         """The same edit without its offset: what it does to a weight, or to a difference of activations."""
         return Projection(self.basis, self.dual)
 
+    def keeping(self, mean: Tensor) -> "Projection":
+        """Return the same edit with c = B^T mean, which leaves `mean` [d] where it is. In the dtype of both."""
+        return Projection(self.basis, self.dual, self.reads.T @ mean)
+
     def for_tensor(self, ndim: int) -> "Projection":
         """Return the edit of a weight [d, columns], or of a bias [d]: only a bias takes the offset."""
         return self if ndim == 1 else self.linear

@@ -40,8 +40,8 @@ def page(study: Mapping[str, Any]) -> str:
         [row["name"], *(f"{row[name]:.4f}" if name in row else "-" for name in objectives), _kind(row, search)]
         for row in sorted(search["rows"], key=lambda row: row.get(search["objectives"][0], float("inf")))
     ]
-    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Search: {html.escape(declared["model"])}</title><style>{STYLE}</style><body>
+    return f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Search: {html.escape(declared["model"])}</title><style>{STYLE}</style></head><body>
 <h1>Search on {html.escape(declared["model"])}</h1>
 <p>Chosen: <strong>{html.escape(chosen["name"])}</strong></p>
 <p class=note>{html.escape(study["damage_in_words"])}</p>

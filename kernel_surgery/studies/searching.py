@@ -76,7 +76,7 @@ def search_settings(
     study.set_user_attr("optuna", optuna.__version__)
     base = search.baseline_setting(n_layers)
     if BASELINE not in study.user_attrs:
-        study.set_user_attr(BASELINE, _stored(measure(base)))
+        study.set_user_attr(BASELINE, _stored(_finite(base, measure)))
     rows = [Row(-1, base.as_json(), base.name, _loaded(study.user_attrs[BASELINE]))]
     rows += _finished(study)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -116,14 +116,18 @@ def _measured(number: int, setting: Setting, known: Mapping[str, Row], measure: 
     """Return the row of a setting, whose figures may be known."""
     if same := known.get(_key(setting.as_json())):
         return Row(number, setting.as_json(), setting.name, same.figures, same.refused)
-    about = (number, setting.as_json(), setting.name)
     try:
-        figures = measure(setting)
+        return Row(number, setting.as_json(), setting.name, _finite(setting, measure))
     except KernelSurgeryError as error:
-        return Row(*about, {}, str(error))
+        return Row(number, setting.as_json(), setting.name, {}, str(error))
+
+
+def _finite(setting: Setting, measure: Callable[[Setting], Figures]) -> Figures:
+    """Return the figures of a setting. Raises KernelSurgeryError if one is not finite, and what `measure` raises."""
+    figures = measure(setting)
     if broken := [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]:
-        return Row(*about, {}, f"{broken[0]} is not a finite number: the edit overflows this dtype")
-    return Row(*about, figures)
+        raise KernelSurgeryError(f"{broken[0]} is not a finite number: the edit overflows this dtype")
+    return figures
 
 
 def _key(setting: Mapping[str, Any]) -> str:
@@ -157,8 +161,6 @@ def _loaded(text: str) -> dict[str, Any]:
 def worse(one: Figures, other: Figures, name: str) -> float:
     """Return how much worse `one` is than `other` in an objective; negative if it is better."""
     sign = 1 if DIRECTIONS[name] == "minimize" else -1
-    if one[name] == other[name]:
-        return 0.0
     return sign * (one[name] - other[name])
 
 

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import ERASING, METHOD, TOKENS
 from kernel_surgery.models.architectures import decoder_layers
@@ -201,8 +203,6 @@ class Fitter:
 
 def with_offset(subspace: Subspace) -> Subspace:
     """Return the subspace with c = B^T E x, so that the edit keeps the mean that its activations had."""
-    offsets = {}
-    for layer, edit in subspace.projections.items():
-        exact = edit.double()
-        offsets[layer] = (exact.reads.T @ subspace.means[layer].double()).float()
-    return replace(subspace, offsets=offsets)
+    edits = subspace.projections.items()
+    kept = {layer: edit.double().keeping(subspace.means[layer].double()).to(torch.float32) for layer, edit in edits}
+    return subspace.with_edits(kept)

@@ -7,7 +7,8 @@ to the first declared) is chosen; a search has a rule of its own (`studies.space
 frozen.json before any test problem is asked. A cell here is one setting.
 
 Each finished set of texts is stored at once (dev.jsonl, test.jsonl), and every setting of a search too, so the same
-command continues an interrupted study. study.json holds everything else.
+command continues an interrupted study. trials.json holds every setting of a search, also if none keeps its limits.
+study.json holds everything else.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """The report: one well-formed page with everything in it, that fetches nothing and says what the numbers say."""
 
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from tests.damage.test_words import damage_of, reading
 from tests.evaluation.test_summary import cells
+from tests.support.browser import found, too_wide
 
 
 class Page(HTMLParser):
@@ -221,11 +221,7 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
         r"""(?:src|href|action|poster|srcset)\s*=\s*["']?(?!#)[^\s>]""", re.sub(r"xlink:href=.#", "", text)
     )
     assert not re.findall(r"@import|url\((?!#)", text) and "<script" not in text and "<iframe" not in text
-    browser = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    print(f"browser: {browser}")
-    if browser is None:
+    if (browser := found()) is None:
         return
     words = [sys.executable, "-c", BROWSE, browser, str(tmp_path / "report.html")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=150)
@@ -238,33 +234,6 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     done = subprocess.run(words, capture_output=True, text=True, timeout=150)
     assert "pictures.invalid" in done.stderr.splitlines()[-1]
-
-
-# Elements whose content is wider than they are, or that reach beyond the page. A folded part is unfolded first.
-MEASURE = """<script>addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("body *:not(svg *)")].filter(e => e.scrollWidth > e.clientWidth + 1
-    && getComputedStyle(e).display !== "inline" || e.getBoundingClientRect().right > innerWidth);
-  document.title = `${wide.length} too wide of ${innerWidth} px: ` + wide.map(e => e.outerHTML.slice(0, 80)).join("; ");
-})</script>"""
-
-
-def too_wide(browser, path, text, width):
-    """How many elements of a page do not fit a window of this width, as the browser measures it, and which."""
-    unfolded = text.replace("<details>", "<details open>").replace("</head>", MEASURE + "</head>")
-    path.write_text(unfolded, encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    options.append(f"--user-data-dir={path.parent / 'user'}")
-    # A window cannot be narrower than 500 pixels, so a frame of the width holds the page.
-    frame = f"<title></title><iframe src={path.name} style='width:{width}px;height:900px;border:0' onload='"
-    frame += "document.title=this.contentDocument.title'></iframe>"
-    (path.parent / "frame.html").write_text(frame)
-    words = ["--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run(
-        [browser, *options, *words, (path.parent / "frame.html").as_uri()], capture_output=True, text=True, timeout=150
-    )
-    found = re.search(r"<title>(\d+) too wide of (\d+) px:(.*?)</title>", done.stdout, flags=re.DOTALL)
-    assert found and int(found[2]) == width, done.stdout[:500]
-    return int(found[1]), found[3]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -281,9 +250,7 @@ def test_nothing_is_wider_than_the_screen(tmp_path, made, width):
     # Points, of which 72 are an inch and 96 pixels. A phone has 390 pixels less a margin of 16 on either side.
     pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
     assert len(pictures) > 5 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"
-    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
-    print(f"browser: {browser}")
-    if browser is None:
+    if (browser := found()) is None:
         return
     count, which = too_wide(browser, tmp_path / "page.html", text, width)
     assert count == 0, which

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -226,13 +227,15 @@ def test_a_fit_layer_by_layer_reads_both_forms_too(tmp_path):
     reader = Layerwise(folder, torch.float32)
     found = fit_sequentially(reader, tokenizer, asked, ("en", "zh"), [2, 3], chat=how)
     assert found.fit["tokens"] == moments.provenance["tokens"] and found.fit["forms"] == "chat and plain"
-    one, other = found.projections[2], fit_subspace(moments, layers=[2]).projections[2]
-    # Read without padding, the activations differ by roundings of float32.
-    assert torch.allclose(one.basis, other.basis, rtol=1e-3, atol=1e-4 * float(other.basis.abs().max()))
+    both = fit_subspace(moments, layers=[2]).projections[2].basis
+    # Read without padding, the activations differ by roundings of float32. A fit to one form is another edit.
+    near = float((found.projections[2].basis - both).norm())
+    for one in (OFF, replace(how, alone=True)):
+        alone = fit_sequentially(reader, tokenizer, asked, ("en", "zh"), [2, 3], chat=one).projections[2].basis
+        far = float((alone - both).norm())
+        print(f"both forms {near:.1e}, one form {far:.1e}")
+        assert near < far / 100
     assert max(found.fit["sequential"].values()) < 1e-4
-    # Of the chat alone it is another edit.
-    alone = fit_sequentially(reader, tokenizer, asked, ("en", "zh"), [2, 3]).projections[2]
-    assert not torch.allclose(alone.basis, other.basis, rtol=0.1, atol=0.1 * float(other.basis.abs().max()))
 
 
 def test_what_was_begun_before_there_was_a_choice_is_continued_without_a_chat(tmp_path):

@@ -1,6 +1,8 @@
 """The front as the terminal, the picture and the page show it."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,9 @@ from kernel_surgery.studies.front import difference_in_words, pictures, record, 
 from kernel_surgery.studies.page import page
 from kernel_surgery.studies.searching import Row, choose
 from kernel_surgery.studies.space import read_search
+from tests.support.browser import found, too_wide
+
+STORED = Path(__file__).resolve().parents[2] / "docs" / "search-smollm2.json"
 
 SEARCH = read_search({"space": {"rank": [1, 2]}}, "x")
 
@@ -84,3 +89,14 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_names():
         "refused: no such rank" in made and "chosen, front" in made and "more" not in made.partition("All settings")[2]
     )
     assert "damage, hook: like 4-bit." in made and "0123456789abcdef" in made
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_real_search_is_not_wider_than_the_screen(tmp_path, width):
+    text = page(json.loads(STORED.read_text(encoding="utf-8")))
+    pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
+    assert len(pictures) == 2 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"
+    if (browser := found()) is None:
+        return
+    count, which = too_wide(browser, tmp_path / "page.html", text, width)
+    assert count == 0, which

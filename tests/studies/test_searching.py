@@ -109,6 +109,8 @@ def test_a_baseline_that_cannot_be_made_is_an_error(tmp_path):
 
     with pytest.raises(KernelSurgeryError, match="no such rank"):
         search_settings(searched(), 8, "hook", tmp_path, 0, measure)
+    with pytest.raises(KernelSurgeryError, match="probe is not a finite number"):
+        search_settings(searched(), 8, "hook", tmp_path, 0, lambda setting: {"damage": 1.0, "probe": math.nan})
 
 
 def rows(*figures):
