@@ -1,6 +1,7 @@
 """Fitting layer by layer: what it leaves in the whole model, what a kill costs, and the memory it needs."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -201,7 +202,7 @@ def test_the_command_writes_a_subspace_and_says_what_is_left(tmp_path, capsys):
 
 
 MEMORY = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.problems.generator import problems
@@ -215,16 +216,23 @@ class Bytes:
     def __call__(self, text):
         return type("Ids", (), {"input_ids": list(text.encode())[:64]})
 
+def measured(folder, layers):
+    reader, chosen = Layerwise(Path(folder), torch.float32), problems("fit", 2)
+    # Once before, so that what is allocated for good, such as buffers of the linear algebra, is there.
+    fit_sequentially(reader, Bytes(), chosen[:2], ("en", "zh"), [0], rank=1, batch_tokens=512)
+    before = now("RssAnon")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    shared = now("VmRSS") - before
+    fit_sequentially(reader, Bytes(), chosen, ("en", "zh"), list(range(1, layers)), rank=1, batch_tokens=512)
+    return now("VmHWM") - shared - before
+
 torch.set_num_threads(1)
-reader, layers = Layerwise(Path(sys.argv[1]), torch.float32), int(sys.argv[2])
-chosen = problems("fit", 2)
-# Once before, so that what is allocated for good, such as buffers of the linear algebra, is there.
-fit_sequentially(reader, Bytes(), chosen[:2], ("en", "zh"), [0], rank=1, batch_tokens=512)
-before = now("RssAnon")
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-shared = now("VmRSS") - before
-fit_sequentially(reader, Bytes(), chosen, ("en", "zh"), list(range(1, layers)), rank=1, batch_tokens=512)
-print(json.dumps(now("VmHWM") - shared - before))
+for folder, layers in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:  # both from the same state: what is imported, and nothing that the other has allocated
+        print(json.dumps([layers, measured(folder, layers)]), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"{layers} layers: failed")
 """
 
 
@@ -232,8 +240,9 @@ print(json.dumps(now("VmHWM") - shared - before))
 def test_the_peak_memory_is_two_layers_and_the_activations_at_8_and_at_32_layers(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    peaks, d, wide = {}, 512, 4096
-    for layers in (8, 32):
+    d, wide = 256, 1024
+    folders = {str(tmp_path / str(layers)): layers for layers in (8, 32)}
+    for folder, layers in folders.items():
         config = AutoConfig.for_model(
             "llama",
             hidden_size=d,
@@ -246,12 +255,12 @@ def test_the_peak_memory_is_two_layers_and_the_activations_at_8_and_at_32_layers
             tie_word_embeddings=True,
         )
         torch.manual_seed(0)
-        folder = tmp_path / str(layers)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(folder), str(layers)], capture_output=True, text=True, check=True
-        )
-        peaks[layers] = json.loads(done.stdout.splitlines()[-1])
+    # Every large block is mapped and unmapped for itself: what was freed, in pieces, is not counted.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", MEMORY, json.dumps(folders)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    peaks = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     layer = 4 * (4 * d * d + 3 * d * wide)
     prompts, tokens = 10 * 2, 64
     # Hidden states before and after a layer; moments of two passes and their eigenvectors, all [d, d] float64; one
