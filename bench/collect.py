@@ -12,7 +12,8 @@ so many-th of its batches, and its time is scaled by the tokens in them, without
 is printed too: beside other processes it is steadier than the time that passes.
 
 Memory: what a collection adds to a loaded model, as the peak of a process's anonymous memory. Two random models differ
-in nothing but their vocabulary, and each one is measured in a process of its own, both ways.
+in nothing but their vocabulary, and each one is measured in a process of its own, both ways: a fork of one process that
+has imported everything and allocated nothing else.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -197,7 +199,7 @@ def _memory(field: str) -> int:
 
 
 def added(vocabulary: int, how: str, d: int, layers: int, prompts: int) -> int:
-    """Bytes that reading random prompts adds to a loaded random Llama, at the peak. Call it in a fresh process."""
+    """Bytes that reading random prompts adds to a loaded random Llama, at the peak. Call it in a process of its own."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -237,21 +239,41 @@ def added(vocabulary: int, how: str, d: int, layers: int, prompts: int) -> int:
     return _memory("VmHWM") - shared - before
 
 
+def forked(cases: Sequence[dict]) -> None:
+    """Print `added` of each case, one per line, each in a fork of this process. Raises RuntimeError if one fails."""
+    import torch
+    from transformers import LlamaForCausalLM  # noqa: F401  what every fork needs
+
+    torch.set_num_threads(1)
+    for case in cases:
+        if (child := os.fork()) == 0:
+            try:
+                print(added(**case), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"{case} could not be measured: see above")
+
+
 def weighed(about: dict, d: int = 256, layers: int = 4, prompts: int = 128) -> list[dict]:
     """The rows of the memory; prints them."""
+    sizes = {"d": d, "layers": layers, "prompts": prompts}
+    cases = [{"how": how, "vocabulary": vocabulary} for how in (BEFORE, OURS) for vocabulary in VOCABULARIES]
+    # Every large block is mapped and unmapped for itself: what was freed does not hide what is used.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment[_CHILD] = json.dumps([case | sizes for case in cases])
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "bench.collect"]
+    done = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     rows = []
-    for how in (BEFORE, OURS):
-        for vocabulary in VOCABULARIES:
-            words = json.dumps({"vocabulary": vocabulary, "how": how, "d": d, "layers": layers, "prompts": prompts})
-            # Every large block is mapped and unmapped for itself: what was freed does not hide what is used.
-            environment = os.environ | {_CHILD: words, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "bench.collect"]
-            root = Path(__file__).resolve().parent.parent
-            done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
-            row = record("collect", "memory", how, M=prompts, d=d, dtype="float32")
-            row |= {"size": vocabulary, "layers": layers, "added_bytes": int(done.stdout.split()[-1])} | about
-            rows.append(row)
-            print(f"{how:<36} vocabulary {vocabulary:>7}: adds {row['added_bytes'] / 1e6:>7.1f} MB to the model")
+    for case, peak in zip(cases, done.stdout.split()[-len(cases) :], strict=True):
+        row = record("collect", "memory", case["how"], M=prompts, d=d, dtype="float32")
+        row |= {"size": case["vocabulary"], "layers": layers, "added_bytes": int(peak)} | about
+        rows.append(row)
+        what = f"{case['how']:<36} vocabulary {case['vocabulary']:>7}"
+        print(f"{what}: adds {row['added_bytes'] / 1e6:>7.1f} MB to the model")
     return rows
 
 
@@ -277,7 +299,7 @@ def parser() -> Parser:
 def run(argv: list[str] | None = None) -> int:
     """Print the tables. Returns 1 if the peaks of memory differ with the vocabulary by more than `SAME`."""
     if _CHILD in os.environ:
-        print(added(**json.loads(os.environ[_CHILD])))
+        forked(json.loads(os.environ[_CHILD]))
         return 0
     args, about = parser().parse_args(argv), stamp()
     rows = [] if args.only == "memory" else timed(args, about)

@@ -405,13 +405,13 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
 
     table, seen = table_of_compiled_kernels(), set()
     cases = [(False, *case) for case in CASES] + [(True, *case) for case in OBLIQUE_CASES]
-    for number, (oblique, rows, d, k) in enumerate(cases):
+    for number, (dual, rows, d, k) in enumerate(cases):
         if (number + (sm == 90)) % 2:  # the tile form is of bfloat16 alone
-            operation, dtype = "project_add_rmsnorm", "bfloat16" if oblique else DTYPES[(number // 2 + 1) % 3]
+            operation, dtype = "project_add_rmsnorm", "bfloat16" if dual else DTYPES[(number // 2 + 1) % 3]
         else:
             operation = ("project", "project_add")[number // 2 % 2]
-            dtype = ("float16", "float32")[number // 2 % 2] if oblique else "bfloat16"
-        c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
+            dtype = ("float16", "float32")[number // 2 % 2] if dual else "bfloat16"
+        c = compile_project(sm, dtype, rows, d, k, operation, oblique=dual)
         print(f"sm_{sm} {operation} {c.form} {dtype} {rows} x {d}, k={k}: {c.registers} registers, {c.shared} shared")
         assert c.faults() == []
         made = dataclasses.asdict(c) | {"faults": []}

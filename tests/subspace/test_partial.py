@@ -206,12 +206,12 @@ def test_the_command_says_that_it_goes_on_and_restart_does_not(pool, tmp_path, m
 @pytest.mark.slow
 def test_ten_kills_lose_a_batch_each_at_most_and_no_byte(tmp_path):
     """Both kinds of collection, with and without kills, in forks of one process."""
-    options = "--problems 10 --layers 2-5 --batch-tokens 128 --device cpu --pool".split()
+    options = ["--problems", "10", "--layers", "2-5", "--batch-tokens", "128", "--device", "cpu", "--pool"]
     runs = {(pool, kills): tmp_path / f"{pool}-{kills}" for pool in ("last", "tokens") for kills in (0, 10)}
-    given = "".join(json.dumps([kills, [*options, pool, "--out", str(out)]]) + "\n" for (pool, kills), out in runs.items())
+    lines = [json.dumps([kills, [*options, pool, "--out", str(out)]]) for (pool, kills), out in runs.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killed", "7"],
-        input=given,
+        input="\n".join(lines),
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
