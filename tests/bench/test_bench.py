@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from bench import checkpoint, op, store, timing
 from kernel_surgery.common.errors import UserError
+from tests.support.calls import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,17 +106,39 @@ def test_the_checks_tell_an_edit_from_none():
         assert op.error_over_bound("project", "project", y, t) > 1
 
 
+def in_this_process(words):
+    """Run [python, "-c", code, argument, ...] or [python, "-m", module, argument, ...] here: no start of Python."""
+    _, how, what, *arguments = words
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [how, *arguments])
+        if how == "-c":
+            exec(compile(what, "benchmark", "exec"), {"__name__": "__main__"})
+        else:
+            assert call(what.removeprefix("kernel_surgery."), *arguments)[0] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_the_checkpoint_benchmark_runs_beside_both_peers(tmp_path, capsys, monkeypatch):
-    """At a small size: what is timed is checked from the files, and the first script's way is shown to be coarse."""
+    """At a small size: what is timed is checked from the files, and the first script's way is shown to be coarse.
+    bake, cp and the hash run in processes of their own, as in the benchmark; the peers' code runs in this one."""
     small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(checkpoint, "QWEN", checkpoint.QWEN | small | {"vocab_size": 512})
-    # One round, and none before it that is thrown away: each of its commands starts Python and imports transformers.
-    # What `interleaved` itself does is tested below.
+    # One round, and none before it that is thrown away. What `interleaved` itself does is tested below.
     monkeypatch.setattr(
         checkpoint, "interleaved", lambda calls, rounds, done: {name: [call()] for name, call in calls.items()}
     )
+    real = checkpoint.watched
+
+    def watched(words):
+        if words[2] not in (checkpoint.DENSE_CODE, checkpoint.PEFT_CODE):
+            return real(words)
+        in_this_process(words)
+        return 1.0, {"resident": 1.0, "anonymous": 1.0}
+
+    monkeypatch.setattr(checkpoint, "watched", watched)
+    run = SimpleNamespace(**vars(subprocess) | {"run": lambda words, **options: in_this_process(words)})
+    monkeypatch.setattr(checkpoint, "subprocess", run)
     out, work = tmp_path / "rows.json", tmp_path / "work"
     work.mkdir()
     words = ["--layers", "4", "--rounds", "1", "--peers", "--out", str(out), "--folder", str(work)]
