@@ -1,5 +1,6 @@
 """What the README says is so: its code runs, its commands parse, its links lead somewhere, its figures are real."""
 
+import functools
 import importlib
 import json
 import re
@@ -7,7 +8,7 @@ import shlex
 
 import pytest
 
-from bench import pages, store, tables
+from bench import pages, plots, store, tables
 from bench.pages import ANSWERS, ROOT, SECTIONS, renewed
 from kernel_surgery.common.errors import UserError
 
@@ -70,12 +71,25 @@ def test_every_link_leads_to_a_file_or_a_heading(page):
         assert not heading or heading in headings(file.read_text(encoding="utf-8")), target
 
 
-def test_the_generated_pages_and_plots_are_up_to_date():
+@functools.cache
+def pictures():
+    return plots.draw()
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The pictures take two seconds to draw, and the rows that they are drawn from do not change here."""
+    made = pictures()
+    monkeypatch.setattr(plots, "draw", lambda: dict(made))
+    return made
+
+
+def test_the_generated_pages_and_plots_are_up_to_date(drawn_once):
     assert list(pages.outdated()) == [], "run python -m bench.pages"
 
 
 @pytest.mark.slow
-def test_the_check_names_each_page_that_is_not_up_to_date_and_writes_nothing(monkeypatch, tmp_path, capsys):
+def test_the_check_names_each_page_that_is_not_up_to_date_and_writes_nothing(monkeypatch, tmp_path, capsys, drawn_once):
     for name in [*SECTIONS, *(f"bench/plots/{p.name}" for p in ROOT.glob("bench/plots/*.svg"))]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -168,14 +182,11 @@ def test_rows_are_added_run_after_run_and_a_run_replaces_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pictures_are_compared_without_their_last_digit():
+def test_the_pictures_are_compared_without_their_last_digit(drawn_once):
     """The last printed digit of a coordinate depends on the machine's maths library."""
-    from bench.plots import draw, same_picture
-
-    pictures = draw()
     ours = {"search-dev.svg", "search-test.svg", "curve.svg"}
-    assert pictures.keys() == {"counted.svg", "models.svg", "growth.svg", *ours}
-    picture = pictures["growth.svg"]
+    assert drawn_once.keys() == {"counted.svg", "models.svg", "growth.svg", *ours}
+    picture, same_picture = drawn_once["growth.svg"], plots.same_picture
     number = re.search(r"\d+\.\d{6}", picture)[0]
     assert same_picture(picture, picture.replace(number, f"{float(number) + 1e-6:.6f}"))
     assert not same_picture(picture, picture.replace(number, f"{float(number) + 1e-3:.6f}"))
