@@ -35,7 +35,7 @@ def interpret(*words):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-# Each test of the interpreter is one process on one core, so that pytest-xdist can share them out.
+# Each test of the interpreter is one process on one core, which starts in four seconds.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "paths, cases",
@@ -57,19 +57,11 @@ def test_the_interpreted_kernels_meet_every_bound_on_awkward_shapes(paths, cases
     assert [r["broken"] for r in results if r["broken"]] == []
 
 
-# "few": the cases that a mutation below meets first, here with the right kernels.
 @pytest.mark.slow
-@pytest.mark.parametrize("groups, cases", [("few,memory", 80), ("rows", 55), ("oblique", 61)])
-def test_the_interpreted_kernels_take_any_layout_and_keep_rows_apart(groups, cases):
-    results = interpret(groups)
-    assert len(results) == cases
-    assert [r["broken"] for r in results if r["broken"]] == []
-
-
-@pytest.mark.slow
-def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for():
-    results = interpret("batches", "float32", "float16")
-    assert len(results) == 4
+def test_the_interpreted_kernels_take_any_layout_keep_rows_apart_and_have_the_same_bits_in_any_batch():
+    """In one process. "few": the cases that a mutation below meets first, here with the right kernels."""
+    results = interpret("few,memory,rows,oblique,batches")
+    assert len(results) == 197 and sum("invariant=True" in r["case"] for r in results) == 2
     assert [r["broken"] for r in results if r["broken"]] == []
 
 
@@ -305,17 +297,17 @@ def first_group(mutation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["any", *FORMS])
-def test_every_mutation_of_the_kernels_is_caught(tmp_path, form):
+def test_every_mutation_of_the_kernels_is_caught(tmp_path):
     """Unmutated, the same cases pass in the test of layouts and rows above."""
-    seen = [name for name in MUTATIONS if mutated_form(name) == form]
-    assert seen
-    caught = dict(zip(seen, interpret("--first", *(str(mutated(tmp_path, name)) for name in seen)), strict=True))
+    files = [str(mutated(tmp_path, name)) for name in MUTATIONS]
+    caught = dict(zip(MUTATIONS, interpret("--first", *files), strict=True))
     for name, case in caught.items():
         print(f"{name}: {case or 'not caught'}")
     assert [name for name, case in caught.items() if not case] == []
+    assert {mutated_form(name) for name in caught} == {"any", *FORMS}
     # A fault of one form shows in a case of that form.
     for name, case in caught.items():
+        form = mutated_form(name)
         if form in FORMS and not case.startswith("rows behind"):
             found_in = next((f for f in ("row", "tile") if case.split()[1] == f), "two-pass")
             assert found_in == form, f"{name}: {case}"
@@ -452,14 +444,18 @@ def test_a_whole_row_is_asked_for_before_anything_is_waited_for(operation):
 
 @pytest.mark.slow
 def test_the_ahead_of_time_check_can_fail():
-    from kernel_surgery.ops.compiled import compile_project
+    from kernel_surgery.ops.compiled import SHARED_LIMIT, compile_project
 
-    found = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256).faults()
-    print(found)
-    assert any("spills" in fault for fault in found)
-    found = compile_project(80, "float32", 16384, 2048, 64, BLOCK_M=64, BLOCK_D=1024, num_warps=32).faults()
-    print(found)
-    assert any("shared memory" in fault for fault in found)
+    (spills,) = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=128, num_warps=4).faults()
+    large = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256)
+    print(spills, large.faults())
+    assert spills.startswith("spills ") and any("shared memory" in fault for fault in large.faults())
+    # The limit is the device's own, to the byte.
+    for sm, limit in SHARED_LIMIT.items():
+        fits = dataclasses.replace(large, sm=sm, spilled=0, shared=limit)
+        assert fits.faults() == [] and dataclasses.replace(fits, shared=limit + 1).faults() == [
+            f"needs {limit + 1} bytes of shared memory, sm_{sm} has {limit}"
+        ]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the compiled kernel is run")
