@@ -203,30 +203,27 @@ def test_the_command_says_that_it_goes_on_and_restart_does_not(pool, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "again", "whole"]
 
 
+def words(out, pool):
+    options = "--problems 10 --layers 2-5 --batch-tokens 128 --device cpu"
+    return ["--pool", pool, *options.split(), "--out", str(out)]
+
+
 @pytest.mark.slow
-def test_ten_kills_lose_a_batch_each_at_most_and_no_byte(tmp_path):
-    """Both kinds of collection, with and without kills, in forks of one process."""
-    options = ["--problems", "10", "--layers", "2-5", "--batch-tokens", "128", "--device", "cpu", "--pool"]
-    runs = {(pool, kills): tmp_path / f"{pool}-{kills}" for pool in ("last", "tokens") for kills in (0, 10)}
-    lines = [json.dumps([kills, [*options, pool, "--out", str(out)]]) for (pool, kills), out in runs.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed", "7"],
-        input="\n".join(lines),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    found = dict(zip(runs, said, strict=True))
-    for (pool, kills), row in found.items():
-        assert (row["status"], row["kills"]) == (0, kills), done.stderr
-        assert runs[pool, kills].read_bytes() == runs[pool, 0].read_bytes()
-        assert not partial_folder(runs[pool, kills]).exists()
-    for pool in ("last", "tokens"):
-        once = found[pool, 0]["batches"]
-        lost = found[pool, 10]["batches"] - once
-        print(f"{pool}: {once} batches; 10 kills, {lost} batches were run again")
-        assert once > 40 and 0 < lost <= 10
-    assert sorted(tmp_path.iterdir()) == sorted(runs.values())
+@pytest.mark.parametrize("pool", ["last", "tokens"])
+def test_ten_kills_lose_a_batch_each_at_most_and_no_byte(tmp_path, pool):
+    with one_thread():
+        assert call("collect", *words(tmp_path / "whole", pool))[0] == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = {}
+    for name, kills in (("once", 0), ("killed", 10)):
+        command = [sys.executable, "-m", "tests.support.killed", "7", str(kills), *words(tmp_path / name, pool)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        ran[name] = json.loads(done.stdout.splitlines()[-1])
+        assert ran[name]["status"] == 0 and ran[name]["kills"] == kills, done.stderr
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes()
+        assert not partial_folder(tmp_path / name).exists()
+    lost = ran["killed"]["batches"] - ran["once"]["batches"]
+    print(f"{pool}: {ran['once']['batches']} batches; 10 kills, {lost} batches were run again")
+    assert ran["once"]["batches"] > 40 and lost > 0
+    assert lost <= 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "once", "whole"]

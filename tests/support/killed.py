@@ -1,9 +1,8 @@
-"""Kill collections again and again: python -m tests.support.killed SEED, with [KILLS, [collect option, ...]] as JSON on
-each line of stdin.
+"""Kill a collection again and again: python -m tests.support.killed SEED KILLS collect-options...
 
-One JSON line for each: how many batches were run in all, how often the command was killed, and its last exit status.
-The commands run in forks of this process, so that each of them starts in a moment. SIGKILL comes at seeded times: while
-the model loads, while a batch runs or is saved, or while the file is written.
+One JSON line: how many batches were run in all, how often the command was killed, and its last exit status. The command
+runs in forks of this process, so that each of them starts in a moment. SIGKILL comes at seeded times: while the model
+loads, while a batch runs or is saved, or while the file is written.
 """
 
 import json
@@ -71,5 +70,4 @@ def killed(seed: int, kills: int, argv: list[str]) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     load_model("polyglot")  # imports what the forks need
-    for line in sys.stdin:
-        print(json.dumps(killed(int(sys.argv[1]), *json.loads(line))), flush=True)
+    print(json.dumps(killed(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
