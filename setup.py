@@ -30,6 +30,7 @@ setup(
         "kernel_surgery.certify",
         "kernel_surgery.evaluation",
         "kernel_surgery.studies",
+        "kernel_surgery.lmeval",
         "kernel_surgery.polyglot",
         "kernel_surgery.kernels",
     ],
@@ -38,6 +39,7 @@ setup(
         "kernel_surgery": ["py.typed"],
         "kernel_surgery.kernels": ["*.json"],
         "kernel_surgery.problems": ["*.json"],
+        "kernel_surgery.lmeval": ["*.yaml"],
         "kernel_surgery.polyglot": [
             *("model/*.safetensors", "model/*.json", "model/*.md", "*.safetensors", "*.json", "*.jsonl"),
         ],

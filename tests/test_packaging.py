@@ -249,6 +249,7 @@ def wheel_complaints(wheel: Path, source: Path) -> list[str]:
         *(path.relative_to(source).as_posix() for path in (source / "kernel_surgery").glob("[!k]*/*.py")),
         "kernel_surgery/py.typed",
         "kernel_surgery/problems/neutral.json",
+        *(f"kernel_surgery/lmeval/{path.name}" for path in (source / "kernel_surgery" / "lmeval").glob("*.yaml")),
         *(f"kernel_surgery/polyglot/model/{path.name}" for path in polyglot.glob("model/*") if path.suffix in data),
         *(f"kernel_surgery/polyglot/{path.name}" for path in polyglot.glob("*.*") if path.suffix in data | {".jsonl"}),
     ]
