@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.shards import refuse_split
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.erasing import SHRINKAGE, shrunk
 from kernel_surgery.subspace.moments import Moments
@@ -70,8 +71,10 @@ def _while_running(modules: Iterable[nn.Module], change: Callable[[Tensor], Tens
 def rounded_weights(model: "PreTrainedModel", bits: int) -> Iterator[None]:
     """Round the weights of all linear layers in the decoder to `bits` while the block runs (`rounded_to_bits`).
 
-    The embeddings, the norms and the biases stay, as in most quantised checkpoints.
+    The embeddings, the norms and the biases stay, as in most quantised checkpoints. Raises ModelError for weights that
+    are split over processes.
     """
+    refuse_split(model, "round the weights in groups")
     linear = [
         module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)
     ]
@@ -94,8 +97,10 @@ def in_other_precision(model: "PreTrainedModel") -> Iterator[None]:
 
     A float32 model keeps its dtype, but every weight, and what every module takes in and gives out, is rounded to
     bfloat16. That is faster than bfloat16 on a CPU without such instructions. A 16-bit model computes in float32
-    altogether: its weights are widened one module at a time, and the embedding's output carries the dtype on.
+    altogether: its weights are widened one module at a time, and the embedding's output carries the dtype on. Raises
+    ModelError for weights that are split over processes.
     """
+    refuse_split(model, "run the model in another precision")
     low = model.dtype == torch.float32
 
     def change(data: Tensor) -> Tensor:

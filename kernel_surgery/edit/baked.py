@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.marks import Mark, marked, put_back
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, plan_edit
+from kernel_surgery.models.shards import is_split, local, part_of, total
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.written import Written
@@ -89,6 +90,9 @@ def baked(
 
     Numerics: as in `remove`. Of a `Written` edit the weights are those of its checkpoint, in the model's dtype.
 
+    Of a weight that is split over processes (`models.shards`), each process edits its columns. A column of W - a A
+    (B^T W) depends on the same column of W alone, so this is the same arithmetic as in one process.
+
     Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight, for an offset
     without a bias, and for a block of another mode around this one (`edit.marks`). All come before anything is changed.
     At its end, raises KernelSurgeryError if a block inside it is still open.
@@ -98,7 +102,7 @@ def baked(
     owners: dict[int, str] = {}
     for layer, site in plan.sites.items():
         refuse_offset_without_bias(site.name, plan.projections[layer], site.module.bias is not None)
-        pointer = site.module.weight.data_ptr()
+        pointer = local(site.module.weight).data_ptr()
         if pointer in owners and pointer != 0:
             raise KernelSurgeryError(
                 f"cannot bake {site.name}: it shares its weight with {owners[pointer]}, and one tensor cannot hold "
@@ -110,22 +114,29 @@ def baked(
     with marked(plan.sites.values(), "baked") as marks, _restored(plan, marks):
         with torch.no_grad():
             for layer, site in plan.sites.items():
-                before = float(site.module.weight.float().norm())
+                before = _norm(site.module.weight)
                 for part, parameter in (("weight", site.module.weight), ("bias", site.module.bias)):
                     if parameter is not None:
-                        held = written.get(f"{site.name}.{part}")
-                        edited = bake_weight(parameter, plan.projections[layer], plan.number_at(layer))
-                        edited = edited if held is None else held.to(parameter)
-                        if bool(torch.isfinite(parameter).all()) and not bool(torch.isfinite(edited).all()):
+                        held, now = written.get(f"{site.name}.{part}"), local(parameter)
+                        edited = bake_weight(now, plan.projections[layer], plan.number_at(layer))
+                        edited = edited if held is None else part_of(held.to(now), parameter)
+                        overflows = bool(torch.isfinite(now).all()) and not bool(torch.isfinite(edited).all())
+                        if bool(total(torch.tensor(float(overflows), device=now.device), parameter)):
                             raise KernelSurgeryError(
                                 f"cannot bake {site.name}: at strength {plan.number_at(layer):g}, some elements are "
                                 f"beyond the largest number of {parameter.dtype}. The model is unchanged. Choose a "
                                 "strength nearer to 1."
                             )
-                        marks[layer].originals.append((parameter, parameter.detach().clone()))
-                        parameter.copy_(edited)
-                norms[layer] = (before, float(site.module.weight.float().norm()))
+                        marks[layer].originals.append((parameter, now.detach().clone()))
+                        now.copy_(edited)
+                norms[layer] = (before, _norm(site.module.weight))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms, schedule=plan.schedule)
+
+
+def _norm(weight: Tensor) -> float:
+    """Return the Frobenius norm of a weight in float32, of all its parts together."""
+    part = local(weight).float().norm()
+    return float(total(part.double().square(), weight).sqrt() if is_split(weight) else part)
 
 
 @contextmanager

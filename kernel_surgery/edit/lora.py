@@ -4,15 +4,17 @@ With the edit's basis A_e, dual B_e and strength a, the adapter's A is a B_e^T W
 edit these are a U^T W and -U. The form is LoRA's (Hu et al. 2021, arXiv:2106.09685), but nothing is trained.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
+from kernel_surgery.models.shards import is_split, local, part_of, total
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.written import Written
@@ -76,14 +78,19 @@ def refuse_bias(name: str, bias: Tensor | None) -> None:
         )
 
 
-def add_pair(output: Tensor, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+def add_pair(
+    output: Tensor, a: Tensor, b: Tensor, h: Tensor, summed: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Return output + B (A h), computed in float32 and rounded once, as PEFT does with a float32 adapter.
 
     output: [..., d_model]. h: [..., d_ff]. a, b: of a `LoraPair`. The result has output's shape and dtype.
+    summed: if h and A are parts of some columns, called with their A h [..., k] to sum it over all parts.
     """
     wide = computed_in(output)
     with in_full(output):
-        return (output.to(wide) + (h.to(wide) @ a.to(wide).T) @ b.to(wide).T).to(output.dtype)
+        inside = h.to(wide) @ a.to(wide).T
+        inside = inside if summed is None else summed(inside)
+        return (output.to(wide) + inside @ b.to(wide).T).to(output.dtype)
 
 
 @contextmanager
@@ -99,6 +106,9 @@ def adapted(
 
     This is the arithmetic of the LoRA adapter that `checkpoint.adapter` writes. The weights are not changed.
 
+    If W is split over processes (`models.shards`), A has the same columns as the part of W, and the k numbers A h of
+    every token are summed over the processes.
+
     model, subspace, strength, layers, force: as in `edit.hook.hooked`. When the block ends, normally or by an
     exception, the model is restored. Yields the record of the edit.
 
@@ -109,19 +119,22 @@ def adapted(
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     written = subspace.tensors if isinstance(subspace, Written) else {}
-    pairs = {}
+    pairs, sums = {}, {}
     for layer, site in plan.sites.items():
         refuse_offset(plan.projections[layer])
-        refuse_bias(site.name, site.module.bias)
-        pair = lora_pair(site.module.weight, plan.projections[layer], plan.number_at(layer))
+        weight, bias = site.module.weight, site.module.bias
+        refuse_bias(site.name, None if bias is None else local(bias))
+        pair = lora_pair(local(weight), plan.projections[layer], plan.number_at(layer))
         a, b = (written.get(f"{site.name}.{part}") for part in ("lora_A", "lora_B"))
-        pairs[layer] = (pair.a if a is None else a.to(pair.a), pair.b if b is None else b.to(pair.b))
+        a = pair.a if a is None else part_of(a.to(pair.a), weight)
+        pairs[layer] = (a, pair.b if b is None else b.to(pair.b))
+        sums[layer] = partial(total, like=weight) if is_split(weight) else None
     edit = new_edit("lora", plan, "torch/eager")
 
     def edited(layer: int, output: Tensor, pair: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:
         a, b = pair
         assert a is not None and b is not None  # as `pairs` has them
-        return add_pair(output, a, b, inputs[0])
+        return add_pair(output, a, b, inputs[0], sums[layer])
 
     with output_hooks(plan, edit, edited, pairs):
         yield edit

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.models.architectures import Site
+from kernel_surgery.models.shards import local
 
 _MARKS = "_kernel_surgery_edits"  # an edited module's list of marks, the outermost block first
 
@@ -22,7 +23,8 @@ class Mark:
     """One block that edits one module.
 
     owner: the id of that module. None in a copy: a module that was copied or unpickled is not the one that was marked.
-    originals: (parameter, its value before), which a baked block puts back.
+    originals: (parameter, its value before), which a baked block puts back. Of a parameter that is split over processes
+    it is this process's part.
     """
 
     def __init__(self, mode: str, owner: int | None):
@@ -87,7 +89,7 @@ def put_back(site: Site[Any], mark: Mark) -> str | None:
     with torch.no_grad():
         for parameter, original in reversed(mark.originals):
             if heir is None:
-                parameter.copy_(original)
+                local(parameter).copy_(original)
             else:
                 heir.originals = [(p, original if p is parameter else value) for p, value in heir.originals]
     mark.originals.clear()

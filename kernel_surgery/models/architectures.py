@@ -13,6 +13,7 @@ from typing import Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
+from kernel_surgery.models.shards import refuse_unknown_split
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Layout:
         """Return the path of a decoder layer."""
         return f"{self.layers}.{index}"
 
-    def site(self, index: int) -> str:
-        """Return the path of the module whose output is edited."""
+    def site(self, index: int | str) -> str:
+        """Return the path of the module whose output is edited. "*" stands for any layer."""
         return f"{self.layers}.{index}.{self.projection}"
 
     def next_norm(self, index: int, n_layers: int) -> str:
@@ -144,10 +145,11 @@ def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[i
     """Return {layer: Site} of `down_proj` in the given layers (default: all).
 
     Raises ModelError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
-    `nn.Linear` (quantised weights have no rows to project).
+    `nn.Linear` (quantised weights have no rows to project), or is split over processes in an unknown way
+    (`models.shards`).
     """
     blocks, layout = decoder_layers(model), layout_of(model)
-    sites = {}
+    plan, sites = getattr(model, "tp_plan", None) or {}, {}
     for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
         name, module = layout.site(layer), submodule(blocks[layer], layout.projection)
         if module is None:
@@ -157,6 +159,7 @@ def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[i
                 f"{name} is a {type(module).__name__}, not a floating-point nn.Linear.\n"
                 "Load the model without quantisation."
             )
+        refuse_unknown_split(name, module, plan.get(layout.site("*")))
         sites[layer] = Site(layer, name, module)
     return sites
 

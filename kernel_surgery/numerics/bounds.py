@@ -214,6 +214,21 @@ def applied_bound(mode: str, exact: Exact, basis: BasisLike, d_ff: int, dtype: t
     return bound + a * (spread_out + 1.01 * _projection_error(edit, exact.x, dtype))
 
 
+def split_bound(mode: str, parts: Tensor, basis: BasisLike, dtype: torch.dtype, strength: float, bias: bool) -> Tensor:
+    """Return the error that splitting the sum W h over processes adds to `applied_bound`, [rows, d] float64.
+
+    parts: [processes, rows, d], the exact partial outputs; of the edited weights in baked mode. Each of n parts is
+    rounded to the dtype, and they are added one by one: 1.01 n u sum_p |part_p,i| in all. If there is a `bias`, it is
+    added to the rounded sum, which is one rounding more. A hook spreads these errors as in `applied_bound`.
+    """
+    u, edit = unit_roundoff(dtype), Projection.of(basis).double()
+    size = parts.double().abs().sum(0)
+    error = 1.01 * u * (len(parts) * size + (size if bias else 0.0)) + (len(parts) + bias) * underflow(dtype)
+    if mode in ("hook", "fused"):
+        error = error + abs(strength) * edit.mixing() * error.norm(dim=-1, keepdim=True)
+    return error
+
+
 def expected_rule_b(weight: Tensor, h: Tensor) -> Tensor:
     """Return the typical norm(hook - baked) for a = 1: 0.88 u norm(x), [rows] float64. A gate is at 2 u norm(x)."""
     return 0.88 * unit_roundoff(weight.dtype) * (h.double() @ weight.double().T).norm(dim=-1)

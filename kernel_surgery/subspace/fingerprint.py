@@ -9,6 +9,7 @@ import torch
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.models.architectures import layout_of, mlp_outputs
+from kernel_surgery.models.shards import whole
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.numerics.rounding import underflow, unit_roundoff
 
@@ -21,7 +22,8 @@ SAMPLES = 16  # weights per tensor in a fingerprint
 def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
     """Return a few weights of the embedding and of every `down_proj`: {"dtype", "samples": {tensor name: values}}.
 
-    They are values, not a hash, so that the same model in another dtype is recognised.
+    They are values, not a hash, so that the same model in another dtype is recognised. Weights that are split over
+    processes (`models.shards`) are gathered, one at a time, by all processes together.
     """
     named = [(f"{layout_of(model).embedding}.weight", model.get_input_embeddings().weight)]
     return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
@@ -31,7 +33,7 @@ def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
     """Return the fingerprint of named weights. The first one gives the dtype."""
     samples, dtype = {}, None
     for name, weight in named:
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         dtype = dtype or str(flat.dtype).removeprefix("torch.")
         step = max(1, flat.numel() // SAMPLES)
         # 7 more than the stride: a stride that divides the row length would read a single column.
