@@ -50,8 +50,8 @@ def run(argv: list[str] | None = None) -> int | None:
 
 def script() -> NoReturn:
     """Run the console script `kernel-surgery`."""
-    main(run)
+    main(run, shared=sys.argv[1:2] in (["collect"], ["eval"]))
 
 
 if __name__ == "__main__":
-    main(run)
+    script()

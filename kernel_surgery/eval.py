@@ -5,6 +5,8 @@
 Both models answer the same problems in the same process, and are compared problem by problem. Writes DIR/results.json,
 DIR/samples.jsonl (every text in full) and DIR/report.html. An interrupted run continues with --resume and the same
 options.
+
+Several processes share the answering: torchrun --nproc-per-node N -m kernel_surgery.eval ..., or accelerate launch.
 """
 
 import argparse
@@ -59,19 +61,25 @@ def run(argv: list[str] | None = None) -> int:
     """Run the evaluation and print the tables. Return 0. Raises what `evaluation.run.evaluate` raises."""
     args = parser().parse_args(argv)
 
+    from kernel_surgery.common.ranks import current
     from kernel_surgery.evaluation.options import Options
     from kernel_surgery.evaluation.run import evaluate
     from kernel_surgery.evaluation.tables import shown
     from kernel_surgery.models.threads import choose_threads
 
+    ranks = current()
+
     def say(line: str) -> None:
-        print(line, flush=True)
+        if ranks.first:
+            print(line, flush=True)
 
     choose_threads(args.model)
     with untouched("Nothing was written."):
-        options = Options(**vars(args)).as_written().with_folder()
+        options = ranks.agreed(Options(**vars(args)).as_written().with_folder())
     with untouched(lambda: kept_in(options.out)):
-        evaluation = evaluate(options, command=command_line("eval", argv), say=say)
+        evaluation = evaluate(options, command=command_line("eval", argv), say=say, ranks=ranks)
+    if not ranks.first:
+        return 0
     print(shown(evaluation.results))
     seconds = evaluation.results["seconds"]
     print(f"{evaluation.folder}: results.json, samples.jsonl, report.html ({seconds:.0f} s)")
@@ -79,4 +87,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, shared=True)

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import shareable
 from kernel_surgery.common.names import LARGEST_STRENGTH
+from kernel_surgery.common.ranks import ALONE, Ranks, StoppedElsewhere, close, current, silent
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PACKAGE_NAME = "kernel_surgery"
@@ -45,24 +46,34 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"{SCRIPT} {name}" if as_script else f"python -m {PACKAGE_NAME}.{name}", **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, None if silent() else f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
-def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> NoReturn:
+def main(
+    run: Callable[[list[str] | None], int | None], argv: list[str] | None = None, *, shared: bool = False
+) -> NoReturn:
     """Run a command and exit the process with its status. Never returns.
 
     `run(argv)` returns None or 0 if it is done, and 1 if a requested check failed. Bad input is a `KernelSurgeryError`
     or a file that cannot be opened. It becomes one message on stderr and status 2. KERNEL_SURGERY_TRACEBACK=1 shows its
     traceback. Ctrl-C exits with status 130, a closed pipe with 141. Any other exception is a bug in this package and
     keeps its traceback.
+
+    shared: whether several processes may share its work (`common.ranks`). A command that does not know how is refused
+    under a launcher. An error in one process ends all of them, with one message.
     """
     _speak_utf8()
     # torch reads this when it is imported. Threads that wait for work then sleep: beside other processes, threads that
     # spin hold up the very thread they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    ranks = ALONE
     try:
+        ranks = current() if shared else _alone()
         status = run(argv) or 0
         sys.stdout.flush()
+        ranks.wait()
+    except StoppedElsewhere:
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -73,9 +84,22 @@ def main(run: Callable[[list[str] | None], int | None], argv: list[str] | None =
     except Exception as error:
         if os.environ.get("KERNEL_SURGERY_TRACEBACK") or not _is_user_error(error):
             raise
-        print("\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        if ranks.failed() and not (ranks is ALONE and silent()):
+            print("\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            sys.stderr.flush()
+        ranks.told()
         status = 2
+    close()
     sys.exit(status)
+
+
+def _alone() -> Ranks:
+    """Return `ALONE`. Raises UserError if this is one of several processes, which would all do the same work."""
+    if (size := current().size) > 1:
+        raise UserError(
+            f"this command runs in one process, and WORLD_SIZE says that there are {size}. Start it without a launcher."
+        )
+    return ALONE
 
 
 def _speak_utf8() -> None:

@@ -1,8 +1,10 @@
-"""Progress bars on stderr. They are silent if stderr is not a terminal."""
+"""Progress bars on stderr. They are silent if stderr is not a terminal, and in all processes but the first."""
 
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from kernel_surgery.common.ranks import silent
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,4 +21,4 @@ def progress_bar(total: int | None, desc: str | None = None, **options: Any) -> 
     """Return a bar on stderr: a context manager with `update`. options: further arguments of tqdm."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty(), **options)
+    return tqdm(total=total, desc=desc, file=sys.stderr, disable=not sys.stderr.isatty() or silent(), **options)

@@ -25,12 +25,13 @@ from torch import nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.edit.modes import applier_of
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
 from kernel_surgery.evaluation.judging import Cells, Sample, score_again
-from kernel_surgery.evaluation.samples import take_up
+from kernel_surgery.evaluation.shares import answer_together, take_up_together
 from kernel_surgery.evaluation.stats import holm
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.models.chat import OFF, Chat
@@ -240,6 +241,7 @@ def run_controls(
     seed: int,
     pace: float | None = None,
     say: Callable[[str], object] = print,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Ask random subspaces the first problems of the test set. Return the controls' entry in results.json.
 
@@ -248,6 +250,7 @@ def run_controls(
     mode: how the edit is made; "all" means fused.
     pace: seconds per text in this run, or None if it made no text.
     say: called with a line of text that says what is about to be asked, and how long it may take.
+    ranks: the processes that share the answering; all call this.
 
     Every finished cell is stored in controls.jsonl, so an interrupted run continues from there. Raises what `draw` and
     `evaluation.answering.answer_cells` raise.
@@ -259,7 +262,8 @@ def run_controls(
     per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
     problem_list = first_of_each_category(context.problems, per_category)
     context, path = replace(context, problems=tuple(problem_list)), folder / "controls.jsonl"
-    done = take_up(path, problem_list, score_again(context.tokenizer, context.chat))
+    rescore = score_again(context.tokenizer, context.chat)
+    done = take_up_together(ranks, path, problem_list, rescore)
     # The file may also hold controls of another kind.
     texts = len(missing_cells(context, names_of(kind, count), done)) * len(problem_list)
     estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
@@ -271,9 +275,14 @@ def run_controls(
     if kind != "haar":
         prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
         activations = moments(context.model, context.tokenizer, prompts, subspace.layers, chat=context.chat)
-    control_list, applier = draw(kind, count, subspace, strength, activations, seed), applier_of(mode)
+    # Those of process 0: another machine's rounding would draw others.
+    control_list, applier = ranks.agreed(draw(kind, count, subspace, strength, activations, seed)), applier_of(mode)
     blocks = {control.name: partial(controlled, applier, context.model, control) for control in control_list}
-    texts_of = answer_cells(context, blocks, done, path)
+
+    def answer(context: Context, done: Cells, samples: Path) -> Cells:
+        return answer_cells(context, blocks, done, samples)
+
+    texts_of = answer_together(ranks, context, done, path, answer, rescore)
     header = {"kind": kind, "count": count, "mode": mode, "problems": len(problem_list), "seed": seed}
     ids = {problem.id for problem in problem_list}
     return header | compared(texts_of, cells, kind, count, mode, languages, ids, context.budget)

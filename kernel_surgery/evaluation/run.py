@@ -24,9 +24,10 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import headline
 from kernel_surgery.edit.modes import applied, describe_edit, modes_of
-from kernel_surgery.evaluation.answering import Context, answer_cells
+from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
 from kernel_surgery.evaluation.controls import run_controls
 from kernel_surgery.evaluation.describing import describe_model, describe_subspace
 from kernel_surgery.evaluation.effects import measure_effects
@@ -34,7 +35,8 @@ from kernel_surgery.evaluation.judging import Cells, score_again
 from kernel_surgery.evaluation.notes import check_held_out, notes_of
 from kernel_surgery.evaluation.options import LATER, Asked, Options
 from kernel_surgery.evaluation.report import write_report
-from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up, write_cells
+from kernel_surgery.evaluation.samples import check_run, digest, open_run, write_cells
+from kernel_surgery.evaluation.shares import answer_together, refuse_other_shares, take_up_together
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.evaluation.written import read_written
 from kernel_surgery.files.contents import PROVENANCE
@@ -161,6 +163,7 @@ def _controls_and_damage(
     subspace: Subspace | None,
     seconds_per_text: float | None,
     say: Callable[[str], object],
+    ranks: Ranks,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Run what is shown beside the answers: random subspaces, and the effects on neutral text. Return both results."""
     controls = damage = None
@@ -168,14 +171,44 @@ def _controls_and_damage(
         assert subspace is not None  # `Options.check`
         controls = run_controls(
             *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
-            *(seconds_per_text, say),
+            *(seconds_per_text, say, ranks),
         )
-    if not options.no_damage:
+    if not options.no_damage and ranks.first:
         modes, seed, force = modes_of(options.mode), options.seed, options.force
         damage = measure_effects(
             *(context, modes, subspace), strength=options.strength, seed=seed, force=force, probed=options.strict
         )
     return controls, damage
+
+
+def _open(ranks: Ranks, folder: Path, config: dict[str, Any], options: Options) -> Path:
+    """Open the folder of the run. Process 0 alone writes, when all have seen what was there before.
+
+    Returns the file of the texts.
+    """
+    samples = folder / "samples.jsonl"
+    check_run(folder, config, resume=options.resume)
+    refuse_other_shares(samples, ranks)
+    ranks.wait()
+    if ranks.first:
+        open_run(folder, config, resume=options.resume)
+    ranks.wait()
+    return samples
+
+
+def _answered(
+    ranks: Ranks, context: Context, blocks: dict[str, EditBlock], samples: Path
+) -> tuple[Cells, float | None]:
+    """Return the cells of all modes in `blocks`, and the seconds per new text if there is one."""
+    started, rescore = time.monotonic(), score_again(context.tokenizer, context.chat)
+    done = take_up_together(ranks, samples, context.problems, rescore)
+
+    def answer(context: Context, done: Cells, samples: Path) -> Cells:
+        return answer_cells(context, blocks, done, samples)
+
+    cells = answer_together(ranks, context, done, samples, answer, rescore)
+    new_texts = len(cells.keys() - done.keys()) * len(context.problems)
+    return cells, (time.monotonic() - started) / new_texts if new_texts else None
 
 
 def in_words(damage: dict[str, Any] | None, options: Options) -> str:
@@ -190,6 +223,7 @@ def evaluate(
     *,
     command: str | None = None,
     say: Callable[[str], object] = lambda line: None,
+    ranks: Ranks = ALONE,
     **settings: Any,
 ) -> Evaluation:
     """Run an evaluation: generate, judge, compare, and write results.json, samples.jsonl and report.html.
@@ -198,12 +232,13 @@ def evaluate(
     problems=4)`.
     command: the command line, for the record.
     say: called with a line of text before a step that takes long.
+    ranks: the processes that share the answering (`common.ranks.current`). All call this; process 0 does the rest.
 
     With `resume`, an interrupted run continues. Every mode and language that was finished is kept.
 
     Raises KernelSurgeryError for options, models and subspaces that cannot be used. Nothing was written then.
     """
-    options = (options or Options(**settings)).as_written().with_folder()
+    options = ranks.agreed((options or Options(**settings)).as_written().with_folder())
     asked = options.asked()
     languages, problem_list = asked.languages, asked.problems
     options.check()
@@ -228,21 +263,20 @@ def evaluate(
     edits = check_edits(modes, model, subspace, options)
     notes = notes_of(subspace, edits, options, chat, asked)
     config["weights"] = digest(fingerprint(model))
-    open_run(folder, config, resume=options.resume)
-
-    samples, started = folder / "samples.jsonl", time.monotonic()
-    done = take_up(samples, problem_list, score_again(tokenizer, chat))
-    blocks = {mode: partial(applied, mode, model, subspace, options.strength, options.force) for mode in modes}
-    cells = answer_cells(context, blocks, done, samples)
-    new_texts = len(cells.keys() - done.keys()) * len(problem_list)
-    seconds_per_text = (time.monotonic() - started) / new_texts if new_texts else None
-    controls, damage = _controls_and_damage(context, cells, options, folder, subspace, seconds_per_text, say)
+    samples, started = _open(ranks, folder, config, options), time.monotonic()
+    block = partial(applied, model=model, subspace=subspace, strength=options.strength, force=options.force)
+    cells, seconds_per_text = _answered(ranks, context, {mode: partial(block, mode) for mode in modes}, samples)
+    more = (options, folder, subspace, seconds_per_text, say, ranks)
+    controls, damage = _controls_and_damage(context, cells, *more)
+    if not ranks.first:
+        ranks.wait()
+        return Evaluation(folder, json.loads((folder / "results.json").read_text(encoding="utf-8")), cells)
     paired = pair(cells, options.margin)
     results = {
         "damage_in_words": in_words(damage, options),
         "schema": 1,
         "config": config,
-        "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+        "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | ranks.record(),
         "model": describe_model(public_name(options.model), model),
         "subspace": describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,
@@ -262,4 +296,5 @@ def evaluate(
     write_cells(samples, cells)
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(folder / "report.html", results, cells)
+    ranks.wait()
     return Evaluation(folder, results, cells)

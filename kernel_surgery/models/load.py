@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
+from kernel_surgery.common.ranks import current
 from kernel_surgery.files.contents import contents, select
 from kernel_surgery.models.gguf import is_gguf, opened
 
@@ -212,15 +213,19 @@ def _first_line(error: Exception) -> str:
 def parse_device(name: str = "auto") -> torch.device:
     """Return the device of a name: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
 
+    Of several processes (`common.ranks`), each gets a GPU of its own for auto and cuda.
+
     Raises UserError for any other name, and for a CUDA device that does not exist.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"unknown device {name!r}: choose from auto, cpu, cuda, cuda:N.")
     device = torch.device(name)
+    if device == torch.device("cuda") and current().size > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        raise UserError(f"no device {name!r}: this machine has {found} CUDA devices. Use --device cpu.")
+        raise UserError(f"no device {str(device)!r}: this machine has {found} CUDA devices. Use --device cpu.")
     return device
 
 

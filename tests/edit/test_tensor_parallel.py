@@ -46,6 +46,7 @@ def measured(tmp_path_factory):
     return json.loads((folder / "out.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_each_split_layer_is_within_the_bound_of_the_exact_edit(measured, name):
     found = measured[0][name]
@@ -56,6 +57,7 @@ def test_each_split_layer_is_within_the_bound_of_the_exact_edit(measured, name):
     assert mine == -(-all_columns // 2)  # process 0 holds half of them, not all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_planted_fault_breaks_the_bound(measured, name):
     found = measured[0][name]["faults"]
@@ -65,6 +67,7 @@ def test_a_planted_fault_breaks_the_bound(measured, name):
     assert min(found.values()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_logits_differ_from_one_processs_as_the_originals_do(measured, name):
     """The whole model, fused with the norms where it is fused; without gradients, and with them (another code path)."""
@@ -78,6 +81,7 @@ def test_the_logits_differ_from_one_processs_as_the_originals_do(measured, name)
     assert min(own) > 0 and found["reach"] == ["norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOAT32)
 def test_the_gradients_differ_as_the_originals_do(measured, name):
     found = dict(measured[0][name]["gradients"])
@@ -86,11 +90,13 @@ def test_the_gradients_differ_as_the_originals_do(measured, name):
     assert own > 0 and max(found.values()) <= YARDSTICK * own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_all_processes_have_the_same_bits(measured, name):
     assert all(measured[0][name]["same_bits"].values()), measured[0][name]["same_bits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_baked_columns_are_one_rounding_from_exact_and_their_norms_are_of_the_whole(measured, name):
     found = measured[0][name]
@@ -99,11 +105,13 @@ def test_baked_columns_are_one_rounding_from_exact_and_their_norms_are_of_the_wh
     assert found["norms"] <= 3 * (384 * 128) ** 0.5 * 2**-24  # `accumulated` over the largest weight's elements
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_that_of_the_whole_model_and_sees_other_weights(measured):
     assert all(found["fingerprint"] for found in measured[0].values())
     assert measured[0]["polyglot"]["other weights"] == "refused"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_split_is_refused_by_name(measured):
     refused = measured[0]["llama"]["refusals"]
     for how, why in {
@@ -121,6 +129,7 @@ def test_what_cannot_be_split_is_refused_by_name(measured):
     assert refused["precision yardstick"].startswith("cannot run the model in another precision: model.embed_tokens")
 
 
+@pytest.mark.slow
 def test_a_refusal_on_one_process_is_one_on_all(measured):
     """Only process 1 holds the columns that overflow. Else process 0 would go on, and wait for it forever."""
     for message, untouched in measured[0]["llama"]["overflow"]:
@@ -128,6 +137,7 @@ def test_a_refusal_on_one_process_is_one_on_all(measured):
     assert "shares its weight with model.layers.1.mlp.down_proj" in measured[0]["llama"]["shared"]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_docs_prints_one_processs_text_once(measured):
     model, tokenizer = load_model("polyglot", torch.bfloat16), load_tokenizer("polyglot")
     with fused(model, Subspace.load(POLYGLOT_SUBSPACE)):

@@ -1,8 +1,8 @@
 """Measured by two processes: python -m tests.support.tensor_parallel FOLDER OUT RECIPE
 
-tests/edit/test_tensor_parallel.py says what must hold. FOLDER holds models. Every process loads each of them twice, whole and split, and measures the split one. Process 0
-writes the figures to OUT. At the end RECIPE runs, the script of docs/scale.md. One start answers everything, because it
-takes as long as all the measurements.
+tests/edit/test_tensor_parallel.py says what must hold. FOLDER holds models. Every process loads each of them twice,
+whole and split, and measures the split one. Process 0 writes the figures to OUT. At the end RECIPE runs, the script of
+docs/scale.md. One start answers everything, because it takes as long as all the measurements.
 """
 
 import contextlib
