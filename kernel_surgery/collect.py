@@ -12,6 +12,8 @@ Padding is never read, on either side.
 
 Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
 goes on from there and writes the same bytes.
+
+Several processes share the batches: torchrun --nproc-per-node N -m kernel_surgery.collect ..., or accelerate launch.
 """
 
 import argparse
@@ -67,6 +69,7 @@ def run(argv: list[str] | None = None) -> int:
     """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
 
+    from kernel_surgery.common.ranks import current
     from kernel_surgery.files.problems import problem_source
     from kernel_surgery.models.architectures import parse_layers
     from kernel_surgery.models.before import load_checked
@@ -74,7 +77,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.models.load import parse_device, parse_dtype, public_name
     from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.subspace.collecting import collect_activations, collect_moments
-    from kernel_surgery.subspace.partial import check_partial, partial_folder, resuming
+    from kernel_surgery.subspace.partial import check_partial, partial_folder, refuse_other_launch, resuming
 
     asked = problem_source(args.problems, seed=args.seed)
     languages = asked.languages(args.languages)
@@ -82,8 +85,10 @@ def run(argv: list[str] | None = None) -> int:
     chosen = asked.split(args.split)
     check_output(args.out, overwrite=args.overwrite)
     device = parse_device(args.device)
-    dtype, tokens, partial = parse_dtype(args.dtype, device), args.pool == TOKENS, partial_folder(args.out)
+    dtype, tokens, ranks = parse_dtype(args.dtype, device), args.pool == TOKENS, current()
+    partial = partial_folder(args.out, ranks)
     about = {"model_id": public_name(args.model), "split": args.split, "seed": args.seed} | asked.record
+    refuse_other_launch(args.out, ranks, restart=args.restart)
     choose_threads(args.model)
     chat = choose_chat(args.model, args.chat, thinking=args.thinking)
 
@@ -103,13 +108,22 @@ def run(argv: list[str] | None = None) -> int:
     model, tokenizer = load_checked(args.model, (dtype, device), prompts, 0, check, args.device_map, chat)
     common: dict[str, Any] = {"site": args.site, "batch_tokens": args.batch_tokens, "about": about, "chat": chat}
     what = model, tokenizer, chosen, languages, args.layers
-    with resuming(partial, restart=args.restart, say=lambda line: print(line, file=sys.stderr)) as kept:
+    folders = [partial_folder(args.out, ranks, rank) for rank in range(ranks.size)]
+    shared: dict[str, Any] = {"restart": args.restart, "ranks": ranks, "folders": folders}
+
+    def say(line: str) -> None:
+        if ranks.first:
+            print(line, file=sys.stderr)
+
+    with resuming(partial, say=say, **shared) as kept:
         found: Activations | LanguageMoments
         if tokens:
             found = collect_moments(*what, keep_first=args.keep_first, partial=kept, **common)
         else:
             found = collect_activations(*what, pool=args.pool, partial=kept, **common)
         kept.publish(found.save, args.out)
+    if not ranks.first:
+        return 0
     print(_summary(args.out, found.provenance, len(found.layers)))
     if note := asked.note(args.split):
         print(note)
@@ -140,4 +154,4 @@ def _summary(out: Path, record: dict[str, Any], layers: int) -> str:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, shared=True)

@@ -13,6 +13,7 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import BATCH_TOKENS, LANGUAGES, POOLS, TOKENS
 from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.ranks import ALONE
 from kernel_surgery.models.architectures import decoder_layers, parse_layers
 from kernel_surgery.models.body import refuse_offloaded
 from kernel_surgery.models.chat import OFF, Chat
@@ -64,7 +65,8 @@ def prompt_states(
     Positions are counted from the mask, so padding on either side changes neither the rotary positions nor the token
     that is read.
 
-    partial: where finished batches are kept, and taken from. settings: what else identifies the collection there.
+    partial: where finished batches are kept, and taken from; several processes may share it. settings: what else
+    identifies the collection there.
     chat: how the prompts are put to the model.
 
     Raises SubspaceError for an unknown site or pool and a budget below 1, ModelError for an unknown architecture or
@@ -79,17 +81,28 @@ def prompt_states(
     def take(layer: int, states: Tensor, mask: Tensor) -> None:
         rows[layer][batch] = pool_states(states, mask, pool).cpu()
 
+    ranks = ALONE if partial is None else partial.ranks
+    mine = ranks.share(batches)
+
+    def put(batches: Sequence[list[int]], kept: Iterator[Tensor]) -> None:
+        for batch, vectors in zip(batches, kept, strict=False):
+            for layer, found in zip(rows, vectors, strict=True):
+                rows[layer][batch] = found
+
     with reading(model, tokenizer, layers, site, take) as read:
         done = 0
         if partial is not None:
-            done = partial.begin({**(settings or {}), "prompts": digest(encoded)}, len(batches))
-            for batch, vectors in zip(batches, partial.vectors(done), strict=False):
-                for layer, found in zip(rows, vectors, strict=True):
-                    rows[layer][batch] = found
-        for number, batch in in_order(encoded, batches, done, desc):
+            done = partial.begin({**(settings or {}), "prompts": digest(encoded)}, len(mine))
+            put(mine, partial.vectors(done))
+        for number, batch in in_order(encoded, mine, done, desc):
             read([encoded[i] for i in batch])
             if partial is not None:
                 partial.add_vectors(number, torch.stack([x[batch] for x in rows.values()]))
+    if partial is not None and ranks.size > 1:
+        ranks.wait()
+        for rank in range(ranks.size):
+            theirs = ranks.share(batches, rank)
+            put(theirs, partial.vectors(len(theirs), rank))
     return rows
 
 
@@ -282,7 +295,8 @@ def collect_moments(
     provenance has "tokens", {language: how many}, and "first_token", "left out" or "kept".
 
     Numerics: float64 products and sums, of activations in the model's dtype. An entry of n tokens is off by at most
-    n 2^-53 sum |x_i x_j|. The order of the sums depends on the prompts and on `batch_tokens` alone.
+    n 2^-53 sum |x_i x_j|. The order of the sums depends on the prompts, `batch_tokens` and the number of processes that
+    share `partial` alone.
 
     Raises what `collect_activations` raises, and SubspaceError for a language whose prompts have no token to count and
     for activations that are not finite.
@@ -307,16 +321,22 @@ def collect_moments(
     d, done = what.record["d_model"], 0
     places = {layer: next(at.module.parameters()).device for layer, at in sites_at(model, what.layers, site).items()}
     found = {layer: Moments.empty(len(languages), d, place) for layer, place in places.items()}
+    ranks = ALONE if partial is None else partial.ranks
+    mine = ranks.share(batches)
     with reading(model, tokenizer, what.layers, site, take) as read:
         if partial is not None:
-            done = partial.begin(what.settings(batch_tokens) | {"prompts": digest(encoded)}, len(batches))
+            done = partial.begin(what.settings(batch_tokens) | {"prompts": digest(encoded)}, len(mine))
             if done:
                 partial.load_moments(found)
-        for number, batch in in_order(encoded, batches, done, "collect"):
+        for number, batch in in_order(encoded, mine, done, "collect"):
             read([encoded[i] for i in batch])
             if partial is not None:
                 partial.add_moments(number + 1, found)
+    if partial is not None and ranks.size > 1:
+        partial.add_moments(len(mine), found, last=True)
+        partial.sum_moments(found)
     if broken := [layer for layer, moments in found.items() if not bool(torch.isfinite(moments.second).all())]:
         raise SubspaceError(f"the activations of layer {broken[0]} hold NaN or Inf. Collect in float32 or bfloat16.")
     on_cpu = {layer: Moments(m.counts.cpu(), m.sums.cpu(), m.second.cpu()) for layer, m in found.items()}
-    return LanguageMoments(on_cpu, what.provenance(tokens=tokens))
+    environment = what.record["environment"] | ranks.record()  # the bits of the sums depend on it
+    return LanguageMoments(on_cpu, what.provenance(tokens=tokens, environment=environment))

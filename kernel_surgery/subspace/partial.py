@@ -5,6 +5,9 @@
     moments.safetensors       moments over all tokens so far, and how many batches they hold
     state.safetensors         of a fit layer by layer: what the next layer needs, and how many layers are done
 
+Of several processes (`common.ranks`) each has every n-th batch and a folder of its own, FILE.0-of-2.partial. When all
+are done, each of them reads the folders of all, in their order.
+
 Vectors are written after every batch, so a kill loses one batch at most. Moments are as large after one batch as after
 all of them: 8 layers d_model^2 bytes. They are written after every batch too, as long as all this writing takes
 `GRACE_S` and a `SHARE` of the time at most. On a CPU it does. On a GPU, where a batch may take less time than writing a
@@ -17,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from torch import Tensor
 from kernel_surgery.common.errors import CheckpointError, UserError
 from kernel_surgery.common.files import replacing, write_atomic
 from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.subspace.moments import Moments
 
@@ -39,9 +43,35 @@ _LONG = {"fingerprint": "the model's weights differ", "prompts": "the prompts' t
 _NAMED = 3  # differences in one message
 
 
-def partial_folder(out: Path) -> Path:
-    """Return the folder of the unfinished collection that will be written to `out`."""
-    return out.with_name(f"{out.name}.partial")
+def partial_folder(out: Path, ranks: Ranks = ALONE, rank: int | None = None) -> Path:
+    """Return the folder of the unfinished collection that will be written to `out`.
+
+    ranks: the processes that share it. rank: of another process than this one.
+    """
+    number = ranks.rank if rank is None else rank
+    return out.with_name(f"{out.name}.{number}-of-{ranks.size}.partial" if ranks.size > 1 else f"{out.name}.partial")
+
+
+def refuse_other_launch(out: Path, ranks: Ranks, *, restart: bool = False) -> None:
+    """Raise UserError if another number of processes has begun the collection of `out`; it would be left behind.
+
+    restart: remove what they have left instead. All processes must call it.
+    """
+    own = {partial_folder(out, ranks, rank) for rank in range(ranks.size)}
+    name = re.compile(rf"{re.escape(out.name)}(?:\.\d+-of-(\d+))?\.partial")
+    there = {path: name.fullmatch(path.name) for path in out.parent.iterdir()} if out.parent.is_dir() else {}
+    others = {path: int(found[1] or 1) for path, found in there.items() if found and path not in own}
+    others = {path: size for path, size in others.items() if (path / SETTINGS).is_file()}
+    if others and not restart:
+        path, size = min(others.items())
+        raise UserError(
+            f"{str(path)!r} holds an unfinished collection of {size} {'processes' if size > 1 else 'process'}, and "
+            f"this is a launch of {ranks.size}. To go on with it, start as many. To begin again, add --restart."
+        )
+    ranks.wait()
+    if ranks.first:
+        for path in others:
+            shutil.rmtree(path)
 
 
 def check_partial(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -102,11 +132,20 @@ def _differences(begun: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 class Partial:
     """The finished batches of one collection. Made by `resuming`.
 
-    say: called with one line if there are some. clock: seconds.
+    say: called with one line if there are some. clock: seconds. ranks: the processes that share the collection.
+    folders: of all of them, if there are several.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic):
-        self.folder, self.say, self.clock = folder, say, clock
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], object],
+        clock: Callable[[], float] = time.monotonic,
+        ranks: Ranks = ALONE,
+        folders: Sequence[Path] = (),
+    ):
+        self.folder, self.say, self.clock, self.ranks = folder, say, clock, ranks
+        self.folders = folders or (folder,)
         self._began = self._saved_at = clock()
         self._saving = self._cost = 0.0  # of all saves, and of the last
 
@@ -115,6 +154,7 @@ class Partial:
 
         Raises UserError as `check_partial` does.
         """
+        settings = {**settings, **self.ranks.record()}
         check_partial(self.folder, settings)
         if _settings(self.folder) is None:
             write_atomic(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
@@ -136,19 +176,20 @@ class Partial:
         """Keep the vectors of batch `number`, [layers, prompts, d_model] float32."""
         self._write(f"batch-{number:05}.safetensors", {"vectors": vectors}, {})
 
-    def vectors(self, finished: int) -> Iterator[Tensor]:
-        """Yield the vectors of the first batches, as `add_vectors` got them."""
+    def vectors(self, finished: int, rank: int | None = None) -> Iterator[Tensor]:
+        """Yield the vectors of the first batches, as `add_vectors` got them. rank: of another process."""
+        folder = self.folder if rank is None else self.folders[rank]
         for number in range(finished):
-            with self._opened(self.folder / f"batch-{number:05}.safetensors") as file:
+            with self._opened(folder / f"batch-{number:05}.safetensors") as file:
                 yield file.get_tensor("vectors")
 
-    def add_moments(self, finished: int, by_layer: Mapping[int, Moments]) -> bool:
+    def add_moments(self, finished: int, by_layer: Mapping[int, Moments], *, last: bool = False) -> bool:
         """Keep the moments over the first `finished` batches, unless that takes too much of the time.
 
-        Return whether they were kept.
+        last: keep them in any case. Return whether they were kept.
         """
         began = self.clock()
-        within = self._saving + self._cost <= GRACE_S + SHARE * (began - self._began)
+        within = last or self._saving + self._cost <= GRACE_S + SHARE * (began - self._began)
         if not within and self._cost > SHARE * (began - self._saved_at):
             return False
         tensors = {f"L{i}.{name}": part.cpu() for i, m in by_layer.items() for name, part in vars(m).items()}
@@ -160,10 +201,22 @@ class Partial:
 
     def load_moments(self, by_layer: Mapping[int, Moments]) -> None:
         """Fill moments with those that are kept."""
-        with self._opened(self.folder / MOMENTS) as file:
+        self._read_moments(self.folder, by_layer, Tensor.copy_)
+
+    def sum_moments(self, by_layer: Mapping[int, Moments]) -> None:
+        """Fill moments with the sum of those that all processes keep, when all are done. All must call it.
+
+        Numerics: float64, process 0 first: the same bits in every process, and for the same number of processes.
+        """
+        self.ranks.wait()
+        for number, folder in enumerate(self.folders):
+            self._read_moments(folder, by_layer, Tensor.add_ if number else Tensor.copy_)
+
+    def _read_moments(self, folder: Path, by_layer: Mapping[int, Moments], put: Callable[..., object]) -> None:
+        with self._opened(folder / MOMENTS) as file:
             for layer, moments in by_layer.items():
                 for name, part in vars(moments).items():
-                    part.copy_(file.get_tensor(f"L{layer}.{name}"))
+                    put(part, file.get_tensor(f"L{layer}.{name}").to(part.device))
 
     def add_state(self, finished: int, tensors: dict[str, Tensor]) -> None:
         """Keep the state after the first `finished` layers, in place of the one before."""
@@ -177,13 +230,16 @@ class Partial:
     def publish(self, save: Callable[[Path], object], out: Path) -> None:
         """Write the file of the whole collection to `out`, completely or not at all, and remove the folder.
 
-        save: writes it to a path that it gets.
+        save: writes it to a path that it gets. Of several processes the first one writes; all must call it.
         """
-        made = self.folder / "finished"
-        save(made)
-        _sync(made)
-        os.replace(made, out)
-        _sync(out.absolute().parent)
+        self.ranks.wait()  # all have read the folders of all
+        if self.ranks.first:
+            made = self.folder / "finished"
+            save(made)
+            _sync(made)
+            os.replace(made, out)
+            _sync(out.absolute().parent)
+        self.ranks.wait()
         shutil.rmtree(self.folder)
 
     @contextmanager
@@ -214,11 +270,16 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def resuming(
-    folder: Path, *, restart: bool = False, say: Callable[[str], object] = lambda line: None
+    folder: Path,
+    *,
+    restart: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    ranks: Ranks = ALONE,
+    folders: Sequence[Path] = (),
 ) -> Iterator[Partial]:
     """Open or create the folder of a collection, and lock it within the block. An error in the block leaves it there.
 
-    restart: remove what an earlier run has left. say: as in `Partial`.
+    restart: remove what an earlier run has left. say, ranks, folders: as in `Partial`.
 
     Raises CheckpointError if another process holds the folder, and UserError if something else is in its place.
     """
@@ -239,7 +300,7 @@ def resuming(
             if restart or _temporary(path) or path.name == "finished":
                 path.unlink()
         try:
-            yield Partial(folder, say)
+            yield Partial(folder, say, ranks=ranks, folders=folders)
         finally:
             if created and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()  # nothing was begun

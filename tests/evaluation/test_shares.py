@@ -1,10 +1,6 @@
 """Several processes answer one run: shares are even, kept after a kill, and merged into what one process writes."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,7 +18,8 @@ from kernel_surgery.evaluation.samples import append_cell, read_cells
 from kernel_surgery.evaluation.shares import answer_together, share_file, share_of, take_up_together
 from kernel_surgery.models.load import load_model, load_tokenizer
 from kernel_surgery.problems.generator import problems
-from tests.support.ranks import environment, run, torchrun
+from tests.support.processes import killed_when
+from tests.support.ranks import run, torchrun
 from tests.support.ties import first_difference, not_near_ties
 from tests.support.together import together
 
@@ -155,23 +152,6 @@ def edited(mode, model):
 @pytest.fixture(scope="module")
 def polyglot():
     return load_model("polyglot", torch.float32), load_tokenizer("polyglot")
-
-
-def killed_when(command, cwd, ready):
-    """Start a launch, and kill all of it as soon as `ready()`. Returns what it printed."""
-    with (cwd / "killed.log").open("w+") as log:
-        launch = subprocess.Popen(
-            command, cwd=cwd, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        deadline = time.monotonic() + 200
-        while not ready() and launch.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        alive = launch.poll() is None
-        # torchrun starts its workers in the same session: one signal for all, which none can catch.
-        os.killpg(launch.pid, signal.SIGKILL)
-        launch.wait()
-        log.seek(0)
-        assert alive, log.read()
 
 
 @pytest.mark.slow
