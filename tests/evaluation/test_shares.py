@@ -24,10 +24,13 @@ from tests.support.ties import first_difference, not_near_ties
 from tests.support.together import together
 
 
-@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("order", ["one category after the other", "in turn"])
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_every_process_has_as_many_of_each_category_and_in_all(size, count):
+def test_every_process_has_as_many_of_each_category_and_in_all(size, count, order):
     asked = problems("test", count)
+    if order == "in turn":  # every fifth is of one category, so a plain every fifth would be
+        asked = [asked[row * count + column] for column in range(count) for row in range(len(asked) // count)]
     shares = [share_of(asked, Ranks(rank, size)) for rank in range(size)]
     assert sorted(i for share in shares for i in share) == list(range(len(asked)))
     assert all(share == sorted(share) for share in shares)
