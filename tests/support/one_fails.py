@@ -1,6 +1,9 @@
 """A command in which one process or all of them fail: python -m tests.support.one_fails RANK|all|none"""
 
+import atexit
 import sys
+
+import torch.distributed
 
 from kernel_surgery.common.command import main
 from kernel_surgery.common.errors import UserError
@@ -19,5 +22,12 @@ def run(argv=None):
     return 0
 
 
+def left_open():
+    """An exchange that is open at the end may abort another process that is still ending."""
+    if torch.distributed.is_initialized():
+        print("left open")
+
+
 if __name__ == "__main__":
+    atexit.register(left_open)
     main(run, shared=True)
