@@ -124,6 +124,14 @@ def test_killed_processes_go_on_where_each_was_to_the_same_bytes(tmp_path, kind)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
+def test_moments_that_were_too_costly_to_keep_after_every_batch_are_kept_at_the_end(tmp_path, monkeypatch):
+    shared("moments", 2, tmp_path / "whole")
+    for name in ("GRACE_S", "SHARE"):  # after the first save, none is worth its time
+        monkeypatch.setattr(f"kernel_surgery.subspace.partial.{name}", 0.0)
+    shared("moments", 2, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def begin(out, ranks):
     folder = partial_folder(out, ranks)
     folder.mkdir()
