@@ -27,6 +27,7 @@ setup(
         "kernel_surgery.edit",
         "kernel_surgery.damage",
         "kernel_surgery.checkpoint",
+        "kernel_surgery.engines",
         "kernel_surgery.certify",
         "kernel_surgery.evaluation",
         "kernel_surgery.studies",
@@ -45,7 +46,10 @@ setup(
         ],
     },
     include_package_data=False,
-    entry_points={"console_scripts": ["kernel-surgery = kernel_surgery.__main__:script"]},
+    entry_points={
+        "console_scripts": ["kernel-surgery = kernel_surgery.__main__:script"],
+        "vllm.general_plugins": ["kernel_surgery = kernel_surgery.engines.plugin:register"],
+    },
     install_requires=[
         "torch>=2.11",
         # torch's CPU builds do not bring triton along; it has wheels for Linux alone.
@@ -66,7 +70,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77"),
             *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
-            *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2"),
+            *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2", "openai>=2"),
         ],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],
@@ -76,6 +80,9 @@ setup(
         # study with a [search].
         "search": ["optuna>=4.2"],
         "accelerate": ["accelerate"],
+        # vLLM pins its own torch: install it in an environment of its own (docs/engines.md).
+        "vllm": ["vllm>=0.32"],
+        "openai": ["openai>=2"],
         "lm-eval": ["lm-eval"],
     },
 )

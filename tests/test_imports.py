@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports from itself and from the rooms before it. The commands, which lie at the top, import from all rooms.
 ROOMS = (
     *("common", "numerics", "problems", "scoring", "files", "models", "subspace", "ops", "edit", "damage"),
-    *("checkpoint", "certify", "evaluation", "studies", "lmeval", "polyglot"),
+    *("checkpoint", "engines", "certify", "evaluation", "studies", "lmeval", "polyglot"),
 )
 COMMANDS = (
     *("collect", "fit", "bake", "lora", "verify", "eval", "compare", "score", "study", "reproduce", "aot"),

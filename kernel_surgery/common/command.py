@@ -16,6 +16,7 @@ traceback. This module imports neither torch nor transformers, so `--help` is fa
 import argparse
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from kernel_surgery.common.ranks import ALONE, Ranks, StoppedElsewhere, close, c
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PACKAGE_NAME = "kernel_surgery"
 SCRIPT = "kernel-surgery"
+_ADDRESS = re.compile(r"https?://[^\s\"'<>]+")
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,7 +151,7 @@ def kept_in(folder: Path | None) -> str:
 def command_line(name: str, argv: list[str] | None) -> str:
     """Return the command line as it was called, for a record. name: the command's name, such as "eval".
 
-    Records travel, so of an absolute path only the last name is kept.
+    Records travel, so of an absolute path only the last name is kept, and an address becomes the word URL.
     """
     words = sys.argv[1:] if argv is None else map(str, argv)
     return shlex.join(["python", "-m", f"{PACKAGE_NAME}.{name}", *map(_without_place, words)])
@@ -157,7 +159,7 @@ def command_line(name: str, argv: list[str] | None) -> str:
 
 def _without_place(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return option + equals + shareable(value)
+    return option + equals + _ADDRESS.sub("URL", shareable(value))
 
 
 def add_damage(p: argparse.ArgumentParser) -> None:
@@ -185,6 +187,33 @@ def add_problems(p: argparse._ActionsContainer, words: str) -> None:
     more = f"a number, in each of five categories ({words}); or your own problems: a FILE.jsonl, or files "
     more += "NAME_{lang}.tsv or their folder"
     p.add_argument("--problems", nargs="+", metavar="N|FILE", help=more)
+
+
+def add_vllm(p: argparse._ActionsContainer) -> None:
+    """Add the options of a command whose texts transformers or vLLM writes."""
+    more = "who writes the texts: transformers (default) or vllm (in this process)"
+    p.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help=more)
+    _add_vllm_options(p)
+
+
+def add_engine(p: argparse._ActionsContainer) -> None:
+    """Add the options that say who writes the texts (`engines.texts.ENGINES`)."""
+    more = "who writes the texts: transformers (default), vllm (in this process), or openai (a server of that protocol)"
+    p.add_argument("--engine", choices=("transformers", "vllm", "openai"), default="transformers", help=more)
+    _add_vllm_options(p)
+    p.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
+    more = "the server's models: MODE=NAME, or MODE=NAME@URL for one at another address"
+    p.add_argument("--served", nargs="+", default=(), metavar="MODE=NAME", help=more)
+    p.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests at a time (default 32)")
+    more = "seconds that one try of a request may take (default 600); it is tried again five times"
+    p.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help=more)
+    more = "send prompts as text, to a server that takes no token ids, such as TGI"
+    p.add_argument("--text-prompts", action="store_true", help=more)
+
+
+def _add_vllm_options(p: argparse._ActionsContainer) -> None:
+    p.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="devices of --engine vllm (default 1)")
+    p.add_argument("--engine-args", metavar="JSON", help='more arguments of vllm.LLM, such as {"enforce_eager": true}')
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

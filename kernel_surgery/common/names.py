@@ -16,6 +16,7 @@ RANK = 10  # of the other methods, by default; an erasing one takes as many as t
 CHATS = ("auto", "on", "off")
 # What a record says that was written before there was a choice.
 BEFORE_CHAT = {"chat": "off", "thinking": False}
+BEFORE_ENGINES = {"engine": "transformers"}  # it is not recorded: the hashes of older records stay the same
 MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
 LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

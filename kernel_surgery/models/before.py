@@ -87,6 +87,21 @@ def load_checked(
     Raises ModelError for an unknown architecture or too few positions, and what `check` and the loaders raise.
     """
     check_device_map(device_map)
+    source, _, tokenizer, _ = check_files(name, prompts, new_tokens, check, chat)
+    return load_model(str(source), *where, device_map), tokenizer
+
+
+def check_files(
+    name: str,
+    prompts: Iterable[str],
+    new_tokens: int,
+    check: Callable[[Path, dict[str, Any]], object],
+    chat: Chat = OFF,
+) -> tuple[Path, dict[str, Any], "PreTrainedTokenizerBase", int]:
+    """Check a model's files as `load_checked` does, and load no weights.
+
+    Returns its folder, its configuration, its tokenizer, and the tokens of the longest prompt (0 without prompts).
+    """
     source = local_folder(resolve_model(name))
     config = check_config(source)
     check_stored(source, config)
@@ -94,4 +109,4 @@ def load_checked(
     tokenizer = load_tokenizer(str(source))
     lengths = [len(chat.ids(tokenizer, prompt)) for prompt in prompts]
     check_positions(config.get("max_position_embeddings"), lengths, new_tokens)
-    return load_model(str(source), *where, device_map), tokenizer
+    return source, config, tokenizer, max(lengths, default=0)

@@ -29,15 +29,20 @@ def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
     return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
 
 
+def sample_places(elements: int) -> list[int]:
+    """Return which elements of a tensor a fingerprint samples, in row-major order. elements: their number."""
+    step = max(1, elements // SAMPLES)
+    # 7 more than the stride: a stride that divides the row length would read a single column.
+    return [(i * step + 7 * i) % elements for i in range(SAMPLES)]
+
+
 def sample_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
     """Return the fingerprint of named weights. The first one gives the dtype."""
     samples, dtype = {}, None
     for name, weight in named:
         flat = whole(weight.detach()).reshape(-1)
         dtype = dtype or str(flat.dtype).removeprefix("torch.")
-        step = max(1, flat.numel() // SAMPLES)
-        # 7 more than the stride: a stride that divides the row length would read a single column.
-        samples[name] = flat[[(i * step + 7 * i) % flat.numel() for i in range(SAMPLES)]].double().tolist()
+        samples[name] = flat[sample_places(flat.numel())].double().tolist()
     return {"dtype": dtype, "samples": samples}
 
 

@@ -1,0 +1,1 @@
+"""The edit in engines that people serve with, and in clusters of processes."""
