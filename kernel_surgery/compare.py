@@ -10,14 +10,12 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from kernel_surgery.common.command import Parser, add_chat, check_finite_strength, main, untouched
+from kernel_surgery.common.command import Parser, add_chat, add_vllm, check_finite_strength, main, untouched
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES, MODES
 
 WIDTH = 120  # columns where there is no terminal
-LANGUAGES = ("en", "zh")  # in which --damage measures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,12 +31,13 @@ def parser() -> argparse.ArgumentParser:
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest text, in tokens (default 256)")
-    more = f"measure the damage on neutral text first ({', '.join(LANGUAGES)}); it takes longer than the texts"
+    more = "measure the damage on neutral text first (en, zh); it takes longer than the texts"
     p.add_argument("--damage", action="store_true", help=more)
     add_chat(p)
     more = "auto (default): float32 on a CPU, bfloat16 on a GPU"
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add_vllm(p)
     more = "accept a subspace of unknown origin, or one fitted on another model"
     p.add_argument("--force", action="store_true", help=more)
     return p
@@ -52,40 +51,43 @@ def run(argv: list[str] | None = None) -> int:
     check_finite_strength(args.strength)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    if args.damage and args.engine != "transformers":
+        raise UserError(
+            f"--damage cannot be measured with --engine {args.engine}: it needs logits, which an engine does not give. "
+            "Leave one of them out."
+        )
 
-    from kernel_surgery.checkpoint.source import check_edit
-    from kernel_surgery.damage.measure import headline, measure_damage
+    from kernel_surgery.evaluation.comparing import in_model, in_vllm
     from kernel_surgery.evaluation.notes import chat_notes
     from kernel_surgery.evaluation.options import Options
     from kernel_surgery.evaluation.run import subspace_of
-    from kernel_surgery.evaluation.sidebyside import compare_texts, shown
-    from kernel_surgery.models.before import load_checked
+    from kernel_surgery.evaluation.sidebyside import shown
     from kernel_surgery.models.chat import choose_chat
     from kernel_surgery.models.load import parse_device, parse_dtype, public_name, resolve_model
     from kernel_surgery.models.threads import choose_threads
 
-    options = Options(mode=args.mode, model=args.model, subspace=args.subspace, chat=args.chat, force=args.force)
-    source, device = resolve_model(args.model), parse_device(args.device)
+    given = {name: value for name, value in vars(args).items() if name not in ("prompt", "file", "damage")}
+    options, engine = Options(**given), args.engine != "transformers"
+    options.check_engine()
+    resolve_model(args.model)
+    device = parse_device(args.device)
     subspace, path = subspace_of(options)
     assert subspace is not None and path is not None  # the mode edits
     choose_threads(args.model)
     chat = choose_chat(args.model, args.chat, thinking=args.thinking)
-
-    def check(folder: Path, config: dict[str, Any]) -> None:
-        check_edit(folder, subspace, [args.mode], force=args.force)
-
-    where = parse_dtype(args.dtype, device), device
-    model, tokenizer = load_checked(source, where, prompts, args.max_new_tokens, check, chat=chat)
-    edit: dict[str, Any] = {"strength": args.strength, "force": args.force}
-    damage = measure_damage(model, tokenizer, LANGUAGES, [args.mode], subspace, **edit) if args.damage else None
-    print(headline(damage, "python -m kernel_surgery.eval measures it, and so does --damage"))
-    print(f"{public_name(args.model)}, {path.name}: {args.mode}, strength {args.strength:g}, greedy decoding")
+    dtype = parse_dtype(args.dtype, device)
+    if engine:
+        first, write = in_vllm(options, prompts, subspace, chat, dtype)
+    else:
+        first, write = in_model(options, prompts, subspace, chat, (dtype, device), damage=args.damage)
+    print(first)
+    by = " in vLLM" if engine else ""
+    print(f"{public_name(args.model)}, {path.name}: {args.mode}, strength {args.strength:g}, greedy decoding{by}")
     for note in (*([subspace.note] if subspace.note else []), *chat_notes(subspace, options, chat)):
         print(note)
-    edit |= {"mode": args.mode, "max_new_tokens": args.max_new_tokens, "chat": chat}
     colour = sys.stdout.isatty()
     width = shutil.get_terminal_size((WIDTH, 24)).columns if colour else WIDTH
-    for pair in compare_texts(model, tokenizer, prompts, subspace, **edit):
+    for pair in write():
         print(f"\n{shown(pair, args.mode, width=width, colour=colour)}")
     return 0
 

@@ -12,7 +12,16 @@ Several processes share the answering: torchrun --nproc-per-node N -m kernel_sur
 import argparse
 from pathlib import Path
 
-from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
+from kernel_surgery.common.command import (
+    Parser,
+    add_chat,
+    add_engine,
+    add_problems,
+    command_line,
+    kept_in,
+    main,
+    untouched,
+)
 from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
 
 
@@ -50,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=more)
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     p.add_argument("--batch-size", type=int, default=64, help="prompts that are generated at a time (default 64)")
+    add_engine(p)
     p.add_argument("--out", type=Path, help="folder for the results (default: results/<date>-<mode>-<protocol>)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out, with the same options")
     more = "accept a subspace of unknown origin, of another model, or fitted on the test problems"

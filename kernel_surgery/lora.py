@@ -52,7 +52,7 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.checkpoint.adapter import write_adapter
     from kernel_surgery.damage.before import damage_before_writing
-    from kernel_surgery.models.load import local_folder, resolve_checkpoint
+    from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
     from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
@@ -69,6 +69,12 @@ def run(argv: list[str] | None = None) -> int:
     print(
         f"{args.out}: {len(subspace.layers)} layers, rank {subspace.rank} padded to {rank}, strength "
         f"{args.strength:g}"
+    )
+    # One slot more than there are adapters: on a CPU, vLLM takes the last one for requests without an adapter.
+    print(
+        f"next: vllm serve {hub_id(args.model) or folder} --enable-lora --max-loras 2 --max-lora-rank {rank} "
+        f"--lora-target-modules down_proj --lora-modules edited={args.out}\n"
+        "(--max-loras is one more than the adapters that are loaded; docs/engines.md says why)"
     )
     return 0
 

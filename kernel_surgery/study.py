@@ -15,6 +15,9 @@ kernel_surgery.studies.space` shows one. The lines above [grid] may be left out;
     seed = 0
     chat = "auto"                        # or "on", "off": as --chat
     thinking = false                     # as --thinking
+    engine = "transformers"              # or "vllm": it writes the texts of a [grid], in mode fused, baked or lora
+    tensor_parallel = 1                  # devices of vLLM
+    engine_args = {}                     # more arguments of vllm.LLM, such as {enforce_eager = true}
     test = "chosen"                      # or "all": every cell is asked the test problems, with correction for all
 
     [grid]                               # each value is a list; the cells are their product
@@ -23,6 +26,10 @@ kernel_surgery.studies.space` shows one. The lines above [grid] may be left out;
     pool = ["last"]
     strength = [1.0, 2.0]
     layers = ["middle"]                  # or "2-5"
+
+With engine = "vllm" every setting is an engine of its own, one after the other. The fits and the damage are those of
+the model that transformers loads. It needs memory beside the engine: on a GPU, engine_args =
+{gpu_memory_utilization = 0.6} leaves it some.
 
 The same command continues an interrupted study. All figures are in DIR/study.json. A search also writes
 DIR/report.html, with a picture of what was tried.

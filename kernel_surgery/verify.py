@@ -1,13 +1,15 @@
 """Command: certify the edit, of a model in every mode or of files on disk.
 
     python -m kernel_surgery.verify --model SRC --subspace S [--baked DST] [--out certificate.json]
+    python -m kernel_surgery.verify --model SRC --subspace S --engine vllm [--baked DST] [--out certificate.json]
     python -m kernel_surgery.verify --baked DST [--model SRC]
     python -m kernel_surgery.verify --adapter DIR [--model SRC]
     python -m kernel_surgery.verify --restored DIR [--model SRC]
 
 The first form checks a model (`certify.model`). It compares hook, fused, baked and lora with the exact edit and with
-each other, layer by layer and end to end. The other forms check files (`certify.files`). With SRC, every edited element
-is checked against its error bound.
+each other, layer by layer and end to end. With --engine vllm it compares the log probabilities that vLLM gives
+in every mode with the exact edit's (`certify.engine`). The other forms check files (`certify.files`). With SRC, every
+edited element is checked against its error bound.
 
 Exit status: 0 if everything holds; 1 if a check fails, with the layer named; 2 for input that cannot be verified.
 """
@@ -40,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new-tokens", type=int, default=16, help=more)
     more = "also load the whole model, edit all layers at once and decode (default: if it takes at most 2 GB)"
     p.add_argument("--whole", action="store_true", default=None, help=more)
+    more = "certify what vLLM runs, in this process, instead of transformers"
+    p.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help=more)
+    p.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="devices of --engine vllm (default 1)")
+    p.add_argument("--engine-args", metavar="JSON", help='more arguments of vllm.LLM, such as {"enforce_eager": true}')
     p.add_argument("--seed", type=int, default=0, help="selects the prompts (default 0)")
     p.add_argument("--force", action="store_true", help="accept a subspace of unknown origin or of another model")
     add_overwrite(p)
@@ -63,6 +69,12 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
             value = getattr(args, name)
             raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {value}.")
     check_finite_strength(args.strength)
+    if args.engine == "vllm" and (args.model is None or args.whole or {"adapter", "restored"} & folders.keys()):
+        raise UserError("--engine vllm needs --model and --subspace, and takes no --adapter, --restored or --whole.")
+    if args.engine != "vllm" and (args.tensor_parallel != 1 or args.engine_args):
+        raise UserError("--tensor-parallel and --engine-args are for --engine vllm.")
+    if args.tensor_parallel < 1:
+        raise UserError(f"--tensor-parallel must be at least 1, got {args.tensor_parallel}.")
     if args.subspace is None and not folders and args.model != "polyglot":
         raise UserError(f"--model {args.model} needs --subspace (from kernel_surgery.fit), or --baked.")
     if args.out is not None and args.out.suffix == ".svg":
@@ -78,15 +90,17 @@ def run(argv: list[str] | None = None) -> int:
     folders = {name: getattr(args, name) for name in ("baked", "adapter", "restored") if getattr(args, name)}
     check(args, folders)
 
+    from kernel_surgery.certify.engine import verify_engine
     from kernel_surgery.certify.files import verify_adapter, verify_checkpoint, verify_restored
     from kernel_surgery.certify.render import shown, write
     from kernel_surgery.certify.whole import verify_model
     from kernel_surgery.checkpoint.record import read_provenance
+    from kernel_surgery.engines.texts import parse_arguments
     from kernel_surgery.models.load import POLYGLOT_SUBSPACE, local_folder, public_name, resolve_model
     from kernel_surgery.models.threads import choose_threads
 
     subspace = args.subspace
-    if subspace is None and args.model == "polyglot" and not folders:
+    if subspace is None and args.model == "polyglot" and (not folders or args.engine == "vllm"):
         subspace = POLYGLOT_SUBSPACE
     source = None if args.model is None else local_folder(resolve_model(args.model))
     damage = "damage: not measured here: a certificate says how exactly an edit was made, eval what it did to the model"
@@ -105,9 +119,13 @@ def run(argv: list[str] | None = None) -> int:
     elif args.restored is not None:
         certificate = verify_restored(args.restored, source, subspace)
     elif source is not None and subspace is not None:
-        names = ("baked", "strength", "dtype", "device", "prompts", "new_tokens", "seed", "whole", "force")
-        options = {name: getattr(args, name) for name in names}
-        certificate = verify_model(source, subspace, model_id=public_name(args.model), **options)
+        names = ("baked", "strength", "dtype", "device", "prompts", "new_tokens", "seed", "force")
+        options = {name: getattr(args, name) for name in names} | {"model_id": public_name(args.model)}
+        if args.engine == "vllm":
+            options |= {"tensor_parallel": args.tensor_parallel, "more": parse_arguments(args.engine_args)}
+            certificate = verify_engine(source, subspace, **options)
+        else:
+            certificate = verify_model(source, subspace, whole=args.whole, **options)
     else:
         certificate = verify_checkpoint(args.baked, source, subspace)
     certificate = ({"damage_in_words": damage} if damage else {}) | certificate

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernel_surgery.certify.tables import Table, across_lines, across_plot, aligned, counted, draw_limit, number
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
+from kernel_surgery.common.plotting import COLOURS, figure, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,26 +24,6 @@ CHECKS = {
     "tensor": ("tensors, element by element", "*", "★"),
 }
 MARKS = [f"{mark} {words}" for words, _, mark in CHECKS.values()]
-
-
-def number(value: float | None, form: str = ".3f") -> str:
-    """Format a figure for a table. None is a dash."""
-    return "-" if value is None else format(value, form)
-
-
-def aligned(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """Return a table as lines with aligned columns: the first `left` columns to the left, the rest to the right."""
-    rows = [head, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-Table = tuple[list[str], list[list[str]]]
 
 
 def tensor_table(rows: list[dict[str, Any]]) -> Table:
@@ -129,7 +110,7 @@ LOGIT_LEGEND = (
 def sampled(model: dict[str, Any]) -> str:
     """Return three lines that say what was run."""
     s = model["sampled"]
-    tokens = _counted(s["new_tokens"], "greedy token")
+    tokens = counted(s["new_tokens"], "greedy token")
     return (
         f"{model['dtype']} on {model['device']}, compared with the exact edit in {model['oracle']} (the oracle).\n"
         f"Prompts: {s['prompts']}, {s['text']}. Each is followed by {tokens} of the oracle.\n"
@@ -137,10 +118,6 @@ def sampled(model: dict[str, Any]) -> str:
         + ("All layers were also" if s["decoded_whole"] else "The layers were not")
         + " edited at once and decoded token by token."
     )
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def shown(certificate: dict[str, Any]) -> str:
@@ -155,6 +132,8 @@ def shown(certificate: dict[str, Any]) -> str:
         lines += ["", "Error over its bound, by layer (a check fails above 1):"]
         lines += [*aligned(*layer_table(model)), *LAYER_LEGEND]
         lines += ["", "Logits against the oracle's:", *aligned(*logit_table(model), left=2), *LOGIT_LEGEND, ""]
+    if across := certificate.get("across_engines"):
+        lines += across_lines(across)
     lines += [certificate["note"]] if certificate.get("note") and not model else []
     lines += [f"fault: {fault}" for fault in faults]
     return "\n".join([*lines, verdict(certificate)])
@@ -164,20 +143,9 @@ def verdict(certificate: dict[str, Any]) -> str:
     """Return what was checked and the result, in one line."""
     faults, model = certificate["faults"], certificate.get("model")
     edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
-    what = _counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
+    what = counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
     what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
-    return f"{what}: " + (_counted(len(faults), "fault") if faults else "everything holds")
-
-
-def _limit(axes: "Axes", limit: float, label: str) -> None:
-    """Draw a red line at the limit. The axis is linear while everything is below it, else logarithmic."""
-    axes.axhline(limit, color=LIMIT, lw=1)
-    axes.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), color=LIMIT, va="center")
-    axes.set_ylabel(label)
-    if axes.get_ylim()[1] > 1.5 * limit:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(0, 1.1 * limit)
+    return f"{what}: " + (counted(len(faults), "fault") if faults else "everything holds")
 
 
 def _draw_bounds(axes: "Axes", model: dict[str, Any] | None, tensors: list[dict[str, Any]]) -> None:
@@ -190,12 +158,12 @@ def _draw_bounds(axes: "Axes", model: dict[str, Any] | None, tensors: list[dict[
                 axes.plot(*zip(*points, strict=True), marker, color=COLOURS[mode], ms=4, alpha=0.8)
     if errors := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
         axes.plot(*zip(*errors, strict=True), "*", color=COLOURS["baked"], ms=6)
-    _limit(axes, 1.0, "error / bound")
+    draw_limit(axes, 1.0, "error / bound")
 
 
 def _draw_leaks(axes: "Axes", leaks: list[dict[str, Any]]) -> None:
     axes.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
-    _limit(axes, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
+    draw_limit(axes, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
 
 
 def _draw_hidden(axes: "Axes", model: dict[str, Any]) -> None:
@@ -222,6 +190,8 @@ def panels(certificate: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def plot(certificate: dict[str, Any]) -> str:
     """Plot a certificate as one figure with its legend, and return it as SVG. The panels are those of `panels`."""
+    if across := certificate.get("across_engines"):
+        return across_plot(across)
     drawings = _drawings(certificate)
     fig, all_axes = figure(8, 1.4 + 2.6 * len(drawings), rows=len(drawings))
     for axes, draw in zip(all_axes, drawings, strict=True):

@@ -6,14 +6,14 @@ language, in problem order. It is written to disk before the next one begins.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.evaluation.generate import generate
-from kernel_surgery.evaluation.judging import Cells, score, text_of
+from kernel_surgery.evaluation.judging import Cells, Generation, score, text_of
 from kernel_surgery.evaluation.samples import append_cell
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.problems.generator import Problem
@@ -25,12 +25,38 @@ if TYPE_CHECKING:
 EditBlock = Callable[[], AbstractContextManager[Sequence[Edit]]]
 
 
-@dataclass(frozen=True)
-class Context:
-    """The inputs that every text of a run depends on, apart from the edit.
+class Asking(Protocol):
+    """What is asked, and who writes the texts: a loaded model (`Context`), or an engine (`evaluation.served`).
 
     problems: in the order in which they are asked. budget: the maximum number of new tokens per text.
     chat: how the problems' prompts are put to the model.
+    """
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
+    @property
+    def problems(self) -> tuple[Problem, ...]: ...
+    @property
+    def languages(self) -> tuple[str, ...]: ...
+    @property
+    def budget(self) -> int: ...
+    @property
+    def chat(self) -> Chat: ...
+
+    def write(self, prompts: Sequence[str], advance: Callable[[int], object]) -> list[Generation]:
+        """Return greedy texts, in the order of `prompts`. advance: called with the number of texts just finished."""
+        ...
+
+    def about(self, problems: Sequence[Problem]) -> "Asking":
+        """Return the same about other problems."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """The inputs that every text of a run depends on, apart from the edit, with the model that writes them.
+
+    The fields are those of `Asking`.
     """
 
     model: "PreTrainedModel"
@@ -41,17 +67,27 @@ class Context:
     batch_size: int = 64
     chat: Chat = OFF
 
-    def prompts(self, language: str) -> list[str]:
-        """Return the prompts of all problems in one language."""
-        return [problem.prompts[language] for problem in self.problems]
+    def about(self, problems: Sequence[Problem]) -> "Context":
+        """Return the same about other problems."""
+        return replace(self, problems=tuple(problems))
+
+    def write(self, prompts: Sequence[str], advance: Callable[[int], object]) -> list[Generation]:
+        """Generate greedy texts (`evaluation.generate.generate`)."""
+        return generate(
+            *(self.model, self.tokenizer, prompts),
+            max_new_tokens=self.budget,
+            batch_size=self.batch_size,
+            advance=advance,
+            chat=self.chat,
+        )
 
 
-def missing_cells(context: Context, names: Sequence[str], done: Cells) -> list[tuple[str, str]]:
+def missing_cells(context: Asking, names: Sequence[str], done: Cells) -> list[tuple[str, str]]:
     """Return the (name, language) of the cells that are not in `done`, in order."""
     return [(name, lang) for name in names for lang in context.languages if (name, lang) not in done]
 
 
-def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, samples: Path) -> Cells:
+def answer_cells(context: Asking, edits: Mapping[str, EditBlock], done: Cells, samples: Path) -> Cells:
     """Return the cells of every name in `edits` and every language, generating those that are not in `done`.
 
     edits: {name: a function that returns a context manager with that edit}.
@@ -68,15 +104,8 @@ def answer_cells(context: Context, edits: Mapping[str, EditBlock], done: Cells, 
                 for language in (lang for which, lang in missing if which == name):
                     bar.set_description(f"{name} {language}")
                     before = [dict(edit.calls) for edit in records]
-                    texts = generate(
-                        context.model,
-                        context.tokenizer,
-                        context.prompts(language),
-                        max_new_tokens=context.budget,
-                        batch_size=context.batch_size,
-                        advance=bar.update,
-                        chat=context.chat,
-                    )
+                    prompts = [problem.prompts[language] for problem in context.problems]
+                    texts = context.write(prompts, bar.update)
                     _refuse_idle(name, records, before)
                     pairs = zip(context.problems, texts, strict=True)
                     cell = [score(problem, language, name, text, decode) for problem, text in pairs]

@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.edit.modes import applier_of
 from kernel_surgery.edit.plan import Edit
-from kernel_surgery.evaluation.answering import Context, answer_cells, missing_cells
+from kernel_surgery.evaluation.answering import Asking, Context, EditBlock, answer_cells, missing_cells
 from kernel_surgery.evaluation.judging import Cells, Sample, score_again
 from kernel_surgery.evaluation.shares import answer_together, take_up_together
 from kernel_surgery.evaluation.stats import holm
@@ -230,8 +230,22 @@ def table(controls: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_model(context: Context, mode: str, layers: Iterable[int]) -> dict[str, Any]:
+    """Return the last arguments of `run_controls` for a loaded model: how it is edited, and how it is read.
+
+    mode: how the edit is made; "all" means fused. layers: of the subspace.
+    """
+    applier = applier_of("fused" if mode == "all" else mode)
+    return {
+        "block_of": lambda control: partial(controlled, applier, context.model, control),
+        "activations_of": lambda prompts: moments(
+            context.model, context.tokenizer, prompts, layers, chat=context.chat
+        ),
+    }
+
+
 def run_controls(
-    context: Context,
+    asking: Asking,
     cells: Cells,
     folder: Path,
     subspace: Subspace,
@@ -242,6 +256,9 @@ def run_controls(
     pace: float | None = None,
     say: Callable[[str], object] = print,
     ranks: Ranks = ALONE,
+    *,
+    block_of: Callable[[Control], EditBlock],
+    activations_of: Callable[[list[str]], dict[int, Moments]],
 ) -> dict[str, Any]:
     """Ask random subspaces the first problems of the test set. Return the controls' entry in results.json.
 
@@ -251,6 +268,8 @@ def run_controls(
     pace: seconds per text in this run, or None if it made no text.
     say: called with a line of text that says what is about to be asked, and how long it may take.
     ranks: the processes that share the answering; all call this.
+    block_of: returns the block that makes a control's edit (`in_model`). activations_of: returns the moments of the
+    activations on prompts, for the kinds that need them.
 
     Every finished cell is stored in controls.jsonl, so an interrupted run continues from there. Raises what `draw` and
     `evaluation.answering.answer_cells` raise.
@@ -258,14 +277,14 @@ def run_controls(
     parsed = parse_controls(asked_for)
     assert parsed is not None  # it is None for None alone
     kind, count = parsed
-    languages, mode = context.languages, "fused" if mode == "all" else mode
-    per_category = min(PROBLEMS, sum(p.category == context.problems[0].category for p in context.problems))
-    problem_list = first_of_each_category(context.problems, per_category)
-    context, path = replace(context, problems=tuple(problem_list)), folder / "controls.jsonl"
-    rescore = score_again(context.tokenizer, context.chat)
+    languages, mode = asking.languages, "fused" if mode == "all" else mode
+    per_category = min(PROBLEMS, sum(p.category == asking.problems[0].category for p in asking.problems))
+    problem_list = first_of_each_category(asking.problems, per_category)
+    asking, path = asking.about(problem_list), folder / "controls.jsonl"
+    rescore = score_again(asking.tokenizer, asking.chat)
     done = take_up_together(ranks, path, problem_list, rescore)
     # The file may also hold controls of another kind.
-    texts = len(missing_cells(context, names_of(kind, count), done)) * len(problem_list)
+    texts = len(missing_cells(asking, names_of(kind, count), done)) * len(problem_list)
     estimate = "" if pace is None else f", about {max(1, round(texts * pace / 60))} min at the pace of this run"
     say(
         f"controls: {count} {kind} x {len(languages)} languages x {len(problem_list)} problems, {texts} texts to "
@@ -274,18 +293,18 @@ def run_controls(
     activations = None
     if kind != "haar":
         prompts = [p.prompts[lang] for p in problems("dev", per_category, seed=seed) for lang in languages]
-        activations = moments(context.model, context.tokenizer, prompts, subspace.layers, chat=context.chat)
+        activations = activations_of(prompts)
     # Those of process 0: another machine's rounding would draw others.
-    control_list, applier = ranks.agreed(draw(kind, count, subspace, strength, activations, seed)), applier_of(mode)
-    blocks = {control.name: partial(controlled, applier, context.model, control) for control in control_list}
+    control_list = ranks.agreed(draw(kind, count, subspace, strength, activations, seed))
+    blocks = {control.name: block_of(control) for control in control_list}
 
-    def answer(context: Context, done: Cells, samples: Path) -> Cells:
-        return answer_cells(context, blocks, done, samples)
+    def answer(asking: Asking, done: Cells, samples: Path) -> Cells:
+        return answer_cells(asking, blocks, done, samples)
 
-    texts_of = answer_together(ranks, context, done, path, answer, rescore)
+    texts_of = answer_together(ranks, asking, done, path, answer, rescore)
     header = {"kind": kind, "count": count, "mode": mode, "problems": len(problem_list), "seed": seed}
     ids = {problem.id for problem in problem_list}
-    return header | compared(texts_of, cells, kind, count, mode, languages, ids, context.budget)
+    return header | compared(texts_of, cells, kind, count, mode, languages, ids, asking.budget)
 
 
 def compared(

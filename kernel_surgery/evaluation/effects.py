@@ -35,6 +35,13 @@ RIDGE = 1e-3  # in units of the probe's mean squared feature
 def table(found: dict[str, Any]) -> str:
     """Return the text that a run prints: the damage, what the probes still read, and the leak."""
     lines = [damage_table(found)] if found["neutral"] else []
+    for mode, by in found.get("losses", {}).items():
+        for language, r in by.items():
+            low, high = r["perplexity_ratio_ci95"]
+            lines.append(
+                f"{mode}: perplexity of {r['sentences']} neutral sentences in {language}: {r['perplexity']:.4g}, "
+                f"original {r['original_perplexity']:.4g}: x{r['perplexity_ratio']:.4g} ({low:.4g} to {high:.4g})"
+            )
     if "probes" not in found:
         return "\n".join(lines)
     before, chance, n = found["probes"]["original"], found["chance"], found["probed"]

@@ -1,7 +1,9 @@
 """Greedy generation for many prompts: batched and left-padded, with texts that do not depend on the batch."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,17 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     These are the generation config's ids (a base model may list several) and the tokenizer's.
     """
     declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
+
+
+def stored_end_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Return `end_tokens` of a checkpoint whose model is not loaded.
+
+    The ids are those of generation_config.json or, without that file, of config.json, and the tokenizer's.
+    """
+    file = next((f for f in (folder / "generation_config.json", folder / "config.json") if f.is_file()), None)
+    declared = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     ids = declared if isinstance(declared, list) else [declared]
     return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
 
@@ -75,7 +88,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], object] = lambda done: None,
     chat: Chat = OFF,
 ) -> list[Generation]:
     """Generate greedy continuations, in the order of `prompts`.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, Any]
+FROM_TEXT = "tokens_from_text"  # a sample has this field where it is true
 Cells = dict[tuple[str, str], list[Sample]]
 # Turns token ids into text.
 Decode = Callable[[Sequence[int]], str]
@@ -23,11 +24,15 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text: its token ids without the end token, the text, and "stop" or "length"."""
+    """One generated text: its token ids without the end token, the text, and "stop" or "length".
+
+    from_text: whether the ids were made of the text again, because a server did not return them.
+    """
 
     ids: tuple[int, ...]
     text: str
     finish: str
+    from_text: bool = False
 
 
 def spoken(text: str) -> str:
@@ -81,6 +86,7 @@ def score(problem: Problem, language: str, mode: str, generation: Generation, de
         "fat_characters": fat_characters,
         "finish": generation.finish,
         "tokens": list(generation.ids),
+        **({FROM_TEXT: True} if generation.from_text else {}),
         "language_judged": verdicts["language_judged"],
         "language_passed": verdicts["language_passed"],
         "language_found": verdicts["language_found"],
@@ -101,7 +107,7 @@ def score_again(tokenizer: "PreTrainedTokenizerBase", chat: Chat = OFF) -> Calla
     """Return a function that scores a stored sample again with the current code. chat: as in `text_of`."""
 
     def again(problem: Problem, sample: Sample) -> Sample:
-        generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"])
+        generation = Generation(tuple(sample["tokens"]), sample["text"], sample["finish"], FROM_TEXT in sample)
         return score(problem, sample["language"], sample["mode"], generation, text_of(tokenizer, chat))
 
     return again

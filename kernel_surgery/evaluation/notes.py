@@ -3,6 +3,8 @@
 from typing import Any
 
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.engines.texts import SERVER
+from kernel_surgery.evaluation.judging import FROM_TEXT, Cells
 from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.subspace.artifact import Subspace
@@ -54,6 +56,37 @@ def chat_notes(subspace: Subspace | None, options: Options, chat: Chat) -> list[
     return notes
 
 
+def server_notes(options: Options) -> list[str]:
+    """Return the notes on what is not known of a server."""
+    if options.engine != SERVER:
+        return []
+    names = ", ".join(f"{mode} is {name!r}" for mode, name in options.engine_record["served"].items())
+    what = "its weights" if options.mode == "original" else "its weights and edits, and the strength"
+    notes = [f"a server wrote the texts ({names}): {what} are not checked here"]
+    if options.text_prompts:
+        notes.append("prompts were sent as text: the server made their tokens, whose number alone is checked")
+    return notes
+
+
+def text_notes(options: Options, cells: Cells) -> list[str]:
+    """Return the notes on what a server wrote: without token ids, or the same as the original.
+
+    cells: the samples of every mode and language.
+    """
+    notes, modes = [], dict.fromkeys(mode for mode, _ in cells)
+    remade = dict.fromkeys(mode for (mode, _), cell in cells.items() if any(FROM_TEXT in sample for sample in cell))
+    if remade:
+        notes.append(
+            f"{', '.join(remade)}: the server returned no token ids, so they were made of the texts again, perhaps not "
+            "as the model wrote them: FAT and other counts of tokens depend on that"
+        )
+    for mode in modes if options.engine == SERVER else ():
+        own = [(cell, cells["original", lang]) for (of, lang), cell in cells.items() if of == mode != "original"]
+        if own and all(a["text"] == b["text"] for pair in own for a, b in zip(*pair, strict=True)):
+            notes.append(f"{mode}: every text is the original's: perhaps its server does not edit")
+    return notes
+
+
 def notes_of(
     subspace: Subspace | None,
     edits: dict[str, dict[str, Any]],
@@ -84,4 +117,4 @@ def notes_of(
             fitted = (subspace.fit or {}).get("problems_file")
             notes.append(f"the subspace was fitted on problems of another file, {fitted}: some may be among these")
     notes += [asked.note] if asked is not None and asked.note else []
-    return list(dict.fromkeys([*notes, *chat_notes(subspace, options, chat)]))
+    return list(dict.fromkeys([*notes, *chat_notes(subspace, options, chat), *server_notes(options)]))

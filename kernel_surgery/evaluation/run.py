@@ -11,11 +11,11 @@ one of two protocols:
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,17 +25,19 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import BEFORE_CHAT
 from kernel_surgery.common.ranks import ALONE, Ranks
-from kernel_surgery.damage.measure import headline
-from kernel_surgery.edit.modes import applied, describe_edit, modes_of
-from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
+from kernel_surgery.edit.modes import modes_of
+from kernel_surgery.engines.offline import require_vllm
+from kernel_surgery.engines.texts import SERVER, TRANSFORMERS, VLLM
+from kernel_surgery.evaluation.answering import Asking, Context, EditBlock, answer_cells
+from kernel_surgery.evaluation.backends import Backend, Loaded
 from kernel_surgery.evaluation.controls import run_controls
-from kernel_surgery.evaluation.describing import describe_model, describe_subspace
-from kernel_surgery.evaluation.effects import measure_effects
+from kernel_surgery.evaluation.describing import describe_subspace
 from kernel_surgery.evaluation.judging import Cells, score_again
-from kernel_surgery.evaluation.notes import check_held_out, notes_of
-from kernel_surgery.evaluation.options import LATER, Asked, Options
+from kernel_surgery.evaluation.notes import check_held_out, notes_of, text_notes
+from kernel_surgery.evaluation.options import LATER, OF_ENGINES, Asked, Options
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, write_cells
+from kernel_surgery.evaluation.served import served
 from kernel_surgery.evaluation.shares import answer_together, refuse_other_shares, take_up_together
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.evaluation.written import read_written
@@ -52,10 +54,6 @@ from kernel_surgery.models.load import (
 )
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -102,21 +100,6 @@ def read_certificate(path: Path | None) -> dict[str, Any] | None:
     return certificate
 
 
-def check_edits(
-    modes: list[str], model: "PreTrainedModel", subspace: Subspace | None, options: Options
-) -> dict[str, dict[str, Any]]:
-    """Make and undo every edit once. Return {mode: its record as JSON}.
-
-    An edit that cannot be made is thus found before anything is written.
-    """
-    edits = {}
-    for mode in modes:
-        with applied(mode, model, subspace, options.strength, options.force) as records:
-            for edit in records:
-                edits[mode] = describe_edit(edit)
-    return edits
-
-
 def configuration(
     options: Options,
     asked: Asked,
@@ -130,15 +113,18 @@ def configuration(
     where: the model's dtype and device.
     """
     dtype, device = where
-    config = {key: value for key, value in asdict(options).items() if key not in (*LATER, *BEFORE_CHAT)}
+    left_out = (*LATER, *BEFORE_CHAT, *OF_ENGINES)
+    config = {key: value for key, value in asdict(options).items() if key not in left_out}
     return config | {
+        **options.engine_record,
+        **({"engine_version": require_vllm()} if options.engine == VLLM else {}),
         "model": public_name(options.model),
         "languages": list(asked.languages),
         "problems": len(asked.problems),
         **asked.record,
         "max_new_tokens": options.budget,
-        "dtype": name_of(dtype),
-        "device": device.type,
+        "dtype": name_of(dtype) if options.engine != SERVER else "dtype of the server",
+        "device": device.type if options.engine != SERVER else "server",
         "subspace": hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None,
         "prompts": digest([[p.id, p.prompts[lang]] for p in asked.problems for lang in asked.languages]),
         "versions": {name: environment[name] for name in ("kernel_surgery", "torch", "transformers")},
@@ -155,30 +141,29 @@ def _chat_of(options: Options, source: str, config: dict[str, Any]) -> Chat:
     return chat
 
 
-def _controls_and_damage(
-    context: Context,
-    cells: Cells,
-    options: Options,
-    folder: Path,
-    subspace: Subspace | None,
-    seconds_per_text: float | None,
-    say: Callable[[str], object],
-    ranks: Ranks,
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Run what is shown beside the answers: random subspaces, and the effects on neutral text. Return both results."""
-    controls = damage = None
-    if options.controls:
-        assert subspace is not None  # `Options.check`
-        controls = run_controls(
-            *(context, cells, folder, subspace, options.controls, options.mode, options.strength, options.seed),
-            *(seconds_per_text, say, ranks),
-        )
-    if not options.no_damage and ranks.first:
-        modes, seed, force = modes_of(options.mode), options.seed, options.force
-        damage = measure_effects(
-            *(context, modes, subspace), strength=options.strength, seed=seed, force=force, probed=options.strict
-        )
-    return controls, damage
+@contextmanager
+def opened(
+    options: Options, asked: Asked, subspace: Subspace | None, chat: Chat, where: tuple[torch.dtype, torch.device]
+) -> Iterator[Backend]:
+    """Load the model, or prepare the engine, and yield it.
+
+    where: the model's dtype and device. Raises what `load_checked`, `check_edit` and `served` raise.
+    """
+    modes = [mode for mode in modes_of(options.mode) if options.engine == TRANSFORMERS or mode != "hook"]
+
+    def check(source: Path, config: dict[str, Any]) -> None:
+        if subspace is not None:
+            check_edit(source, subspace, modes, force=options.force)
+
+    if options.engine != TRANSFORMERS:
+        with served(options, asked, subspace, chat, where[0], check) as backend:
+            yield backend
+        return
+    prompts = [problem.prompts[language] for problem in asked.problems for language in asked.languages]
+    source = resolve_model(options.model)
+    model, tokenizer = load_checked(source, where, prompts, options.budget, check, chat=chat)
+    about = (asked.problems, asked.languages, options.budget, options.batch_size, chat)
+    yield Loaded(Context(model, tokenizer, *about), options, subspace)
 
 
 def _open(ranks: Ranks, folder: Path, config: dict[str, Any], options: Options) -> Path:
@@ -197,25 +182,50 @@ def _open(ranks: Ranks, folder: Path, config: dict[str, Any], options: Options) 
 
 
 def _answered(
-    ranks: Ranks, context: Context, blocks: dict[str, EditBlock], samples: Path
+    ranks: Ranks, asking: Asking, blocks: dict[str, EditBlock], samples: Path
 ) -> tuple[Cells, float | None]:
     """Return the cells of all modes in `blocks`, and the seconds per new text if there is one."""
-    started, rescore = time.monotonic(), score_again(context.tokenizer, context.chat)
-    done = take_up_together(ranks, samples, context.problems, rescore)
+    started, rescore = time.monotonic(), score_again(asking.tokenizer, asking.chat)
+    done = take_up_together(ranks, samples, asking.problems, rescore)
 
-    def answer(context: Context, done: Cells, samples: Path) -> Cells:
-        return answer_cells(context, blocks, done, samples)
+    def answer(asking: Asking, done: Cells, samples: Path) -> Cells:
+        return answer_cells(asking, blocks, done, samples)
 
-    cells = answer_together(ranks, context, done, samples, answer, rescore)
-    new_texts = len(cells.keys() - done.keys()) * len(context.problems)
+    cells = answer_together(ranks, asking, done, samples, answer, rescore)
+    new_texts = len(cells.keys() - done.keys()) * len(asking.problems)
     return cells, (time.monotonic() - started) / new_texts if new_texts else None
 
 
-def in_words(damage: dict[str, Any] | None, options: Options) -> str:
-    """Return the first line of every output: what the edit did to the model."""
-    if options.mode == "original":
-        return "damage: none, the model is not edited"
-    return headline(damage, "--no-damage")
+def _ran(
+    backend: Backend,
+    options: Options,
+    asked: Asked,
+    subspace: Subspace | None,
+    chat: Chat,
+    config: dict[str, Any],
+    ranks: Ranks,
+    say: Callable[[str], object],
+) -> tuple[dict[str, Any], Cells]:
+    """Ask the problems, and measure what is shown beside the texts. Return entries of results.json, and the cells."""
+    assert options.out is not None  # `evaluate`
+    edits = backend.edits()
+    notes = notes_of(subspace, edits, options, chat, asked)
+    config["weights"] = backend.weights()
+    samples, started = _open(ranks, options.out, config, options), time.monotonic()
+    cells, pace = _answered(ranks, backend.asking, backend.blocks(), samples)
+    controls = damage = None
+    if options.controls:
+        assert subspace is not None  # `Options.check`
+        about = (subspace, options.controls, options.mode, options.strength, options.seed, pace, say, ranks)
+        controls = run_controls(backend.asking, cells, options.out, *about, **backend.for_controls())
+    if ranks.first:
+        damage = backend.effects()
+    ran = {
+        **{"damage_in_words": backend.in_words(damage), "model": backend.description()},
+        **{"provider": backend.provider(edits), "edits": edits, "notes": notes + text_notes(options, cells)},
+        **{"controls": controls, "damage": damage, "seconds": time.monotonic() - started},
+    }
+    return ran, cells
 
 
 def evaluate(
@@ -240,58 +250,48 @@ def evaluate(
     """
     options = ranks.agreed((options or Options(**settings)).as_written().with_folder())
     asked = options.asked()
-    languages, problem_list = asked.languages, asked.problems
+    languages = asked.languages
     options.check()
+    if ranks.size > 1 and options.engine != TRANSFORMERS:
+        raise UserError(
+            f"--engine {options.engine} answers all problems itself, so it runs in one process, not {ranks.size}. Use "
+            "--tensor-parallel for more devices, --in-flight for more requests."
+        )
     certificate = read_certificate(options.certificate)
     if options.out is None:  # `with_folder` leaves it so with `resume` alone
         raise UserError("--resume needs --out, the folder of the run to continue.")
     source, device = resolve_model(options.model), parse_device(options.device)
-    folder, modes = options.out, modes_of(options.mode)
+    folder = options.out
     dtype, environment = parse_dtype(options.dtype, device), environment_record(device)
     subspace, subspace_path = subspace_of(options)
     check_held_out(subspace, options, asked)
     config = configuration(options, asked, (dtype, device), subspace_path, environment)
     chat = _chat_of(options, source, config)
 
-    def check(source: Path, config: dict[str, Any]) -> None:
-        if subspace is not None:
-            check_edit(source, subspace, modes, force=options.force)
-
-    prompts = [problem.prompts[language] for problem in problem_list for language in languages]
-    model, tokenizer = load_checked(source, (dtype, device), prompts, options.budget, check, chat=chat)
-    context = Context(model, tokenizer, problem_list, languages, options.budget, options.batch_size, chat)
-    edits = check_edits(modes, model, subspace, options)
-    notes = notes_of(subspace, edits, options, chat, asked)
-    config["weights"] = digest(fingerprint(model))
-    samples, started = _open(ranks, folder, config, options), time.monotonic()
-    block = partial(applied, model=model, subspace=subspace, strength=options.strength, force=options.force)
-    cells, seconds_per_text = _answered(ranks, context, {mode: partial(block, mode) for mode in modes}, samples)
-    more = (options, folder, subspace, seconds_per_text, say, ranks)
-    controls, damage = _controls_and_damage(context, cells, *more)
+    samples = folder / "samples.jsonl"
+    with opened(options, asked, subspace, chat, (dtype, device)) as backend:
+        ran, cells = _ran(backend, options, asked, subspace, chat, config, ranks, say)
     if not ranks.first:
         ranks.wait()
         return Evaluation(folder, json.loads((folder / "results.json").read_text(encoding="utf-8")), cells)
-    paired = pair(cells, options.margin)
+    paired, seconds = pair(cells, options.margin), ran.pop("seconds")
+    modes = dict.fromkeys(mode for mode, _ in cells)
     results = {
-        "damage_in_words": in_words(damage, options),
+        "damage_in_words": ran.pop("damage_in_words"),
         "schema": 1,
         "config": config,
         "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | ranks.record(),
-        "model": describe_model(public_name(options.model), model),
+        "model": ran.pop("model"),
         "subspace": describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,
         "command": command,
-        # The code that ran the edit: the fused operator's if it was used, else PyTorch's own operations.
-        "provider": edits["fused"]["provider"] if "fused" in edits else f"aten/{device.type}",
-        "edits": edits,
-        "notes": notes,
-        "modes": {m: {lang: summarize(cells[m, lang], context.budget) for lang in languages} for m in modes},
+        **{key: ran.pop(key) for key in ("provider", "edits", "notes")},
+        "modes": {m: {lang: summarize(cells[m, lang], options.budget) for lang in languages} for m in modes},
         "paired": paired,
         "power": power(paired),
-        "controls": controls,
-        "damage": damage,
+        **ran,
         "expag_metrics": expag_metrics(cells),
-        "seconds": time.monotonic() - started,
+        "seconds": seconds,
     }
     write_cells(samples, cells)
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")

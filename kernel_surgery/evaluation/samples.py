@@ -17,7 +17,7 @@ from typing import Any
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_folder, write_atomic
-from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.names import BEFORE_CHAT, BEFORE_ENGINES
 from kernel_surgery.problems.generator import Problem
 
 OUTPUTS = ("samples.jsonl", "results.json", "report.html")
@@ -60,8 +60,9 @@ def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
         old = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(file)!r} cannot be read ({error}). Choose another --out.") from error
-    for key, value in json.loads(json.dumps(config)).items():
-        was = old.get(key, BEFORE_CHAT.get(key))
+    silent: dict[str, Any] = {**BEFORE_CHAT, **BEFORE_ENGINES}
+    for key, value in {**BEFORE_ENGINES, **json.loads(json.dumps(config))}.items():
+        was = old.get(key, silent.get(key))
         if was != value:
             raise UserError(
                 f"{str(folder)!r} holds a run with other settings: {key} was {was!r}, now {value!r}. Use "

@@ -12,18 +12,17 @@ processes write what one writes, but for such near ties.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.ranks import Ranks
-from kernel_surgery.evaluation.answering import Context
+from kernel_surgery.evaluation.answering import Asking
 from kernel_surgery.evaluation.judging import Cells, Sample
 from kernel_surgery.evaluation.samples import append_cell, read_cells, take_up
 from kernel_surgery.problems.generator import Problem
 
 # Answers a context's problems: called with it, the cells that are done, and the file for the others.
-Answer = Callable[[Context, Cells, Path], Cells]
+Answer = Callable[[Asking, Cells, Path], Cells]
 Rescore = Callable[[Problem, Sample], Sample]
 
 
@@ -62,7 +61,7 @@ def take_up_together(ranks: Ranks, samples: Path, asked: Sequence[Problem], resc
 
 
 def answer_together(
-    ranks: Ranks, context: Context, done: Cells, samples: Path, answer: Answer, rescore: Rescore
+    ranks: Ranks, context: Asking, done: Cells, samples: Path, answer: Answer, rescore: Rescore
 ) -> Cells:
     """Return the cells of all problems, as `answer` does for one process. Each process answers its share.
 
@@ -75,7 +74,7 @@ def answer_together(
     if ranks.size == 1:
         return answer(context, done, samples)
     mine, own = share_of(context.problems, ranks), share_file(samples, ranks)
-    share = replace(context, problems=tuple(context.problems[i] for i in mine))
+    share = context.about([context.problems[i] for i in mine])
     before = {key: [cell[i] for i in mine] for key, cell in done.items()}
     cells = answer(share, take_up(own, share.problems, rescore) | before, own) if mine else before
     keys = ranks.agreed(list(cells))
@@ -86,7 +85,7 @@ def answer_together(
     return {key: done[key] if key in done else merged[key] for key in keys}
 
 
-def _merge(ranks: Ranks, context: Context, keys: Sequence[tuple[str, str]], samples: Path) -> None:
+def _merge(ranks: Ranks, context: Asking, keys: Sequence[tuple[str, str]], samples: Path) -> None:
     """Append the cells of all shares to `samples`, and remove the shares."""
     shares = [share_of(context.problems, ranks, rank) for rank in range(ranks.size)]
     files = [share_file(samples, ranks, rank) for rank in range(ranks.size)]

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.names import CHATS, MODES, POOLS, SITES
+from kernel_surgery.engines.texts import TRANSFORMERS, VLLM, refuse_own
+from kernel_surgery.engines.variants import ENGINE_MODES
 from kernel_surgery.models.architectures import default_layers, parse_layers
 from kernel_surgery.ops.library import MAX_RANK
 from kernel_surgery.problems.generator import parse_languages
@@ -20,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     **{"model": "polyglot", "mode": "fused", "languages": ["en", "zh"], "problems": 40, "max_new_tokens": 256},
     **{"seed": 0, "test": "chosen", "dtype": "auto", "device": "auto", "batch_size": 64},
     **{"chat": "auto", "thinking": False},
+    **{"engine": TRANSFORMERS, "tensor_parallel": 1, "engine_args": {}},
 }
 GRID: dict[str, list[Any]] = {
     "rank": [10],
@@ -88,6 +92,7 @@ def read_grid(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r}: budget is {settings['budget']}, above max_new_tokens, {settings['max_new_tokens']}."
         )
+    _check_engine(settings, repr(str(path)), searches=search is not None)
     if search is not None:
         if settings["test"] != "chosen":
             raise UserError(f"{str(path)!r}: test is {settings['test']!r}: a search reports its choice alone.")
@@ -95,6 +100,35 @@ def read_grid(path: Path) -> dict[str, Any]:
         settings["search"] = read_search(search, repr(str(path)))
     settings["languages"] = list(parse_languages(",".join(settings["languages"])))
     return settings
+
+
+def _check_engine(settings: dict[str, Any], where: str, *, searches: bool) -> None:
+    """Check who writes the texts. where: the file, for the message. Raises UserError for what an engine lacks."""
+    engine, devices, more = (settings[name] for name in ("engine", "tensor_parallel", "engine_args"))
+    if engine not in (TRANSFORMERS, VLLM):
+        raise UserError(f"{where}: engine is {engine!r}; known: {TRANSFORMERS}, {VLLM}.")
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise UserError(f"{where}: tensor_parallel is {devices!r}, not a whole number of at least 1.")
+    try:
+        json.dumps(more)
+    except TypeError as error:
+        raise UserError(f"{where}: engine_args cannot be recorded as JSON ({error}).") from error
+    if not isinstance(more, dict):
+        raise UserError(f"{where}: engine_args is {more!r}, not a table such as {{enforce_eager = true}}.")
+    refuse_own(more, f"{where}: engine_args")
+    if engine == TRANSFORMERS:
+        for name, given in (("tensor_parallel", devices != 1), ("engine_args", bool(more))):
+            if given:
+                raise UserError(f'{where}: {name} is for engine = "{VLLM}", which is not declared.')
+        return
+    if searches:
+        raise UserError(
+            f'{where}: a [search] measures every setting in the loaded model: leave out engine = "{engine}", or '
+            "declare a [grid]."
+        )
+    if settings["mode"] not in ENGINE_MODES:
+        choose = ", ".join(ENGINE_MODES[1:])
+        raise UserError(f"{where}: mode is {settings['mode']!r}, which {engine} does not have; it has {choose}.")
 
 
 def cells_of(grid: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A study under way: the loaded model, the problems of each split, the folder, and how they are asked."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,15 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.names import BEFORE_CHAT
 from kernel_surgery.edit.modes import applied
+from kernel_surgery.engines.offline import EngineOptions
+from kernel_surgery.engines.texts import TRANSFORMERS
+from kernel_surgery.engines.variants import variants
 from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
+from kernel_surgery.evaluation.controls import in_model
+from kernel_surgery.evaluation.generate import end_tokens
 from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
+from kernel_surgery.evaluation.options import OF_ENGINES
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
+from kernel_surgery.evaluation.served import EngineAsking, in_engine, prepare_vllm, writing
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.files.problems import Source, problem_source
 from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.chat import OFF, Chat, choose_chat
-from kernel_surgery.models.load import parse_device, parse_dtype, public_name
+from kernel_surgery.models.load import local_folder, parse_device, parse_dtype, public_name, resolve_model
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.studies.settings import Fitter
 from kernel_surgery.subspace.artifact import Subspace
@@ -36,6 +44,7 @@ class Study:
     """A study that is under way: the loaded model, the problems of each split, and the folder.
 
     declared: as `read_grid` returns it, without what left no trace. named: the same as the record has it.
+    engine: how vLLM is started, which then writes the texts; None if the loaded model does. engine_name: in words.
     """
 
     declared: dict[str, Any]
@@ -48,6 +57,8 @@ class Study:
     languages: tuple[str, ...]
     chat: Chat
     device: "torch.device"
+    engine: EngineOptions | None = None
+    engine_name: str = TRANSFORMERS
     done: dict[str, Cells] = field(default_factory=dict)  # {split: the texts that were made}
 
     @property
@@ -59,19 +70,62 @@ class Study:
         about = (self.source, self.folder, self.declared["model"], self.declared["seed"], self.chat)
         return Fitter(self.model, self.tokenizer, layers, *about)
 
-    def ask(self, split: str, settings: Settings) -> tuple[Context, Cells]:
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the model's files, which an engine loads."""
+        return local_folder(resolve_model(self.declared["model"]))
+
+    def asking(self, split: str) -> Context | EngineAsking:
+        """Return what is asked on a split, of whoever writes the texts."""
+        about = (self.splits[split], self.languages, self.declared["max_new_tokens"])
+        if self.engine is not None:
+            return EngineAsking(self.tokenizer, *about, self.chat, end_tokens(self.model, self.tokenizer))
+        return Context(self.model, self.tokenizer, *about, self.declared["batch_size"], self.chat)
+
+    def blocks(self, asking: Context | EngineAsking, settings: Settings) -> dict[str, EditBlock]:
+        """Return the edits to ask: the original's, and one for every setting. In an engine, each starts one."""
+        mode = self.declared["mode"]
+        if isinstance(asking, Context):
+            return edit_blocks(self.model, mode, settings)
+        blocks: dict[str, EditBlock] = {"original": partial(self._served, asking, "original", None, 1.0)}
+        return blocks | {name: partial(self._served, asking, mode, *setting) for name, setting in settings.items()}
+
+    @contextmanager
+    def _served(
+        self, asking: EngineAsking, mode: str, subspace: Subspace | None, strength: float
+    ) -> Iterator[tuple[()]]:
+        assert self.engine is not None  # `asking` is an engine's
+        about = ([mode], self.checkpoint, subspace, strength)
+        with variants(*about, beside=self.folder) as (found, _), writing(asking, found[mode], self.engine):
+            yield ()
+
+    def for_controls(self, asking: Context | EngineAsking, subspace: Subspace) -> dict[str, Any]:
+        """Return the last arguments of `run_controls`. asking: of `ask`, perhaps at another budget."""
+        if isinstance(asking, Context):
+            return in_model(asking, self.declared["mode"], subspace.layers)
+        assert self.engine is not None  # `asking` is an engine's
+        return in_engine(partial(writing, asking, engine=self.engine), self.checkpoint)
+
+    def notes(self) -> list[str]:
+        """Return what a reader must know of the figures' origin."""
+        notes = [note] if (note := self.source.note("test")) else []
+        if self.engine is not None:
+            mode = self.declared["mode"]
+            notes.append(
+                f"{self.engine_name} wrote the texts ({mode}). The fits and the damage are those of the model that "
+                "transformers loaded"
+            )
+        return notes
+
+    def ask(self, split: str, settings: Settings) -> tuple[Context | EngineAsking, Cells]:
         """Ask the problems of a split, of the original and of every edit. Return the texts at the budget."""
-        declared = self.declared
-        context = Context(
-            *(self.model, self.tokenizer, self.splits[split], self.languages, declared["max_new_tokens"]),
-            *(declared["batch_size"], self.chat),
-        )
+        declared, asking = self.declared, self.asking(split)
         samples = self.folder / f"{split}.jsonl"
         if split not in self.done:
             self.done[split] = take_up(samples, self.splits[split], score_again(self.tokenizer, self.chat))
-        texts = answer_cells(context, edit_blocks(self.model, declared["mode"], settings), self.done[split], samples)
+        texts = answer_cells(asking, self.blocks(asking, settings), self.done[split], samples)
         self.done[split] |= texts
-        return context, at_budget(texts, declared["budget"], self.tokenizer, self.chat)
+        return asking, at_budget(texts, declared["budget"], self.tokenizer, self.chat)
 
     def figures(self, cells: Cells, names: list[str]) -> dict[str, dict[str, Any]]:
         """Return {name: {language: summary}}."""
@@ -80,7 +134,13 @@ class Study:
 
 
 def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any]], object]) -> Study:
-    """Load what a study needs, and open its folder. check: called with the model's configuration, before it loads."""
+    """Load what a study needs, and open its folder. check: called with the model's configuration, before it loads.
+
+    Raises UserError if the texts are declared to come from an engine that is not installed, and what `load_checked` and
+    `check_run` raise.
+    """
+    served = declared["engine"] != TRANSFORMERS
+    name = prepare_vllm(declared["tensor_parallel"]) if served else TRANSFORMERS
     source = problem_source(declared["problems"], seed=declared["seed"])
     languages = source.languages(",".join(declared["languages"]))
     source.split("fit")
@@ -89,13 +149,15 @@ def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any
     device = parse_device(declared["device"])
     dtype = parse_dtype(declared["dtype"], device)
     chat = choose_chat(declared["model"], declared["chat"], thinking=declared["thinking"])
-    # Off leaves no trace: the hash of a choice that was frozen before there was a chat stays the same.
-    declared = {name: value for name, value in declared.items() if name not in BEFORE_CHAT}
+    # Off leaves no trace: the hash of a choice that was frozen before there was a chat or an engine stays the same.
+    of_engine = {key: value for key, value in declared.items() if key in OF_ENGINES}
+    declared = {key: value for key, value in declared.items() if key not in (*BEFORE_CHAT, *of_engine)}
     declared |= chat.record() if chat.on else {}
+    declared |= of_engine if served else {}
     named = declared | {"model": public_name(declared["model"])}
     if "search" in named:
         named["search"] = asdict(named["search"])
-    config = named | {"resolved_dtype": str(dtype)}
+    config = named | {"resolved_dtype": str(dtype)} | ({"engine_version": name} if served else {})
     resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
     check_run(folder, config, resume=resume)
     splits = {split: tuple(source.split(split)) for split in ("dev", "test")}
@@ -107,7 +169,13 @@ def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any
     )
     config["weights"] = digest(fingerprint(model))
     open_run(folder, config, resume=resume)
-    return Study(declared, named, folder, model, tokenizer, source, splits, tuple(languages), chat, device)
+    engine = None
+    if served:
+        longest = max(len(chat.ids(tokenizer, prompt)) for prompt in prompts)
+        devices, more = of_engine["tensor_parallel"], of_engine["engine_args"]
+        engine = EngineOptions(longest + declared["max_new_tokens"], dtype, devices, more)
+    about = (source, splits, tuple(languages), chat, device, engine, name)
+    return Study(declared, named, folder, model, tokenizer, *about)
 
 
 def edit_blocks(model: "PreTrainedModel", mode: str, settings: Settings) -> dict[str, EditBlock]:

@@ -24,8 +24,9 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
-from kernel_surgery.evaluation.controls import parse_controls, run_controls
+from kernel_surgery.evaluation.controls import run_controls
 from kernel_surgery.evaluation.controls import table as control_table
+from kernel_surgery.evaluation.options import check_engine_controls
 from kernel_surgery.evaluation.samples import digest
 from kernel_surgery.evaluation.summary import pair, power
 from kernel_surgery.evaluation.tables import strict_table
@@ -82,7 +83,7 @@ def run_study(
     Raises KernelSurgeryError for settings that cannot be used. Raises UserError if dev now gives another choice than
     frozen.json holds, if no setting keeps a search's limits, and if a search lacks Optuna.
     """
-    parse_controls(controls)
+    check_engine_controls(controls, declared["engine"])
     chosen_by = _by_search if "search" in declared else _by_grid
     under_way, best, settings, found = chosen_by(declared, folder)
     context, texts = under_way.ask("test", settings)
@@ -92,12 +93,15 @@ def run_study(
     if controls:
         own = {(mode if name == best else name, lang): cell for (name, lang), cell in texts.items()}
         context = replace(context, budget=declared["budget"])
-        control_results = run_controls(context, own, folder, subspace, controls, mode, strength, declared["seed"])
+        control_results = run_controls(
+            *(context, own, folder, subspace, controls, mode, strength, declared["seed"]),
+            **under_way.for_controls(context, subspace),
+        )
     about = (under_way.model, under_way.tokenizer, under_way.languages, [mode], subspace)
     damage = measure_damage(*about, strength=strength)
     study = {
         "damage_in_words": headline(damage),
-        "notes": [note] if (note := under_way.source.note("test")) else [],
+        "notes": under_way.notes(),
         **{"schema": 1, "command": command, "declared": under_way.named},
         **{"environment": environment_record(under_way.device) | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}},
         **found,
