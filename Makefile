@@ -1,7 +1,7 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help run smollm2 test slow real check fix gpu bench reproduce
+.PHONY: help run smollm2 test slow real engines check fix gpu bench reproduce
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
@@ -10,6 +10,7 @@ help:
 	@echo "make test   the everyday tests, in two minutes"
 	@echo "make slow   the other tests; CI runs both"
 	@echo "make real   the tests on SmolLM2"
+	@echo "make engines  vLLM and lm-evaluation-harness: builds .venv-engines (3.5 GB) and runs their tests there"
 	@echo "make check  ruff, mypy, the import order and the packaging: a minute"
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
@@ -32,6 +33,9 @@ slow:
 
 real: smollm2
 	$(PYTHON) -m pytest -m real
+
+engines: smollm2
+	PYTHON=$(PYTHON) tests/engines/environment.sh $(if $(UPDATE),update,test)
 
 check:
 	$(PYTHON) -m ruff check .

@@ -30,6 +30,7 @@ BENCHES = {
         "4 min",
         "checkpoint-*.json",
     ),
+    "engines": ("vLLM with the edit in every mode, beside the original", "10 min, needs vLLM", "engines*.json"),
     "busy": ("the evaluation alone and beside busy processes", "25 min", "busy.json"),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
     "tune": ("the kernels with other launch options, one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import reals, tables
+from bench import engines, reals, tables
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -102,6 +102,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "growth": tables.growth,
         "fields": tables.fields,
     },
+    "docs/engines.md": {"engines": engines.found, "throughput": engines.throughput},
     "docs/scoring.md": {"labels": labels},
     "docs/real.md": {
         "real": reals.real,
