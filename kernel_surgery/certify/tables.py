@@ -52,25 +52,28 @@ def across_table(across: dict[str, Any]) -> Table:
     return head, rows
 
 
-def across_lines(across: dict[str, Any]) -> list[str]:
-    """Return the lines of a certificate across engines."""
-    yardstick, limit = across["yardstick"], across["limit"]
+def across_sampled(across: dict[str, Any]) -> list[str]:
+    """Return the lines that say what was run, before the table."""
     tokens = counted(across["new_tokens"], "greedy token")
     return [
         f"{across['engine']}, {across['dtype']}, tensor parallel {across['tensor_parallel']}, compared with the exact "
         f"edit in {across['oracle']} (the oracle).",
         f"Prompts: {across['prompts']}, {across['text']}. Each is followed by {tokens} of the oracle.",
         *(f"{mode} left out: {why}" for mode, why in across["left_out"].items()),
-        "",
         f"Log probabilities of {across['positions']} tokens, in nats, against the oracle's (a check fails above "
-        f"{limit:g} yardsticks):",
-        *aligned(*across_table(across)),
+        f"{across['limit']:g} yardsticks):",
+    ]
+
+
+def across_legend(across: dict[str, Any]) -> list[str]:
+    """Return the lines that say what the table's words mean, after it."""
+    yardstick = across["yardstick"]
+    pairs = ", ".join(f"{'-'.join(pair['pair'])} {pair['error_over_bound']:.3f}" for pair in across["pairs"])
+    return [
         f"yardstick: what the original shows in this engine, or the exact edit rounded once ({yardstick['rms']:.2e}, "
         f"largest {yardstick['max']:.2e}). The edit itself moves them by {across['effect_rms']:.2e}, that is "
         f"{across['effect_rms'] / yardstick['rms']:.3g} yardsticks.",
-        "Modes beside each other, over their bound: "
-        + ", ".join(f"{'-'.join(pair['pair'])} {pair['error_over_bound']:.3f}" for pair in across["pairs"]),
-        "",
+        *([f"Modes beside each other, over their bound: {pairs}"] if pairs else []),
     ]
 
 
@@ -84,8 +87,8 @@ def across_plot(across: dict[str, Any]) -> str:
     axes.set_xticks(range(len(modes)), [mode.replace(", ", ",\n") for mode in modes])
     draw_limit(axes, across["limit"], "error of log probabilities / yardstick")
     axes.set_title(
-        f"{across['engine']}, {across['dtype']}: circles root mean square, triangles largest. The edit itself "
-        f"moves them by {across['effect_rms'] / yardstick:.3g}",
+        f"{across['engine']}, {across['dtype']}: circles root mean square, triangles largest. The edit itself: "
+        f"{across['effect_rms'] / yardstick:.3g} yardsticks",
         fontsize=8,
     )
     return svg(fig)

@@ -19,4 +19,6 @@ BEFORE_CHAT = {"chat": "off", "thinking": False}
 BEFORE_ENGINES = {"engine": "transformers"}  # it is not recorded: the hashes of older records stay the same
 MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
+PLUGIN = "kernel_surgery"  # the plugin's part of vLLM's additional_config
+REQUEST_STRENGTH = "kernel_surgery_strength"  # in the extra_args of a request to vLLM
 LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

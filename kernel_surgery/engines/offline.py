@@ -58,7 +58,7 @@ def require_vllm() -> str:
     return f"vLLM {found}" if found else "vLLM"
 
 
-def prepare_environment(tensor_parallel: int) -> None:
+def _prepare_environment(tensor_parallel: int) -> None:
     """Set vLLM's environment variables for a command that runs one engine, where the user has set none.
 
     It reports no usage, and logs to stderr: stdout is the command's own. On a CPU it does not pin threads to cores,
@@ -115,12 +115,8 @@ class Engine:
         max_new_tokens: int,
         ends: Sequence[int],
         advance: Callable[[int], object] = lambda done: None,
-        edited: Sequence[bool] | None = None,
     ) -> list[EngineText]:
-        """Write greedy texts, as in `engines.texts.Writer`.
-
-        edited: for a mode with an adapter, which prompts use it; by default all.
-        """
+        """Write greedy texts, as in `engines.texts.Writer`."""
         from vllm import SamplingParams
 
         asked = SamplingParams(
@@ -134,7 +130,7 @@ class Engine:
                 [{"prompt_token_ids": list(prompts[i])} for i in some],
                 asked,
                 use_tqdm=False,
-                lora_request=[self._adapter if edited is None or edited[i] else None for i in some],
+                lora_request=self._adapter,
             )
             found += [cut(output.outputs[0].token_ids, ends) for output in outputs]
             advance(len(some))
@@ -146,7 +142,8 @@ class Engine:
         """Return the log probability of every token after the first of each text, given those before it.
 
         texts: token ids. The result is one float64 tensor [tokens - 1] per text, in nats, as vLLM computes it: the
-        log_softmax of float32 logits. edited: as in `texts`.
+        log_softmax of float32 logits. edited: for a mode with an adapter, which
+        texts use it; by default all.
         """
         from vllm import SamplingParams
 
@@ -174,7 +171,7 @@ def started(variant: Variant, options: EngineOptions) -> Iterator[Engine]:
     `Engine.report` raises.
     """
     require_vllm()
-    prepare_environment(options.tensor_parallel)
+    _prepare_environment(options.tensor_parallel)
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError
-from kernel_surgery.common.names import LARGEST_STRENGTH
+from kernel_surgery.common.names import LARGEST_STRENGTH, REQUEST_STRENGTH
 from kernel_surgery.engines.settings import read_settings
 
-ASKED = "kernel_surgery_strength"
+ASKED = REQUEST_STRENGTH
 
 
 def strength_in(params: Any) -> float | None:

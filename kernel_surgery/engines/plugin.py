@@ -10,12 +10,14 @@ whether the engine's `additional_config` names this plugin:
     InputProcessor.process_inputs    a request's own strength is checked, and enters the prefix cache's key
 
 vLLM only logs an error that is raised while a plugin is imported, and would then serve the original model. So this
-module imports nothing that may be missing.
+module imports nothing that may be missing, and what it wraps imports the rest only where the plugin is asked for.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+
+from kernel_surgery.common.names import PLUGIN, REQUEST_STRENGTH
 
 _WRAPPED = "_kernel_surgery_wrapped"
 _unknown: str | None = None  # why this vLLM is none that we know
@@ -54,10 +56,8 @@ def _wrap(owner: type, name: str, made: Callable[..., Any]) -> None:
 
 
 def _configured(vllm_config: Any) -> bool:
-    from kernel_surgery.engines.settings import KEY
-
     asked = getattr(vllm_config, "additional_config", None)
-    return isinstance(asked, dict) and KEY in asked
+    return isinstance(asked, dict) and PLUGIN in asked
 
 
 def _config_made(method: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> None:
@@ -83,8 +83,10 @@ def _worker_made(method: Callable[..., Any], worker: Any, *args: Any, **kwargs: 
 def _request_made(
     method: Callable[..., Any], processor: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    if REQUEST_STRENGTH not in (getattr(params, "extra_args", None) or {}):
+        return method(processor, request_id, prompt, params, *args, **kwargs)
     from kernel_surgery.engines.per_request import check_request, salted
 
     strength = check_request(processor.vllm_config, params, resumable=bool(kwargs.get("resumable")))
-    request = method(processor, request_id, prompt, params, *args, **kwargs)
-    return request if strength is None else salted(request, strength)
+    assert strength is not None  # it is asked
+    return salted(method(processor, request_id, prompt, params, *args, **kwargs), strength)

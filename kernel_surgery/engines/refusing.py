@@ -78,7 +78,7 @@ def refuse_unknown(reason: str | None) -> None:
 
 
 def refuse_shared_cache(kv_transfer_config: Any) -> None:
-    """Raise KernelSurgeryError if KV leaves the engine: whoever reads it elsewhere does not know that it was edited."""
+    """Raise KernelSurgeryError if KV leaves the engine: its keys do not say what was edited."""
     if kv_transfer_config is not None:
         raise KernelSurgeryError(
             f"the kernel_surgery plugin and a KV connector cannot be combined: the keys of its cache do not say what "

@@ -135,8 +135,8 @@ class Server:
     ) -> list[EngineText]:
         """Write greedy texts, as in `engines.texts.Writer`.
 
-        Raises KernelSurgeryError for a request that failed after all its retries, and for an answer that is no text of
-        the model. The other requests are cancelled.
+        Raises KernelSurgeryError for a request that failed after all its retries, and for an answer that is not a text
+        of the model. The other requests are cancelled.
         """
         return _finished(self._texts(prompts, max_new_tokens, ends, advance))
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.common.names import PLUGIN
 from kernel_surgery.models.architectures import parse_layers
 from kernel_surgery.subspace.artifact import Subspace
 
-KEY = "kernel_surgery"
+KEY = PLUGIN
 _FIELDS = ("subspace", "strength", "layers", "force")
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """What `evaluate` needs of whoever runs the model."""
+    """What `evaluate` needs of a loaded model, or of an engine."""
 
     @property
     def asking(self) -> Asking: ...

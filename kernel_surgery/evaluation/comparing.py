@@ -13,12 +13,12 @@ import torch
 
 from kernel_surgery.checkpoint.source import check_edit
 from kernel_surgery.damage.measure import headline, measure_damage
-from kernel_surgery.engines.offline import EngineOptions
+from kernel_surgery.engines.offline import EngineOptions, require_vllm
 from kernel_surgery.engines.texts import parse_arguments
 from kernel_surgery.engines.variants import engine_modes, variants
 from kernel_surgery.evaluation.generate import stored_end_tokens
 from kernel_surgery.evaluation.options import Options
-from kernel_surgery.evaluation.served import EngineAsking, prepare_vllm, writing
+from kernel_surgery.evaluation.served import EngineAsking, writing
 from kernel_surgery.evaluation.sidebyside import Pair, compare_texts
 from kernel_surgery.models.before import check_files, load_checked
 from kernel_surgery.models.chat import Chat
@@ -67,7 +67,7 @@ def in_vllm(
         check_edit(folder, subspace, [options.mode], force=options.force)
 
     source, _, tokenizer, longest = check_files(options.model, prompts, options.budget, check, chat)
-    name, more = prepare_vllm(options.tensor_parallel), parse_arguments(options.engine_args)
+    name, more = require_vllm(), parse_arguments(options.engine_args)
     engine = EngineOptions(longest + options.budget, dtype, options.tensor_parallel, more)
     asking = EngineAsking(tokenizer, (), (), options.budget, chat, stored_end_tokens(source, tokenizer))
     modes = engine_modes(options.mode, options.engine)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kernel_surgery.certify import render
+from kernel_surgery.certify.tables import across_legend, across_sampled, across_table
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.damage.measure import HEAD, cells, rows_of
 from kernel_surgery.damage.words import BROKEN, RULE
@@ -190,6 +191,8 @@ def subspace_section(results: dict) -> str:
 def damage_section(results: dict) -> str:
     """Return the damage beside the yardsticks: the rule, a picture and the table."""
     found = results.get("damage")
+    if found and found.get("losses"):
+        return losses_section(found["losses"])
     if not found or not found.get("yardsticks"):
         return ""
     rows = [cells(row) for row in rows_of(found)]
@@ -201,6 +204,22 @@ def damage_section(results: dict) -> str:
         + panels(damage(found), list(found["neutral"]), ["grey: known changes, to compare with"])
         + table(HEAD, rows, 2, words=[6])
         + f"<p class=small>{html.escape(RULE)}</p>"
+    )
+
+
+def losses_section(losses: dict) -> str:
+    """Return what an engine's log probabilities say of the damage: the ratio of perplexities."""
+    rows = []
+    for mode, by in losses.items():
+        for language, r in by.items():
+            low, high = r["perplexity_ratio_ci95"]
+            ratio = f"{r['perplexity_ratio']:.4g} ({low:.4g} to {high:.4g})"
+            rows.append([mode, language, f"{r['original_perplexity']:.4g}", f"{r['perplexity']:.4g}", ratio])
+    sentences = next(iter(next(iter(losses.values())).values()))["sentences"]
+    return (
+        f"<h2>Damage</h2><p>Perplexity of {sentences} everyday sentences per language without any maths, from the "
+        "engine's log probabilities of prompts. An engine gives no logits, which KL and the words for damage need.</p>"
+        + table(["mode", "language", "original", "edited", "ratio (95% CI)"], rows, 2)
     )
 
 
@@ -264,6 +283,9 @@ def certificate_section(results: dict) -> str:
         figures += table(*render.layer_table(model), words=[len(model["modes"]) + 7]) + paragraphs(render.LAYER_LEGEND)
         figures += "<p>Logits against the oracle's:</p>"
         figures += table(*render.logit_table(model), keys=1, words=[1, 9]) + paragraphs(render.LOGIT_LEGEND)
+    if across := certificate.get("across_engines"):
+        figures += paragraphs(across_sampled(across)) + table(*across_table(across))
+        figures += paragraphs(across_legend(across))
     faults = "".join(f"<li class=bad>{html.escape(fault)}</li>" for fault in certificate["faults"])
     return (
         f"<h2>Certificate</h2><p><strong>{html.escape(render.verdict(certificate))}</strong></p><ul>{faults}</ul>"

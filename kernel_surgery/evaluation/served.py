@@ -20,7 +20,7 @@ import torch
 
 from kernel_surgery.common.environment import version
 from kernel_surgery.damage.words import ratio_interval
-from kernel_surgery.engines.offline import Engine, EngineOptions, prepare_environment, require_vllm, started
+from kernel_surgery.engines.offline import Engine, EngineOptions, require_vllm, started
 from kernel_surgery.engines.server import Server
 from kernel_surgery.engines.settings import PluginSettings
 from kernel_surgery.engines.texts import SERVER, Writer, parse_arguments
@@ -111,13 +111,6 @@ def in_engine(running: Callable[[Variant], AbstractContextManager[object]], fold
         raise AssertionError("check_engine_controls refuses controls that need activations")
 
     return {"block_of": lambda control: partial(controlled, control), "activations_of": no_activations}
-
-
-def prepare_vllm(tensor_parallel: int) -> str:
-    """Return vLLM's name and version, with its environment set. Raises UserError if it is not installed."""
-    name = require_vllm()
-    prepare_environment(tensor_parallel)
-    return name
 
 
 class Served:
@@ -244,10 +237,13 @@ class Served:
             f"{mode} " + ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in by.items())
             for mode, by in effects["losses"].items()
         )
-        return (
-            f"damage: no word without logits, which {self.name} does not give (eval without --engine measures KL). "
-            f"Perplexity on neutral text: {words}"
-        )
+        said = f"Perplexity on neutral text: {words}"
+        first = next(iter(effects["losses"].values()))
+        # A uniform guess has the perplexity of the vocabulary's size.
+        if lost := [lang for lang, r in first.items() if r["original_perplexity"] >= self.config["vocab_size"]]:
+            said += f". It says nothing in {', '.join(lost)}: the original predicts that text worse than a uniform "
+            said += "guess"
+        return f"damage: not judged. {self.name} gives no logits, and KL needs them: eval without --engine. {said}"
 
     def provider(self, edits: dict[str, dict[str, Any]]) -> str:
         for mode, provider in self.providers.items():
@@ -297,7 +293,7 @@ def served(
         backend.check_servers(options.out / "samples.jsonl")
         yield backend
         return
-    prepare_vllm(options.tensor_parallel)
+    require_vllm()
     written = {} if options.written is None else {options.mode: options.written[0]}
     about_edit = (modes, source, subspace, options.strength)
     with variants(*about_edit, written=written, force=options.force, beside=options.out) as (found, _):

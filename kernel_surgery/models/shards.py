@@ -22,7 +22,7 @@ _PLAN = "rowwise"  # transformers' name of the split described above
 
 def is_split(tensor: Tensor) -> bool:
     """Return whether a tensor is split over processes, or held by several that know of each other (a `DTensor`)."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever made one has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whatever made a DTensor
     return module is not None and isinstance(tensor, module.DTensor)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.names import BEFORE_CHAT
 from kernel_surgery.edit.modes import applied
-from kernel_surgery.engines.offline import EngineOptions
+from kernel_surgery.engines.offline import EngineOptions, require_vllm
 from kernel_surgery.engines.texts import TRANSFORMERS
 from kernel_surgery.engines.variants import variants
 from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
@@ -19,7 +19,7 @@ from kernel_surgery.evaluation.generate import end_tokens
 from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
 from kernel_surgery.evaluation.options import OF_ENGINES
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
-from kernel_surgery.evaluation.served import EngineAsking, in_engine, prepare_vllm, writing
+from kernel_surgery.evaluation.served import EngineAsking, in_engine, writing
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.files.problems import Source, problem_source
 from kernel_surgery.models.architectures import decoder_layers
@@ -76,7 +76,7 @@ class Study:
         return local_folder(resolve_model(self.declared["model"]))
 
     def asking(self, split: str) -> Context | EngineAsking:
-        """Return what is asked on a split, of whoever writes the texts."""
+        """Return what is asked on a split, of the loaded model or of the engine."""
         about = (self.splits[split], self.languages, self.declared["max_new_tokens"])
         if self.engine is not None:
             return EngineAsking(self.tokenizer, *about, self.chat, end_tokens(self.model, self.tokenizer))
@@ -140,7 +140,7 @@ def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any
     `check_run` raise.
     """
     served = declared["engine"] != TRANSFORMERS
-    name = prepare_vllm(declared["tensor_parallel"]) if served else TRANSFORMERS
+    name = require_vllm() if served else TRANSFORMERS
     source = problem_source(declared["problems"], seed=declared["seed"])
     languages = source.languages(",".join(declared["languages"]))
     source.split("fit")

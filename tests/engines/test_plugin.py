@@ -317,6 +317,14 @@ def test_the_plugin_changes_nothing_until_it_is_configured(fake_vllm, monkeypatc
     assert plain.checked == 1 and fake_vllm.worker(plain).load_model == "its own" and seen == []
     request = fake_vllm.processor(plain).process_inputs("r", "p", SimpleNamespace(extra_args=None), lora_request="l")
     assert (request.id, request.cache_salt, request.lora) == ("r", None, "l")
+    held = {name: module for name, module in sys.modules.items() if name.startswith("kernel_surgery.")}
+    for name in held:  # of ours, only what the plugin's own file imports
+        if name not in ("kernel_surgery.common", "kernel_surgery.common.names"):
+            monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    fake_vllm.worker(fake_vllm.config({"other": 1}))
+    fake_vllm.processor(plain).process_inputs("r", "p", SimpleNamespace(extra_args={"other": 1}))
+    for name, module in held.items():
+        monkeypatch.setitem(sys.modules, name, module)
     asked = fake_vllm.config({KEY: {"subspace": "s"}})
     assert asked.checked == 1 and seen == ["config"]
     fake_vllm.worker(asked)

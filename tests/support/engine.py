@@ -6,10 +6,11 @@ import torch
 
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.engines.texts import cut
-from kernel_surgery.evaluation import served
+from kernel_surgery.evaluation import comparing, served
 from kernel_surgery.evaluation.generate import checkpoint_settings_aside, greedy_config
 from kernel_surgery.models.load import load_model
 from kernel_surgery.models.padding import padded
+from kernel_surgery.studies import opening
 
 NAME = "vLLM 0"
 
@@ -53,6 +54,6 @@ def stand_in(monkeypatch):
             yield StandIn(model, start["asked"])
 
     monkeypatch.setattr(served, "started", started)
-    monkeypatch.setattr(served, "require_vllm", lambda: NAME)
-    monkeypatch.setattr(served, "prepare_environment", lambda tensor_parallel: None)
+    for module in (served, comparing, opening):
+        monkeypatch.setattr(module, "require_vllm", lambda: NAME)
     return starts
