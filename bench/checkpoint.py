@@ -42,7 +42,8 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     from safetensors.torch import save_file
     from transformers import Qwen2Config
 
-    from kernel_surgery.models.architectures import LLAMA, default_layers
+    from kernel_surgery.models.architectures import default_layers
+    from kernel_surgery.models.table import LLAMA
     from kernel_surgery.subspace.artifact import Subspace
     from kernel_surgery.subspace.fingerprint import sample_weights
 
@@ -56,7 +57,7 @@ def make_source(folder: Path, layers: int, **changes) -> None:
     def random(*shape):
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    embedding = f"{LLAMA.embedding}.weight"
+    embedding = LLAMA.embedding_name()
     tensors = {embedding: random(config.vocab_size, d), "model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
     for i in range(layers):
         shapes = {

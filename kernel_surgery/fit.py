@@ -172,7 +172,7 @@ def _sequential(args: argparse.Namespace) -> int:
     chat = choose_chat(args.model, args.chat, thinking=args.thinking)
     source = local_folder(resolve_model(args.model))
     config = check_config(source)
-    check_stored(source, config)
+    check_stored(source)
     n_layers = config["num_hidden_layers"]
     layers = parse_layers(args.layers, n_layers) if args.layers else default_layers(n_layers)
     tokenizer = load_tokenizer(str(source))

@@ -35,10 +35,10 @@ from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.engines.offline import Engine, EngineOptions, require_vllm, started
 from kernel_surgery.engines.variants import ENGINE_MODES, Variant, variants
 from kernel_surgery.files.hashing import sha256
-from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_tokenizer, parse_device, public_name
 from kernel_surgery.models.stored import layouts
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
@@ -203,7 +203,7 @@ def left_out(subspace: Subspace, low: Layerwise) -> dict[str, str]:
     """Return {mode: reason} of the modes that cannot make this edit."""
     reasons: dict[str, str] = {}
     for layer, edit in subspace.projections.items():
-        name = LLAMA.site(layer)
+        name = LLAMA.site_name(layer)
         biased = f"{name}.bias" in low.places
         bias = low.tensor(f"{name}.bias") if biased else None
         checks: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [

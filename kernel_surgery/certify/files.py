@@ -7,6 +7,7 @@ checked.
 
 import json
 import os
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.files.contents import PROVENANCE, contents
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import CHUNK, sha256
-from kernel_surgery.files.tensorfile import Entry, opened, read_tensor
-from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.files.tensorfile import Entry, opened
 from kernel_surgery.models.load import public_name
-from kernel_surgery.models.stored import located
+from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
@@ -95,12 +96,15 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
     return faults
 
 
-def read(place: Place) -> Tensor:
-    """Read one tensor as [rows, columns]; a bias has one column."""
-    path, entry = place
-    with path.open("rb") as file:
-        tensor = read_tensor(file.fileno(), entry)
+def read(part: StoredPart) -> Tensor:
+    """Read what is edited as [d_model, columns]; a bias has one column."""
+    tensor = part.read()
     return tensor.reshape(tensor.shape[0], -1)
+
+
+def edited_in(folder: Path, layers: Container[int]) -> dict[str, StoredPart]:
+    """Return {name: what an edit of `layers` changes in a checkpoint}."""
+    return {part.name: part for part in parts(layout_in(folder), layouts(folder), layers)}
 
 
 def edit_faults(
@@ -164,16 +168,30 @@ class _Certificate:
     def strength(self, layer: int) -> float:
         return strength_at(self.record, layer)
 
-    def places(self) -> tuple[dict[str, Place], dict[str, Place]]:
-        """Return where the tensors of the folder, and those of the original, are stored.
+    def parts(self, differs: str) -> tuple[dict[str, StoredPart], dict[str, StoredPart]]:
+        """Return what the edit changes, in the folder and in the original. Every other tensor must be the same.
 
-        Adds a fault for every tensor that only one of them has.
+        Adds a fault for every tensor that only one of them has, and for every other tensor that `differs`.
         """
-        new, old = located(self.folder), {} if self.source is None else located(self.source)
+        there, before = located(self.folder), {} if self.source is None else located(self.source)
+        new = edited_in(self.folder, self.edits)
+        old = {} if self.source is None else edited_in(self.source, self.edits)
         if self.source is not None:
-            alone = sorted(new.keys() ^ old.keys())
+            alone = sorted((there.keys() ^ before.keys()) | (new.keys() ^ old.keys()))
             self.faults += [f"{name} is in only one of the two checkpoints" for name in alone]
+        ours = {(part.path, part.tensor) for part in new.values()}
+        for name, (path, entry) in sorted(there.items()):
+            if (path, name) not in ours and name in before and not same_bytes((path, entry), before[name]):
+                self.faults.append(f"{name} {differs}")
         return new, old
+
+    def missing(self, new: Mapping[str, StoredPart], undo: Mapping[str, Tensor]) -> list[str]:
+        """Return a fault for each layer without an edited matrix, and for each that was edited but is not there."""
+        kind, names = layout_in(self.folder), {f"inside.{name}" for name in new}
+        empty = self.edits.keys() - {part.layer for part in new.values() if not part.form.bias}
+        faults = [f"layer {i}: {kind.name_of(i, kind.writes[0], 0)} is missing" for i in sorted(empty)]
+        lost = [name.removeprefix("inside.") for name in undo if name.startswith("inside.") and name not in names]
+        return faults or [f"{name} was edited, but is missing" for name in sorted(lost)]
 
     def done(self, note: str | None = None) -> dict[str, Any]:
         """Finish a certificate and return it as a dict."""
@@ -206,14 +224,9 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
     certificate = _Certificate.of("baked", folder, source, subspace, read_provenance(folder), UNDO)
     with opened(folder / UNDO) as file:
         undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    new, old = certificate.places()
-    for name in progress(sorted(new), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, certificate.edits)
-        if layer is None:
-            if name in old and not same_bytes(new[name], old[name]):
-                certificate.faults.append(f"{name} should not have been edited, but differs from the original")
-            continue
-        after, before, inside = read(new[name]), None, undo_tensors.get(f"inside.{name}")
+    new, old = certificate.parts("should not have been edited, but differs from the original")
+    for name, part in progress(new.items(), total=len(new), desc="verify"):
+        layer, after, before, inside = part.layer, read(part), None, undo_tensors.get(f"inside.{name}")
         if name in old:
             before = read(old[name])
             if (before.shape, before.dtype) != (after.shape, after.dtype):
@@ -223,15 +236,12 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
             missing = "the record of what was removed is missing; give --model to check without it"
             certificate.faults.append(f"layer {layer}: {name}: {missing}")
             continue
-        row = {"layer": layer, "tensor": name, "dtype": new[name][1].dtype}
-        edit = certificate.edits[layer].for_tensor(len(new[name][1].shape))
+        row = {"layer": layer, "tensor": name, "dtype": part.entry.dtype}
+        edit = certificate.edits[layer].for_tensor(1 if part.form.bias else 2)
         row |= check_tensor(after, before, inside, edit, certificate.strength(layer))
         certificate.rows.append(row)
         certificate.faults += [f"layer {layer}: {name}: {what}" for what in broken(row)]
-    for layer in certificate.edits:
-        name = f"{LLAMA.site(layer)}.weight"
-        if name not in new:
-            certificate.faults.append(f"layer {layer}: {name} is missing")
+    certificate.faults += certificate.missing(new, undo_tensors)
     return certificate.done()
 
 
@@ -259,11 +269,12 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
     for key in sorted(config.keys() | expected.keys()):
         if config.get(key) != expected.get(key) or (key in config) != (key in expected):
             certificate.faults.append(f"{CONFIG}: {key} is {config.get(key)!r}, not {expected.get(key)!r}")
-    old = {} if source is None else located(source)
+    old = {} if source is None else edited_in(source, certificate.edits)
     with opened(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    kind = layout_in(source) if source is not None else LLAMA
     for layer, edit in progress(certificate.edits.items(), total=len(certificate.edits), desc="verify"):
-        module = LLAMA.site(layer)
+        module = kind.site_name(layer)
         a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
         d, k = edit.basis.shape
         if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != expected_rank:
@@ -271,28 +282,28 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
             continue
         weight = None
         if source is not None:
-            location = old.get(f"{module}.weight")
-            if location is None or location[1].shape != (d, a.shape[1]):
-                certificate.faults += _pair_faults(layer, a, b, edit, None)
+            part = old.get(f"{module}.weight")
+            weight = None if part is None else read(part)
+            if weight is None or weight.shape != (d, a.shape[1]):
+                certificate.faults += _pair_faults(layer, module, a, b, edit, None)
                 shape = (d, a.shape[1])
                 certificate.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
                 continue
-            weight = read(location)
-        row = _pair_row(layer, a, b, edit, weight, certificate.strength(layer))
+        row = _pair_row(layer, module, a, b, edit, weight, certificate.strength(layer))
         certificate.rows.append(row)
-        certificate.faults += _pair_faults(layer, a, b, edit, row)
+        certificate.faults += _pair_faults(layer, module, a, b, edit, row)
     certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(tensors)]
     unchecked = "A was not checked against the weights: give --model to check it"
     return certificate.done(unchecked if source is None else None)
 
 
 def _pair_row(
-    layer: int, a: Tensor, b: Tensor, edit: Projection, weight: Tensor | None, strength: float
+    layer: int, module: str, a: Tensor, b: Tensor, edit: Projection, weight: Tensor | None, strength: float
 ) -> dict[str, Any]:
     """Return the figures of one adapted layer. Without the original weight, only whether they are finite."""
     row: dict[str, Any] = {
         "layer": layer,
-        "tensor": f"{LLAMA.site(layer)}.lora_A",
+        "tensor": f"{module}.lora_A",
         "dtype": str(a.dtype).removeprefix("torch."),
     }
     row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
@@ -306,9 +317,10 @@ def _pair_row(
     return row
 
 
-def _pair_faults(layer: int, a: Tensor, b: Tensor, edit: Projection, row: dict[str, Any] | None) -> list[str]:
+def _pair_faults(
+    layer: int, module: str, a: Tensor, b: Tensor, edit: Projection, row: dict[str, Any] | None) -> list[str]:
     """Return the faults of one adapted layer. row: its figures, or None."""
-    where, k, faults = f"layer {layer}: {LLAMA.site(layer)}", edit.basis.shape[1], []
+    where, k, faults = f"layer {layer}: {module}", edit.basis.shape[1], []
     if not torch.equal(b[:, :k], -edit.basis):
         faults.append(f"{where}: B is not the negative basis")
     if a[k:].any() or b[:, k:].any():
@@ -337,26 +349,22 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
     Raises CheckpointError for a folder that is not a restored checkpoint.
     """
     certificate = _Certificate.of("restored", folder, source, subspace, read_provenance(folder, "restored"))
-    new, old = certificate.places()
-    for name in progress(sorted(new.keys() & old.keys()), total=len(new), desc="verify"):
-        layer = LLAMA.edited_layer(name, certificate.edits)
-        if layer is None:
-            if not same_bytes(new[name], old[name]):
-                certificate.faults.append(f"{name} was never edited, but differs from the original")
-            continue
+    new, old = certificate.parts("was never edited, but differs from the original")
+    for name in progress([name for name in new if name in old], total=len(new), desc="verify"):
+        layer = new[name].layer
         restored, weight = read(new[name]), read(old[name])
         if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
             certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
             continue
         edit, strength, worst = certificate.edits[layer], certificate.strength(layer), 0.0
-        bias = len(new[name][1].shape) == 1
+        bias = new[name].form.bias
         for start in range(0, weight.shape[1], 1024):
             block = weight[:, 0] if bias else weight[:, start : start + 1024]
             error = (restored[:, start : start + 1024].double().reshape(block.shape) - block.double()).abs()
             bound = undo_bound(block, bake_weight(block, edit, strength), edit, strength)
             worst = max(worst, worst_ratio(error, bound))
         certificate.rows.append(
-            {"layer": layer, "tensor": name, "dtype": new[name][1].dtype, "error_over_bound": worst}
+            {"layer": layer, "tensor": name, "dtype": new[name].entry.dtype, "error_over_bound": worst}
         )
         if not worst <= 1:
             where = f"layer {layer}: {name}"

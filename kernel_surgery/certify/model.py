@@ -35,9 +35,10 @@ from kernel_surgery.edit.baked import refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
-from kernel_surgery.models.architectures import LLAMA, DecoderLayer, Norm, next_norm, submodule
+from kernel_surgery.models.architectures import DecoderLayer, Norm, next_norm, submodule
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_tokenizer
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
@@ -84,7 +85,7 @@ class _Certifier:
         self.providers: dict[str, str] = {}
         self.astray: set[str] = set()
         for layer, edit in self.edits.items():
-            name = LLAMA.site(layer)
+            name = LLAMA.site_name(layer)
             biased = f"{name}.bias" in self.low.places
             self.leave_out("lora", refuse_offset, edit)
             self.leave_out("baked", refuse_offset_without_bias, name, edit, biased)
@@ -132,7 +133,7 @@ class _Certifier:
 
     def edited_layer(self, block: DecoderLayer, index: int, streams: dict[str, Stream], where: Where) -> None:
         projection, strength = self.edits[index], self.strengths[index]
-        down, inside = cast(nn.Linear, submodule(block, LLAMA.projection)), span_rows(projection, self.low.dtype)[None]
+        down, inside = cast(nn.Linear, submodule(block, LLAMA.site)), span_rows(projection, self.low.dtype)[None]
         outputs: dict[str, Tensor] = {}
         rows: dict[str, dict[str, Any]] = {}
         h: Tensor | None = None
@@ -144,7 +145,7 @@ class _Certifier:
                 nullcontext(block) if made is None else made.layer(index) as run,
                 self.applied(mode, index) if made is None else nullcontext() as edit,
             ):
-                site = cast(nn.Linear, submodule(run, LLAMA.projection))
+                site = cast(nn.Linear, submodule(run, LLAMA.site))
                 with (
                     _instead(run.input_layernorm, normed),
                     _seen(site) as entered,
@@ -194,7 +195,7 @@ class _Certifier:
         kind = STORED[name_of(self.low.dtype)].code
         before = [p for p in (down.weight, down.bias) if p is not None]
         for part, new, old in zip(("weight", "bias"), after, before, strict=False):
-            row: dict[str, Any] = {"layer": index, "tensor": f"{LLAMA.site(index)}.{part}", "dtype": kind}
+            row: dict[str, Any] = {"layer": index, "tensor": f"{LLAMA.site_name(index)}.{part}", "dtype": kind}
             edit = self.edits[index].for_tensor(old.ndim)
             new, old = (t.reshape(len(t), -1) for t in (new, old))
             row |= check_tensor(new, old, None, edit, self.strengths[index])

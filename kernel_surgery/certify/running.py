@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.edit.modes import APPLIERS
-from kernel_surgery.models.architectures import LLAMA, submodule
+from kernel_surgery.models.architectures import submodule
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_model
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.problems.generator import problems
@@ -69,7 +70,7 @@ def exactly_edited(block: nn.Module, basis: BasisLike | None, strength: float) -
     if basis is None:
         yield
         return
-    handle = cast(nn.Module, submodule(block, LLAMA.projection)).register_forward_hook(
+    handle = cast(nn.Module, submodule(block, LLAMA.site)).register_forward_hook(
         lambda module, inputs, output: project_oracle(output, basis, strength).to(output.dtype)
     )
     try:

@@ -11,24 +11,24 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.files.tensorfile import EDITABLE
-from kernel_surgery.models.architectures import LLAMA
 from kernel_surgery.models.load import parse_device, public_name
-from kernel_surgery.models.stored import layouts, located
+from kernel_surgery.models.stored import layouts, whole_parts
 from kernel_surgery.numerics.precision import STORED, name_of
 from kernel_surgery.subspace.artifact import Subspace
 
 
 def stored_dtype(folder: Path, layer: int) -> str:
-    """Return the dtype of a layer's `down_proj` in the files, by its name in torch.
+    """Return the dtype of what writes a layer's MLP output in the files, by its name in torch.
 
-    Raises UserError if the tensor is missing or has a dtype that cannot be certified.
+    Raises CheckpointError if it is missing, and UserError if it has a dtype that cannot be certified.
     """
-    name = f"{LLAMA.site(layer)}.weight"
-    location = located(folder).get(name)
-    dtype = None if location is None else EDITABLE.get(location[1].dtype)
+    part = whole_parts(folder, layouts(folder), [layer])[0]
+    dtype = EDITABLE.get(part.entry.dtype)
     if dtype is None or name_of(dtype) not in DTYPES:
-        stored = "missing" if location is None else f"stored as {location[1].dtype}"
-        raise UserError(f"{name} in {str(folder)!r} is {stored}: only {', '.join(DTYPES)} can be certified.")
+        raise UserError(
+            f"{part.name} in {str(folder)!r} is stored as {part.entry.dtype}: only {', '.join(DTYPES)} can be "
+            "certified."
+        )
     return name_of(dtype)
 
 

@@ -14,16 +14,15 @@ from kernel_surgery.checkpoint.record import (
     write_edits,
     write_provenance,
 )
-from kernel_surgery.checkpoint.source import check_source, editable, original_layouts
+from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress
-from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_bias, refuse_offset
+from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_offset
 from kernel_surgery.files.folder import new_folder
-from kernel_surgery.files.tensorfile import read_tensor, save_tensors
-from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.models.load import hub_id
-from kernel_surgery.models.stored import places
+from kernel_surgery.models.stored import layout_in
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,26 +66,21 @@ def write_adapter(
     refuse_offset(next(iter(edits.values())))
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
-    files, tensors = places(layouts), {}
-    entries = editable(layouts, subspace.bases)
-    check_output(destination, size=sum(4 * rank * sum(entry.shape) for entry in entries if len(entry.shape) == 2))
+    kind, tensors = layout_in(source), {}
+    found = editable(source, layouts, subspace.bases)
+    check_parts(kind, found, edits, ["lora"])
+    matrices = [part for part in found if not part.form.bias]
+    check_output(destination, size=sum(4 * rank * sum(part.entry.shape) for part in matrices))
     damage = measure() if measure else None
-    for entry in progress(entries, total=len(entries), desc=destination.name):
-        with files[entry.name][0].open("rb") as file:
-            weight = read_tensor(file.fileno(), entry)
-        if weight.ndim == 1:
-            refuse_bias(entry.name.removesuffix(".bias"), weight)
-            continue
-        layer = LLAMA.edited_layer(entry.name, subspace.bases)
-        assert layer is not None, entry.name  # `editable` returns no other tensors
-        pair = lora_pair(weight, edits[layer], subspace.strength_at(layer, strength))
+    for part in progress(matrices, total=len(matrices), desc=destination.name):
+        pair = lora_pair(part.read(), edits[part.layer], subspace.strength_at(part.layer, strength))
         # A NaN or Inf in a column of W makes the whole column of A NaN or Inf, so checking A is enough.
         if not torch.isfinite(pair.a).all():
             raise CheckpointError(
-                f"cannot write an adapter: {entry.name} holds NaN or Inf, or strength {strength:g} is too large for it."
+                f"cannot write an adapter: {part.name} holds NaN or Inf, or strength {strength:g} is too large for it."
             )
         padding = rank - subspace.rank
-        module = PREFIX + entry.name.removesuffix(".weight")
+        module = PREFIX + part.name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous()
         tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(pair.b, (0, padding)).contiguous()
     record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank, damage=damage)

@@ -11,7 +11,7 @@ which subspace. `kernel_surgery/undo.safetensors` holds what was read to be remo
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,11 @@ from kernel_surgery.checkpoint.record import (
     write_edits,
     write_provenance,
 )
-from kernel_surgery.checkpoint.source import (
-    check_source,
-    editable,
-    original_layouts,
-)
+from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.baked import refuse_offset_without_bias, remove
+from kernel_surgery.edit.baked import remove
 from kernel_surgery.files.contents import OURS, PROVENANCE, contents
 from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.hashing import Follower, sha256
@@ -45,14 +41,14 @@ from kernel_surgery.files.tensorfile import (
     Layout,
     copy_range,
     opened,
+    read_layout,
     read_tensor,
-    save_tensors,
+    reserve_tensors,
     share_blocks,
     write_tensor,
 )
-from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.stored import StoredPart, layout_in, parts
 from kernel_surgery.models.stored import layouts as stored_layouts
-from kernel_surgery.models.stored import places
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
@@ -61,17 +57,18 @@ from kernel_surgery.subspace.artifact import Subspace
 # In a subfolder, because some engines load every *.safetensors beside the weights.
 UNDO = Path(OURS) / "undo.safetensors"
 BASE_CARD = "README.base.md"
-TensorEdit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
+# Called with what is edited and its tensor as [d_model, columns], or [d_model]; returns the edited tensor.
+PartEdit = Callable[[StoredPart, "torch.Tensor"], "torch.Tensor"]
 
 
 def _write_file(
-    layout: Layout, target: Path, edits: Mapping[str, TensorEdit], advance: Callable[[int], object]
+    layout: Layout, target: Path, parts: Iterable[StoredPart], edit: PartEdit, advance: Callable[[int], object]
 ) -> Follower:
     """Write one weight file from front to back: compute the edited tensors, copy the bytes between them.
 
     Return a `Follower`, which is still hashing the file. advance: called with the number of bytes that were finished.
     """
-    edited = sorted((layout.entries[name] for name in edits if name in layout.entries), key=lambda e: e.begin)
+    edited = sorted((part for part in parts if part.path == layout.path), key=lambda part: part.entry.begin)
     with layout.path.open("rb") as source, target.open("w+b") as out:
         shared = share_blocks(source.fileno(), out.fileno())
         follower = Follower(target, layout.size)
@@ -84,17 +81,17 @@ def _write_file(
             done = upto
 
         try:
-            for entry in [*edited, None]:
-                upto = layout.size if entry is None else entry.begin
+            for part in [*edited, None]:
+                upto = layout.size if part is None else part.entry.begin
                 if shared:
                     reached(upto)
                 else:
                     copy_range(source.fileno(), out.fileno(), done, upto, reached)
-                if entry is not None:
-                    tensor = edits[entry.name](entry.name, read_tensor(source.fileno(), entry))
-                    write_tensor(out.fileno(), entry, tensor)
+                if part is not None:
+                    tensor = edit(part, part.oriented(read_tensor(source.fileno(), part.entry)))
+                    write_tensor(out.fileno(), part.entry, part.oriented(tensor))
                     del tensor  # before the next one is read
-                    reached(entry.end)
+                    reached(part.entry.end)
         except BaseException:
             follower.give_up()
             raise
@@ -105,13 +102,14 @@ def _rewrite(
     source: Path,
     destination: Path,
     layouts: list[Layout],
-    edits: Mapping[str, TensorEdit],
+    edits: tuple[list[StoredPart], PartEdit],
     rename: Callable[[str], str | None],
+    begin: Callable[[Path], object],
     finish: Callable[[Path], dict[str, Any]],
 ) -> None:
     """Write `source` with some tensors edited to the new folder `destination`, completely or not at all.
 
-    edits: {tensor name: function that returns the edited tensor}.
+    edits: what is edited, and the function that edits it. begin: called with the folder before anything is edited.
     rename: maps the name of a file that is not a weight file to its name in the new folder; None leaves the file out.
     finish: adds files to the folder and returns the record. The hash of every file is added to that record.
     """
@@ -120,10 +118,11 @@ def _rewrite(
         new_folder(destination, total) as temporary,
         progress_bar(total, destination.name, unit="B", unit_scale=True, leave=False) as bar,
     ):
+        begin(temporary)
         followers = {}
         for layout in layouts:
             name = layout.path.name
-            followers[name] = _write_file(layout, temporary / name, edits, bar.update)
+            followers[name] = _write_file(layout, temporary / name, *edits, bar.update)
         found = contents(source)
         for name in found.along:
             if new_name := rename(name):
@@ -156,34 +155,45 @@ def _card(record: dict[str, Any]) -> str:
 
 
 class _Removal:
-    """Edit the tensors of a checkpoint one by one.
+    """Edit the tensors of a checkpoint one by one, and write B^T W of each to the file that undoing needs.
 
-    Collects B^T W of every tensor (`inside`), and its norm before and after (`norms`).
+    Collects the norms of every tensor before and after. Nothing that was removed stays in memory, so what is needed
+    does not grow with layers or experts.
     """
 
-    def __init__(self, entries: list[Entry], subspace: Subspace, strength: float):
-        self.subspace, self.edits, self.strength = subspace, subspace.projections, strength
+    def __init__(self, parts: list[StoredPart], subspace: Subspace, strength: float):
+        self.parts, self.subspace, self.edits, self.strength = parts, subspace, subspace.projections, strength
         self.norms: dict[str, tuple[float, float]] = {}
-        # Allocate these before the first weight is read. Small long-lived tensors between large short-lived ones would
-        # keep the heap from shrinking (500 MB after 32 layers of 8 MB).
-        self.inside: dict[str, torch.Tensor] = {}
-        for entry in entries:
-            rank = subspace.rank
-            wide = torch.float64 if entry.dtype == "F64" else torch.float32
-            self.inside[entry.name] = torch.empty(rank, *(entry.shape[1:] or (1,)), dtype=wide)
+        self.entries: dict[str, Entry] = {}
+        self.path: Path | None = None
 
-    def edit_of(self, name: str) -> tuple[Projection, float]:
-        """Return the edit and the strength of the layer that a tensor belongs to."""
-        layer = LLAMA.edited_layer(name, self.edits)
-        assert layer is not None, name
-        return self.edits[layer], self.subspace.strength_at(layer, self.strength)
+    def begin(self, folder: Path) -> None:
+        """Make the file for what is removed, with the edit's own tensors."""
+        self.path = folder / UNDO
+        self.path.parent.mkdir()
+        own, shapes = edit_tensors(self.edits), dict[str, tuple[torch.dtype, tuple[int, ...]]]()
+        for name, tensor in own.items():
+            shapes[name] = tensor.dtype, tuple(tensor.shape)
+        for part in self.parts:
+            columns = 1 if part.form.bias else part.entry.shape[0 if part.form.transposed else 1]
+            wide = torch.float64 if part.entry.dtype == "F64" else torch.float32
+            shapes[f"inside.{part.name}"] = wide, (self.subspace.rank, columns)
+        self.entries = reserve_tensors(self.path, shapes, {"strength": repr(self.strength)})
+        for name, tensor in own.items():
+            self._keep(name, tensor)
 
-    def edit(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        assert self.path is not None  # `begin` was called
+        with self.path.open("r+b") as file:
+            write_tensor(file.fileno(), self.entries[name], tensor)
+
+    def edit(self, part: StoredPart, weight: torch.Tensor) -> torch.Tensor:
         """Return one edited tensor.
 
         Raises CheckpointError if the tensor is not finite, or if it was baked with this subspace before.
         """
-        projection, strength = self.edit_of(name)
+        name, projection = part.name, self.edits[part.layer]
+        strength = self.subspace.strength_at(part.layer, self.strength)
         edited, inside = remove(weight, projection, strength)
         # A NaN or Inf in a column makes the whole column of B^T W NaN or Inf, so checking B^T W is enough.
         if not torch.isfinite(inside).all():
@@ -202,15 +212,8 @@ class _Removal:
                 "Bake the original checkpoint."
             )
         self.norms[name] = float(weight.norm(dtype=torch.float32)), float(edited.norm(dtype=torch.float32))
-        self.inside[name].copy_(inside)
+        self._keep(f"inside.{name}", inside)
         return edited
-
-    def save(self, path: Path) -> None:
-        """Write the data that `--undo` needs to one safetensors file."""
-        path.parent.mkdir()
-        tensors = edit_tensors(self.edits)
-        tensors |= {f"inside.{name}": inside.contiguous() for name, inside in self.inside.items()}
-        save_tensors(tensors, path, metadata={"strength": repr(self.strength)})
 
 
 def _check_fits(name: str, edited: torch.Tensor, strength: float) -> None:
@@ -258,46 +261,49 @@ def bake_checkpoint(
     check_output(destination)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
-    entries, stored = editable(layouts, subspace.bases), places(layouts)
-    for layer, projection in subspace.projections.items():
-        site = LLAMA.site(layer)
-        refuse_offset_without_bias(site, projection, f"{site}.bias" in stored)
+    edited = editable(source, layouts, subspace.bases)
+    check_parts(layout_in(source), edited, subspace.projections, ["baked"])
     check_output(destination, size=sum(layout.size for layout in layouts))
     damage = measure() if measure else None
-    removal = _Removal(entries, subspace, strength)
+    removal = _Removal(edited, subspace, strength)
 
     def finish(folder: Path) -> dict[str, Any]:
-        removal.save(folder / UNDO)
         record = edit_record("baked", source, subspace, strength, model_id, command, damage=damage)
         write_atomic(folder / "README.md", _card(record))
         return record
 
-    edits = dict.fromkeys(removal.inside, removal.edit)
-    _rewrite(source, destination, layouts, edits, lambda n: BASE_CARD if n == "README.md" else n, finish)
+    edits = edited, removal.edit
+    rename = {"README.md": BASE_CARD}
+    _rewrite(source, destination, layouts, edits, lambda n: rename.get(n, n), removal.begin, finish)
     return removal.norms
 
 
-def _read_undo(path: Path, layouts: list[Layout]) -> tuple[dict[int, Projection], dict[str, torch.Tensor]]:
-    """Return what a baked checkpoint keeps for its undoing: ({layer: edit}, {tensor name: B^T W}).
+def _read_undo(
+    source: Path, layouts: list[Layout]
+) -> tuple[dict[int, Projection], list[StoredPart], dict[str, Entry]]:
+    """Return what a baked checkpoint keeps for its undoing: {layer: edit}, what was edited, and the entries of B^T W.
+
+    The names of those begin with "inside.".
 
     Raises CheckpointError for a file that does not fit the checkpoint.
     """
+    path = source / UNDO
     with opened(path) as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    stored = places(layouts)
-    edits = edits_in(found)
-    insides = {name.removeprefix("inside."): t for name, t in found.items() if name.startswith("inside.")}
-    for name, inside in insides.items():
-        layer = LLAMA.edited_layer(name, edits)
-        shape = stored[name][1].shape if name in stored else ()
+        names = list(file.keys())
+        edits = edits_in({name: file.get_tensor(name) for name in names if not name.startswith("inside.")})
+    entries = {name: entry for name, entry in read_layout(path).entries.items() if name.startswith("inside.")}
+    found = {f"inside.{part.name}": part for part in parts(layout_in(source), layouts, edits)}
+    for name, entry in entries.items():
+        part = found.get(name)
+        shape = () if part is None else tuple(part.oriented(torch.empty(part.entry.shape, device="meta")).shape)
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
-        basis = torch.empty(0, 0) if layer is None else edits[layer].basis
-        if basis.shape[0] != rows or inside.shape != (basis.shape[1], columns):
+        basis = torch.empty(0, 0) if part is None else edits[part.layer].basis
+        if basis.shape[0] != rows or entry.shape != (basis.shape[1], columns):
             raise CheckpointError(
-                f"{str(path)!r} does not fit its checkpoint: it holds {tuple(inside.shape)} numbers for {name}, whose "
-                f"shape is {shape or 'missing'}. The edit cannot be undone."
+                f"{str(path)!r} does not fit its checkpoint: it holds {entry.shape} numbers for "
+                f"{name.removeprefix('inside.')}, whose shape is {shape or 'missing'}. The edit cannot be undone."
             )
-    return edits, insides
+    return edits, [found[name] for name in entries], entries
 
 
 def undo_checkpoint(source: Path, destination: Path, *, command: str | None = None) -> dict[str, tuple[float, float]]:
@@ -322,20 +328,20 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
                 "edit would not restore the original."
             )
     layouts = stored_layouts(source)
-    edits, insides = _read_undo(source / UNDO, layouts)
+    edits, edited, insides = _read_undo(source, layouts)
     norms: dict[str, tuple[float, float]] = {}
 
-    def edit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        layer = LLAMA.edited_layer(name, edits)
-        assert layer is not None  # `_read_undo`
-        basis, inside, strength = edits[layer].basis, insides[name], strength_at(record, layer)
+    def edit(part: StoredPart, weight: torch.Tensor) -> torch.Tensor:
+        with (source / UNDO).open("rb") as file:
+            inside = read_tensor(file.fileno(), insides[f"inside.{part.name}"])
+        basis, strength = edits[part.layer].basis, strength_at(record, part.layer)
         wide = computed_in(weight)
         columns = weight.to(wide).reshape(weight.shape[0], -1)
         with in_full(weight):
             restored = torch.addmm(columns, basis.to(wide), inside.to(wide), alpha=strength)
         restored = restored.reshape(weight.shape).to(weight.dtype)
-        _check_fits(name, restored, strength)
-        norms[name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
+        _check_fits(part.name, restored, strength)
+        norms[part.name] = float(weight.norm(dtype=torch.float32)), float(restored.norm(dtype=torch.float32))
         return restored
 
     def finish(folder: Path) -> dict[str, Any]:
@@ -345,5 +351,5 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}
-    _rewrite(source, destination, layouts, dict.fromkeys(insides, edit), lambda n: names.get(n, n), finish)
+    _rewrite(source, destination, layouts, (edited, edit), lambda n: names.get(n, n), lambda folder: None, finish)
     return norms

@@ -12,12 +12,13 @@ from kernel_surgery.common.names import DTYPES
 from kernel_surgery.edit.baked import refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.files.contents import PROVENANCE
-from kernel_surgery.files.tensorfile import Entry, Layout, mapped
-from kernel_surgery.models.architectures import LLAMA
-from kernel_surgery.models.before import check_config, check_stored, fingerprinted
+from kernel_surgery.files.tensorfile import Layout
+from kernel_surgery.models.before import check_config
+from kernel_surgery.models.stored import StoredPart, layout_in, sampled, whole_parts
 from kernel_surgery.models.stored import layouts as stored_layouts
-from kernel_surgery.models.stored import places
+from kernel_surgery.models.table import Layout as Architecture
 from kernel_surgery.numerics.precision import STORED
+from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.library import check_rank
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import sample_weights
@@ -35,10 +36,9 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     subspace does not belong to the checkpoint.
     """
     config = check_config(folder)
-    found, (d_model, n_layers) = places(layouts), (config["hidden_size"], config["num_hidden_layers"])
-    check_stored(folder, config, found)
-    weights = ((name, mapped(*found[name])) for name in fingerprinted(config))
-    subspace.check(d_model, n_layers, lambda: sample_weights(weights), str(folder), force=force)
+    weights = sampled(folder, layouts)
+    shape = config["hidden_size"], config["num_hidden_layers"]
+    subspace.check(*shape, lambda: sample_weights(weights.items()), str(folder), force=force)
 
 
 def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force: bool = False) -> None:
@@ -60,17 +60,28 @@ def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force:
         )
     found = stored_layouts(folder)
     check_source(folder, found, subspace, force=force)
-    edits, stored = subspace.projections, places(found)
+    edits = subspace.projections
     if "fused" in modes:
         check_rank(next(iter(edits.values())).basis)
+    check_parts(layout_in(folder), whole_parts(folder, found, edits), edits, modes)
+
+
+def check_parts(
+    kind: Architecture, parts: Iterable[StoredPart], edits: Mapping[int, Projection], modes: Iterable[str]
+) -> None:
+    """Refuse what a mode cannot do. kind: of the architecture. parts: what an edit changes in the files.
+
+    Raises KernelSurgeryError for a bias or an offset with mode "lora", and for an offset without a bias with "baked".
+    """
+    biases = [part for part in parts if part.form.bias]
     for layer, edit in edits.items():
-        site = LLAMA.site(layer)
-        bias = stored.get(f"{site}.bias")
+        site, own = kind.site_name(layer), [part for part in biases if part.layer == layer]
         if "baked" in modes:
-            refuse_offset_without_bias(site, edit, bias is not None)
+            refuse_offset_without_bias(site, edit, any(part.form.role == "dense" for part in own))
         if "lora" in modes:
             refuse_offset(edit)
-            refuse_bias(site, mapped(*bias) if bias else None)
+            for part in own:
+                refuse_bias(part.name.removesuffix(".bias"), part.mapped())
 
 
 def original_layouts(source: Path) -> list[Layout]:
@@ -86,30 +97,24 @@ def original_layouts(source: Path) -> list[Layout]:
     return stored_layouts(source)
 
 
-def editable(layouts: list[Layout], bases: Mapping[int, Tensor]) -> list[Entry]:
-    """Return the tensors to edit: the `down_proj` weight of every layer in `bases`, and its bias if there is one.
+def editable(folder: Path, layouts: list[Layout], bases: Mapping[int, Tensor]) -> list[StoredPart]:
+    """Return what to edit: the matrices and biases that write into the MLP block's output of every layer in `bases`.
 
-    Raises CheckpointError for a missing weight, a wrong shape, and a dtype that cannot be edited.
+    layouts: the headers of the weight files. Raises CheckpointError for a missing matrix, a wrong shape, and a dtype
+    that cannot be edited.
     """
-    matches = []
-    for layout in layouts:
-        for name, entry in layout.entries.items():
-            layer = LLAMA.edited_layer(name, bases)
-            if layer is None:
-                continue
-            basis = bases[layer]
-            if entry.dtype not in EDITABLE_CODES:
-                raise CheckpointError(
-                    f"cannot edit {name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
-                    "Use the unquantised checkpoint, or eval --mode fused, which does not change the weights."
-                )
-            if entry.shape[0] != basis.shape[0]:
-                raise CheckpointError(
-                    f"cannot edit {name}: the basis has d_model={basis.shape[0]}, but the tensor is {entry.shape}.\n"
-                    "Fit a subspace on this model."
-                )
-            matches.append(entry)
-    missing = {f"{LLAMA.site(layer)}.weight" for layer in bases} - {entry.name for entry in matches}
-    if missing:
-        raise CheckpointError(f"{str(layouts[0].path.parent)!r} has no tensor {min(missing)}, which the edit needs.")
-    return matches
+    found = whole_parts(folder, layouts, bases)
+    for part in found:
+        entry, basis = part.entry, bases[part.layer]
+        if entry.dtype not in EDITABLE_CODES:
+            raise CheckpointError(
+                f"cannot edit {part.name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
+                "Use the unquantised checkpoint, or eval --mode fused, which does not change the weights."
+            )
+        rows = entry.shape[-1 if part.form.transposed else 0]
+        if rows != basis.shape[0]:
+            raise CheckpointError(
+                f"cannot edit {part.name}: the basis has d_model={basis.shape[0]}, but the tensor is {entry.shape}.\n"
+                "Fit a subspace on this model."
+            )
+    return found

@@ -4,6 +4,7 @@ For an orthogonal edit, where A = B = U, this is weight orthogonalization. Bakin
 arithmetic: see `checkpoint.baking`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.marks import Mark, marked, put_back
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, plan_edit
+from kernel_surgery.models.architectures import MlpSite, Weight
 from kernel_surgery.models.shards import is_split, local, part_of, total
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
@@ -79,7 +81,9 @@ def baked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Replace W of `down_proj` by W - a A (B^T W) while the block runs, and a bias b by b - a A (B^T b - c).
+    """Replace each W that writes into an MLP block's output by W - a A (B^T W) while the block runs.
+
+    A bias b becomes b - a A (B^T b - c). Of a mixture of experts every expert is edited, routed and shared.
 
     model, subspace, strength, layers, force: as in `edit.hook.hooked`.
 
@@ -101,42 +105,51 @@ def baked(
     written = subspace.tensors if isinstance(subspace, Written) else {}
     owners: dict[int, str] = {}
     for layer, site in plan.sites.items():
-        refuse_offset_without_bias(site.name, plan.projections[layer], site.module.bias is not None)
-        pointer = local(site.module.weight).data_ptr()
-        if pointer in owners and pointer != 0:
-            raise KernelSurgeryError(
-                f"cannot bake {site.name}: it shares its weight with {owners[pointer]}, and one tensor cannot hold "
-                "two edits.\n"
-                "No weight was changed. Use the fused mode, which leaves weights alone."
-            )
-        owners[pointer] = site.name
+        refuse_offset_without_bias(site.name, plan.projections[layer], site.constant)
+        for weight in site.weights:
+            pointer = local(weight.tensor).data_ptr()
+            if weight.matrix and pointer in owners and pointer != 0:
+                raise KernelSurgeryError(
+                    f"cannot bake {site.name}: it shares its weight with {owners[pointer]}, and one tensor cannot hold "
+                    "two edits.\n"
+                    "No weight was changed. Use the fused mode, which leaves weights alone."
+                )
+            owners[pointer] = site.name
     norms: dict[int, tuple[float, float]] = {}
     with marked(plan.sites.values(), "baked") as marks, _restored(plan, marks):
         with torch.no_grad():
             for layer, site in plan.sites.items():
-                before = _norm(site.module.weight)
-                for part, parameter in (("weight", site.module.weight), ("bias", site.module.bias)):
-                    if parameter is not None:
-                        held, now = written.get(f"{site.name}.{part}"), local(parameter)
-                        edited = bake_weight(now, plan.projections[layer], plan.number_at(layer))
-                        edited = edited if held is None else part_of(held.to(now), parameter)
-                        overflows = bool(torch.isfinite(now).all()) and not bool(torch.isfinite(edited).all())
-                        if bool(total(torch.tensor(float(overflows), device=now.device), parameter)):
-                            raise KernelSurgeryError(
-                                f"cannot bake {site.name}: at strength {plan.number_at(layer):g}, some elements are "
-                                f"beyond the largest number of {parameter.dtype}. The model is unchanged. Choose a "
-                                "strength nearer to 1."
-                            )
-                        marks[layer].originals.append((parameter, now.detach().clone()))
-                        now.copy_(edited)
-                norms[layer] = (before, _norm(site.module.weight))
+                before = _norm(site)
+                for weight in site.weights:
+                    marks[layer].originals.append((weight.tensor, local(weight.tensor).detach().clone()))
+                    for name, now in weight.parts():
+                        _edit(name, now, weight, plan, layer, written)
+                norms[layer] = (before, _norm(site))
         yield Edit("baked", tuple(norms), plan.strength, "weights", plan.note, norms, schedule=plan.schedule)
 
 
-def _norm(weight: Tensor) -> float:
-    """Return the Frobenius norm of a weight in float32, of all its parts together."""
-    part = local(weight).float().norm()
-    return float(total(part.double().square(), weight).sqrt() if is_split(weight) else part)
+def _edit(name: str, now: Tensor, weight: Weight, plan: Plan, layer: int, written: Mapping[str, Tensor]) -> None:
+    """Edit one matrix or bias in place. written: tensors of a baked checkpoint, which are used where there is one."""
+    strength, held = plan.number_at(layer), written.get(name)
+    edited = bake_weight(now, plan.projections[layer], strength)
+    edited = edited if held is None else part_of(held.to(now), weight.tensor)
+    overflows = bool(torch.isfinite(now).all()) and not bool(torch.isfinite(edited).all())
+    if bool(total(torch.tensor(float(overflows), device=now.device), weight.tensor)):
+        raise KernelSurgeryError(
+            f"cannot bake {plan.sites[layer].name}: at strength {strength:g}, some elements are beyond the largest "
+            f"number of {now.dtype}. The model is unchanged. Choose a strength nearer to 1."
+        )
+    now.copy_(edited)
+
+
+def _norm(site: MlpSite) -> float:
+    """Return the Frobenius norm of the matrices that write into an output, in float32, of all their parts together."""
+
+    def norm(weight: Tensor) -> float:
+        part = local(weight).float().norm()
+        return float(total(part.double().square(), weight).sqrt() if is_split(weight) else part)
+
+    return math.hypot(*(norm(weight.tensor) for weight in site.weights if weight.matrix))
 
 
 @contextmanager

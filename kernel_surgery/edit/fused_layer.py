@@ -16,14 +16,14 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from kernel_surgery import ops
 from kernel_surgery.edit.plan import Edit, Plan, stored
-from kernel_surgery.models.architectures import decoder_layers, layout_of, model_type, next_norm, submodule
+from kernel_surgery.models.architectures import decoder_layers, layout_of, mlp_outputs, model_type, next_norm
 
 
 def _own_class(module: nn.Module, kind: str, ending: str) -> bool:
@@ -68,9 +68,11 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
     Looks at the model as it is now, and changes nothing.
     """
     kind, block = model_type(model), decoder_layers(model)[layer]
-    weight = cast(nn.Linear, submodule(block, layout_of(model).projection)).weight
+    weight = mlp_outputs(model, [layer])[layer].first
     if asked == "output":
         return "output", None
+    if not layout_of(model).plain:
+        return "output", f"a {kind} layer does more with the output than to add it to its input"
     if weight.dtype not in ops.UP_TO_FLOAT32:
         return "output", f"{weight.dtype} has no fused addition"
     if not _own_class(block, kind, "DecoderLayer"):
@@ -110,7 +112,8 @@ class EditedLayer:
         self.layer, self.plan, self.edit, self.names = layer, plan, edit, names
         self.reach = edit.reach[layer]
         self.block, self.down = decoder_layers(model)[layer], plan.sites[layer].module
-        self.norm, self.readers = next_norm(model, layer), _readers(model, layer)
+        if self.reach != "output":
+            self.norm, self.readers = next_norm(model, layer), _readers(model, layer)
         self.further_on = False
         # The tensor that the layer returned last, and its norm. The norm is valid only for that tensor object.
         self.returned: Tensor | None = None

@@ -4,16 +4,17 @@ With the edit's basis A_e, dual B_e and strength a, the adapter's A is a B_e^T W
 edit these are a U^T W and -U. The form is LoRA's (Hu et al. 2021, arXiv:2106.09685), but nothing is trained.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError
-from kernel_surgery.edit.plan import Edit, SubspaceLike, new_edit, output_hooks, plan_edit
+from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, new_edit, output_hooks, plan_edit
+from kernel_surgery.models.architectures import MlpSite, Weight
 from kernel_surgery.models.shards import is_split, local, part_of, total
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
@@ -119,22 +120,67 @@ def adapted(
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     written = subspace.tensors if isinstance(subspace, Written) else {}
-    pairs, sums = {}, {}
+    pairs, sums, inside = {}, {}, {}
     for layer, site in plan.sites.items():
         refuse_offset(plan.projections[layer])
-        weight, bias = site.module.weight, site.module.bias
-        refuse_bias(site.name, None if bias is None else local(bias))
-        pair = lora_pair(local(weight), plan.projections[layer], plan.number_at(layer))
-        a, b = (written.get(f"{site.name}.{part}") for part in ("lora_A", "lora_B"))
-        a = pair.a if a is None else part_of(a.to(pair.a), weight)
-        pairs[layer] = (a, pair.b if b is None else b.to(pair.b))
-        sums[layer] = partial(total, like=weight) if is_split(weight) else None
-    edit = new_edit("lora", plan, "torch/eager")
+        for weight in site.weights:
+            if not weight.matrix:
+                refuse_bias(weight.name.removesuffix(".bias"), local(weight.tensor))
+        if (linear := _linear(site)) is not None:
+            name, _ = linear.parts()[0]
+            pairs[layer] = _pair(name.removesuffix(".weight"), linear, plan, layer, written)
+            sums[layer] = partial(total, like=linear.tensor) if is_split(linear.tensor) else None
+            inside[layer] = replace(site, module=linear.owner)
+    edit, hooked = new_edit("lora", plan, "torch/eager"), replace(plan, sites=inside)
 
     def edited(layer: int, output: Tensor, pair: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:
         a, b = pair
         assert a is not None and b is not None  # as `pairs` has them
         return add_pair(output, a, b, inputs[0], sums[layer])
 
-    with output_hooks(plan, edit, edited, pairs):
+    with ExitStack() as stack:
+        if experts := [layer for layer, site in plan.sites.items() if any(w.form.stacked for w in site.weights)]:
+            stack.enter_context(_merged(plan, experts, written))
+        if inside:
+            stack.enter_context(output_hooks(hooked, edit, edited, pairs))
         yield edit
+
+
+def _linear(site: MlpSite) -> Weight | None:
+    """Return the linear module's weight that writes into an output: a layer has one at most, dense or shared."""
+    return next((weight for weight in site.weights if weight.matrix and not weight.form.stacked), None)
+
+
+def _pair(
+    module: str, weight: Weight, plan: Plan, layer: int, written: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of one linear module, of which A has the columns of this process's part of W."""
+    pair = lora_pair(weight.parts()[0][1], plan.projections[layer], plan.number_at(layer))
+    a, b = (written.get(f"{module}.{part}") for part in ("lora_A", "lora_B"))
+    a = pair.a if a is None else part_of(a.to(pair.a), weight.tensor)
+    return a, pair.b if b is None else b.to(pair.b)
+
+
+@contextmanager
+def _merged(plan: Plan, layers: Iterable[int], written: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add B A to stacked experts while the block runs, as PEFT does with a parameter that is not a module's weight.
+
+    PEFT forms W + B A at every call; here it is formed once. Numerics: float32, with one rounding to W's dtype.
+    """
+    stacked = [(layer, w) for layer in layers for w in plan.sites[layer].weights if w.matrix and w.form.stacked]
+    originals = [(weight.tensor, local(weight.tensor).detach().clone()) for _, weight in stacked]
+    try:
+        with torch.no_grad():
+            for layer, weight in stacked:
+                for name, now in weight.parts():
+                    pair = lora_pair(now, plan.projections[layer], plan.number_at(layer))
+                    a, b = (written.get(f"{name}.{part}") for part in ("lora_A", "lora_B"))
+                    a, b = pair.a if a is None else a.to(pair.a), pair.b if b is None else b.to(pair.b)
+                    wide = computed_in(now)
+                    with in_full(now):
+                        now.copy_((now.to(wide) + b.to(wide) @ a.to(wide)).to(now.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, original in originals:
+                local(tensor).copy_(original)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
 from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.edit.marks import marked, refuse_copy
-from kernel_surgery.models.architectures import Site, mlp_outputs
+from kernel_surgery.models.architectures import MlpSite, mlp_outputs
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.artifact import Subspace, check_projections
 
 SubspaceLike = Subspace | Mapping[int, BasisLike]
-# A forward hook of a `down_proj`: called with the module, its inputs and its output. None leaves the output as it is.
+# A forward hook of a site: called with the module, its inputs and its output. None leaves the output as it is.
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 _names = itertools.count()
 
@@ -63,11 +64,11 @@ class Edit:
 class Plan:
     """An edit that was checked but not made yet.
 
-    sites: {layer: the `down_proj` to edit}. projections: {layer: its edit}, each on its module's device. schedule: as
-    in `Edit`.
+    sites: {layer: the MLP block's output to edit}. projections: {layer: its edit}, each on its module's device.
+    schedule: as in `Edit`.
     """
 
-    sites: dict[int, Site[nn.Linear]]
+    sites: Mapping[int, MlpSite]
     projections: dict[int, Projection]
     strength: float | Tensor
     note: str | None
@@ -153,7 +154,7 @@ def plan_edit(
             f"layers {missing} are not in the subspace, which holds {list(edits)}. The model is unchanged."
         )
     sites = mlp_outputs(model, layer_list)
-    if offloaded := [site.name for site in sites.values() if site.module.weight.is_meta]:
+    if offloaded := [site.name for site in sites.values() if any(weight.tensor.is_meta for weight in site.weights)]:
         raise ModelError(
             f"cannot edit {offloaded[0]}: its weight is not in memory ({len(offloaded)} of {len(sites)} layers are "
             "offloaded to the CPU or the disk). The model is unchanged. Load the model without offloading, or bake the "
@@ -162,8 +163,8 @@ def plan_edit(
     for site in sites.values():
         refuse_copy(site)
     for layer, site in sites.items():
-        shape, basis = tuple(site.module.weight.shape), edits[layer].basis
-        if shape[0] != basis.shape[0]:
+        shape, basis = tuple(site.first.shape), edits[layer].basis
+        if site.d_model != basis.shape[0]:
             raise MismatchError(
                 f"cannot edit {site.name}: basis has d_model={basis.shape[0]}, weight is {shape}.\n"
                 f"  subspace: {origin}, layer {layer}, k={basis.shape[1]}\n"
@@ -175,12 +176,12 @@ def plan_edit(
             f"layers {sorted(layer_list)} were requested, but {sorted(sites)} were found. The model is unchanged."
         )
     for site in sites.values():
-        if isinstance(strength, Tensor) and strength.device.type != site.module.weight.device.type:
+        if isinstance(strength, Tensor) and strength.device.type != site.first.device.type:
             raise KernelSurgeryError(
-                f"strength is on {strength.device}, but {site.name} is on {site.module.weight.device}: every call "
-                f"would copy it. The model is unchanged. Move it: strength.to({str(site.module.weight.device)!r})."
+                f"strength is on {strength.device}, but {site.name} is on {site.first.device}: every call "
+                f"would copy it. The model is unchanged. Move it: strength.to({str(site.first.device)!r})."
             )
-    placed = {layer: edits[layer].to(s.module.weight.device).map(Tensor.contiguous) for layer, s in sites.items()}
+    placed = {layer: edits[layer].to(s.first.device).map(Tensor.contiguous) for layer, s in sites.items()}
     return Plan(sites, placed, strength, note, {layer: factor for layer, factor in schedule.items() if layer in sites})
 
 
@@ -227,13 +228,32 @@ def parts(edit: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return edit.basis, edit.dual, edit.offset
 
 
+def on_states(hook: Hook) -> Callable[..., Any]:
+    """Return a forward hook that gives `hook` the hidden states alone, with the dimensions of the module's input.
+
+    A mixture of experts may return a tuple, of which they are the first element, and tokens in one dimension.
+    """
+
+    def outer(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        shape = states.shape
+        given = states.view(*inputs[0].shape[:-1], shape[-1]) if inputs and inputs[0].ndim != states.ndim else states
+        made = hook(module, inputs, given)
+        if made is None:
+            return None
+        made = made.view(shape) if made.shape != shape else made
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+    return outer
+
+
 @contextmanager
 def hooks(plan: Plan, hook_of: Callable[[int], Hook]) -> Iterator[None]:
     """Register the forward hook `hook_of(layer)` on every planned module while the block runs."""
     handles = []
     try:
         for layer, site in plan.sites.items():
-            handles.append(site.module.register_forward_hook(hook_of(layer)))
+            handles.append(site.module.register_forward_hook(on_states(hook_of(layer))))
         if len(handles) != len(plan.sites):
             raise RuntimeError(f"{len(handles)} of {len(plan.sites)} layers were hooked")
         forget_compiled_graphs()

@@ -55,7 +55,7 @@ class Edits:
 
     def layer_of(self, prefix: str) -> int | None:
         """Return the layer that a module's path names, if it is to be edited; else None."""
-        return next((layer for layer in self.layers if prefix == self.layout.site(layer)), None)
+        return next((layer for layer in self.layers if prefix == self.layout.site_name(layer)), None)
 
     def take(self, prefix: str, module: nn.Module) -> int | None:
         """Note a module that was built. Return its layer if it is to be edited. Raises ModelError for a second one."""
@@ -87,14 +87,14 @@ class Edits:
         if missing := sorted(set(self.layers) - set(called)):
             raise ModelError(
                 f"{len(called)} of {len(self.layers)} layers are edited on {where}: there is no {LAYER} named "
-                f"{self.layout.site(missing[0])} in this {type(model).__name__}. The engine was not started. Serve a "
-                "baked checkpoint (python -m kernel_surgery.bake)."
+                f"{self.layout.site_name(missing[0])} in this {type(model).__name__}. The engine was not started. "
+                "Serve a baked checkpoint (python -m kernel_surgery.bake)."
             )
         for layer, module in self.edited.items():
             if _overtaken(module, model):
                 raise ModelError(
-                    f"{self.layout.site(layer)} is wrapped by another layer on {where}, which may not call it. The "
-                    "engine was not started. Leave out LoRA, or serve a baked checkpoint."
+                    f"{self.layout.site_name(layer)} is wrapped by another layer on {where}, which may not call it. "
+                    "The engine was not started. Leave out LoRA, or serve a baked checkpoint."
                 )
         return self.compare(model)
 
@@ -107,7 +107,7 @@ class Edits:
         known = self.subspace.fingerprint
         if self.settings.force or known is None:
             return "fingerprint not compared (force)"
-        embedding = submodule(model, self.layout.embedding)
+        embedding = submodule(model, f"{self.layout.body}.{self.layout.embedding}")
         dtype, held = embedding_samples(embedding)
         if not self.sampled and not held:
             if embedding is None or not hasattr(embedding, "weight"):
@@ -117,7 +117,7 @@ class Edits:
                 'floating-point numbers.\nThe engine was not started. Set "force": true if they belong together.'
             )
         differing = []
-        name = f"{self.layout.embedding}.weight"
+        name = self.layout.embedding_name()
         if held and name in known["samples"]:
             fitted = {"dtype": known["dtype"], "samples": {name: [known["samples"][name][i] for i in held]}}
             differing += fingerprint_differences(fitted, {"dtype": dtype, "samples": {name: list(held.values())}})

@@ -71,7 +71,7 @@ class Recipe:
         check_folder(self.out)
         source = local_folder(resolve_model(self.model))
         config = check_config(source)
-        check_stored(source, config)
+        check_stored(source)
         most = min(config["hidden_size"], MAX_RANK, len(LANGUAGES) - 1)  # what `fit` takes by default
         if self.rank is not None and not 1 <= self.rank <= most:
             raise SubspaceError(f"--rank is {self.rank}: choose 1 to {most} for this model.")

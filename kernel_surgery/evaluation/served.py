@@ -31,11 +31,10 @@ from kernel_surgery.evaluation.generate import stored_end_tokens
 from kernel_surgery.evaluation.judging import Generation, text_of
 from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.evaluation.samples import digest, read_cells
-from kernel_surgery.files.tensorfile import mapped
-from kernel_surgery.models.before import check_files, fingerprinted
+from kernel_surgery.models.before import check_files
 from kernel_surgery.models.chat import Chat
 from kernel_surgery.models.load import public_name
-from kernel_surgery.models.stored import located
+from kernel_surgery.models.stored import located, sampled
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.problems.neutral import neutral
 from kernel_surgery.subspace.artifact import Subspace
@@ -154,8 +153,7 @@ class Served:
     def weights(self) -> str:
         if self.options.engine == SERVER:
             return digest(self.options.engine_record["served"])
-        stored = located(self.folder)
-        return digest(sample_weights((name, mapped(*stored[name])) for name in fingerprinted(self.config)))
+        return digest(sample_weights(sampled(self.folder).items()))
 
     def description(self) -> dict[str, Any]:
         entries = [entry for _, entry in located(self.folder).values()]

@@ -1,5 +1,6 @@
 """An edited checkpoint or adapter on disk, to be evaluated beside its original (`eval --baked`, `eval --adapter`)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from kernel_surgery.common.errors import CheckpointError, MismatchError
 from kernel_surgery.edit.lora import lora_pair
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.folder import changed_files
-from kernel_surgery.files.tensorfile import mapped, opened
-from kernel_surgery.models.architectures import LLAMA
-from kernel_surgery.models.before import check_config, fingerprinted
-from kernel_surgery.models.stored import located
+from kernel_surgery.files.tensorfile import opened
+from kernel_surgery.models.before import check_config
+from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts, sampled
 from kernel_surgery.subspace.fingerprint import sample_weights
 from kernel_surgery.subspace.written import Written
 
@@ -34,24 +34,25 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     if faults := changed_files(folder, record["sha256"], PROVENANCE):
         raise CheckpointError(f"{str(folder)!r} is not as it was made: {faults[0]}. Make it again.")
     check_config(original)
-    places = located(original)
+    ours = parts(layout_in(original), layouts(original), record["layers"])
     edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
-    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
+    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, ours)
     made = Written.of(
         edits,
         strengths={int(layer): factor for layer, factor in record.get("schedule", {}).items()},
         site=record["site"],
         model_id=record["model_id"],
         fit=record["fit"],
-        fingerprint=sample_weights((name, mapped(*places[name])) for name in fingerprinted(check_config(original))),
+        fingerprint=sample_weights(sampled(original).items()),
         tensors=tensors,
     )
     if kind == "adapter":
-        for layer, edit in edits.items():
-            site = LLAMA.site(layer)
-            a = lora_pair(mapped(*places[f"{site}.weight"]), edit, made.strength_at(layer, record["strength"])).a
-            if not torch.allclose(a, tensors[f"{site}.lora_A"][: len(a)], rtol=1e-3, atol=1e-3 * float(a.abs().max())):
-                raise MismatchError(f"{str(folder)!r} was made of another model: {site} has other weights. {_NEXT}")
+        for part in (part for part in ours if not part.form.bias):
+            module = part.name.removesuffix(".weight")
+            a = lora_pair(part.mapped(), edits[part.layer], made.strength_at(part.layer, record["strength"])).a
+            held = tensors[f"{module}.lora_A"][: len(a)]
+            if not torch.allclose(a, held, rtol=1e-3, atol=1e-3 * float(a.abs().max())):
+                raise MismatchError(f"{str(folder)!r} was made of another model: {module} has other weights. {_NEXT}")
     return made
 
 
@@ -63,17 +64,18 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
     one, other = located(folder), located(original)
     if one.keys() != other.keys():
         raise MismatchError(f"{str(folder)!r} was made of another model: its tensors have other names. {_NEXT}")
-    edited = {f"{LLAMA.site(layer)}.{part}" for layer in record["layers"] for part in ("weight", "bias")}
+    edited = parts(layout_in(original), layouts(folder), record["layers"])
+    changed = {part.tensor for part in edited}
     for name in one:
         shapes = one[name][1].shape, other[name][1].shape
-        if shapes[0] != shapes[1] or (name not in edited and not same_bytes(one[name], other[name])):
+        if shapes[0] != shapes[1] or (name not in changed and not same_bytes(one[name], other[name])):
             raise MismatchError(f"{str(folder)!r} was made of another model: {name} differs. {_NEXT}")
-    return {name: mapped(*one[name]).clone() for name in one if name in edited}
+    return {part.name: part.mapped().clone() for part in edited}
 
 
-def _adapter(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the factors of an adapter. Raises CheckpointError if one is missing."""
-    sites = [LLAMA.site(layer) for layer in record["layers"]]
+def _adapter(folder: Path, ours: Iterable[StoredPart]) -> dict[str, Tensor]:
+    """Return the factors of an adapter. ours: what the edit changes. Raises CheckpointError if one is missing."""
+    sites = [part.name.removesuffix(".weight") for part in ours if not part.form.bias]
     wanted = {f"{site}.{part}": f"{PREFIX}{site}.{part}.weight" for site in sites for part in ("lora_A", "lora_B")}
     with opened(folder / WEIGHTS) as file:
         held = set(file.keys())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,27 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, m
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
     os.chmod(path, mode & 0o777)
+
+
+def reserve_tensors(
+    path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> dict[str, Entry]:
+    """Make a safetensors file whose tensors are still zero, to be written one by one with `write_tensor`.
+
+    shapes: {name: (dtype, shape)}. Returns the entries. The library writes a file only from all of its tensors at once,
+    which would all be in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    codes, end = {stored.dtype: stored.code for stored in STORED.values()}, 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the library does: the numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return read_layout(path).entries
 
 
 def read_layout(path: Path) -> Layout:

@@ -1,58 +1,19 @@
-"""The modules of a model that are read and edited: its decoder layers, and the last projection of each MLP.
+"""The modules of a model that are read and edited: its decoder layers, and what writes the MLP block's output.
 
-One piece of code for every Llama-shaped architecture: `model.model.layers[i].mlp.down_proj`, an `nn.Linear` whose
-output is added to the residual stream as it is. Architectures that differ there (a norm after the MLP, experts, fused
-weights) are not in the list and are refused by name: an edit in nearly the right place is worse than none.
+The table of architectures (`models.table`) says where they are. Everything that is not in it is refused by name: an
+edit in nearly the right place is worse than none.
 """
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
-from kernel_surgery.models.shards import refuse_unknown_split
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The paths of a causal LM's parts. A path names a module and is the prefix of its tensors' names on disk."""
-
-    layers: str = "model.layers"
-    projection: str = "mlp.down_proj"  # the module in a layer whose output is the MLP's
-    embedding: str = "model.embed_tokens"
-    head: str = "lm_head"
-    norm: str = "model.norm"  # after the last layer
-    input_norm: str = "input_layernorm"  # the first thing in a layer
-
-    @property
-    def body(self) -> str:
-        """The path of the module that runs the layers: the causal LM without its output embedding."""
-        return self.layers.rpartition(".")[0]
-
-    def layer(self, index: int) -> str:
-        """Return the path of a decoder layer."""
-        return f"{self.layers}.{index}"
-
-    def site(self, index: int | str) -> str:
-        """Return the path of the module whose output is edited. "*" stands for any layer."""
-        return f"{self.layers}.{index}.{self.projection}"
-
-    def next_norm(self, index: int, n_layers: int) -> str:
-        """Return the path of the norm that reads a layer's output."""
-        return f"{self.layer(index + 1)}.{self.input_norm}" if index + 1 < n_layers else self.norm
-
-    def edited_layer(self, tensor: str, layers: Container[int]) -> int | None:
-        """Return the layer of a weight or bias that an edit of `layers` changes, else None."""
-        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.{re.escape(self.projection)}\.(?:weight|bias)", tensor)
-        return int(match[1]) if match and int(match[1]) in layers else None
-
-
-LLAMA = Layout()
-# {model_type in config.json: layout}, one entry per supported architecture.
-ARCHITECTURES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)
+from kernel_surgery.models.shards import local, refuse_unknown_split
+from kernel_surgery.models.table import ARCHITECTURES, REFUSED, Form, Layout
 
 
 class Norm(nn.Module):
@@ -83,6 +44,64 @@ class Site(Generic[M_co]):
     module: M_co
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in memory that writes into an MLP block's output. owner: the module that has it."""
+
+    name: str
+    tensor: Tensor
+    form: Form
+    owner: nn.Module
+
+    @property
+    def matrix(self) -> bool:
+        return not self.form.bias
+
+    def parts(self, tensor: Tensor | None = None) -> list[tuple[str, Tensor]]:
+        """Return (name, view) of each matrix as [d_model, columns], and of each bias as [d_model].
+
+        tensor: another tensor of the same shape; by default this process's part of this one.
+        """
+        held = local(self.tensor if tensor is None else tensor)
+        found = [(f"{self.name}[{i}]", t) for i, t in enumerate(held)] if self.form.stacked else [(self.name, held)]
+        return [(name, t.T if self.form.transposed else t) for name, t in found]
+
+    def sampled(self) -> tuple[str, Tensor]:
+        """Return the name and the matrix [d_model, columns] that a fingerprint samples: of stacked experts the first's.
+
+        A matrix that is split over processes (`models.shards`) is returned as it is held.
+        """
+        held = self.tensor[0] if self.form.stacked else self.tensor
+        return f"{self.name}[0]" if self.form.stacked else self.name, held.T if self.form.transposed else held
+
+
+@dataclass(frozen=True)
+class MlpSite(Site[nn.Module]):
+    """The output of one MLP block. weights: what writes into it, the matrices first."""
+
+    weights: tuple[Weight, ...]
+
+    @property
+    def first(self) -> Tensor:
+        """A matrix that writes into the output. The others have its dtype, and are on its device."""
+        return self.weights[0].tensor
+
+    @property
+    def d_model(self) -> int:
+        """The number of rows of what writes into the output."""
+        return self.weights[0].parts()[0][1].shape[0]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the site's own module is a linear one, which alone writes its output."""
+        return self.weights[0].owner is self.module
+
+    @property
+    def constant(self) -> bool:
+        """Whether a bias is added to every token's output as it is. Those of experts are scaled or left out."""
+        return any(weight.form.bias and weight.form.role == "dense" for weight in self.weights)
+
+
 def model_type(model: nn.Module) -> str:
     """Return the model type that the configuration names, such as "qwen2", or else the name of the class."""
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -95,10 +114,12 @@ def layout_of(model: nn.Module) -> Layout:
 
 def layout_named(kind: str) -> Layout:
     """Return the layout of a model type. Raises ModelError for one that is not in the table."""
+    if kind in REFUSED:
+        raise ModelError(f"{kind!r} models are not supported: {REFUSED[kind]}. Nothing was changed.")
     if kind not in ARCHITECTURES:
         raise ModelError(
             f"cannot find the MLP outputs of a {kind!r} model: known architectures are {', '.join(ARCHITECTURES)}.\n"
-            "To support it, add its layout to kernel_surgery/models/architectures.py."
+            "To support it, add a row to kernel_surgery/models/table.py (docs/models.md says how)."
         )
     return ARCHITECTURES[kind]
 
@@ -122,8 +143,14 @@ def decoder_layers(model: nn.Module) -> Sequence[DecoderLayer]:
 
 
 def next_norm(model: nn.Module, layer: int) -> Norm:
-    """Return the norm that reads a layer's output: the first of the next layer, or the model's last."""
-    return cast(Norm, submodule(model, layout_of(model).next_norm(layer, len(decoder_layers(model)))))
+    """Return the norm that reads a layer's output: the first of the next layer, or the model's last.
+
+    Raises ModelError for an architecture without such a norm.
+    """
+    path = layout_of(model).next_norm(layer, len(decoder_layers(model)))
+    if path is None:
+        raise ModelError(f"no norm reads the output of a {model_type(model)!r} layer.")
+    return cast(Norm, submodule(model, path))
 
 
 def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -141,27 +168,42 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[nn.Linear]]:
-    """Return {layer: Site} of `down_proj` in the given layers (default: all).
+def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, MlpSite]:
+    """Return {layer: site} of the MLP blocks' outputs in the given layers (default: all).
 
-    Raises ModelError for an unknown architecture, layers out of range, and a `down_proj` that is missing or not an
-    `nn.Linear` (quantised weights have no rows to project), or is split over processes in an unknown way
-    (`models.shards`).
+    Raises ModelError for an unknown architecture, layers out of range, and weights that are missing, not floating-point
+    (quantised ones have no rows to project), or split over processes in an unknown way (`models.shards`).
     """
     blocks, layout = decoder_layers(model), layout_of(model)
     plan, sites = getattr(model, "tp_plan", None) or {}, {}
     for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
-        name, module = layout.site(layer), submodule(blocks[layer], layout.projection)
+        name, module = layout.site_name(layer), submodule(blocks[layer], layout.site)
         if module is None:
             raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
-        if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-            raise ModelError(
-                f"{name} is a {type(module).__name__}, not a floating-point nn.Linear.\n"
-                "Load the model without quantisation."
-            )
-        refuse_unknown_split(name, module, plan.get(layout.site("*")))
-        sites[layer] = Site(layer, name, module)
+        site = MlpSite(layer, name, module, tuple(_weights(blocks[layer], layout, layer)))
+        if not any(weight.matrix for weight in site.weights):
+            raise ModelError(f"{name} is a {type(module).__name__}, without a weight that writes into its output.")
+        for weight in site.weights:
+            if not weight.tensor.is_floating_point():
+                raise ModelError(
+                    f"{weight.name} is {weight.tensor.dtype}, not floating-point.\n"
+                    "Load the model without quantisation."
+                )
+            if weight.matrix:
+                module_name = weight.name.removesuffix(".weight")
+                refuse_unknown_split(module_name, weight.owner, weight.tensor, plan.get(layout.site_name("*")))
+        sites[layer] = site
     return sites
+
+
+def _weights(block: nn.Module, layout: Layout, layer: int) -> Iterator[Weight]:
+    """Yield the tensors of one decoder layer that write into its MLP block's output."""
+    for form in layout.writes:
+        path, _, last = form.path.rpartition(".")
+        owner = submodule(block, path)
+        tensor = getattr(owner, last, None)
+        if owner is not None and isinstance(tensor, Tensor):
+            yield Weight(f"{layout.layer(layer)}.{form.path}", tensor, form, owner)
 
 
 def residual_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, Site[DecoderLayer]]:

@@ -1,13 +1,14 @@
 """What can be known before a model is loaded: from its configuration, its tokenizer and the headers of its files."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kernel_surgery.common.errors import CheckpointError, ModelError
-from kernel_surgery.models.architectures import LLAMA, layout_named
+from kernel_surgery.common.errors import ModelError
+from kernel_surgery.files.tensorfile import Layout
+from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.load import (
     check_device_map,
@@ -17,7 +18,7 @@ from kernel_surgery.models.load import (
     read_config,
     resolve_model,
 )
-from kernel_surgery.models.stored import located
+from kernel_surgery.models.stored import sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,24 +31,14 @@ def check_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_stored(folder: Path, config: dict[str, Any], stored: Container[str] | None = None) -> None:
+def check_stored(folder: Path, found: list[Layout] | None = None) -> None:
     """Check the headers of the weight files: whole, and with every tensor that is read or edited.
 
-    stored: the names of its tensors, if they were read before.
+    found: the headers, if they were read before.
 
     Raises CheckpointError for a damaged file and for a tensor that is missing, such as in an incomplete download.
     """
-    if stored is None:
-        stored = located(folder)
-    missing = [name for name in fingerprinted(config) if name not in stored]
-    if missing:
-        raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {missing[0]}. Fetch the model again.")
-
-
-def fingerprinted(config: dict[str, Any]) -> list[str]:
-    """Return the names of the tensors that a fingerprint samples: the embedding and every last MLP projection."""
-    sites = (LLAMA.site(layer) for layer in range(config["num_hidden_layers"]))
-    return [f"{name}.weight" for name in (LLAMA.embedding, *sites)]
+    sampled(folder, found)
 
 
 def check_positions(
@@ -104,7 +95,7 @@ def check_files(
     """
     source = local_folder(resolve_model(name))
     config = check_config(source)
-    check_stored(source, config)
+    check_stored(source)
     check(source, config)
     tokenizer = load_tokenizer(str(source))
     lengths = [len(chat.ids(tokenizer, prompt)) for prompt in prompts]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.files.tensorfile import read_tensor, rows_of
 from kernel_surgery.models.architectures import DecoderLayer, Norm, decoder_layers, layout_of, next_norm, submodule
-from kernel_surgery.models.load import quiet_transformers, read_config
+from kernel_surgery.models.load import model_class, quiet_transformers, read_config
 from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
 
@@ -33,7 +33,7 @@ class Layerwise:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", exact: bool = False):
         quiet_transformers()
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
         read_config(self.folder)
@@ -42,7 +42,7 @@ class Layerwise:
             # Always sdpa: without a mask, it is the only attention that is causal by itself.
             options = {"dtype": dtype, "trust_remote_code": False, "attn_implementation": "sdpa"}
             with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(self.config, **options).eval()
+                self.model = model_class(self.config).from_config(self.config, **options).eval()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             raise UserError(f"cannot make a model of {str(folder)!r}: {str(error).splitlines()[0]}") from error
         decoder_layers(self.model)
@@ -96,9 +96,10 @@ class Layerwise:
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderLayer]:
         """Give decoder layer `index` and the norm after it their weights while the block runs."""
-        norm = next_norm(self.model, index)
+        norm, path = next_norm(self.model, index), self.layout.next_norm(index, self.layers)
+        assert path is not None  # as there is a norm
         with ExitStack() as stack:
-            stack.enter_context(self._filled(norm, self.layout.next_norm(index, self.layers)))
+            stack.enter_context(self._filled(norm, path))
             block = decoder_layers(self.model)[index]
             stack.enter_context(self._filled(block, self.layout.layer(index)))
             yield block
@@ -117,14 +118,14 @@ class Layerwise:
     @contextmanager
     def final_norm(self) -> Iterator[Norm]:
         """Give the norm before the output embedding its weights while the block runs."""
-        norm = cast(Norm, submodule(self.model, self.layout.norm))
-        with self._filled(norm, self.layout.norm):
+        norm = cast(Norm, submodule(self.model, f"{self.layout.body}.{self.layout.norm}"))
+        with self._filled(norm, f"{self.layout.body}.{self.layout.norm}"):
             yield norm
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed ids [sequences, tokens] as [sequences, tokens, d_model]. Only their rows are read from the file."""
         wanted, where = ids.unique(return_inverse=True)
-        table = torch.cat([self.rows(f"{self.layout.embedding}.weight", int(i), int(i) + 1) for i in wanted])
+        table = torch.cat([self.rows(self.layout.embedding_name(), int(i), int(i) + 1) for i in wanted])
         return table[where.to(self.device)]
 
     def positions(self, start: int, stop: int) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class Layerwise:
 
     def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows [<= BLOCK, d_model]) of the output embedding, one block in memory at a time."""
-        name = f"{self.layout.embedding if self.tied else self.layout.head}.weight"
+        name = self.layout.embedding_name() if self.tied else f"{self.layout.head}.weight"
         total = self.places[name][1].shape[0]
         for start in range(0, total, BLOCK):
             yield start, self.rows(name, start, min(start + BLOCK, total))

@@ -160,11 +160,13 @@ def load_model(
     source = str(local_folder(resolve_model(name)))
     dtype = parse_dtype("auto", device) if dtype is None else dtype
     quiet_transformers()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model, info = model_class(config).from_pretrained(
             source,
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -182,6 +184,16 @@ def load_model(
     if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
         model.config._commit_hash = folder.name
     return (model if device_map else model.to(device)).eval()
+
+
+def model_class(config: Any) -> Any:
+    """Return the auto class of transformers that makes the model of a configuration.
+
+    A language model inside one of several modalities is loaded with the others: its checkpoint holds them all.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if "text_config" in config.sub_configs else AutoModelForCausalLM
 
 
 def check_device_map(device_map: str | None) -> None:
@@ -261,10 +273,24 @@ def local_folder(source: str) -> Path:
     return Path(snapshot_download(source, revision=info.sha, allow_patterns=names))
 
 
+OLDER_FIELDS = {
+    **{"n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers"},
+    **{"n_layers": "num_hidden_layers", "n_positions": "max_position_embeddings"},
+}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json as a dict. Raises ModelError if it cannot be read or lacks a field that an edit needs."""
+    """Return config.json as a dict. Raises ModelError if it cannot be read or lacks a field that an edit needs.
+
+    The fields of the language model inside a model of several modalities are those of the model, and some older names
+    of fields are replaced by today's.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        kind = config["model_type"]
+        config |= config.get("text_config") or {}
+        config |= {new: config[old] for old, new in OLDER_FIELDS.items() if old in config and new not in config}
+        config["model_type"] = kind
         for name, kind in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):
             if not isinstance(config[name], kind):
                 raise TypeError(f"{name} is {config[name]!r}")

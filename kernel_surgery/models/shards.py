@@ -67,12 +67,13 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-def refuse_unknown_split(name: str, module: nn.Linear, plan: str | None) -> None:
+def refuse_unknown_split(name: str, module: nn.Module, weight: Tensor, plan: str | None) -> None:
     """Raise ModelError if a module is split over processes in another way than described above.
 
-    name: its path. plan: what transformers' plan for tensor parallelism says of it, if it says something.
+    name: its path. weight: its weight. plan: what transformers' plan for tensor parallelism says of it, if
+    it says something.
     """
-    weight, hooked = module.weight, bool(getattr(module, "_is_hooked", False))
+    hooked = bool(getattr(module, "_is_hooked", False))
     if not is_split(weight):
         if not hooked:
             return

@@ -1,19 +1,61 @@
-"""A checkpoint's tensors on disk, under the names that the loaded model gives them."""
+"""A checkpoint's tensors on disk: under the names that the loaded model gives them, and which of them the edit changes.
+
+Experts are edited one at a time, also where a file holds all of them as one tensor. So what is read at once is one
+expert's matrix, whatever their number.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.files.contents import weight_files
-from kernel_surgery.files.tensorfile import Entry, Layout, read_layout
-from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.files.tensorfile import Entry, Layout, mapped, read_layout, read_tensor, rows_of
+from kernel_surgery.models.architectures import layout_named
+from kernel_surgery.models.load import read_config
+from kernel_surgery.models.table import EXPERT_COUNTS, Form, Part
+from kernel_surgery.models.table import Layout as Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPart(Part):
+    """One matrix or bias that the edit changes, as a file holds it.
+
+    path: the file. tensor: the name of the tensor there, under which `layouts` lists it. entry: the place of the part,
+    which is the tensor's, or that of one expert in it.
+    """
+
+    path: Path
+    tensor: str
+    entry: Entry
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as [d_model, columns], or a bias as [d_model]. Its own inverse; a view."""
+        return tensor.T if self.form.transposed else tensor
+
+    def read(self) -> Tensor:
+        """Read it as [d_model, columns], or a bias as [d_model]."""
+        with self.path.open("rb") as file:
+            return self.oriented(read_tensor(file.fileno(), self.entry))
+
+    def mapped(self) -> Tensor:
+        """Return it as [d_model, columns], or a bias as [d_model], without reading it all (`files.tensorfile`)."""
+        return self.oriented(mapped(self.path, self.entry))
+
+
+def layout_in(folder: Path) -> Architecture:
+    """Return the layout of a checkpoint's architecture. Raises ModelError as `read_config` and `layout_named` do."""
+    return layout_named(read_config(folder)["model_type"])
 
 
 def layouts(folder: Path) -> list[Layout]:
     """Return the headers of a checkpoint's weight files, with the tensors under the model's names.
 
-    An inner model that was saved alone lacks "model." before its names; transformers adds it, and so do we.
+    A language model that was saved alone lacks the first part of its names, and in one of several modalities the files
+    may have another (`Layout.bodies`); transformers changes them, and so do we.
 
     Raises FileNotFoundError for a missing file, and CheckpointError for a damaged one, and for a tensor in two files.
     """
@@ -23,15 +65,23 @@ def layouts(folder: Path) -> list[Layout]:
             files = f"{place[twice[0]].name} and {layout.path.name}"
             raise CheckpointError(f"{str(folder)!r}: {twice[0]} is in two of its weight files, {files}.")
         place |= dict.fromkeys(layout.entries, layout.path)
-    inner, _, embedding = LLAMA.embedding.partition(".")
-    if f"{LLAMA.embedding}.weight" not in place and f"{embedding}.weight" in place:
-        found = [_prefixed(layout, f"{inner}.") for layout in found]
+    kind = layout_in(folder)
+    if kind.embedding_name() in place:
+        return found
+    for body in kind.bodies:
+        prefix = f"{body}." if body else ""
+        if f"{prefix}{kind.embedding}.weight" in place:
+            return [_renamed(layout, kind, prefix) for layout in found]
     return found
 
 
-def _prefixed(layout: Layout, prefix: str) -> Layout:
-    whole = {name: name if name.startswith(f"{LLAMA.head}.") else prefix + name for name in layout.entries}
-    entries = {whole[name]: dataclasses.replace(entry, name=whole[name]) for name, entry in layout.entries.items()}
+def _renamed(layout: Layout, kind: Architecture, prefix: str) -> Layout:
+    """Return a header with `prefix` of the body's tensors replaced by that of the model's names."""
+    entries = {}
+    for name, entry in layout.entries.items():
+        own = name.startswith(prefix) and not name.startswith(f"{kind.head}.")
+        new = f"{kind.body}.{name.removeprefix(prefix)}" if own else name
+        entries[new] = dataclasses.replace(entry, name=new)
     return dataclasses.replace(layout, entries=entries)
 
 
@@ -43,3 +93,71 @@ def located(folder: Path) -> dict[str, tuple[Path, Entry]]:
 def places(found: Iterable[Layout]) -> dict[str, tuple[Path, Entry]]:
     """Return the place of every tensor of some weight files: {name: (file, entry)}."""
     return {name: (layout.path, entry) for layout in found for name, entry in layout.entries.items()}
+
+
+def parts(kind: Architecture, found: Iterable[Layout], layers: Container[int]) -> list[StoredPart]:
+    """Return the matrices and biases that an edit of `layers` changes, in the order of layers and names.
+
+    kind: of the architecture. found: the headers of the weight files.
+    """
+    made = []
+    for layout in found:
+        for name, entry in layout.entries.items():
+            if place := kind.stored(name, layers):
+                layer, form, expert = place
+                for number, piece in _pieces(form, entry, expert):
+                    made.append(StoredPart(layer, kind.name_of(layer, form, number), form, layout.path, name, piece))
+    return sorted(made, key=lambda part: (part.layer, part.form.role, part.form.bias, len(part.name), part.name))
+
+
+def _pieces(form: Form, entry: Entry, expert: int | None) -> Iterable[tuple[int | None, Entry]]:
+    if not form.stacked:
+        return [(expert, entry)]
+    slices = ((number, rows_of(entry, number, number + 1)) for number in range(entry.shape[0]))
+    return [(number, dataclasses.replace(rows, shape=rows.shape[1:])) for number, rows in slices]
+
+
+def sampled(folder: Path, found: Iterable[Layout] | None = None) -> dict[str, Tensor]:
+    """Return the tensors that a fingerprint samples, mapped: the embedding, and matrices of every layer's MLP block.
+
+    folder: of the checkpoint. found: the headers of its weight files, if they were read before. Of routed experts the
+    first one's matrix is sampled.
+
+    Raises CheckpointError for a tensor that is missing, such as in an incomplete download.
+    """
+    kind, found = layout_in(folder), layouts(folder) if found is None else list(found)
+    name = kind.embedding_name()
+    place = places(found).get(name)
+    if place is None:
+        raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {name}. Fetch the model again.")
+    matrices = [part for part in whole_parts(folder, found) if not part.form.bias]
+    chosen = [part for part in matrices if part.form.role != "expert" or part.name.endswith("[0]")]
+    return {name: mapped(*place), **{part.name: part.mapped() for part in chosen}}
+
+
+def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None = None) -> list[StoredPart]:
+    """Return what `parts` does, of some layers or of all, once it is known that none is missing.
+
+    Raises CheckpointError for a layer without a matrix, and for experts that are fewer than config.json says.
+    """
+    config, kind = read_config(folder), layout_in(folder)
+    layers = range(config["num_hidden_layers"]) if layers is None else list(layers)
+    made, experts = parts(kind, found, layers), experts_in(config)
+    for layer in layers:
+        here = [part for part in made if part.layer == layer and not part.form.bias]
+        if not any(part.form.role in ("dense", "expert") for part in here):
+            form = kind.writes[0]
+            name = kind.name_of(layer, form, 0)
+            raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {name}. Fetch the model again.")
+        routed = [part.name for part in here if part.form.role == "expert"]
+        if routed and experts is not None and len(set(routed)) != experts:
+            raise CheckpointError(
+                f"{str(folder)!r} has {len(set(routed))} experts in layer {layer}, but config.json gives it {experts}. "
+                "Fetch the model again."
+            )
+    return made
+
+
+def experts_in(config: dict[str, Any]) -> int | None:
+    """Return the number of routed experts of a layer that config.json gives, or None if it gives none."""
+    return next((config[name] for name in EXPERT_COUNTS if isinstance(config.get(name), int)), None)

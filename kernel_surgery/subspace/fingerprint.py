@@ -25,8 +25,9 @@ def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
     They are values, not a hash, so that the same model in another dtype is recognised. Weights that are split over
     processes (`models.shards`) are gathered, one at a time, by all processes together.
     """
-    named = [(f"{layout_of(model).embedding}.weight", model.get_input_embeddings().weight)]
-    return sample_weights(named + [(f"{site.name}.weight", site.module.weight) for site in mlp_outputs(model).values()])
+    named = [(layout_of(model).embedding_name(), model.get_input_embeddings().weight)]
+    weights = (weight for site in mlp_outputs(model).values() for weight in site.weights if weight.matrix)
+    return sample_weights([*named, *(weight.sampled() for weight in weights)])
 
 
 def sample_places(elements: int) -> list[int]:

@@ -21,11 +21,12 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import BATCH_TOKENS, ERASING
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.files.tensorfile import mapped
-from kernel_surgery.models.architectures import LLAMA, DecoderLayer, submodule
-from kernel_surgery.models.before import check_positions, fingerprinted
+from kernel_surgery.models.architectures import DecoderLayer, submodule
+from kernel_surgery.models.before import check_positions
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.stored import sampled
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem
@@ -110,7 +111,7 @@ def batches_of(encoded: Sequence[Sequence[int]], tokens: int) -> list[list[int]]
 @contextmanager
 def _at_site(block: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Give the output of `down_proj` to `see` while the block runs. What it returns, if anything, replaces it."""
-    handle = cast(nn.Module, submodule(block, LLAMA.projection)).register_forward_hook(
+    handle = cast(nn.Module, submodule(block, LLAMA.site)).register_forward_hook(
         lambda module, inputs, output: see(output)
     )
     try:
@@ -276,10 +277,9 @@ def _record(
     keep_first: bool,
 ) -> dict[str, Any]:
     """Return what is known of the fit before it begins."""
-    names = fingerprinted({"num_hidden_layers": reader.layers})
     return {
         "n_layers": reader.layers,
-        "fingerprint": sample_weights((name, mapped(*reader.places[name])) for name in names),
+        "fingerprint": sample_weights(sampled(reader.folder).items()),
         "method": method,
         "languages": list(languages),
         "shrinkage": "oas" if shrinkage is None else shrinkage,

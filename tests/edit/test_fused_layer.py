@@ -10,10 +10,10 @@ import torch
 from kernel_surgery import baked, fused, hooked, ops
 from kernel_surgery.common.names import REACHES
 from kernel_surgery.edit.fused_layer import decoder_layers
-from kernel_surgery.models.architectures import ARCHITECTURES, next_norm
+from kernel_surgery.models.architectures import next_norm
 from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
-from tests.support.models import basis, pico
+from tests.support.models import PLAIN, basis, pico
 
 LAYERS = (1, 2, 3)  # 3 is the last: the norm after it is the model's own
 NORM = torch.ops.kernel_surgery.project_add_rmsnorm.default
@@ -48,7 +48,7 @@ def operators(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [1.0, 0.4, 2.0])
 def test_every_reach_gives_the_same_bits(kind, dtype, strength, bases):
@@ -63,7 +63,7 @@ def test_every_reach_gives_the_same_bits(kind, dtype, strength, bases):
     assert not torch.equal(seen["norm"], plain) and torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_at_strength_0_the_model_gives_its_own_bits(kind, bases):
     model = pico(kind, dtype=torch.bfloat16)
     plain = model(input_ids=ids(), output_hidden_states=True)
@@ -376,7 +376,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_on_a_gpu_every_reach_stays_within_rounding_of_the_operator_alone(kind, bases):
     model = pico(kind, dtype=torch.bfloat16).cuda()
     seen = {}

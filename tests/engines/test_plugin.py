@@ -15,7 +15,7 @@ from kernel_surgery.engines.per_request import ASKED, Strengths, check_request, 
 from kernel_surgery.engines.refusing import refuse_lora, refuse_shared_cache
 from kernel_surgery.engines.settings import KEY, PluginSettings, read_settings
 from kernel_surgery.engines.texts import parse_arguments
-from kernel_surgery.models.architectures import LLAMA
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model
 from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
@@ -100,7 +100,7 @@ def test_settings_that_cannot_be_used_are_refused_by_name(given, words):
 
 
 def built(edits, layer, **given):
-    return edited_class(Row, edits)(prefix=LLAMA.site(layer), **given)
+    return edited_class(Row, edits)(prefix=LLAMA.site_name(layer), **given)
 
 
 @pytest.mark.parametrize("pair", [True, False])
@@ -117,7 +117,7 @@ def test_an_asked_layer_returns_the_edited_output_and_any_other_its_own(edits, s
         assert worst_ratio((y[row : row + 1].double() - exact).abs(), bound) <= 1
     assert torch.equal(y[1], x[1])  # at strength 0 bit-identical
     assert not torch.allclose(y[0], x[0])
-    other = edited_class(Row, edits)(prefix=LLAMA.site(3), pair=pair)(h)
+    other = edited_class(Row, edits)(prefix=LLAMA.site_name(3), pair=pair)(h)
     assert torch.equal(other[0] if pair else other, x)
 
 
@@ -181,7 +181,7 @@ def test_the_fingerprint_is_that_of_the_weights_as_they_are_loaded():
     down = [model.model.layers[layer].mlp.down_proj for layer in subspace.layers]
     modules = []
     for layer, linear in zip(subspace.layers, down, strict=True):
-        module = edited_class(Row, edits)(prefix=LLAMA.site(layer))
+        module = edited_class(Row, edits)(prefix=LLAMA.site_name(layer))
         module.weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
         module.weight_loader(module.weight, linear.weight.data)
         modules.append(module)

@@ -8,12 +8,11 @@ import torch
 
 from kernel_surgery import baked, fused, hooked
 from kernel_surgery.common.names import REACHES
-from kernel_surgery.models.architectures import ARCHITECTURES
 from kernel_surgery.models.body import body_up_to
 from kernel_surgery.models.padding import padded, token_batches
 from kernel_surgery.subspace.collecting import pool_states, prompt_states
 from tests.subspace.test_collecting import PROMPTS, Characters
-from tests.support.models import basis, pico
+from tests.support.models import PLAIN, basis, pico
 
 BUDGET = 64  # of the prompts' 4 lengths, this makes two batches, the second with padding
 
@@ -52,7 +51,7 @@ def assert_equal(model, layers, site, pool, side):
         assert torch.equal(got[layer], want[layer]), f"layer {layer}"
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("site", ["mlp_out", "resid_post"])
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -4,6 +4,7 @@ import torch
 
 from kernel_surgery.numerics.projection import Projection
 
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # layers that the fused operators know whole
 _COMMON = {
     "vocab_size": 64,
     "hidden_size": 48,
