@@ -52,7 +52,7 @@ def test_a_certificate_passes_in_every_dtype(tmp_path, dtype, strength, shards):
         print(shown(certificate))
         assert certificate["faults"] == []
         assert [(r["layer"], r["tensor"]) for r in certificate["tensors"]] == [
-            (i, DOWN.format(i, part)) for i in LAYERS for part in ("bias", "weight")
+            (i, DOWN.format(i, part)) for i in LAYERS for part in ("weight", "bias")
         ]
 
 

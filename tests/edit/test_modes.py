@@ -377,10 +377,10 @@ def test_a_subspace_of_another_model_is_refused_before_anything_changes(mode, ba
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_unknown_architecture_is_refused_by_name(mode, bases):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=1, n_embd=48, vocab_size=16, n_positions=8))
-    with pytest.raises(ValueError, match="'gpt2'"), MODES[mode](model, bases):
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=4, num_attention_heads=1, hidden_size=48, vocab_size=16))
+    with pytest.raises(ValueError, match="'opt'"), MODES[mode](model, bases):
         pytest.fail("the block was entered")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kernel_surgery.checkpoint.baking import _read_undo
+from kernel_surgery.checkpoint.baking import UNDO, _read_undo
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.files.tensorfile import mapped, read_layout
 from tests.support.models import basis
@@ -65,11 +65,13 @@ def test_a_good_header_is_read(tmp_path):
 def test_an_undo_file_that_does_not_fit_its_checkpoint_is_refused(change, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     save_file({name: torch.zeros(8, 6)}, tmp_path / "model.safetensors")
-    layouts = [read_layout(tmp_path / "model.safetensors")]
-    undo = {"basis.1": basis(8, 2), f"inside.{name}": torch.zeros(2, 6)}
-    save_file(undo, tmp_path / "undo.safetensors")
-    bases, insides = _read_undo(tmp_path / "undo.safetensors", layouts)
-    assert set(bases) == {1} and set(insides) == {name}
-    save_file(undo | change, tmp_path / "undo.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 4}')
+    layouts, undo = [read_layout(tmp_path / "model.safetensors")], tmp_path / UNDO
+    undo.parent.mkdir()
+    kept = {"basis.1": basis(8, 2), f"inside.{name}": torch.zeros(2, 6)}
+    save_file(kept, undo)
+    bases, edited, insides = _read_undo(tmp_path, layouts)
+    assert set(bases) == {1} and [part.name for part in edited] == [name] and set(insides) == {f"inside.{name}"}
+    save_file(kept | change, undo)
     with pytest.raises(CheckpointError, match=r"undo\.safetensors' does not fit its checkpoint: .* cannot be undone"):
-        _read_undo(tmp_path / "undo.safetensors", layouts)
+        _read_undo(tmp_path, layouts)

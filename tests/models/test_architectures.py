@@ -1,67 +1,103 @@
 """Where the edit goes: every known architecture, every requested layer, and clear refusals of everything else."""
 
+import re
+
 import pytest
 import torch
 
+from kernel_surgery.edit.plan import on_states
 from kernel_surgery.models.architectures import (
-    ARCHITECTURES,
     decoder_layers,
     default_layers,
+    layout_named,
     mlp_outputs,
     parse_layers,
     residual_outputs,
+    submodule,
 )
+from kernel_surgery.models.table import ARCHITECTURES, REFUSED
 from tests.support.models import pico
+from tests.support.picos import EXPERTS, LAYERS, D, pico_of
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_known_architecture_has_a_site_a_layer(kind):
-    model = pico(kind)
-    sites = mlp_outputs(model)
-    assert list(sites) == [0, 1, 2, 3]
-    modules = dict(model.named_modules())
+    model, layout = pico_of(kind), ARCHITECTURES[kind]
+    sites, modules, blocks = mlp_outputs(model), dict(model.named_modules()), decoder_layers(model)
+    assert list(sites) == list(range(LAYERS)) and len(blocks) == LAYERS
     for layer, site in sites.items():
-        assert site.layer == layer and modules[site.name] is site.module is model.model.layers[layer].mlp.down_proj
-    assert [modules[site.name] for site in residual_outputs(model, [1, 3]).values()] == [
-        model.model.layers[i] for i in (1, 3)
-    ]
-    assert len(decoder_layers(model)) == 4
+        assert site.layer == layer and modules[site.name] is site.module is submodule(blocks[layer], layout.site)
+        assert site.d_model == D and all(part.shape[0] == D for w in site.weights for _, part in w.parts())
+        matrices = [name for w in site.weights if w.matrix for name, _ in w.parts()]
+        assert len(matrices) == len(set(matrices)) and (len(matrices) == 1 or len(matrices) in (EXPERTS, EXPERTS + 1))
+    assert [modules[site.name] for site in residual_outputs(model, [1, 3]).values()] == [blocks[i] for i in (1, 3)]
 
 
-def test_the_site_is_added_to_the_residual_stream_as_it_is():
-    """What makes an edit of down_proj an edit of what the layer writes; a norm after the MLP would break it."""
-    for kind in ARCHITECTURES:
-        model, seen = pico(kind), {}
-        layer = model.model.layers[2]
-        layer.mlp.register_forward_hook(lambda m, args, out, seen=seen: seen.update(mlp=out))
-        layer.register_forward_hook(lambda m, args, out, seen=seen: seen.update(out=out))
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(before=args[0]))
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[1, 2, 3]]))
-        out = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
-        torch.testing.assert_close(out, seen["before"] + seen["mlp"], rtol=0, atol=0)
+def states(output):
+    """A copy: a Falcon layer adds to the MLP block's output in place."""
+    return (output[0] if isinstance(output, tuple) else output).clone()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_nothing_else_writes_into_the_output(kind):
+    """With every tensor of the site at zero, the MLP block's output is zero: none was forgotten."""
+    model, seen = pico_of(kind), {}
+    for site in mlp_outputs(model).values():
+        for weight in site.weights:
+            weight.tensor.data.zero_()
+        site.module.register_forward_hook(lambda m, args, out, layer=site.layer: seen.update({layer: states(out)}))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    assert len(seen) == LAYERS and not any(out.any() for out in seen.values())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_follows_is_what_the_table_says(kind):
+    """The layer's output is x + f(y), where f is the identity, a multiple, or a norm, and x does not depend on y."""
+    model, layout = pico_of(kind), ARCHITECTURES[kind]
+    config, site = model.config.get_text_config(), mlp_outputs(model, [2])[2]
+    block, seen, change = decoder_layers(model)[2], [], torch.zeros(D)
+    hook = on_states(lambda module, inputs, output: output + change)
+    site.module.register_forward_hook(hook)
+    block.register_forward_hook(lambda m, args, out: seen.append(states(out)))
+    changes = [torch.zeros(D), 100 * torch.randn(D, generator=torch.Generator().manual_seed(1))]
+    with torch.no_grad():
+        for change in (*changes, 2 * changes[1]):  # noqa: B007 - the hook reads it
+            model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    once, twice = seen[1] - seen[0], seen[2] - seen[0]
+    scale = getattr(config, layout.scaled) if layout.scaled else 1.0
+    if layout.follows == "norm":
+        assert layout.after is not None and submodule(block, layout.after) is not None
+        assert (twice - 2 * once).norm() > 0.1 * twice.norm()  # not linear
+    else:
+        # Sums of a few float32 numbers of the size of the residual stream.
+        room = 8 * torch.finfo(torch.float32).eps * (seen[0].abs() + 2 * changes[1].abs())
+        assert ((once - scale * changes[1]).abs() <= room).all() and ((twice - 2 * once).abs() <= 2 * room).all()
 
 
 def test_an_unknown_architecture_is_refused_by_name():
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8))
-    with pytest.raises(ValueError, match=r"'gpt2' model: known .*qwen2.*\nTo support it, add its layout"):
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8, vocab_size=16))
+    with pytest.raises(ValueError, match=r"'opt' model: known .*qwen2.*\nTo support it, add a row"):
         mlp_outputs(model)
     with pytest.raises(ValueError, match="'Linear' model"):
         decoder_layers(torch.nn.Linear(2, 2))
+    for kind, why in REFUSED.items():
+        with pytest.raises(ValueError, match=f"'{kind}' models are not supported: {re.escape(why)}"):
+            layout_named(kind)
 
 
 def test_missing_and_quantised_weights_are_refused():
     model = pico("qwen2")
     model.model.layers[1].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj is a Identity.*\n.*without quantisation"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj is a Identity, without a weight that writes into its output"):
         mlp_outputs(model)
     assert list(mlp_outputs(model, [0, 2])) == [0, 2]
     model = pico("qwen2")
     down = model.model.layers[0].mlp.down_proj
     down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="not a floating-point"):
+    with pytest.raises(ValueError, match="is torch.int8, not floating-point"):
         mlp_outputs(model)
     del model.model.layers[3].mlp
     with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj does not exist"):
