@@ -55,6 +55,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
     from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
+    from kernel_surgery.models.stored import layout_in
     from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
@@ -71,8 +72,8 @@ def run(argv: list[str] | None = None) -> int:
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)
     show(bake_checkpoint(folder, subspace, args.out, **options))
-    if subspace.note:
-        print(subspace.note)
+    if note := subspace.note_on(layout_in(folder)):
+        print(note)
     print(f"{args.out}: {len(subspace.layers)} layers edited, rank {subspace.rank}, strength {args.strength:g}")
     return 0
 

@@ -13,6 +13,8 @@ Padding is never read, on either side.
 Finished batches are kept in the folder FILE.partial until FILE is complete. If the command is killed, the same command
 goes on from there and writes the same bytes.
 
+`--list-models` prints the model types that are known and what is edited in each.
+
 Several processes share the batches: torchrun --nproc-per-node N -m kernel_surgery.collect ..., or accelerate launch.
 """
 
@@ -61,7 +63,18 @@ def parser() -> argparse.ArgumentParser:
     more = "begin again; by default, a run that was killed is continued"
     p.add_argument("--restart", action="store_true", help=more)
     add_overwrite(p)
+    p.add_argument("--list-models", action=_ListModels, nargs=0, help="print the model types that are known, and stop")
     return p
+
+
+class _ListModels(argparse.Action):
+    """Print the table of architectures and exit, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        from kernel_surgery.models.listing import lines
+
+        print("\n".join(lines()))
+        parser.exit()
 
 
 @untouched("No file was written.")

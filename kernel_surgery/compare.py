@@ -63,7 +63,8 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.evaluation.run import subspace_of
     from kernel_surgery.evaluation.sidebyside import shown
     from kernel_surgery.models.chat import choose_chat
-    from kernel_surgery.models.load import parse_device, parse_dtype, public_name, resolve_model
+    from kernel_surgery.models.load import local_folder, parse_device, parse_dtype, public_name, resolve_model
+    from kernel_surgery.models.stored import layout_in
     from kernel_surgery.models.threads import choose_threads
 
     given = {name: value for name, value in vars(args).items() if name not in ("prompt", "file", "damage")}
@@ -83,7 +84,8 @@ def run(argv: list[str] | None = None) -> int:
     print(first)
     by = " in vLLM" if engine else ""
     print(f"{public_name(args.model)}, {path.name}: {args.mode}, strength {args.strength:g}, greedy decoding{by}")
-    for note in (*([subspace.note] if subspace.note else []), *chat_notes(subspace, options, chat)):
+    own = subspace.note_on(layout_in(local_folder(resolve_model(args.model))))
+    for note in (*([own] if own else []), *chat_notes(subspace, options, chat)):
         print(note)
     colour = sys.stdout.isatty()
     width = shutil.get_terminal_size((WIDTH, 24)).columns if colour else WIDTH

@@ -53,6 +53,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.checkpoint.adapter import write_adapter
     from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
+    from kernel_surgery.models.stored import layout_in
     from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
@@ -64,8 +65,8 @@ def run(argv: list[str] | None = None) -> int:
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "lora", args.strength, **how)
     rank = write_adapter(folder, subspace, args.out, **options)
-    if subspace.note:
-        print(subspace.note)
+    if note := subspace.note_on(layout_in(folder)):
+        print(note)
     print(
         f"{args.out}: {len(subspace.layers)} layers, rank {subspace.rank} padded to {rank}, strength "
         f"{args.strength:g}"

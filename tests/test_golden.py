@@ -337,7 +337,7 @@ def inputs(tmp: Path) -> None:
     (tmp / "text.npz").write_text("nothing")
     # Models.
     down = "model.layers.1.mlp.down_proj.weight"
-    changed_model(tmp / "gpt", model_type="gpt2")
+    changed_model(tmp / "opt", model_type="opt")
     changed_model(tmp / "sizeless", hidden_size=None)
     changed_model(tmp / "holes", lambda held: held[down].__setitem__((3, 3), math.nan))
     changed_model(tmp / "whole", lambda held: held.update({down: held[down].to(torch.int8)}))
@@ -518,7 +518,7 @@ CASES = {
     "bake: a folder that exists": f"bake {_MODEL} {_SUBSPACE} --out {{tmp}}/folder",
     "bake: baked before": f"bake --model {{tmp}}/before/baked {_SUBSPACE} {_OUT}",
     "bake: a subspace that is not there": f"bake {_MODEL} --subspace {{tmp}}/none.safetensors {_OUT}",
-    "bake: another architecture": f"bake --model {{tmp}}/gpt {_SUBSPACE} {_OUT}",
+    "bake: another architecture": f"bake --model {{tmp}}/opt {_SUBSPACE} {_OUT}",
     "bake: a configuration without a size": f"bake --model {{tmp}}/sizeless {_SUBSPACE} {_OUT}",
     "bake: a configuration that is none": f"bake --model {{tmp}}/configless {_SUBSPACE} {_OUT}",
     "bake: NaN": f"bake --model {{tmp}}/holes {_SUBSPACE} {_OUT}",

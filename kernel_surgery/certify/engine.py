@@ -37,7 +37,7 @@ from kernel_surgery.engines.variants import ENGINE_MODES, Variant, variants
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_tokenizer, parse_device, public_name
-from kernel_surgery.models.stored import layouts
+from kernel_surgery.models.stored import layout_in, layouts
 from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.numerics.projection import Projection
@@ -290,7 +290,7 @@ def verify_engine(
     }
     certificate["faults"] = [*certificate["faults"], *run.faults]
     certificate |= {"kind": "certificate", "model_id": model_id, "strength": number, "rank": subspace.rank}
-    certificate |= {"note": subspace.note, "across_engines": across}
+    certificate |= {"note": subspace.note_on(layout_in(source)), "across_engines": across}
     return certificate | {"environment": environment_record(where)}
 
 

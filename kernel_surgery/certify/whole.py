@@ -12,7 +12,7 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES
 from kernel_surgery.files.tensorfile import EDITABLE
 from kernel_surgery.models.load import parse_device, public_name
-from kernel_surgery.models.stored import layouts, whole_parts
+from kernel_surgery.models.stored import layout_in, layouts, whole_parts
 from kernel_surgery.numerics.precision import STORED, name_of
 from kernel_surgery.subspace.artifact import Subspace
 
@@ -88,6 +88,7 @@ def verify_model(
         seed=seed,
         whole=whole,
     )
-    certificate |= {"model_id": model_id, "strength": strength, "rank": subspace.rank, "note": subspace.note}
+    certificate |= {"model_id": model_id, "strength": strength, "rank": subspace.rank}
+    certificate["note"] = subspace.note_on(layout_in(source))
     certificate["faults"] = certificate["faults"] + model.pop("faults")
     return certificate | {"model": model, "environment": environment_record(torch_device)}

@@ -14,7 +14,7 @@ from kernel_surgery.checkpoint.record import (
     write_edits,
     write_provenance,
 )
-from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts
+from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts, refuse_after_norm
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress
@@ -66,6 +66,7 @@ def write_adapter(
     refuse_offset(next(iter(edits.values())))
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
+    refuse_after_norm(subspace, ["lora"])
     kind, tensors = layout_in(source), {}
     found = editable(source, layouts, subspace.bases)
     check_parts(kind, found, edits, ["lora"])

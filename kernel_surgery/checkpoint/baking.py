@@ -28,7 +28,7 @@ from kernel_surgery.checkpoint.record import (
     write_edits,
     write_provenance,
 )
-from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts
+from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts, refuse_after_norm
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress_bar
@@ -261,6 +261,7 @@ def bake_checkpoint(
     check_output(destination)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
+    refuse_after_norm(subspace, ["baked"])
     edited = editable(source, layouts, subspace.bases)
     check_parts(layout_in(source), edited, subspace.projections, ["baked"])
     check_output(destination, size=sum(layout.size for layout in layouts))

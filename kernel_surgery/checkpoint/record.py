@@ -20,6 +20,7 @@ from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
 from kernel_surgery.models.load import hub_id, public_name
+from kernel_surgery.models.stored import layout_in
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace, check_projections
 
@@ -98,7 +99,8 @@ def edit_record(
         **({"schedule": {str(i): a for i, a in subspace.strengths.items()}} if subspace.strengths else {}),
         **{"layers": list(subspace.layers), "rank": subspace.rank, "form": subspace.form},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
-        **{"site": subspace.site, "revision": revision, "note": subspace.note, "fit": subspace.fit},
+        **{"site": subspace.site, "revision": revision, "note": subspace.note_on(layout_in(source))},
+        **{"fit": subspace.fit},
         **({} if damage is None else {"damage": damage}),
         "command": command,
     }

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import read_provenance
-from kernel_surgery.common.errors import CheckpointError
-from kernel_surgery.common.names import DTYPES
-from kernel_surgery.edit.baked import refuse_offset_without_bias
+from kernel_surgery.common.errors import CheckpointError, KernelSurgeryError, ModelError
+from kernel_surgery.common.names import DTYPES, WRITE
+from kernel_surgery.edit.baked import AFTER_A_NORM, refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.tensorfile import Layout
@@ -36,6 +36,11 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     subspace does not belong to the checkpoint.
     """
     config = check_config(folder)
+    if subspace.site == WRITE and layout_in(folder).after is None:
+        raise ModelError(
+            f"a {config['model_type']!r} model has no norm after the MLP block: a subspace of site {WRITE} does not "
+            "fit it."
+        )
     weights = sampled(folder, layouts)
     shape = config["hidden_size"], config["num_hidden_layers"]
     subspace.check(*shape, lambda: sample_weights(weights.items()), str(folder), force=force)
@@ -60,7 +65,8 @@ def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force:
         )
     found = stored_layouts(folder)
     check_source(folder, found, subspace, force=force)
-    edits = subspace.projections
+    edits, modes = subspace.projections, list(modes)
+    refuse_after_norm(subspace, modes)
     if "fused" in modes:
         check_rank(next(iter(edits.values())).basis)
     check_parts(layout_in(folder), whole_parts(folder, found, edits), edits, modes)
@@ -82,6 +88,12 @@ def check_parts(
             refuse_offset(edit)
             for part in own:
                 refuse_bias(part.name.removesuffix(".bias"), part.mapped())
+
+
+def refuse_after_norm(subspace: Subspace, modes: Iterable[str]) -> None:
+    """Raise KernelSurgeryError for a mode that changes weights, if the edit is at the output of a norm."""
+    if subspace.site == WRITE and (wrong := [mode for mode in modes if mode in ("baked", "lora")]):
+        raise KernelSurgeryError(f"mode {wrong[0]} cannot make this edit: {AFTER_A_NORM}")
 
 
 def original_layouts(source: Path) -> list[Layout]:

@@ -4,7 +4,8 @@ VERSION = "0.1.0"
 LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")
 SPLITS = ("fit", "dev", "test")
 DTYPES = ("float32", "bfloat16", "float16")
-SITES = ("mlp_out", "resid_post")
+SITES = ("mlp_out", "resid_post", "mlp_write")
+WRITE = "mlp_write"  # the site after the norm that follows the MLP block's output in some models
 POOLS = ("last", "mean")
 TOKENS = "tokens"  # collect's third pooling: no vectors, but moments over all tokens
 # Of one forward pass of collect, padding included. On a CPU, 2048 are slower: they leave the cache (`bench.collect`).

@@ -21,6 +21,10 @@ from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.written import Written
 
 ROWS_AT_ONCE = 256
+AFTER_A_NORM = (
+    "the edit is at site mlp_write, after a norm, and no weight makes what a norm gives. Use --mode hook or fused, or "
+    "fit at site mlp_out."
+)
 
 
 def remove(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -102,6 +106,7 @@ def baked(
     At its end, raises KernelSurgeryError if a block inside it is still open.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
+    refuse_without_weights(plan, "baked")
     written = subspace.tensors if isinstance(subspace, Written) else {}
     owners: dict[int, str] = {}
     for layer, site in plan.sites.items():
@@ -140,6 +145,12 @@ def _edit(name: str, now: Tensor, weight: Weight, plan: Plan, layer: int, writte
             f"number of {now.dtype}. The model is unchanged. Choose a strength nearer to 1."
         )
     now.copy_(edited)
+
+
+def refuse_without_weights(plan: Plan, mode: str) -> None:
+    """Raise KernelSurgeryError for an edit of the output of a norm, which no weight makes."""
+    if bare := [site.name for site in plan.sites.values() if not site.weights]:
+        raise KernelSurgeryError(f"mode {mode} cannot edit {bare[0]}: {AFTER_A_NORM} The model is unchanged.")
 
 
 def _norm(site: MlpSite) -> float:

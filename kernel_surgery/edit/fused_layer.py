@@ -68,11 +68,11 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
     Looks at the model as it is now, and changes nothing.
     """
     kind, block = model_type(model), decoder_layers(model)[layer]
-    weight = mlp_outputs(model, [layer])[layer].first
     if asked == "output":
         return "output", None
     if not layout_of(model).plain:
         return "output", f"a {kind} layer does more with the output than to add it to its input"
+    weight = mlp_outputs(model, [layer])[layer].first
     if weight.dtype not in ops.UP_TO_FLOAT32:
         return "output", f"{weight.dtype} has no fused addition"
     if not _own_class(block, kind, "DecoderLayer"):

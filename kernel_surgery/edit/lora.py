@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.edit.baked import refuse_without_weights
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, new_edit, output_hooks, plan_edit
 from kernel_surgery.models.architectures import MlpSite, Weight
 from kernel_surgery.models.shards import is_split, local, part_of, total
@@ -119,6 +120,7 @@ def adapted(
     come before anything is changed.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
+    refuse_without_weights(plan, "lora")
     written = subspace.tensors if isinstance(subspace, Written) else {}
     pairs, sums, inside = {}, {}, {}
     for layer, site in plan.sites.items():

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
-from kernel_surgery.common.names import LARGEST_STRENGTH
+from kernel_surgery.common.names import LARGEST_STRENGTH, WRITE
 from kernel_surgery.edit.marks import marked, refuse_copy
-from kernel_surgery.models.architectures import MlpSite, mlp_outputs
+from kernel_surgery.models.architectures import MlpSite, layout_of, mlp_outputs
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.artifact import Subspace, check_projections
 
@@ -138,12 +138,13 @@ def plan_edit(
     inside a block is refused (`edit.marks`). Raises TypeError for arguments of the wrong type.
     """
     strength = check_strength(strength, per_sequence)
-    note, schedule = None, dict[int, float]()
+    note, schedule, where = layout_of(model).remark, dict[int, float](), "mlp_out"
     if isinstance(subspace, Subspace):
         subspace.check_model(model, force=force)
         schedule = dict(subspace.strengths)
         edits, origin = subspace.projections, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
-        note = subspace.note
+        note = subspace.note_on(layout_of(model))
+        where = WRITE if subspace.site == WRITE else where
     elif isinstance(subspace, Mapping):
         edits, origin = check_projections(subspace), "a plain mapping"
     else:
@@ -153,8 +154,9 @@ def plan_edit(
         raise KernelSurgeryError(
             f"layers {missing} are not in the subspace, which holds {list(edits)}. The model is unchanged."
         )
-    sites = mlp_outputs(model, layer_list)
-    if offloaded := [site.name for site in sites.values() if any(weight.tensor.is_meta for weight in site.weights)]:
+    sites = mlp_outputs(model, layer_list, where)
+    tensors = {site.name: (site.first, *(weight.tensor for weight in site.weights)) for site in sites.values()}
+    if offloaded := [name for name, held in tensors.items() if any(tensor.is_meta for tensor in held)]:
         raise ModelError(
             f"cannot edit {offloaded[0]}: its weight is not in memory ({len(offloaded)} of {len(sites)} layers are "
             "offloaded to the CPU or the disk). The model is unchanged. Load the model without offloading, or bake the "

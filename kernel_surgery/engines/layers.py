@@ -297,9 +297,10 @@ def _say(edits: Edits, fingerprint: str) -> None:
     from vllm.logger import init_logger
 
     layers, subspace = sorted(edits.edited), edits.subspace
+    note = subspace.note_on(edits.layout)
     where = f"layers {layers[0]} to {layers[-1]}" if layers else "none of the layers of this part of the model"
     init_logger("vllm.kernel_surgery").info(
         "Kernel Surgery edits the MLP output of %s (%d of %d asked here), rank %d, strength %g, by %s; %s%s",
         *(where, len(layers), len(edits.layers), subspace.rank, edits.settings.strength),
-        *(ops.provider(edits.strengths.device), fingerprint, f"; {subspace.note}" if subspace.note else ""),
+        *(ops.provider(edits.strengths.device), fingerprint, f"; {note}" if note else ""),
     )

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from kernel_surgery.common.errors import KernelSurgeryError, ModelError
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.engines.settings import PluginSettings, read_settings
 from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.ops.library import check_rank
@@ -31,6 +32,11 @@ def refuse_config(config: Any) -> tuple[PluginSettings, Subspace]:
     kind = getattr(text, "model_type", None)
     layout_named(str(kind))
     subspace = settings.load()
+    if subspace.site == WRITE:
+        raise KernelSurgeryError(
+            f"the kernel_surgery plugin edits the MLP block's output, not what a norm makes of it (site {WRITE}). "
+            f"{_UNCHANGED} Fit at site mlp_out."
+        )
     subspace.check_shape(text.hidden_size, text.num_hidden_layers, str(config.model_config.model))
     check_rank(next(iter(subspace.bases.values())))
     return settings, subspace

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernel_surgery.common.names import LANGUAGES, SITES
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.damage.measure import measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
@@ -121,7 +121,7 @@ def last_states(
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     return {
         site: prompt_states(model, tokenizer, prompts, layers, site=site, desc=f"probe {site}", chat=chat)
-        for site in SITES
+        for site in ("mlp_out", "resid_post")
     }
 
 

@@ -31,6 +31,7 @@ from kernel_surgery.evaluation.generate import stored_end_tokens
 from kernel_surgery.evaluation.judging import Generation, text_of
 from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.evaluation.samples import digest, read_cells
+from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.models.before import check_files
 from kernel_surgery.models.chat import Chat
 from kernel_surgery.models.load import public_name
@@ -146,7 +147,8 @@ class Served:
         record = {
             **{"provider": self.name, "layers": list(subspace.layers), "strength": strength},
             **{"schedule": {str(layer): factor for layer, factor in subspace.strengths.items()}},
-            **{"note": subspace.note, "norms": {}, "reach": {}, "fallbacks": {}},
+            **{"note": subspace.note_on(layout_named(self.config["model_type"]))},
+            **{"norms": {}, "reach": {}, "fallbacks": {}},
         }
         return {mode: dict(record) for mode in self.modes if mode != "original"}
 

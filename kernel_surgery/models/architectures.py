@@ -12,6 +12,7 @@ from typing import Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.models.shards import local, refuse_unknown_split
 from kernel_surgery.models.table import ARCHITECTURES, REFUSED, Form, Layout
 
@@ -77,24 +78,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class MlpSite(Site[nn.Module]):
-    """The output of one MLP block. weights: what writes into it, the matrices first."""
+    """The output of one MLP block, or of the norm after it.
+
+    weights: what writes into it, the matrices first; none of a norm's output. first: a tensor with the dtype and the
+    device of what is there. d_model: the numbers of one token's output.
+    """
 
     weights: tuple[Weight, ...]
-
-    @property
-    def first(self) -> Tensor:
-        """A matrix that writes into the output. The others have its dtype, and are on its device."""
-        return self.weights[0].tensor
-
-    @property
-    def d_model(self) -> int:
-        """The number of rows of what writes into the output."""
-        return self.weights[0].parts()[0][1].shape[0]
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the site's own module is a linear one, which alone writes its output."""
-        return self.weights[0].owner is self.module
+    first: Tensor
+    d_model: int
 
     @property
     def constant(self) -> bool:
@@ -118,8 +110,9 @@ def layout_named(kind: str) -> Layout:
         raise ModelError(f"{kind!r} models are not supported: {REFUSED[kind]}. Nothing was changed.")
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"cannot find the MLP outputs of a {kind!r} model: known architectures are {', '.join(ARCHITECTURES)}.\n"
-            "To support it, add a row to kernel_surgery/models/table.py (docs/models.md says how)."
+            f"cannot find the MLP outputs of a {kind!r} model: it is none of the {len(ARCHITECTURES)} known model "
+            "types.\npython -m kernel_surgery.collect --list-models prints them. To add one, write a row in "
+            "kernel_surgery/models/table.py (docs/models.md says how)."
         )
     return ARCHITECTURES[kind]
 
@@ -168,22 +161,30 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[int, MlpSite]:
+def mlp_outputs(
+    model: nn.Module, layers: Iterable[int] | None = None, site: str = "mlp_out"
+) -> dict[int, MlpSite]:
     """Return {layer: site} of the MLP blocks' outputs in the given layers (default: all).
 
-    Raises ModelError for an unknown architecture, layers out of range, and weights that are missing, not floating-point
-    (quantised ones have no rows to project), or split over processes in an unknown way (`models.shards`).
+    site: "mlp_out", or "mlp_write" for what the norm after the block gives. No weight makes that, so those have none.
+
+    Raises ModelError for "mlp_write" in a model without such a norm, for an unknown architecture, layers out of range,
+    and weights that are missing, not floating-point (quantised ones have no rows to project), or split over processes
+    in an unknown way (`models.shards`).
     """
     blocks, layout = decoder_layers(model), layout_of(model)
+    chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
+    if site == WRITE:
+        return _written(model, blocks, layout, chosen)
     plan, sites = getattr(model, "tp_plan", None) or {}, {}
-    for layer in check_layers(range(len(blocks)) if layers is None else layers, len(blocks)):
+    for layer in chosen:
         name, module = layout.site_name(layer), submodule(blocks[layer], layout.site)
         if module is None:
             raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
-        site = MlpSite(layer, name, module, tuple(_weights(blocks[layer], layout, layer)))
-        if not any(weight.matrix for weight in site.weights):
+        weights = tuple(_weights(blocks[layer], layout, layer))
+        if not any(weight.matrix for weight in weights):
             raise ModelError(f"{name} is a {type(module).__name__}, without a weight that writes into its output.")
-        for weight in site.weights:
+        for weight in weights:
             if not weight.tensor.is_floating_point():
                 raise ModelError(
                     f"{weight.name} is {weight.tensor.dtype}, not floating-point.\n"
@@ -192,7 +193,27 @@ def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None) -> dict[i
             if weight.matrix:
                 module_name = weight.name.removesuffix(".weight")
                 refuse_unknown_split(module_name, weight.owner, weight.tensor, plan.get(layout.site_name("*")))
-        sites[layer] = site
+        matrix = weights[0].parts()[0][1]
+        sites[layer] = MlpSite(layer, name, module, weights, weights[0].tensor, matrix.shape[0])
+    return sites
+
+
+def _written(
+    model: nn.Module, blocks: Sequence[nn.Module], layout: Layout, layers: Iterable[int]
+) -> dict[int, MlpSite]:
+    """Return {layer: site} of the norms that follow the MLP blocks' outputs."""
+    if layout.after is None:
+        raise ModelError(
+            f"in a {model_type(model)!r} model no norm follows the MLP block's output: site {WRITE} is for models such "
+            f"as {', '.join(kind for kind, row in ARCHITECTURES.items() if row.after)}. Use site mlp_out."
+        )
+    sites = {}
+    for layer in layers:
+        name, module = f"{layout.layer(layer)}.{layout.after}", submodule(blocks[layer], layout.after)
+        if module is None:
+            raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
+        before = next(_weights(blocks[layer], layout, layer))
+        sites[layer] = MlpSite(layer, name, module, (), before.tensor, before.parts()[0][1].shape[0])
     return sites
 
 

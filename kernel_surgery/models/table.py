@@ -85,6 +85,16 @@ class Layout:
     plain: bool = False
 
     @property
+    def remark(self) -> str | None:
+        """What every output says of an edit of the MLP block's output in such a model, or None."""
+        if self.follows != "norm":
+            return None
+        return (
+            "a norm follows the edited output: what a layer adds to the residual stream is not linear in it, and may "
+            "hold the removed directions again (site mlp_write is after the norm)"
+        )
+
+    @property
     def body(self) -> str:
         """The path of the module that runs the layers: the causal LM without its output embedding."""
         return self.layers.rpartition(".")[0]
@@ -255,5 +265,6 @@ REFUSED = {
     "gemma3n": "its layers add several predictions of the residual stream, not the MLP block's output",
     "gemma4": "its layers add an embedding of each layer between the MLP block and the residual stream",
 }
+
 # Fields of config.json that give the number of routed experts.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

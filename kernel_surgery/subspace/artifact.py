@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
 from kernel_surgery.common.files import mistaken, replacing
-from kernel_surgery.common.names import LARGEST_STRENGTH
+from kernel_surgery.common.names import LARGEST_STRENGTH, WRITE
 from kernel_surgery.files.tensorfile import save_tensors
+from kernel_surgery.models.table import Layout
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.fingerprint import check_provenance, fingerprint, fingerprint_differences
 
@@ -120,7 +121,12 @@ class Subspace:
     @property
     def note(self) -> str | None:
         """A sentence for every output if the basis was fitted at another site than the edited one, else None."""
-        return None if self.site in (None, "mlp_out") else f"{self.site} basis applied at mlp_out"
+        return None if self.site in (None, "mlp_out", WRITE) else f"{self.site} basis applied at mlp_out"
+
+    def note_on(self, layout: Layout) -> str | None:
+        """A sentence for every output of the edit in a model with this layout, or None."""
+        notes = [self.note, None if self.site == WRITE else layout.remark]
+        return "; ".join(filter(None, notes)) or None
 
     def truncate(self, rank: int) -> "Subspace":
         """Return the subspace of the first `rank` columns of every matrix. Raises SubspaceError beyond its rank."""

@@ -23,7 +23,7 @@ def sites_at(model: "PreTrainedModel", layers: Sequence[int], site: str) -> Mapp
     """Return {layer: `Site`} of the modules whose output is read. Raises SubspaceError for an unknown site."""
     if site not in SITES:
         raise SubspaceError(f"unknown site {site!r}; known: {', '.join(SITES)}")
-    return mlp_outputs(model, layers) if site == "mlp_out" else residual_outputs(model, layers)
+    return residual_outputs(model, layers) if site == "resid_post" else mlp_outputs(model, layers, site)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
     print(capsys.readouterr().out)
     rows = json.loads((tmp_path / "c.json").read_text())["tensors"]
     assert [(r["layer"], r["tensor"]) for r in rows] == [
-        (i, DOWN.format(i, part)) for i in LAYERS for part in ("bias", "weight")
+        (i, DOWN.format(i, part)) for i in LAYERS for part in ("weight", "bias")
     ]
     assert all(0 < r["error_over_bound"] <= 1 for r in rows) and (tmp_path / "c.svg").exists()
     assert run(words[:2]) == 0  # hashes alone

@@ -15,8 +15,8 @@ from kernel_surgery.engines.per_request import ASKED, Strengths, check_request, 
 from kernel_surgery.engines.refusing import refuse_lora, refuse_shared_cache
 from kernel_surgery.engines.settings import KEY, PluginSettings, read_settings
 from kernel_surgery.engines.texts import parse_arguments
-from kernel_surgery.models.table import LLAMA
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model
+from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.bounds import rule_a_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.numerics.projection import Projection

@@ -79,7 +79,7 @@ def test_an_unknown_architecture_is_refused_by_name():
     from transformers import OPTConfig, OPTForCausalLM
 
     model = OPTForCausalLM(OPTConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8, vocab_size=16))
-    with pytest.raises(ValueError, match=r"'opt' model: known .*qwen2.*\nTo support it, add a row"):
+    with pytest.raises(ValueError, match=r"'opt' model: it is none of the \d+ known model types"):
         mlp_outputs(model)
     with pytest.raises(ValueError, match="'Linear' model"):
         decoder_layers(torch.nn.Linear(2, 2))
@@ -91,13 +91,13 @@ def test_an_unknown_architecture_is_refused_by_name():
 def test_missing_and_quantised_weights_are_refused():
     model = pico("qwen2")
     model.model.layers[1].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj is a Identity, without a weight that writes into its output"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj is a Identity, without a weight that writes"):
         mlp_outputs(model)
     assert list(mlp_outputs(model, [0, 2])) == [0, 2]
     model = pico("qwen2")
     down = model.model.layers[0].mlp.down_proj
     down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="is torch.int8, not floating-point"):
+    with pytest.raises(ValueError, match=r"is torch\.int8, not floating-point"):
         mlp_outputs(model)
     del model.model.layers[3].mlp
     with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj does not exist"):

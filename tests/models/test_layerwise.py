@@ -110,6 +110,6 @@ def test_files_that_do_not_fit_their_configuration_are_refused(tmp_path):
     with pytest.raises(UserError, match=rf"{name} in .* has shape \(95, 48\), but config.json gives it \(96, 48\)"):
         Layerwise(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma", "architectures": ["Gemma"]}))
-    with pytest.raises(ValueError, match="cannot find the MLP outputs of a 'gemma' model"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "opt", "architectures": ["OPT"]}))
+    with pytest.raises(ValueError, match="cannot find the MLP outputs of a 'opt' model"):
         Layerwise(tmp_path, torch.float32)
