@@ -32,7 +32,7 @@ BENCHES = {
     ),
     "engines": ("vLLM with the edit in every mode, beside the original", "10 min, needs vLLM", "engines*.json"),
     "busy": ("the evaluation alone and beside busy processes", "25 min", "busy.json"),
-    "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "2 min", "growth.json"),
+    "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "8 min", "growth.json"),
     "tune": ("the kernels with other launch options, one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
     "smoke": ("launches every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
