@@ -55,7 +55,7 @@ EXPECTED = {
     "layers": ((1, 1), "one edit per layer"),
     "problems": ((2, 3), "a Gram matrix of fewer rows than d_model, and its eigenvectors"),
     "languages": ((2, 3), "as above: there are problems x (languages - 1) rows"),
-    "moments": ((2, 2), "one float64 product of [d, tokens] and [tokens, d]"),
+    "moments": ((1, 2), "one float64 product of [d, tokens] and [tokens, d], and a pass over the tokens"),
     "oblique": ((2, 3), "the eigenvectors of a [d, d] matrix, and passes over it"),
     "checkpoint": ((1, 1), "every byte is read, hashed and written once; memory 0: one tensor at a time"),
 }
