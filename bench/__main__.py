@@ -34,6 +34,8 @@ BENCHES = {
     "busy": ("the evaluation alone and beside busy processes", "25 min", "busy.json"),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "8 min", "growth.json"),
     "tune": ("the kernels with other launch options, one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
+    "per_request": ("a strength for each request in vLLM", "needs CUDA and vLLM", "DATE-DEVICE/vllm.json"),
+    "dry": ("a benchmark that needs CUDA, up to its first use of it", "10 s", "-"),
     "smoke": ("launches every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
     "pages": ("the measured tables of README.md and docs/ and the plots, from stored figures", "20 s", "-"),
