@@ -33,6 +33,7 @@ BENCHES = {
     "engines": ("vLLM with the edit in every mode, beside the original", "10 min, needs vLLM", "engines*.json"),
     "busy": ("the evaluation alone and beside busy processes", "25 min", "busy.json"),
     "growth": ("time and memory as tokens, width, rank, layers, problems or files grow", "8 min", "growth.json"),
+    "cost": ("what collect, fit and eval cost for a model of any size", "3 s; --measure 2 min", "cost.json"),
     "tune": ("the kernels with other launch options, one by one", "4 min, needs CUDA", "DATE-DEVICE/tune.json"),
     "per_request": ("a strength for each request in vLLM", "needs CUDA and vLLM", "DATE-DEVICE/vllm.json"),
     "dry": ("a benchmark that needs CUDA, up to its first use of it", "10 s", "-"),
