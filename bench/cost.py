@@ -257,7 +257,7 @@ def table(measured: Rates) -> str:
         ["fit: memory", "all moments, and one fit", *gb("fit bytes")],
         ["eval: operations", "2 P a token", *operations("eval operations")],
         ["eval: time of one H200, at least", "P read once a step", *time_of("eval least")],
-        ["eval: time of one H200, at most", "its rate in a step", *time_of("eval on the GPU")],
+        ["eval: time of one H200, at most", "rate in a step, or all weights", *time_of("eval on the GPU")],
     ]
     return tables.table(["", "from", *(m.name for m in TARGETS)], body)
 
@@ -290,7 +290,8 @@ def page() -> str:
         f"({exponent - half:.2f} to {exponent + half:.2f}, 95%). It adds {of_d2:.0f} d^2 bytes at the peak (slope "
         f"{measured.peak.exponent[0]:.2f}). Moments: slope {measured.moments.exponent[0]:.2f}. {tables.where(grown)}"
         f"\nEverything else in the table is extrapolated: every width above {measured.fit.sizes[-1]}, and every time "
-        f"of a model at a rate of Qwen2.5-3B.\n\nThe same formulas beside runs:\n\n{compared(measured)}"
+        "of a model at a rate of Qwen2.5-3B.\n\nThe same formulas beside runs, in seconds of a core (eval: in time "
+        f"that passes, with its damage):\n\n{compared(measured)}"
     )
 
 
