@@ -13,7 +13,8 @@ help:
 	@echo "make engines  vLLM and lm-evaluation-harness: builds .venv-engines (3.5 GB) and runs their tests there"
 	@echo "make check  ruff, mypy, the import order and the packaging: a minute"
 	@echo "make fix    apply ruff's automatic fixes"
-	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them"
+	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them;"
+	@echo "            make gpu DRY=1 runs each part up to its first use of the GPU, on any machine"
 	@echo "make bench  the list of benchmarks; make bench NAME=opcount runs one"
 
 run:
@@ -46,7 +47,7 @@ fix:
 	$(PYTHON) -m ruff check --fix .
 
 gpu:
-	$(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
+	$(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(DRY),--dry)
 
 bench:
 	$(PYTHON) -m bench $(NAME)

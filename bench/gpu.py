@@ -1,4 +1,4 @@
-"""Run everything that needs a GPU in under nine minutes: make gpu, or python -m bench.gpu [--parts ...]
+"""Run everything that needs a GPU in under nine minutes: make gpu, or python -m bench.gpu [--parts ...] [--dry]
 
 The parts, in order:
 
@@ -12,8 +12,13 @@ The parts, in order:
     compiled                only by name: a decoding step of the same model, compiled and captured. It first compiles 36
                             layers for each method
     tune                    only by name: the kernels' launch options one by one
+    vllm                    only by name: a strength for each request in vLLM, then every mode's throughput there. It
+                            runs in an environment that has vLLM
 
 --parts selects parts by name. Each part has a limit, and the time that it does not use goes to the parts after it.
+
+--dry runs each part up to its first use of the GPU, on any machine, and writes nothing. Tests are collected; for the
+rest see `bench.dry`.
 
 Nothing is timed on a device where the kernels' tests fail or memcheck finds an error, so the kernels' tests come before
 any timed part. A part that runs out of time counts as failed but does not stop the timing. The other tests do not stop
@@ -21,7 +26,8 @@ it either, because the benchmarks check every method themselves. Nor does racech
 compiler's own reductions as hazards.
 
 It writes one log, one summary and the rows into $OUT (default bench/results/). Results from before a failure or a
-timeout are stored. Returns 1 if a part failed or timed out. A tool that is not installed is named and is not a failure.
+timeout are stored. Returns 1 if a part failed or timed out. A tool that is not installed is named, and its part counts
+as not run. That is a failure only of a part that --parts names.
 """
 
 import importlib.util
@@ -31,11 +37,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import per_request
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.environment import environment_record
@@ -64,6 +72,7 @@ class Part:
     gate: tuple[int, ...] | None = None  # exit statuses that stop the timed parts; () means any but 0
     timed: bool = False  # does not run after a gate has failed
     by_name: bool = False  # runs only if --parts names it
+    lacking: Callable[[], str | None] = lambda: None  # what else is missing here, in words
 
 
 def parts(out: Path) -> list[Part]:
@@ -84,6 +93,7 @@ def parts(out: Path) -> list[Part]:
     ncu = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_project", "--metrics", ",".join(METRICS)]
     evaluation = [python, "-m", "kernel_surgery.eval", "--mode", "all", "--device", "cuda", "--out", str(out / "eval")]
     tune = [python, "-m", "bench.tune", "--out", str(out / "tune.json")]
+    vllm = [python, "-m", "bench.per_request", "--out", str(out / "vllm.json")]
     return [
         Part("kernels", 200, 60, [*tests, kernels], gate=()),
         Part("memcheck", 120, 20, [*sanitize, *memcheck, *smoke], ("compute-sanitizer",), (FOUND_ERRORS,)),
@@ -95,6 +105,7 @@ def parts(out: Path) -> list[Part]:
         Part("eval", 60, 30, evaluation, ("py3langid",)),
         Part("compiled", 420, 300, [*compiled, "--out", str(out / "compiled.json")], timed=True, by_name=True),
         Part("tune", 300, 200, tune, timed=True, by_name=True),
+        Part("vllm", 420, 300, vllm, timed=True, by_name=True, lacking=per_request.lacking),
     ]
 
 
@@ -114,8 +125,9 @@ def chosen(every: list[Part], names: str | None) -> list[Part]:
 
 
 def missing(part: Part) -> str | None:
-    """The first module or program that a part needs and that is not installed."""
-    return next((n for n in part.needs if not shutil.which(n) and importlib.util.find_spec(n) is None), None)
+    """Why a part cannot run here: the first module or program that is not installed, or what its command lacks."""
+    absent = next((n for n in part.needs if not shutil.which(n) and importlib.util.find_spec(n) is None), None)
+    return f"{absent} is not installed here" if absent else part.lacking()
 
 
 def run_part(command: list[str], limit: float, log: Path) -> int | str:
@@ -144,10 +156,12 @@ def run_part(command: list[str], limit: float, log: Path) -> int | str:
             return f"stopped after {limit:.0f} s"
 
 
-def run_parts(selected: list[Part], out: Path, environment: dict, execute: Callable = run_part) -> int:
+def run_parts(
+    selected: list[Part], out: Path, environment: dict, execute: Callable = run_part, named: Collection[str] = ()
+) -> int:
     """Run parts one after another into `out`, and write its summary.json after each. Returns 1 if a part failed.
 
-    execute: runs a command, like `run_part`.
+    execute: runs a command, like `run_part`. named: the parts that were asked by name; one that is not run has failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
@@ -157,8 +171,10 @@ def run_parts(selected: list[Part], out: Path, environment: dict, execute: Calla
     end, red, failed = time.monotonic() + TOTAL, None, False
     for part in selected:
         if absent := missing(part):  # known now, so that no time is reserved for it
-            results[part.name] = {"status": f"not run: {absent} is not installed here", "seconds": 0.0}
+            results[part.name] = {"status": f"not run: {absent}", "seconds": 0.0}
             print(f"{part.name}: {results[part.name]['status']}")
+            failed = failed or part.name in named
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     waiting = [part for part in selected if part.name not in results]
     while waiting:
         part = waiting.pop(0)
@@ -184,16 +200,55 @@ def run_parts(selected: list[Part], out: Path, environment: dict, execute: Calla
     return 1 if failed else 0
 
 
+def dry_command(part: Part) -> list[str]:
+    """The command that runs a part up to its first use of the GPU, without the tool that watches it."""
+    python, _, module, *words = part.command[part.command.index("-m") - 1 :]
+    if module == "pytest":
+        return [python, "-m", module, *words, "--collect-only", *(["-n", "0"] if "-n" in words else [])]
+    return [python, "-m", "bench.dry", module, *words]
+
+
+def run_dry(selected: list[Part], out: Path, execute: Callable = run_part) -> int:
+    """Run parts up to their first use of the GPU. Writes nothing. Returns 1 if a part does not get so far.
+
+    Raises UserError if `out` could not be made.
+    """
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written to ({error.strerror}). Nothing was run.") from error
+    broken = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in selected:
+            log = Path(folder) / part.name
+            status = execute(dry_command(part), 120, log)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if status != 0:
+                broken.append(part.name)
+                print("\n".join(lines[-40:]))
+            here = missing(part)
+            said = f"{'broken' if status else 'ok'}; {lines[-1].strip('= ')}"
+            print(f"{part.name}: {said}" + (f" (here: {here})" if here else ""))
+    print(f"dry run: {len(selected) - len(broken)} of {len(selected)} parts ok. Nothing was run on a GPU.")
+    return 1 if broken else 0
+
+
 def parser() -> Parser:
     """The command line."""
     p = bench_parser("gpu", "Run the GPU tests, then the GPU benchmarks.")
-    p.add_argument("--parts", help="comma-separated names (default: all but compiled and tune)")
+    p.add_argument("--parts", help="comma-separated names (default: all but compiled, tune and vllm)")
+    p.add_argument("--dry", action="store_true", help="run each part up to its first use of the GPU, on any machine")
     return p
 
 
 def run(argv: list[str] | None = None) -> int:
     """Run the selected parts into $OUT/DATE-DEVICE/."""
     args = parser().parse_args(argv)
+    results = Path(os.environ.get("OUT") or Path("bench") / "results")
+    if args.dry:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_dry(chosen(parts(Path(folder)), args.parts), results)
     import torch
 
     if not torch.cuda.is_available():
@@ -201,8 +256,9 @@ def run(argv: list[str] | None = None) -> int:
     environment = environment_record("cuda")
     name = environment["device"].lower().replace(" ", "-")
     chosen(parts(Path()), args.parts)  # refuses an unknown name before anything is written
-    out = Path(os.environ.get("OUT") or Path("bench") / "results") / f"{time.strftime('%Y%m%d')}-{name}"
-    return run_parts(chosen(parts(out), args.parts), out, environment)
+    out = results / f"{time.strftime('%Y%m%d')}-{name}"
+    named = args.parts.split(",") if args.parts else ()
+    return run_parts(chosen(parts(out), args.parts), out, environment, named=named)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ One quantity doubles while the others stay fixed:
     layers          one pass of a model with N layers edited by `fused`: the cost of the hooks and replaced layers
     problems        `fit` of one layer from N problems
     languages       `fit` of one layer from N languages
+    moments         `Moments.add` of 2048 tokens at width N: `collect --pool tokens` of one layer
+    oblique         `fit --method oblique` of one layer at width N, from its moments
     checkpoint      `bake` of N layers at d_model 512, from disk to disk
 
 The slope is that of a least-squares line through the logarithms: at 1, twice the work takes twice the time. Its 95%
@@ -21,6 +23,7 @@ import contextlib
 import json
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +43,8 @@ SIZES = {
     "layers": (2, 4, 8, 16, 32),
     "problems": (25, 50, 100, 200),
     "languages": (2, 4, 8, 16),
+    "moments": (512, 1024, 2048, 4096),
+    "oblique": (512, 1024, 2048, 4096),
     "checkpoint": (4, 8, 16, 32),
 }
 # {quantity: ((lowest, highest) expected slope of time, why)}
@@ -50,6 +55,8 @@ EXPECTED = {
     "layers": ((1, 1), "one edit per layer"),
     "problems": ((2, 3), "a Gram matrix of fewer rows than d_model, and its eigenvectors"),
     "languages": ((2, 3), "as above: there are problems x (languages - 1) rows"),
+    "moments": ((1, 2), "one float64 product of [d, tokens] and [tokens, d], and a pass over the tokens"),
+    "oblique": ((2, 3), "the eigenvectors of a [d, d] matrix, and passes over it"),
     "checkpoint": ((1, 1), "every byte is read, hashed and written once; memory 0: one tensor at a time"),
 }
 
@@ -118,6 +125,8 @@ def workload(what: str, size: int, folder: Path) -> Callable[[], object]:
         problems, languages = ({"problems": 100, "languages": 7} | {what: size}).values()
         x = fitting.activations(0, 2048, problems=problems, languages=languages)
         return lambda: principal_basis(language_rows(x, "deviations"), min(8, languages))
+    if what in ("moments", "oblique"):
+        return of_moments(what, size)
     from bench.checkpoint import make_source
     from kernel_surgery.checkpoint.baking import bake_checkpoint
     from kernel_surgery.subspace.artifact import Subspace
@@ -135,6 +144,24 @@ def workload(what: str, size: int, folder: Path) -> Callable[[], object]:
     return bake
 
 
+def of_moments(what: str, d: int) -> Callable[[], object]:
+    """A function that adds TOKENS activations of width d to a layer's moments, or fits the oblique edit to them."""
+    import torch
+
+    from kernel_surgery.subspace.erasing import erasing_edit
+    from kernel_surgery.subspace.moments import Moments
+
+    generator = torch.Generator().manual_seed(d)
+    x, labels = torch.randn(TOKENS, d, generator=generator), torch.arange(TOKENS) % 7
+    moments = Moments.empty(7, d)
+    if what == "moments":
+        return lambda: moments.add(x, labels)
+    # Languages must differ. The shrinkage gives every direction a variance, so all of them are used.
+    moments.add(x + torch.randn(7, d, generator=generator)[labels], labels)
+    return lambda: erasing_edit(moments)
+
+
+TOKENS = 2048  # of "moments" and "oblique"
 LITTLE = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1},
     **{"vocab_size": 512},
@@ -159,21 +186,27 @@ def measure(what: str, rounds: int, folder: Path, advance: Callable[[int], None]
     """One row for each size of a quantity."""
     calls = {str(size): workload(what, size, folder) for size in SIZES[what]}
 
-    def timed(call) -> float:
-        began = time.perf_counter()
-        call()
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+
+    def timed(name: str) -> float:
+        began, busy = time.perf_counter(), time.process_time()
+        calls[name]()
+        cpu[name].append((time.process_time() - busy) * 1e6)
         return (time.perf_counter() - began) * 1e6
 
-    times = interleaved({name: lambda call=call: timed(call) for name, call in calls.items()}, rounds, advance)
+    times = interleaved({name: lambda name=name: timed(name) for name in calls}, rounds, advance)
     # The fixed sizes. None if they do not apply to the quantity.
     about = {"M": 1024, "d": 2048, "k": 16, "dtype": "float32"}
     if what not in ("tokens", "d", "k"):
         about |= {"M": None, "k": None, "d": {"layers": LITTLE["hidden_size"], "checkpoint": 512}.get(what, 2048)}
+    if what in ("moments", "oblique"):
+        about |= {"M": TOKENS, "dtype": "float64"}
     if what == "checkpoint":
         about["dtype"] = "bfloat16"
-    grows, rows = {"tokens": "M", "d": "d", "k": "k"}.get(what), []
+    grows, rows = {"tokens": "M", "k": "k"}.get(what, "d" if what in ("d", "moments", "oblique") else None), []
     for size, (name, call) in zip(SIZES[what], calls.items(), strict=True):
         sample = percentiles(times[name]) | {"size": size, "peak_bytes": peak_of(call)}
+        sample["cpu_us_p50"] = statistics.median(cpu[name][1:])  # the first round is discarded
         known = about | ({grows: size} if grows else {})
         rows.append(record("growth", what, "kernel_surgery", **known, cache="warm") | sample)
     return rows
