@@ -18,7 +18,7 @@ def describe_model(name: str, model: "PreTrainedModel") -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "architecture": model.config.model_type,
         "layers": len(decoder_layers(model)),
-        "d_model": model.config.hidden_size,
+        "d_model": model.config.get_text_config().hidden_size,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

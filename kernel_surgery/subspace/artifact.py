@@ -212,9 +212,8 @@ class Subspace:
     def check_model(self, model: "PreTrainedModel", *, force: bool = False) -> None:
         """Check a loaded model as `check` does."""
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
-        self.check(
-            model.config.hidden_size, model.config.num_hidden_layers, lambda: fingerprint(model), name, force=force
-        )
+        config = model.config.get_text_config()
+        self.check(config.hidden_size, config.num_hidden_layers, lambda: fingerprint(model), name, force=force)
 
     def check(
         self, d_model: int, n_layers: int, take_fingerprint: Callable[[], dict], name: str, *, force: bool = False

@@ -75,7 +75,7 @@ def prompt_states(
     if pool not in POOLS:
         raise SubspaceError(f"unknown pooling {pool!r}; known: {', '.join(POOLS)}")
     encoded, batches = encode(tokenizer, prompts, batch_tokens, [chat])
-    rows = {layer: torch.empty(len(prompts), model.config.hidden_size) for layer in sorted(layers)}
+    rows = {layer: torch.empty(len(prompts), model.config.get_text_config().hidden_size) for layer in sorted(layers)}
     batch: list[int] = []  # the one that runs
 
     def take(layer: int, states: Tensor, mask: Tensor) -> None:
@@ -205,7 +205,7 @@ class Collection:
         record = (about or {}) | {
             "revision": getattr(model.config, "_commit_hash", None),
             "n_layers": n_layers,
-            "d_model": model.config.hidden_size,
+            "d_model": model.config.get_text_config().hidden_size,
             "fingerprint": fingerprint(model),
             "languages": list(languages),
             "problems": len(chosen),
