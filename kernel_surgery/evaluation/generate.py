@@ -112,7 +112,8 @@ def generate(
     encoded = [chat.ids(tokenizer, prompt) for prompt in prompts]
     if empty := [i for i, ids in enumerate(encoded) if not ids]:
         raise KernelSurgeryError(f"prompt {empty[0]} is empty after tokenization: there is nothing to continue")
-    check_positions(getattr(model.config.get_text_config(), "max_position_embeddings", None), map(len, encoded), max_new_tokens)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_positions(positions, map(len, encoded), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     done: dict[int, Generation] = {}
     decode = text_of(tokenizer, chat)
