@@ -25,8 +25,7 @@ from kernel_surgery.studies.searching import Row, search_settings, search_togeth
 from kernel_surgery.studies.space import read_search
 from kernel_surgery.studies.study import run_study
 from tests.support.calls import one_thread
-from tests.support.processes import killed_when
-from tests.support.ranks import run, torchrun
+from tests.support.forked import launches
 from tests.support.ties import not_near_ties
 from tests.support.together import together
 
@@ -75,12 +74,12 @@ def launched(size, work):
 
 
 def measuring(ranks):
-    about = ("en", "zh"), problems("dev", 1), LANGUAGES, [2, 3, 4], "hook", "dev"
+    about = ("en", "zh"), problems("dev", 1), LANGUAGES, [2, 4], "hook", "dev"
     return Measuring(polyglot(ranks.rank), tokenizer(), *about, ranks=ranks)
 
 
 def test_a_measurement_is_one_processs_bit_for_bit():
-    subspace, size = Subspace.load(POLYGLOT_SUBSPACE), 4  # one has no language, and one neither that nor a layer
+    subspace, size = Subspace.load(POLYGLOT_SUBSPACE), 3  # one has no language and no layer
 
     def work(ranks):
         here = measuring(ranks)
@@ -175,11 +174,11 @@ def test_one_process_searches_alone():
 
 # --- a whole study ---
 
-COMMON = 'mode = "hook"\nproblems = 1\nmax_new_tokens = {tokens}\nbatch_size = 4\ndevice = "cpu"\n'
+COMMON = 'mode = "hook"\nproblems = 1\nlanguages = ["en"]\nmax_new_tokens = {tokens}\nbatch_size = 4\ndevice = "cpu"\n'
 GRID = COMMON + "[grid]\nstrength = [1.0, 0.5]\n"
 SEARCHED = COMMON + (
-    '[search]\ntrials = 2\nprobed = 5\ncontrols = 1\nobjectives = ["damage", "probe", "accuracy"]\nlimits = {{}}\n'
-    "[search.space]\nstrength = [0.5, 1.5]\n"
+    '[search]\ntrials = 1\nprobed = 5\ncontrols = 0\nobjectives = ["damage", "probe", "accuracy"]\nlimits = {{}}\n'
+    "[search.space]\nstrength = [0.5]\n"
 )
 
 
@@ -239,7 +238,7 @@ def without_time(study):
 def test_a_grid_whose_second_process_fails_goes_on_to_what_one_process_writes(
     tmp_path, monkeypatch, one_model_at_a_time
 ):
-    declared(tmp_path, GRID, 12)
+    declared(tmp_path, GRID, 8)
     with one_thread():
         one = study(tmp_path, tmp_path / "one")
     out, real, asked = tmp_path / "many", opening.answer_cells, {"0": [], "1": []}
@@ -256,35 +255,31 @@ def test_a_grid_whose_second_process_fails_goes_on_to_what_one_process_writes(
     failing = True
     found = launched(2, lambda ranks: study(tmp_path, out, ranks))
     assert isinstance(found[0], StoppedElsewhere) and str(found[1]) == "process 1 has no luck."
-    assert not (out / "frozen.json").exists() and asked == {"0": [6], "1": [6]}
+    assert not (out / "frozen.json").exists() and asked == {"0": [3], "1": [3]}
     with pytest.raises(UserError, match=r"holds the shares of 2 processes \(dev\.0-of-2\.jsonl\), this is one of 1"):
         study(tmp_path, out)
     failing, said = False, []
     found = launched(2, lambda ranks: study(tmp_path, out, ranks, said))
     assert json.loads(json.dumps(found[0])) == found[1] == json.loads((out / "study.json").read_text())
     assert found[0]["environment"]["processes"] == 2 and len(said) == 1
-    assert asked == {"0": [6, 0, 4], "1": [6, 4, 4]}  # of dev what was not finished, and test
+    assert asked == {"0": [3, 0, 2], "1": [3, 2, 2]}  # of dev what was not finished, and test
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     assert (out / "chosen.safetensors").read_bytes() == (tmp_path / "one" / "chosen.safetensors").read_bytes()
     assert "processes" not in one["environment"]
     if not differing(tmp_path / "one", out):
         assert without_time(found[0]) == without_time(one)
         assert all((out / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in TEXTS)
-    # All is done: nothing is asked, and the texts stay.
-    kept, asked = (out / "dev.jsonl").read_bytes(), {"0": [], "1": []}
-    launched(2, lambda ranks: study(tmp_path, out, ranks))
-    assert asked == {"0": [0, 0], "1": [0, 0]} and (out / "dev.jsonl").read_bytes() == kept
 
 
 def test_processes_that_do_not_share_the_folder_are_told(tmp_path, one_model_at_a_time):
-    declared(tmp_path, GRID, 12)
+    declared(tmp_path, GRID, 8)
     found = launched(2, lambda ranks: study(tmp_path, tmp_path / str(ranks.rank), ranks))
     assert isinstance(found[0], StoppedElsewhere) and str(found[1]).startswith("process 1 does not find ")
     assert "All processes must share the folder --out" in str(found[1]) and not (tmp_path / "1").exists()
 
 
 def test_texts_of_an_engine_need_one_process(tmp_path):
-    declared(tmp_path, 'engine = "vllm"\n' + GRID.replace("hook", "fused"), 12)
+    declared(tmp_path, 'engine = "vllm"\n' + GRID.replace("hook", "fused"), 8)
     found = launched(2, lambda ranks: study(tmp_path, tmp_path / "out", ranks))
     for one in found:
         assert isinstance(one, UserError | StoppedElsewhere)
@@ -293,33 +288,40 @@ def test_texts_of_an_engine_need_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_real_processes_killed_and_started_again_search_as_one_does(tmp_path):
-    """On the embedded model. Texts may differ by near ties alone, which are counted."""
-    out, file = tmp_path / "two", declared(tmp_path, SEARCHED, 60)
-    words = torchrun("-m", "kernel_surgery.study", str(file), "--out", str(out), "--controls", "haar:1")
+def test_two_real_processes_fail_are_killed_and_started_again_and_search_as_one_does(tmp_path):
+    """On the embedded model, over gloo. Texts may differ by near ties alone, which are counted."""
+    out, file = tmp_path / "two", declared(tmp_path, SEARCHED, 16)
     shares = [share_file(out / "dev.jsonl", Ranks(rank, 2)) for rank in (0, 1)]
-    killed_when(words, tmp_path, lambda: all(share.exists() and share.stat().st_size for share in shares))
-    assert not (out / "dev.jsonl").exists() and not (out / "frozen.json").exists()
-    kept = json.loads(shares[1].read_text().splitlines()[0])
-    marked = kept | {"text": kept["text"] + " (kept)"}  # a text that is generated again would lose this
-    shares[1].write_text(shares[1].read_text().replace(json.dumps(kept, ensure_ascii=False), json.dumps(marked), 1))
-    done = run(words, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("controls: 1 haar") == done.stdout.count("choice frozen: ") == 1
-    with one_thread():
-        one = study(tmp_path, tmp_path / "one")
-    many = json.loads((out / "study.json").read_text())
+    with launches(tmp_path) as launch:
+        words = "kernel_surgery.study", file, "--out"
+        # One that fails ends the other, with one message.
+        statuses, said = launch(2, [*words, out], failing=1)
+        assert statuses == [2, 2] and said[0] == "", said
+        assert said[1] == f"error: process 1 has no luck.\nThe files in {str(out)!r} were kept.\n"
+        assert all(share.stat().st_size for share in shares) and not (out / "dev.jsonl").exists()
+        kept = json.loads(shares[1].read_text().splitlines()[0])
+        marked = kept | {"text": kept["text"] + " (kept)"}  # a text that is generated again would lose this
+        shares[1].write_text(shares[1].read_text().replace(json.dumps(kept, ensure_ascii=False), json.dumps(marked), 1))
+        # Killed when all is chosen, and one edit is measured on test.
+        assert launch(2, [*words, out], until=[out / "measured.json"])[0] == [-9, -9]
+        frozen = (out / "frozen.json").read_bytes()
+        assert not (out / "test.jsonl").exists() and not (out / "study.json").exists()
+        statuses, said = launch(2, [*words, out])
+        assert statuses == [0, 0] and said[1] == "" and said[0].count("choice frozen: ") == 1, said
+        assert "1 of 1 settings are measured; going on from there" in said[0]
+        assert (out / "frozen.json").read_bytes() == frozen
+        assert launch(1, [*words, tmp_path / "one"])[0] == [0]
+    one, many = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("one", "two"))
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     back = [s for s in texts(out, "dev.jsonl") if s["text"].endswith(" (kept)")]
     assert [s["id"] for s in back] == [kept["id"]]
     (out / "dev.jsonl").write_text((out / "dev.jsonl").read_text().replace(" (kept)", ""))
     ties = differing(tmp_path / "one", out)
-    one = json.loads((tmp_path / "one" / "study.json").read_text())
-    # The first settings are drawn whatever was measured, and only two figures depend on texts. A killed trial has taken
-    # a number.
+    # The first settings are drawn whatever was measured, and only two figures depend on texts. A trial that did not end
+    # has taken a number.
     rows = [[dict(row) for row in study["search"]["rows"]] for study in (many, one)]
     for row in (*rows[0], *rows[1]):
         assert 0 <= row.pop("accuracy") <= 1 and 0 <= row.pop("fidelity") <= 1 and row.pop("number") >= -1
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert rows[0] == rows[1] and len(rows[0]) == 2
     if not ties:
         assert without_time(many) == without_time(one)
