@@ -46,10 +46,11 @@ from kernel_surgery.common.command import Parser, add_chat, command_line, kept_i
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    description = "Choose a setting from a grid or by a search, on dev; freeze it; and report it on test."
+    description = "Choose a setting from a grid or by a search, on dev; freeze it; and report it on test.\n"
+    description += "Several processes may share the work: start it with torchrun or accelerate launch."
     p = Parser("study", description=description)
     p.add_argument("grid", type=Path, help="TOML file of the settings; python -m pydoc kernel_surgery.study shows one")
-    more = "folder of the study; run the same command again to continue"
+    more = "folder of the study; run the same command again to continue, with as many processes"
     p.add_argument("--out", type=Path, required=True, help=more)
     more = "also test random subspaces beside the chosen one: haar:20, energy:20 or pca:20 (see eval --help)"
     p.add_argument("--controls", help=more)

@@ -22,6 +22,7 @@ from kernel_surgery.studies.declaring import read_grid
 from kernel_surgery.studies.measuring import Measuring
 from kernel_surgery.studies.opening import TEXTS
 from kernel_surgery.studies.searching import Row, search_settings, search_together
+from kernel_surgery.studies.settings import Fitter
 from kernel_surgery.studies.space import read_search
 from kernel_surgery.studies.study import run_study
 from tests.support.calls import one_thread
@@ -78,17 +79,30 @@ def measuring(ranks):
     return Measuring(polyglot(ranks.rank), tokenizer(), *about, ranks=ranks)
 
 
-def test_a_measurement_is_one_processs_bit_for_bit():
+def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
     subspace, size = Subspace.load(POLYGLOT_SUBSPACE), 3  # one has no language and no layer
 
     def work(ranks):
         here = measuring(ranks)
+        read = here.text.read
+        here.text.read = lambda languages: shares.append((ranks, languages)) or read(languages=languages)
         return [here.measure(edit).whole() for edit in (None, subspace)]
 
     for rank in range(size):
         polyglot(rank)
-    (one,), found = launched(1, work), launched(size, work)
+
+    def probed(self, layers):
+        shares.append((self.ranks, layers))
+        return probe(self, layers)
+
+    probe, shares = Measuring._probe, []
+    monkeypatch.setattr(Measuring, "_probe", probed)
+    (one,) = launched(1, work)
+    shares.clear()
+    found = launched(size, work)
     assert found == [one] * size
+    by_rank = [[share for ranks, share in shares if ranks.rank == rank] for rank in range(size)]
+    assert by_rank == [[["en"], [2]] * 2, [["zh"], [4]] * 2, [[], []] * 2]  # of the original, and of the edit
     # In the same order too: JSON keeps it.
     assert [json.dumps(by) for by in found[-1]] == [json.dumps(by) for by in one]
     assert one[0] != one[1]
@@ -251,12 +265,20 @@ def test_a_grid_whose_second_process_fails_goes_on_to_what_one_process_writes(
             raise UserError("process 1 has no luck.")
         return real(context, edits, done, samples)
 
+    def activations(self, *about):
+        fits.add(threading.current_thread().name)
+        return activations_of(self, *about)
+
     monkeypatch.setattr(opening, "answer_cells", answer_cells)
+    fits, activations_of = set(), Fitter.activations
+    monkeypatch.setattr(Fitter, "activations", activations)
     failing = True
     found = launched(2, lambda ranks: study(tmp_path, out, ranks))
     assert isinstance(found[0], StoppedElsewhere) and str(found[1]) == "process 1 has no luck."
-    assert not (out / "frozen.json").exists() and asked == {"0": [3], "1": [3]}
-    with pytest.raises(UserError, match=r"holds the shares of 2 processes \(dev\.0-of-2\.jsonl\), this is one of 1"):
+    assert not (out / "frozen.json").exists() and fits == {"0"} and asked == {"0": [3], "1": [3]}
+    message = r"holds the shares of 2 processes \(dev\.0-of-2\.jsonl\), this is one of 1"
+    with pytest.raises(UserError, match=message), monkeypatch.context() as before_it_loads:
+        before_it_loads.setattr(opening, "load_checked", None)
         study(tmp_path, out)
     failing, said = False, []
     found = launched(2, lambda ranks: study(tmp_path, out, ranks, said))
