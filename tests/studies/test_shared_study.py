@@ -75,12 +75,12 @@ def launched(size, work):
 
 
 def measuring(ranks):
-    about = ("en", "zh"), problems("dev", 1), LANGUAGES, [2, 4], "hook", "dev"
+    about = ("en", "zh"), problems("dev", 1), LANGUAGES, [2, 3, 4, 5], "hook", "dev"
     return Measuring(polyglot(ranks.rank), tokenizer(), *about, ranks=ranks)
 
 
 def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
-    subspace, size = Subspace.load(POLYGLOT_SUBSPACE), 3  # one has no language and no layer
+    subspace, size = Subspace.load(POLYGLOT_SUBSPACE), 3  # one has no language
 
     def work(ranks):
         here = measuring(ranks)
@@ -102,7 +102,9 @@ def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
     found = launched(size, work)
     assert found == [one] * size
     by_rank = [[share for ranks, share in shares if ranks.rank == rank] for rank in range(size)]
-    assert by_rank == [[["en"], [2]] * 2, [["zh"], [4]] * 2, [[], []] * 2]  # of the original, and of the edit
+    # Of the original, and of the edit. Put together as they come, layer 5 would be the second.
+    assert by_rank == [[["en"], [2, 5]] * 2, [["zh"], [3]] * 2, [[], [4]] * 2]
+    assert measuring(ALONE)._probe([]) == ({}, {})  # of more processes than layers
     # In the same order too: JSON keeps it.
     assert [json.dumps(by) for by in found[-1]] == [json.dumps(by) for by in one]
     assert one[0] != one[1]
