@@ -58,10 +58,12 @@ def launch(size, words, until, failing):
             if pid not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 ended[pid] = os.waitstatus_to_exitcode(found[1])
         time.sleep(0.002)
-    for pid in pids:
-        if pid not in ended:
-            os.kill(pid, signal.SIGKILL)
-            ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    alive = [pid for pid in pids if pid not in ended]
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: none shall notice that another is gone
+        for pid in alive:
+            os.kill(pid, number)
+    for pid in alive:
+        ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return [ended[pid] for pid in pids]
 
 print("ready", flush=True)
