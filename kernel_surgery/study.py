@@ -33,6 +33,9 @@ the model that transformers loads. It needs memory beside the engine: on a GPU, 
 
 The same command continues an interrupted study. All figures are in DIR/study.json. A search also writes
 DIR/report.html, with a picture of what was tried.
+
+Several processes share the answering and, in a search, the measuring: torchrun --nproc-per-node N -m
+kernel_surgery.study ..., or accelerate launch. To continue, start as many. Texts of vLLM need one process.
 """
 
 import argparse
@@ -43,10 +46,11 @@ from kernel_surgery.common.command import Parser, add_chat, command_line, kept_i
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    description = "Choose a setting from a grid or by a search, on dev; freeze it; and report it on test."
+    description = "Choose a setting from a grid or by a search, on dev; freeze it; and report it on test.\n"
+    description += "Several processes may share the work: start it with torchrun or accelerate launch."
     p = Parser("study", description=description)
     p.add_argument("grid", type=Path, help="TOML file of the settings; python -m pydoc kernel_surgery.study shows one")
-    more = "folder of the study; run the same command again to continue"
+    more = "folder of the study; run the same command again to continue, with as many processes"
     p.add_argument("--out", type=Path, required=True, help=more)
     more = "also test random subspaces beside the chosen one: haar:20, energy:20 or pca:20 (see eval --help)"
     p.add_argument("--controls", help=more)
@@ -58,15 +62,20 @@ def run(argv: list[str] | None = None) -> int:
     """Run the study and print its tables. Return 0. Raises what `studies.study` raises."""
     args = parser().parse_args(argv)
 
+    from kernel_surgery.common.ranks import current
     from kernel_surgery.models.threads import choose_threads
     from kernel_surgery.studies.declaring import read_grid
     from kernel_surgery.studies.study import run_study, shown
 
+    ranks = current()
     with untouched(lambda: kept_in(args.out)):
         grid = read_grid(args.grid)
         grid |= {"chat": args.chat or grid["chat"], "thinking": args.thinking or grid["thinking"]}
         choose_threads(grid["model"])
-        study = run_study(grid, args.out, controls=args.controls, command=command_line("study", argv))
+        command = command_line("study", argv)
+        study = run_study(grid, args.out, controls=args.controls, command=command, ranks=ranks)
+    if not ranks.first:
+        return 0
     print(shown(study))
     report = "report.html, " if "search" in study else ""
     print(f"{args.out}: {report}study.json, frozen.json, chosen.safetensors, and every text and trial")
@@ -74,4 +83,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, shared=True)

@@ -11,12 +11,12 @@ Without these variables there is one process, and nothing here does anything.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.errors import KernelSurgeryError, UserError
 
 T = TypeVar("T")
 
@@ -63,6 +63,30 @@ class Ranks:
     def agreed(self, value: T) -> T:
         """Return the value that process 0 gives. All processes must call it. Raises what `gathered` raises."""
         return self.gathered(value if self.first else None)[0]  # type: ignore[return-value]  # of process 0
+
+    def parts(self, work: Callable[[], T]) -> list[T]:
+        """Return what `work` makes in each process, by rank. It may exchange nothing. All processes must call this.
+
+        If `work` raises KernelSurgeryError in some of them, all raise that of the lowest rank, so all may go on from
+        it. Raises what `gathered` raises.
+        """
+        if self.size == 1:
+            return [work()]
+        made: T | None = None
+        error: KernelSurgeryError | None = None
+        try:
+            made = work()
+        except KernelSurgeryError as found:
+            error = found
+        answers = self.gathered((made, error))
+        for _, found_there in answers:
+            if found_there is not None:
+                raise found_there
+        return [part for part, _ in answers]  # type: ignore[misc]  # there is no error, so each has made one
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """Return what process 0 makes; the others wait for it. All processes must call this. Raises as `parts`."""
+        return self.parts(lambda: make() if self.first else None)[0]  # type: ignore[return-value]  # of process 0
 
     def wait(self) -> None:
         """Return when all processes are here. Raises what `gathered` raises."""

@@ -122,15 +122,19 @@ class NeutralText:
         for logits in self._logits[language]:
             yield mean.expand(len(logits), -1)
 
-    def read(self, predictions: Predictions | None = None) -> dict[str, Reading]:
+    def read(
+        self, predictions: Predictions | None = None, languages: Sequence[str] | None = None
+    ) -> dict[str, Reading]:
         """Compare predictions with the original's. Return {language: `Reading`}.
 
-        predictions: by default those of the model as it is now, with whatever edit is in force.
+        predictions: by default those of the model as it is now, with whatever edit is in force. languages: some of the
+        text's; by default all. Each is read in batches of its own, so its figures do not depend on the others.
 
         Numerics: float64 from float32 logits.
         """
         predictions = predictions or self.model_predictions
-        return {language: self._read(language, predictions(language)) for language in self.languages}
+        asked = self.languages if languages is None else languages
+        return {language: self._read(language, predictions(language)) for language in asked}
 
     def _read(self, language: str, changed: Iterator[Tensor]) -> Reading:
         sums: list[tuple[float, float, float, float]] = []

@@ -1,10 +1,14 @@
 """What a search measures of an edit: the damage on neutral text, and what a probe still reads of the language.
 
 Every edit is read at the same layers, whatever layers it changes: an edit of one layer is then no better than it is.
+
+Several processes (`common.ranks`) share a measurement: each reads some of the languages' neutral text, and probes some
+of the layers. Batches stay whole, so the figures are one process's.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import yardstick_readings
 from kernel_surgery.damage.neutral import NeutralText, Reading
 from kernel_surgery.damage.words import judged, ratio_interval, with_intervals
@@ -106,7 +111,8 @@ class Measuring:
     """Measures edits of one model on one split.
 
     model: unedited when this is made. languages: of the neutral text. asked: the problems whose prompts the probe
-    reads, in `probed` languages. layers: where it reads, at the MLPs' outputs. mode: how edits are made.
+    reads, in `probed` languages. layers: where it reads, at the MLPs' outputs. mode: how edits are made. ranks: the
+    processes that share a measurement; all call `measure` with the same edits, one after the other.
     """
 
     model: "PreTrainedModel"
@@ -118,6 +124,7 @@ class Measuring:
     mode: str
     split: Split
     chat: Chat = OFF
+    ranks: Ranks = ALONE
 
     @cached_property
     def text(self) -> NeutralText:
@@ -130,51 +137,88 @@ class Measuring:
         return yardstick_readings(self.text)
 
     def measure(self, subspace: Subspace | None) -> Measured:
-        """Measure an edit, or the original. The model is unchanged afterwards."""
+        """Measure an edit, or the original. The model is unchanged afterwards.
+
+        Raises KernelSurgeryError for an edit that cannot be made, in all processes.
+        """
         original, before = self._original  # read before there is an edit
         if subspace is None:
             return original
-        with applied(self.mode, self.model, subspace, 1.0):
-            kl, (hits, tokens, norms) = self.text.read(), self._probe()
+        kl, hits, norms = self._read(lambda: applied(self.mode, self.model, subspace, 1.0))
         left = {layer: norm / before[layer] for layer, norm in norms.items()}
-        return Measured(kl, hits, tokens, left)
+        return Measured(kl, hits, original.tokens, left)
 
     @cached_property
     def _original(self) -> tuple[Measured, dict[int, float]]:
         """The original, and the norm of its covariance with the language label by layer."""
-        hits, tokens, norms = self._probe()
-        return Measured(self.text.read(), hits, tokens, dict.fromkeys(norms, 1.0)), norms
+        kl, hits, norms = self._read(nullcontext)
+        return Measured(kl, hits, self._tokens, dict.fromkeys(norms, 1.0)), norms
 
-    def _probe(self) -> tuple[dict[int, np.ndarray], np.ndarray, dict[int, float]]:
-        """Return the tokens that a probe reads right, {layer: [problems]}, those it was asked, [problems], and the norm
-        of the tokens' covariance with the language label, {layer: norm}.
+    def _read(
+        self, edited: Callable[[], AbstractContextManager[object]]
+    ) -> tuple[dict[str, Reading], dict[int, np.ndarray], dict[int, float]]:
+        """Return the readings of the neutral text, {language: `Reading`}, and what `_probe` returns.
+
+        edited: edits the model. Each process does its languages and its layers.
+        """
+        text = self.text  # of the original, so made before the edit
+        languages, layers = self.ranks.share(self.languages), self.ranks.share(self.layers)
+
+        def own() -> tuple[dict[str, Reading], dict[int, np.ndarray], dict[int, float]]:
+            with edited():
+                return text.read(languages=languages), *self._probe(layers)
+
+        parts = self.ranks.parts(own)
+        kl = {language: found for by, _, _ in parts for language, found in by.items()}
+        hits = {layer: found for _, by, _ in parts for layer, found in by.items()}
+        norms = {layer: found for _, _, by in parts for layer, found in by.items()}
+        # In the order that one process has.
+        ordered = {layer: hits[layer] for layer in self.layers}, {layer: norms[layer] for layer in self.layers}
+        return {language: kl[language] for language in self.languages}, *ordered
+
+    @cached_property
+    def _encoded(self) -> list[list[int]]:
+        """The prompts that the probe reads: of each problem, in each language."""
+        texts = [problem.prompts[language] for problem in self.asked for language in self.probed]
+        return [self.chat.ids(self.tokenizer, text) for text in texts]
+
+    @property
+    def _tokens(self) -> np.ndarray:
+        """The tokens that the probe is asked, [problems]: all but the first one of each prompt."""
+        counts = np.array([len(ids) - 1 for ids in self._encoded], dtype=np.float64)
+        return counts.reshape(len(self.asked), len(self.probed)).sum(1)
+
+    def _probe(self, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
+        """Return the tokens that a probe reads right, {layer: [problems]}, and the norm of the tokens' covariance with
+        the language label, {layer: norm}.
 
         The first token of a prompt is left out: it is the same in every language, or an attention sink.
         """
+        if not layers:
+            return {}, {}
         prompts = [(g, label) for g in range(len(self.asked)) for label in range(len(self.probed))]
-        texts = [self.asked[g].prompts[self.probed[label]] for g, label in prompts]
-        encoded = [self.chat.ids(self.tokenizer, text) for text in texts]
-        rows: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        encoded = self._encoded
+        rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
         def take(layer: int, states: Tensor, mask: Tensor) -> None:
             rows[layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
 
         order: list[int] = []  # the prompt of every row
-        with reading(self.model, self.tokenizer, self.layers, "mlp_out", take) as read:
+        with reading(self.model, self.tokenizer, layers, "mlp_out", take) as read:
             for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
                 read([encoded[i] for i in batch])
                 order += [i for i in batch for _ in encoded[i][1:]]
         groups, labels = torch.tensor(prompts)[order].T
         count = len(self.asked)
         hits, norms = {}, {}
-        for layer in self.layers:
+        for layer in layers:
             x = torch.cat(rows.pop(layer))
             right = groups[probe_hits(x, labels, groups)]
             hits[layer] = torch.bincount(right, minlength=count).double().numpy()
             moments = Moments.empty(len(self.probed), x.shape[1])
             moments.add(x, labels)
             norms[layer] = float(moments.label_covariance.norm())
-        return hits, torch.bincount(groups, minlength=count).double().numpy(), norms
+        return hits, norms
 
     def asked_of(self) -> dict[str, Any]:
         """Return what the probe is asked: problems, languages, tokens, the layers, and the accuracy of chance."""

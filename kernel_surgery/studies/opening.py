@@ -8,18 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.engines.offline import EngineOptions, require_vllm
 from kernel_surgery.engines.texts import TRANSFORMERS
 from kernel_surgery.engines.variants import variants
-from kernel_surgery.evaluation.answering import Context, EditBlock, answer_cells
+from kernel_surgery.evaluation.answering import Asking, Context, EditBlock, answer_cells
 from kernel_surgery.evaluation.controls import in_model
 from kernel_surgery.evaluation.generate import end_tokens
 from kernel_surgery.evaluation.judging import Cells, Generation, score, score_again, text_of
 from kernel_surgery.evaluation.options import OF_ENGINES
-from kernel_surgery.evaluation.samples import check_run, digest, open_run, take_up
+from kernel_surgery.evaluation.samples import check_run, digest, open_run
 from kernel_surgery.evaluation.served import EngineAsking, in_engine, writing
+from kernel_surgery.evaluation.shares import answer_together, refuse_other_shares, take_up_together
 from kernel_surgery.evaluation.summary import summarize
 from kernel_surgery.files.problems import Source, problem_source
 from kernel_surgery.models.architectures import decoder_layers
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TEXTS = ("dev.jsonl", "test.jsonl", "controls.jsonl")
 # {name of a setting: (its subspace, the strength of the edit)}.
 Settings = Mapping[str, tuple[Subspace, float]]
 
@@ -45,6 +49,7 @@ class Study:
 
     declared: as `read_grid` returns it, without what left no trace. named: the same as the record has it.
     engine: how vLLM is started, which then writes the texts; None if the loaded model does. engine_name: in words.
+    ranks: the processes that share the study.
     """
 
     declared: dict[str, Any]
@@ -59,6 +64,7 @@ class Study:
     device: "torch.device"
     engine: EngineOptions | None = None
     engine_name: str = TRANSFORMERS
+    ranks: Ranks = ALONE
     done: dict[str, Cells] = field(default_factory=dict)  # {split: the texts that were made}
 
     @property
@@ -118,12 +124,20 @@ class Study:
         return notes
 
     def ask(self, split: str, settings: Settings) -> tuple[Context | EngineAsking, Cells]:
-        """Ask the problems of a split, of the original and of every edit. Return the texts at the budget."""
+        """Ask the problems of a split, of the original and of every edit. Return the texts at the budget.
+
+        All processes must call this; each answers its share (`evaluation.shares`).
+        """
         declared, asking = self.declared, self.asking(split)
-        samples = self.folder / f"{split}.jsonl"
+        samples, rescore = self.folder / f"{split}.jsonl", score_again(self.tokenizer, self.chat)
         if split not in self.done:
-            self.done[split] = take_up(samples, self.splits[split], score_again(self.tokenizer, self.chat))
-        texts = answer_cells(asking, self.blocks(asking, settings), self.done[split], samples)
+            self.done[split] = take_up_together(self.ranks, samples, self.splits[split], rescore)
+        blocks = self.blocks(asking, settings)
+
+        def answer(asking: Asking, done: Cells, samples: Path) -> Cells:
+            return answer_cells(asking, blocks, done, samples)
+
+        texts = answer_together(self.ranks, asking, self.done[split], samples, answer, rescore)
         self.done[split] |= texts
         return asking, at_budget(texts, declared["budget"], self.tokenizer, self.chat)
 
@@ -133,13 +147,23 @@ class Study:
         return {name: {lang: summarize(cells[name, lang], budget) for lang in self.languages} for name in names}
 
 
-def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any]], object]) -> Study:
+def begin(
+    declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any]], object], ranks: Ranks = ALONE
+) -> Study:
     """Load what a study needs, and open its folder. check: called with the model's configuration, before it loads.
 
-    Raises UserError if the texts are declared to come from an engine that is not installed, and what `load_checked` and
+    ranks: the processes that share the study; all call this, and process 0 writes.
+
+    Raises UserError if the texts are declared to come from an engine that is not installed or of several processes, if
+    the folder holds shares of another number of processes or is not one for all, and what `load_checked` and
     `check_run` raise.
     """
     served = declared["engine"] != TRANSFORMERS
+    if served and ranks.size > 1:
+        raise UserError(
+            f'engine = "{declared["engine"]}" answers all problems itself, so its study runs in one process, not '
+            f"{ranks.size}. Start it without a launcher; tensor_parallel is for more devices."
+        )
     name = require_vllm() if served else TRANSFORMERS
     source = problem_source(declared["problems"], seed=declared["seed"])
     languages = source.languages(",".join(declared["languages"]))
@@ -160,6 +184,8 @@ def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any
     config = named | {"resolved_dtype": str(dtype)} | ({"engine_version": name} if served else {})
     resume = os.path.exists(folder / "config.json")  # False for a name that no folder can have: check_run says so
     check_run(folder, config, resume=resume)
+    for file in TEXTS:
+        refuse_other_shares(folder / file, ranks)
     splits = {split: tuple(source.split(split)) for split in ("dev", "test")}
     prompts = [p.prompts[language] for split in splits.values() for p in split for language in languages]
     model, tokenizer = load_checked(
@@ -168,14 +194,29 @@ def begin(declared: dict[str, Any], folder: Path, check: Callable[[dict[str, Any
         chat=chat,
     )
     config["weights"] = digest(fingerprint(model))
-    open_run(folder, config, resume=resume)
+    _open(ranks, folder, config, resume=resume)
     engine = None
     if served:
         longest = max(len(chat.ids(tokenizer, prompt)) for prompt in prompts)
         devices, more = of_engine["tensor_parallel"], of_engine["engine_args"]
         engine = EngineOptions(longest + declared["max_new_tokens"], dtype, devices, more)
-    about = (source, splits, tuple(languages), chat, device, engine, name)
+    about = (source, splits, tuple(languages), chat, device, engine, name, ranks)
     return Study(declared, named, folder, model, tokenizer, *about)
+
+
+def _open(ranks: Ranks, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Open the folder: process 0 writes, when all have seen what was there before. Raises UserError."""
+    check_run(folder, config, resume=resume)
+    ranks.wait()
+    if ranks.first:
+        open_run(folder, config, resume=resume)
+    ranks.wait()
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"process {ranks.rank} does not find {str(folder / 'config.json')!r}, which process 0 has written. All "
+            "processes must share the folder --out."
+        )
+    check_run(folder, config, resume=True)  # a process that has another model, or another dtype, stops here
 
 
 def edit_blocks(model: "PreTrainedModel", mode: str, settings: Settings) -> dict[str, EditBlock]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import random_edits
 from kernel_surgery.damage.words import HAAR, MATCHED
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
@@ -22,12 +23,13 @@ MEASURED = "measured.json"
 
 @dataclass(frozen=True)
 class Reporting:
-    """Measures edits on dev and on test. controls: random edits of each kind."""
+    """Measures edits on dev and on test. controls: random edits of each kind. ranks: the processes that share it."""
 
     dev: Measuring
     test: Measuring
     folder: Path
     controls: int
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(cls, study: Study, search: Search, base: Setting) -> "Reporting":
@@ -38,14 +40,16 @@ class Reporting:
             return Measuring(
                 *(study.model, study.tokenizer, study.languages, asked, study.source.languages()),
                 *(list(range(base.layers[0], base.layers[1] + 1)), study.declared["mode"], split, study.chat),
+                study.ranks,
             )
 
-        return cls(measuring("dev"), measuring("test"), study.folder, search.controls)
+        return cls(measuring("dev"), measuring("test"), study.folder, search.controls, study.ranks)
 
     def on_test(self, chosen: Subspace, baseline: Subspace, name: str) -> dict[str, Any]:
         """Measure the choice, the baseline, the original and the controls on test. Return their figures as JSON.
 
-        name: of the choice. What is finished is kept in measured.json, so a killed study does not do it again.
+        name: of the choice. What is finished is kept in measured.json, so a killed study does not do it again. All
+        processes must call this; process 0 writes the file, and draws the random edits.
 
         Returns {"probed": what the probe was asked, by split; "measured": {"original", "baseline", "chosen", "haar:0",
         ...: figures}; "difference": of the choice from the baseline}.
@@ -58,22 +62,26 @@ class Reporting:
         for seed in range(self.controls):
             for kind in (HAAR, MATCHED):
                 edits[f"{kind}:{seed}"] = lambda k=kind, s=seed: self._random(chosen, k, s)  # type: ignore[misc]
-        file, kept = self.folder / MEASURED, dict[str, Any]()
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            kept = kept["edits"] if kept.get("of") == name else {}
+        file, kept = self.folder / MEASURED, self.ranks.by_first(lambda: self._kept(name))
         with progress_bar(len(edits), "test", initial=len(kept)) as bar:
             for edit, make in edits.items():
                 if edit not in kept:
-                    kept[edit] = self.test.measure(make()).whole()
-                    write_atomic(file, json.dumps({"of": name, "edits": kept}) + "\n")
+                    kept[edit] = self.test.measure(self.ranks.by_first(make)).whole()
+                    if self.ranks.first:
+                        write_atomic(file, json.dumps({"of": name, "edits": kept}) + "\n")
                     bar.update()
         found = {edit: Measured.of(kept[edit]) for edit in edits}
         return {
             "probed": {split: m.asked_of() for split, m in (("dev", self.dev), ("test", self.test))},
-            "measured": {edit: self.test.figures(by) for edit, by in found.items()},
+            "measured": self.ranks.by_first(lambda: {edit: self.test.figures(by) for edit, by in found.items()}),
             "difference": difference(found[CHOSEN], found[BASELINE]),
         }
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        """Return the measurements that a killed study has left."""
+        file = self.folder / MEASURED
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return held["edits"] if held.get("of") == name else {}
 
     def _random(self, subspace: Subspace, kind: str, seed: int) -> Subspace:
         """Return a random edit of the same rank, layers and strengths."""

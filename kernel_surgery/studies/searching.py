@@ -2,6 +2,9 @@
 
 Optuna's own database, search.db, holds every trial. A search that was killed goes on from there, and proposes the same
 settings as if it had not been killed: what is proposed depends on the seed and on the trials before it alone.
+
+Of several processes (`common.ranks`) the first asks Optuna and tells it; all measure each setting together, so what is
+proposed is what one process is proposed.
 """
 
 import json
@@ -14,12 +17,15 @@ from typing import Any
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.ranks import Ranks
 from kernel_surgery.studies.settings import Setting
 from kernel_surgery.studies.space import BASELINE, DIRECTIONS, Search
 
 STORAGE = "search.db"
 STARTUP = 12  # settings that are drawn at random before Optuna's model of the objectives begins
 Figures = dict[str, Any]
+# Returns the figures of a setting on dev.
+Measure = Callable[[Setting], Figures]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def search_settings(
     mode: str,
     folder: Path,
     seed: int,
-    measure: Callable[[Setting], Figures],
+    measure: Measure,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
     """Measure the baseline and `search.trials` settings. Return their rows, the baseline's first.
@@ -64,7 +70,8 @@ def search_settings(
     one that cannot be made; that trial is kept as refused, and so is one with a figure that is not finite. Equal
     settings are measured once. say: called with a line if a search goes on.
 
-    Raises UserError if Optuna is missing, and what `measure` raises for the baseline.
+    Raises UserError if Optuna is missing, and what `measure` raises for the baseline. A UserError of `measure` is of no
+    setting, and ends the search.
     """
     require_optuna()
     import optuna
@@ -102,6 +109,31 @@ def search_settings(
     return rows
 
 
+def search_together(ranks: Ranks, measure: Measure, search: Callable[[Measure], list[Row]]) -> list[Row]:
+    """Return the rows of `search`, which process 0 runs; all processes measure each of its settings together.
+
+    measure: called in all processes with the same setting; what it raises for a setting that cannot be made, it must
+    raise in all. search: called in process 0 with a function that measures a setting.
+
+    Raises what `search` and `measure` raise, and what `Ranks.gathered` raises.
+    """
+    if ranks.first:
+
+        def lead(setting: Setting) -> Figures:
+            ranks.agreed((setting, []))
+            return measure(setting)
+
+        return ranks.agreed((None, search(lead)))[1]
+    while (told := ranks.agreed((None, list[Row]())))[0] is not None:
+        try:
+            measure(told[0])
+        except UserError:
+            raise
+        except KernelSurgeryError:
+            pass  # process 0 has refused the setting, and goes on
+    return told[1]
+
+
 def _tell(study: Any, number: int, row: Row | None, search: Search) -> None:
     """Give Optuna a trial's figures. One without figures was refused, or a kill has cut it off: it has failed."""
     import optuna
@@ -112,17 +144,19 @@ def _tell(study: Any, number: int, row: Row | None, search: Search) -> None:
         study.tell(number, [row.figures[name] for name in search.objectives])
 
 
-def _measured(number: int, setting: Setting, known: Mapping[str, Row], measure: Callable[[Setting], Figures]) -> Row:
+def _measured(number: int, setting: Setting, known: Mapping[str, Row], measure: Measure) -> Row:
     """Return the row of a setting, whose figures may be known."""
     if same := known.get(_key(setting.as_json())):
         return Row(number, setting.as_json(), setting.name, same.figures, same.refused)
     try:
         return Row(number, setting.as_json(), setting.name, _finite(setting, measure))
+    except UserError:
+        raise  # not of this setting: of the folder, say
     except KernelSurgeryError as error:
         return Row(number, setting.as_json(), setting.name, {}, str(error))
 
 
-def _finite(setting: Setting, measure: Callable[[Setting], Figures]) -> Figures:
+def _finite(setting: Setting, measure: Measure) -> Figures:
     """Return the figures of a setting. Raises KernelSurgeryError if one is not finite, and what `measure` raises."""
     figures = measure(setting)
     if broken := [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]:

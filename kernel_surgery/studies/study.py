@@ -9,6 +9,9 @@ frozen.json before any test problem is asked. A cell here is one setting.
 Each finished set of texts is stored at once (dev.jsonl, test.jsonl), and every setting of a search too, so the same
 command continues an interrupted study. trials.json holds every setting of a search, also if none keeps its limits.
 study.json holds everything else.
+
+Of several processes (`common.ranks`) each answers a share of the problems, and measures a share of a search's figures.
+The first one fits, draws, chooses and writes; the others are given its subspaces, so all edit with the same bits.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.evaluation.controls import run_controls
@@ -36,8 +40,8 @@ from kernel_surgery.studies.declaring import cells_of, check_cells, layers_of
 from kernel_surgery.studies.opening import Settings, Study, begin
 from kernel_surgery.studies.page import write_page
 from kernel_surgery.studies.reporting import Reporting
+from kernel_surgery.studies.searching import Measure, Row, require_optuna, search_settings, search_together
 from kernel_surgery.studies.searching import choose as choose_row
-from kernel_surgery.studies.searching import require_optuna, search_settings
 from kernel_surgery.studies.settings import Setting
 from kernel_surgery.studies.space import ASKED, BASELINE, check_space
 from kernel_surgery.subspace.artifact import Subspace
@@ -71,7 +75,13 @@ def table(dev: dict[str, dict[str, Any]], chosen: str) -> str:
 
 
 def run_study(
-    declared: dict[str, Any], folder: Path, *, controls: str | None = None, command: str | None = None
+    declared: dict[str, Any],
+    folder: Path,
+    *,
+    controls: str | None = None,
+    command: str | None = None,
+    say: Callable[[str], object] = print,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run a study: fit, measure on dev, choose, freeze, ask on test, compare. Return the contents of study.json.
 
@@ -79,13 +89,19 @@ def run_study(
     folder: of the study. Whatever is finished in it is not done again.
     controls: such as "haar:20", random subspaces beside the chosen one, on test.
     command: the command line, for the record.
+    say: called with a line of text that says what is done already, or what is about to be asked.
+    ranks: the processes that share the study (`common.ranks.current`). All call this; process 0 calls `say` and writes.
 
     Raises KernelSurgeryError for settings that cannot be used. Raises UserError if dev now gives another choice than
     frozen.json holds, if no setting keeps a search's limits, and if a search lacks Optuna.
     """
+    declared, controls = ranks.agreed((declared, controls))
+    say = say if ranks.first else lambda line: None
     check_engine_controls(controls, declared["engine"])
-    chosen_by = _by_search if "search" in declared else _by_grid
-    under_way, best, settings, found = chosen_by(declared, folder)
+    if "search" in declared:
+        under_way, best, settings, found = _by_search(declared, folder, ranks, say)
+    else:
+        under_way, best, settings, found = _by_grid(declared, folder, ranks)
     context, texts = under_way.ask("test", settings)
     paired, mode = pair(texts), declared["mode"]
     subspace, strength = settings[best]
@@ -94,55 +110,76 @@ def run_study(
         own = {(mode if name == best else name, lang): cell for (name, lang), cell in texts.items()}
         context = replace(context, budget=declared["budget"])
         control_results = run_controls(
-            *(context, own, folder, subspace, controls, mode, strength, declared["seed"]),
+            *(context, own, folder, subspace, controls, mode, strength, declared["seed"], None, say, ranks),
             **under_way.for_controls(context, subspace),
         )
+    if not ranks.first:
+        ranks.wait()
+        return dict(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     about = (under_way.model, under_way.tokenizer, under_way.languages, [mode], subspace)
     damage = measure_damage(*about, strength=strength)
     study = {
         "damage_in_words": headline(damage),
         "notes": under_way.notes(),
         **{"schema": 1, "command": command, "declared": under_way.named},
-        **{"environment": environment_record(under_way.device) | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}},
+        "environment": environment_record(under_way.device)
+        | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        | ranks.record(),
         **found,
         "test": under_way.figures(texts, ["original", *settings]),
         **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
     }
     write_atomic(folder / "study.json", json.dumps(study, indent=2, ensure_ascii=False) + "\n")
     write_page(study, folder)
+    ranks.wait()
     return study
 
 
-def _by_grid(declared: dict[str, Any], folder: Path) -> tuple[Study, str, Settings, dict[str, Any]]:
+def _by_grid(declared: dict[str, Any], folder: Path, ranks: Ranks) -> tuple[Study, str, Settings, dict[str, Any]]:
     """Ask all cells the dev problems and freeze the best. Return its name, what is to be asked on test, and figures."""
     cells = cells_of(declared["grid"])
-    study = begin(declared, folder, lambda config: check_cells(cells, declared["mode"], config))
-    fitter, settings = study.fitter(range(study.layers)), dict[str, tuple[Subspace, float]]()
-    for name, cell in cells.items():
-        held, layers = fitter.activations(cell["site"], cell["pool"]), layers_of(cell["layers"], study.layers)
-        settings[name] = fit_subspace(held, cell["rank"], method="deviations", layers=layers), cell["strength"]
+    study = begin(declared, folder, lambda config: check_cells(cells, declared["mode"], config), ranks)
+
+    def fitted() -> dict[str, tuple[Subspace, float]]:
+        fitter, found = study.fitter(range(study.layers)), dict[str, tuple[Subspace, float]]()
+        for name, cell in cells.items():
+            held, layers = fitter.activations(cell["site"], cell["pool"]), layers_of(cell["layers"], study.layers)
+            found[name] = fit_subspace(held, cell["rank"], method="deviations", layers=layers), cell["strength"]
+        return found
+
+    settings = ranks.by_first(fitted)
     dev = study.figures(study.ask("dev", settings)[1], ["original", *cells])
     best = choose(dev, list(cells))
-    frozen = freeze(folder, best, cells[best], study.declared, len(cells))
-    settings[best][0].save(folder / CHOSEN)
+
+    def chosen() -> dict[str, Any]:
+        frozen = freeze(folder, best, cells[best], study.declared, len(cells))
+        settings[best][0].save(folder / CHOSEN)
+        return frozen
+
+    frozen = ranks.by_first(chosen)  # no process asks a test problem before
     reported = {best: settings[best]} if declared["test"] == "chosen" else settings
     return study, best, reported, {"dev": dev, "frozen": frozen}
 
 
-def _by_search(declared: dict[str, Any], folder: Path) -> tuple[Study, str, Settings, dict[str, Any]]:
+def _by_search(
+    declared: dict[str, Any], folder: Path, ranks: Ranks, say: Callable[[str], object]
+) -> tuple[Study, str, Settings, dict[str, Any]]:
     """Measure the settings of a search on dev, freeze the choice, and measure it on test beside the baseline.
 
     Returns what `_by_grid` does.
     """
     search, mode = declared["search"], declared["mode"]
     require_optuna()
-    study = begin(declared, folder, lambda config: check_space(search, config["num_hidden_layers"], mode))
+    study = begin(declared, folder, lambda config: check_space(search, config["num_hidden_layers"], mode), ranks)
     base = search.baseline_setting(study.layers)
     asked = bool(set(ASKED) & set(search.objectives))
     fitter, reporting = study.fitter(search.reach(study.layers)), Reporting.of(study, search, base)
 
+    def fit(setting: Setting) -> Subspace:
+        return ranks.by_first(lambda: fitter.fit(setting))
+
     def measure(setting: Setting) -> dict[str, Any]:
-        subspace = fitter.fit(setting)
+        subspace = fit(setting)
         figures = reporting.dev.measure(subspace).as_json()
         if asked:
             name = f"{setting.name} {digest(setting.as_json())[:8]}"  # names round
@@ -151,13 +188,21 @@ def _by_search(declared: dict[str, Any], folder: Path) -> tuple[Study, str, Sett
             figures["fidelity"] = sum((r["language_fidelity"] or 0.0) * r["coverage"] for r in by) / len(by)
         return figures
 
-    rows = search_settings(search, study.layers, mode, folder, declared["seed"], measure)
-    write_atomic(folder / "trials.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    def searched(measure: Measure) -> list[Row]:
+        rows = search_settings(search, study.layers, mode, folder, declared["seed"], measure, say)
+        write_atomic(folder / "trials.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+        return rows
+
+    rows = search_together(ranks, measure, searched)
     best = choose_row(rows, search)
-    subspace = _chosen(study, best.name, lambda: fitter.fit(Setting.of(best.setting)))
-    frozen = freeze(folder, best.name, best.setting, study.declared, len(rows), sha256(folder / CHOSEN))
+
+    def chosen() -> tuple[Subspace, dict[str, Any]]:
+        subspace = _chosen(study, best.name, lambda: fitter.fit(Setting.of(best.setting)))
+        return subspace, freeze(folder, best.name, best.setting, study.declared, len(rows), sha256(folder / CHOSEN))
+
+    subspace, frozen = ranks.by_first(chosen)  # no process reads the test half before
     found = {"search": front.record(rows, search, best), "frozen": frozen}
-    baseline = fitter.fit(base)
+    baseline = fit(base)
     found |= reporting.on_test(subspace, baseline, best.name)
     settings = {"chosen": (subspace, 1.0)} | ({BASELINE: (baseline, 1.0)} if asked else {})
     return study, "chosen", settings, found

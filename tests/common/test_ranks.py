@@ -69,6 +69,21 @@ def test_an_error_in_one_process_stops_all_at_their_next_exchange_and_one_prints
         assert one is (rank == min(failing)) if rank in failing else isinstance(one, StoppedElsewhere), found
 
 
+def test_parts_are_made_by_all_and_an_error_of_bad_input_is_raised_in_all_which_go_on():
+    def work(ranks):
+        def part():
+            if ranks.rank:
+                raise UserError(f"process {ranks.rank} has no luck")
+            return "made"
+
+        with pytest.raises(UserError, match="process 1 has no luck"):
+            ranks.parts(part)
+        return ranks.parts(lambda: ranks.rank), ranks.by_first(lambda: [f"by {ranks.rank}"][ranks.rank])
+
+    assert together(3, work) == [([0, 1, 2], "by 0")] * 3  # none but the first makes it: they would find no such item
+    assert ALONE.parts(lambda: 7) == [7] and ALONE.by_first(lambda: 7) == 7
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_command_that_cannot_share_its_work_is_refused_under_a_launcher(monkeypatch, capsys, rank):
     launched(monkeypatch, rank, 2)
