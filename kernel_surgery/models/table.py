@@ -191,8 +191,9 @@ def _inside(layout: Layout, body: str, head: str, *bodies: str) -> Layout:
 
 # {model_type in config.json: layout}, one entry per supported architecture.
 ARCHITECTURES: dict[str, Layout] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "ernie4_5", "seed_oss"), LLAMA),
-    **dict.fromkeys(("phi3", "olmo", "glm", "hunyuan_v1_dense"), Layout()),
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3"), LLAMA),
+    **dict.fromkeys(("smollm3", "ernie4_5", "seed_oss", "arcee"), LLAMA),
+    **dict.fromkeys(("phi3", "olmo", "glm", "hunyuan_v1_dense", "nemotron", "helium", "qwen3_5_text"), Layout()),
     "apertus": Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
     "granite": Layout(scaled="residual_multiplier"),
     "starcoder2": Layout(site="mlp.c_proj", writes=linear("mlp.c_proj")),
@@ -221,6 +222,9 @@ ARCHITECTURES: dict[str, Layout] = {
         head="lm_head",
     ),
     "stablelm": _PARALLEL,
+    "gptj": replace(_GPT2, site="mlp.fc_out", writes=linear("mlp.fc_out"), mlp_norm="ln_1", follows="parallel"),
+    "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj")),
+    "persimmon": Layout(site="mlp.dense_4h_to_h", writes=linear("mlp.dense_4h_to_h"), norm="final_layernorm"),
     "falcon": replace(_BLOOM, follows="parallel"),
     "gpt2": _GPT2,
     "bloom": _BLOOM,
@@ -233,12 +237,18 @@ ARCHITECTURES: dict[str, Layout] = {
         input_norm="norm_1",
         mlp_norm="norm_2",
     ),
-    **dict.fromkeys(("qwen3_moe",), _MIXED),
+    **dict.fromkeys(("qwen3_moe", "olmoe"), _MIXED),
+    "flex_olmo": replace(_MIXED, follows="norm", after="post_feedforward_layernorm", input_norm=None, mlp_norm=None),
     **dict.fromkeys(
-        ("mixtral", "minimax_m2"), replace(_MIXED, files=(Form("block_sparse_moe.experts.*.w2.weight", "expert"),))
+        ("mixtral", "minimax_m2", "phimoe"),
+        replace(_MIXED, files=(Form("block_sparse_moe.experts.*.w2.weight", "expert"),)),
     ),
     **dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), _shared("shared_expert")),
-    **dict.fromkeys(("deepseek_v3", "glm4_moe", "ernie4_5_moe"), _shared("shared_experts")),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _shared("shared_experts")),
+    **dict.fromkeys(("ernie4_5_moe", "solar_open"), _shared("shared_experts")),
+    "afmoe": replace(
+        _shared("shared_experts"), follows="norm", after="post_mlp_layernorm", mlp_norm="pre_mlp_layernorm"
+    ),
     "hunyuan_v1_moe": _shared("shared_mlp"),
     "granitemoe": Layout(
         site="block_sparse_moe",
@@ -256,13 +266,17 @@ ARCHITECTURES: dict[str, Layout] = {
     "llama4_text": _LLAMA4,
     "llama4": _inside(_LLAMA4, "language_model.model", "language_model.lm_head"),
     "gemma3": _inside(_NORMED, "model.language_model", "lm_head", "language_model.model", "language_model"),
-    "qwen2_5_vl": _inside(LLAMA, "model.language_model", "lm_head", "model"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _inside(LLAMA, "model.language_model", "lm_head", "model")),
+    "mistral3": _inside(LLAMA, "model.language_model", "lm_head", "language_model.model", "language_model"),
+    "qwen3_5": _inside(Layout(), "model.language_model", "lm_head"),
+    "qwen3_5_moe": _inside(_shared("shared_expert"), "model.language_model", "lm_head"),
 }
 
 # {model_type: why it is not supported, and what that would need}.
 REFUSED = {
     "nemotron_h": "its experts write into a latent space, and the projection out of it is another tensor",
     "gemma3n": "its layers add several predictions of the residual stream, not the MLP block's output",
+    "granitemoeshared": "its routed and its shared expert are added to each other outside of any module",
     "gemma4": "its layers add an embedding of each layer between the MLP block and the residual stream",
 }
 

@@ -20,7 +20,27 @@ _EXPERTS: dict[str, Any] = {
     **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "moe_k": 2},
 }
 _VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+_QWEN_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "depth": 3, "num_heads": 2}
+_QWEN_VISION |= {"out_hidden_size": D, "deepstack_visual_indexes": [0]}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+# {model type of several modalities: (what its language model has besides, the configuration of its vision model)}.
+_INSIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ({}, _VISION | {"image_size": 28, "patch_size": 14}),
+    "mistral3": ({"model_type": "mistral"}, _VISION | {"model_type": "pixtral", "head_dim": 8}),
+    "llama4": (
+        {"model_type": "llama4_text"},
+        _VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    ),
+    "qwen2_vl": (_SECTIONS, _QWEN_VISION | {"hidden_size": D, "embed_dim": 16}),
+    "qwen2_5_vl": (_SECTIONS, _QWEN_VISION),
+    "qwen3_vl": (_SECTIONS, _QWEN_VISION),
+    "qwen3_5": ({}, _QWEN_VISION),
+    "qwen3_5_moe": ({"model_type": "qwen3_5_moe_text"}, _QWEN_VISION),
+}
 _DENSE_FIRST = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+# Attention whose keys and values are compressed.
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 12}
+_LATENT |= {"num_key_value_heads": 4, "head_dim": 4}
 # {model type: what its configuration has besides}. None leaves a field out.
 _OWN: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None},
@@ -31,6 +51,16 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": _EXPERTS | {"mlp_only_layers": [1]},
     "qwen3_next": _EXPERTS | {"mlp_only_layers": [1]},
     "qwen3_5_moe_text": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "flex_olmo": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "solar_open": _EXPERTS | _DENSE_FIRST,
+    "glm4_moe_lite": _EXPERTS | _DENSE_FIRST | _LATENT,
+    "deepseek_v2": _EXPERTS | _DENSE_FIRST | _LATENT,
+    "afmoe": _EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1},
+    "gptj": {"head_dim": None, "rotary_dim": 4, "n_inner": 96},
+    "gpt_bigcode": {"head_dim": None, "n_inner": 96},
+    "persimmon": {"head_dim": None},
     "mixtral": _EXPERTS,
     "minimax_m2": _EXPERTS,
     "granitemoe": _EXPERTS,
@@ -38,10 +68,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": _EXPERTS | {"moe_topk": 2},
     "ernie4_5_moe": _EXPERTS | {"moe_layer_start_index": 1, "moe_num_shared_experts": 1},
     "glm4_moe": _EXPERTS | _DENSE_FIRST,
-    "deepseek_v3": _EXPERTS
-    | _DENSE_FIRST
-    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 12}
-    | {"num_key_value_heads": 4, "head_dim": 4},
+    "deepseek_v3": _EXPERTS | _DENSE_FIRST | _LATENT,
     "llama4_text": _EXPERTS | {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 2},
 }
 
@@ -51,18 +78,11 @@ def configuration(kind: str, **config: Any) -> Any:
     import transformers
 
     fields = {k: v for k, v in (_COMMON | _OWN.get(kind, {}) | config).items() if v is not None or k == "bos_token_id"}
-    if kind == "gemma3":
-        vision = _VISION | {"image_size": 28, "patch_size": 14}
-        return transformers.Gemma3Config(text_config=fields, vision_config=vision)
-    if kind == "llama4":
-        vision = _VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
-        return transformers.Llama4Config(text_config=_OWN["llama4_text"] | fields, vision_config=vision)
-    if kind == "qwen2_5_vl":
-        fields.pop("head_dim")
-        fields["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 2, 2]}
-        vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 3, "num_heads": 2, "out_hidden_size": D}
-        return transformers.Qwen2_5_VLConfig(text_config=fields, vision_config=vision)
-    return transformers.AutoConfig.for_model(kind, **fields)
+    if kind not in _INSIDE:
+        return transformers.AutoConfig.for_model(kind, **fields)
+    text, vision = _INSIDE[kind]
+    fields = _COMMON | _OWN.get(text.get("model_type", ""), {}) | text | config
+    return transformers.AutoConfig.for_model(kind, text_config=fields, vision_config=vision)
 
 
 def pico_of(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
