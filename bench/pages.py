@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import cost, engines, reals, tables
+from bench import architectures, cost, engines, reals, tables
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -103,6 +103,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "fields": tables.fields,
     },
     "docs/engines.md": {"engines": engines.found, "throughput": engines.throughput},
+    "docs/models.md": {"models": architectures.found, "refused": architectures.refused},
     "docs/scale.md": {"cost": cost.page},
     "docs/scoring.md": {"labels": labels},
     "docs/real.md": {

@@ -277,6 +277,7 @@ REFUSED = {
     "nemotron_h": "its experts write into a latent space, and the projection out of it is another tensor",
     "gemma3n": "its layers add several predictions of the residual stream, not the MLP block's output",
     "granitemoeshared": "its routed and its shared expert are added to each other outside of any module",
+    "qwen3_vl_moe": "its files hold the experts' matrices either way round, and nothing in them says which",
     "gemma4": "its layers add an embedding of each layer between the MLP block and the residual stream",
 }
 
