@@ -1,4 +1,4 @@
-"""The table of docs/models.md, from docs/models.json, which the tests of every model type wrote (`tests.models.table`)."""
+"""The tables of docs/models.md: what tests of every model type found (`tests.models.table`), and what is refused."""
 
 import json
 

@@ -3,10 +3,13 @@
     python -m kernel_surgery.bake --model SRC --subspace S --out DST
     python -m kernel_surgery.bake --undo --model BAKED --out RESTORED
 
-The edit is W <- W - a U (U^T W). The work is done in `checkpoint.baking`.
+The edit is W <- W - a A (B^T W), in every matrix that writes into an MLP block's output. The work is done in
+`checkpoint.baking`.
 """
 
 import argparse
+import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +58,7 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
     from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import local_folder, resolve_checkpoint
-    from kernel_surgery.models.stored import layout_in
+    from kernel_surgery.models.stored import counted, layout_in, layouts, parts
     from kernel_surgery.problems.generator import parse_languages
     from kernel_surgery.subspace.artifact import Subspace
 
@@ -72,16 +75,24 @@ def run(argv: list[str] | None = None) -> int:
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)
     show(bake_checkpoint(folder, subspace, args.out, **options))
-    if note := subspace.note_on(layout_in(folder)):
+    kind = layout_in(folder)
+    changed = counted(parts(kind, layouts(folder), subspace.layers))
+    if note := subspace.note_on(kind):
         print(note)
-    print(f"{args.out}: {len(subspace.layers)} layers edited, rank {subspace.rank}, strength {args.strength:g}")
+    about = f"rank {subspace.rank}, strength {args.strength:g}"
+    print(f"{args.out}: {len(subspace.layers)} layers edited ({changed}), {about}")
     return 0
 
 
 def show(norms: dict[str, tuple[float, float]]) -> None:
-    """Print one line per tensor."""
-    for name, (before, after) in norms.items():
-        print(f"  {name}: norm {before:.3f} -> {after:.3f}")
+    """Print one line per tensor. Experts that differ in their number alone share a line, with the norm of them all."""
+    alike: dict[str, list[tuple[float, float]]] = {}
+    for name, pair in norms.items():
+        alike.setdefault(re.sub(r"\[\d+\]$", "[*]", name), []).append(pair)
+    for name, pairs in alike.items():
+        before, after = (math.hypot(*side) for side in zip(*pairs, strict=True))
+        many = f" ({len(pairs)} experts)" if name.endswith("[*]") else ""
+        print(f"  {name}{many}: norm {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":

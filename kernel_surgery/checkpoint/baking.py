@@ -47,7 +47,7 @@ from kernel_surgery.files.tensorfile import (
     share_blocks,
     write_tensor,
 )
-from kernel_surgery.models.stored import StoredPart, layout_in, parts
+from kernel_surgery.models.stored import StoredPart, counted, layout_in, parts
 from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import Projection
@@ -132,15 +132,19 @@ def _rewrite(
         write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
 
 
-def _card(record: dict[str, Any]) -> str:
-    """Return the model card, which says what the weights are and how to undo the edit."""
+def _card(record: dict[str, Any], site: str, changed: str) -> str:
+    """Return the model card, which says what the weights are and how to undo the edit.
+
+    site: the edited module, from its layer on. changed: what was edited, in words.
+    """
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
         *("---", *base_model_line(record), "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
-        f"the weight W of `mlp.down_proj` became W - a U (U^T W), with U of rank {record['rank']} and a = {a:g}.",
-        "U spans the language subspace: the directions in which activations of one problem differ between languages.",
+        f"every matrix W that writes into the output of `{site}` became W - a A (B^T W): {changed}.",
+        f"A and B have rank {record['rank']}, and a = {a:g}. For an orthogonal edit, A = B.",
+        "A spans the language subspace: the directions in which activations of one problem differ between languages.",
         "Every other tensor is byte-identical to the original.",
         "",
         *([record["note"] + ".", ""] if record["note"] else []),
@@ -270,7 +274,7 @@ def bake_checkpoint(
 
     def finish(folder: Path) -> dict[str, Any]:
         record = edit_record("baked", source, subspace, strength, model_id, command, damage=damage)
-        write_atomic(folder / "README.md", _card(record))
+        write_atomic(folder / "README.md", _card(record, layout_in(source).site, counted(edited)))
         return record
 
     edits = edited, removal.edit

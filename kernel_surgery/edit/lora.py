@@ -134,6 +134,8 @@ def adapted(
             sums[layer] = partial(total, like=linear.tensor) if is_split(linear.tensor) else None
             inside[layer] = replace(site, module=linear.owner)
     edit, hooked = new_edit("lora", plan, "torch/eager"), replace(plan, sites=inside)
+    for layer in plan.sites.keys() - inside.keys():
+        del edit.calls[layer]  # the edit is in the weights
 
     def edited(layer: int, output: Tensor, pair: Sequence[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensor:
         a, b = pair

@@ -5,6 +5,7 @@ expert's matrix, whatever their number.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,24 @@ def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None 
 def experts_in(config: dict[str, Any]) -> int | None:
     """Return the number of routed experts of a layer that config.json gives, or None if it gives none."""
     return next((config[name] for name in EXPERT_COUNTS if isinstance(config.get(name), int)), None)
+
+
+def counted(found: Iterable[Part]) -> str:
+    """Return in words what an edit changes, such as "128 experts + 1 shared in 47 layers, 1 dense layer"."""
+    layers: dict[int, Counter[str]] = {}
+    for part in found:
+        layers.setdefault(part.layer, Counter())["bias" if part.form.bias else part.form.role] += 1
+    alike = Counter((own["expert"], own["shared"]) for own in layers.values() if own["expert"])
+    words = []
+    for (routed, shared), number in alike.items():
+        more = f" + {shared} shared" if shared else ""
+        words.append(f"{routed} experts{more} in {_number(number, 'layer')}")
+    if dense := sum(own["dense"] for own in layers.values()):
+        words.append(_number(dense, "dense layer") if alike else _number(dense, "matrix", "matrices"))
+    if biases := sum(own["bias"] for own in layers.values()):
+        words.append(_number(biases, "bias", "biases"))
+    return ", ".join(words)
+
+
+def _number(count: int, one: str, more: str | None = None) -> str:
+    return f"{count} {one if count == 1 else more or one + 's'}"

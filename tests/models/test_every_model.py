@@ -19,7 +19,7 @@ from kernel_surgery.edit.modes import APPLIERS, applied
 from kernel_surgery.files.contents import weight_files
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.load import load_model
-from kernel_surgery.models.stored import layout_in, layouts, located, parts, sampled
+from kernel_surgery.models.stored import counted, layout_in, layouts, located, parts, sampled
 from kernel_surgery.models.table import ARCHITECTURES
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint, fingerprint_differences, sample_weights
@@ -125,33 +125,13 @@ def test_the_edit_in_the_files_is_the_edit(kind, folders, tmp_path):
             "baked on disk": f"{made:.2f}",
             "certificate": f"{worst:.2f}",
             "undo": f"{max(row['error_over_bound'] for row in restored['tensors']):.2f}",
-            "counted": counted(kind, folder / "source"),
+            "counted": counted(parts(layout_in(folder / "source"), layouts(folder / "source"), range(100))),
         },
     )
 
 
 def merged(folder):
     return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
-
-
-def counted(kind, folder):
-    """What the edit of all layers of a checkpoint changes, in words."""
-    found = parts(layout_in(folder), layouts(folder), range(100))
-    by_layer = {}
-    for part in found:
-        own = by_layer.setdefault(part.layer, {"dense": 0, "expert": 0, "shared": 0, "bias": 0})
-        own["bias" if part.form.bias else part.form.role] += 1
-    words = []
-    routed = [own for own in by_layer.values() if own["expert"]]
-    if routed:
-        shared = f" + {routed[0]['shared']} shared" if routed[0]["shared"] else ""
-        words.append(f"{routed[0]['expert']} experts{shared} in {len(routed)} layers")
-        assert len({tuple(own.values()) for own in routed}) == 1
-    if dense := [own for own in by_layer.values() if own["dense"]]:
-        words.append(f"{len(dense)} dense layers")
-    if biases := sum(own["bias"] for own in by_layer.values()):
-        words.append(f"{biases} biases")
-    return ", ".join(words)
 
 
 @pytest.mark.parametrize("kind", KINDS)
