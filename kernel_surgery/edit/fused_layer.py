@@ -13,10 +13,10 @@ output. In that layer the hook on `down_proj` makes the edit, and the layer only
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
@@ -26,13 +26,19 @@ from kernel_surgery.edit.plan import Edit, Plan, stored
 from kernel_surgery.models.architectures import decoder_layers, layout_of, mlp_outputs, model_type, next_norm
 
 
-def _own_class(module: nn.Module, kind: str, ending: str) -> bool:
+def _own_class(module: nn.Module, kinds: Iterable[str], ending: str) -> bool:
     """Return whether a module has exactly the class that transformers defines for an architecture.
 
-    A subclass does not count. kind: the model type, such as "qwen2". ending: of the class name, such as "MLP".
+    A subclass does not count. kinds: the model types, as `_kinds` has them. ending: of the class name, such as "MLP".
     """
-    name = type(module).__name__
-    return type(module).__module__ == f"transformers.models.{kind}.modeling_{kind}" and name.endswith(ending)
+    files = [f"transformers.models.{kind}.modeling_{kind}" for kind in kinds]
+    return type(module).__module__ in files and type(module).__name__.endswith(ending)
+
+
+def _kinds(model: nn.Module) -> tuple[str, ...]:
+    """Return the model type, and that of the language model inside a model of several modalities."""
+    text = cast(Any, model.config).get_text_config().model_type
+    return tuple(dict.fromkeys((model_type(model), text)))
 
 
 def _replaced(module: nn.Module) -> bool:
@@ -67,7 +73,8 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
 
     Looks at the model as it is now, and changes nothing.
     """
-    kind, block = model_type(model), decoder_layers(model)[layer]
+    kinds, block = _kinds(model), decoder_layers(model)[layer]
+    kind = kinds[0]
     if asked == "output":
         return "output", None
     if not layout_of(model).plain:
@@ -75,16 +82,16 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
     weight = mlp_outputs(model, [layer])[layer].first
     if weight.dtype not in ops.UP_TO_FLOAT32:
         return "output", f"{weight.dtype} has no fused addition"
-    if not _own_class(block, kind, "DecoderLayer"):
+    if not _own_class(block, kinds, "DecoderLayer"):
         return "output", f"{type(block).__name__} is not the layer that transformers defines for {kind}"
-    if not _own_class(block.mlp, kind, "MLP"):
+    if not _own_class(block.mlp, kinds, "MLP"):
         return "output", f"{type(block.mlp).__name__} is not the MLP that transformers defines for {kind}"
     if _replaced(block) or _replaced(block.mlp):
         return "output", "the layer's forward is already replaced"
     if asked == "add":
         return "add", None
     norm = next_norm(model, layer)
-    if not _own_class(norm, kind, "RMSNorm"):
+    if not _own_class(norm, kinds, "RMSNorm"):
         return "add", f"the next norm is a {type(norm).__name__}, not the one that transformers defines for {kind}"
     if _replaced(norm):
         return "add", "the next norm's forward is already replaced"

@@ -83,6 +83,18 @@ def test_every_mode_makes_the_same_edit(kind):
     store(kind, cells)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind, layout in ARCHITECTURES.items() if layout.plain])
+def test_where_the_layer_is_plain_the_fused_operators_give_the_hooks_bits(kind, dtype):
+    """The fused layer adds, and norms, as the model's own layer does. Its reach says how far that goes."""
+    model, found = pico_of(kind, dtype=dtype), {}
+    for mode in ("hook", "fused"):
+        with applied(mode, model, bases(), 1.0, True) as (edit,):
+            found[mode] = logits(model)
+    assert set(edit.reach.values()) <= {"add", "norm"}, edit.fallbacks
+    assert torch.equal(found["hook"], found["fused"])
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A function of a model type that returns a folder with its checkpoint and the edit in its files, made once."""
