@@ -28,6 +28,7 @@ from kernel_surgery.certify.running import (
     _sampled,
     _seen,
     _through,
+    applied_at,
     decode,
     exactly_edited,
     greedy,
@@ -35,6 +36,7 @@ from kernel_surgery.certify.running import (
     refusals,
 )
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
@@ -63,13 +65,14 @@ class _Certifier(Compared):
         dtype: torch.dtype,
         device: torch.device | str,
         made: Path | None,
+        where: str = "mlp_out",
     ):
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         low = Layerwise(source, dtype, device)
         super().__init__(low, Layerwise(source, wide, device, exact=True), list(APPLIERS), min(edits))
         self.made = None if made is None else Layerwise(made, dtype, device)
         self.edits = {layer: edit.to(device) for layer, edit in edits.items()}
-        self.strengths = strengths
+        self.strengths, self.where = strengths, where
         self.left_out: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.pairs: list[dict[str, Any]] = []
@@ -79,7 +82,7 @@ class _Certifier(Compared):
         self.routing: dict[str, dict[int, Any]] = {"original": {}, "edited": {}}
         self.flips: Counter[str] = Counter()
         for layer, edit in self.edits.items():
-            for mode, reason in refusals(self.low, layer, edit):
+            for mode, reason in refusals(self.low, layer, edit, where):
                 if mode in self.modes:
                     self.modes.remove(mode)
                     self.left_out[mode] = reason
@@ -90,26 +93,26 @@ class _Certifier(Compared):
         """Run all streams through one layer, and check the layer if it is edited."""
         edit, strength = self.edits.get(index), self.strengths.get(index, 1.0)
         with self.wide.layer(index) as block:
-            site = self.wide.site(index)
+            router = router_of(self.wide.site(index))
             for name, own in (("original", None), ("edited", edit)):
-                with exactly_edited(site.module, own, strength), routing_seen(router_of(site)) as seen:
+                with exactly_edited(self.wide.output(index, self.where), own, strength), routing_seen(router) as seen:
                     oracles[name] = wide_calls.run(index, block, oracles[name])
                 if seen:
                     self.routing[name][index] = on_cpu(seen[0])
         with self.low.layer(index) as block:
-            site = self.low.site(index)
-            with self.routed(site, "original"):
+            with self.routed(self.low.site(index), "original"):
                 streams["original"] = (calls.run(index, block, streams["original"][0]), None)
-            with exactly_edited(site.module, edit, strength), self.routed(site, IDEAL):
+            output = self.low.output(index, self.where)
+            with exactly_edited(output, edit, strength), self.routed(self.low.site(index), IDEAL):
                 streams[IDEAL] = (calls.run(index, block, streams[IDEAL][0]), None)
             checked = None
             if edit is None:
                 for mode in self.modes:
                     streams[mode] = self.plain(index, mode, streams[mode], calls)
             else:
-                checked = self.edited_layer(site, streams, calls)
+                checked = self.edited_layer(self.low.site(index, self.where), streams, calls)
         if checked is not None:
-            self.check_mixture(index, *checked)
+            self.check_in_both(index, *checked)
 
     @contextmanager
     def routed(self, site: MlpSite, mode: str) -> Iterator[None]:
@@ -141,8 +144,8 @@ class _Certifier(Compared):
     ) -> tuple[Tensor, Rows, dict[str, Tensor], dict[str, Tensor]] | None:
         """Run the modes through an edited layer and check them.
 
-        The check of a mixture of experts needs the oracle's block, so it is left to `check_mixture`: what it needs is
-        returned then.
+        The output of a mixture of experts, or of a norm, is compared with the oracle's. What `check_in_both` needs for
+        that is returned then.
         """
         index, inside = site.layer, span_rows(self.edits[site.layer], self.low.dtype)[None]
         projection, strength = self.edits[index], self.strengths[index]
@@ -159,12 +162,12 @@ class _Certifier(Compared):
                 nullcontext() if made is None else made.layer(index),
                 self.applied(mode, index) if made is None else nullcontext() as edit,
             ):
-                block, own = decoder_layers(reader.model)[index], reader.site(index)
+                block, own = decoder_layers(reader.model)[index], reader.site(index, self.where)
                 with (
                     self.handed_on(block, normed),
                     _seen(own.module) as entered,
                     _seen(submodule(block, reader.layout.mlp_norm or "")) as residual,
-                    self.routed(own, mode),
+                    self.routed(reader.site(index), mode),
                 ):
                     out = calls.run(index, block, hidden)
                 if x is None:
@@ -189,7 +192,8 @@ class _Certifier(Compared):
                 unedited = _through(site.module, _sampled(entered[0]))[0]
                 rows[mode] |= self.check_fused(index, unedited, residual[0], out, normed)
         assert x is not None  # there is at least one mode
-        if len(matrices := [weight for weight in site.weights if weight.matrix]) > 1 or matrices[0].form.stacked:
+        matrices = [weight for weight in site.weights if weight.matrix]
+        if len(matrices) != 1 or matrices[0].form.stacked:
             return x, rows, outputs, before
         with _seen(matrices[0].owner) as given:
             rounded = _through(site.module, x)[0]
@@ -200,17 +204,18 @@ class _Certifier(Compared):
         )
         return None
 
-    def check_mixture(
+    def check_in_both(
         self, index: int, x: Tensor, rows: Rows, outputs: dict[str, Tensor], before: dict[str, Tensor]
     ) -> None:
-        """Check the outputs of a mixture of experts for inputs x [rows, d_model] (`certify.blocks`).
+        """Check the outputs of a site for inputs x [rows, d_model] against the oracle's (`certify.blocks`).
 
         The layer is read again, in one precision after the other, so that one layer is in memory at a time.
         """
-        with self.low.layer(index), routing_seen(router_of(site := self.low.site(index))) as seen:
-            rounded = _through(site.module, x)[0]
-        with self.wide.layer(index), routing_given(router_of(site := self.wide.site(index)), seen[0]):
-            exact = _through(site.module, x.to(self.wide.dtype))[0]
+        with self.low.layer(index), routing_seen(router_of(self.low.site(index))) as seen:
+            rounded = _through(self.low.output(index, self.where), x)[0]
+        given = seen[0] if seen else None
+        with self.wide.layer(index), routing_given(router_of(self.wide.site(index)), given):
+            exact = _through(self.wide.output(index, self.where), x.to(self.wide.dtype))[0]
         edit, strength = self.edits[index], self.strengths[index]
         self.record(index, rows, *check_block(outputs, before, rounded, exact, edit, strength, BESIDE_ORIGINAL))
 
@@ -229,7 +234,7 @@ class _Certifier(Compared):
                 self.fault(index, " and ".join(pair["pair"]), f"they differ by {worst:.3g} times their bound")
 
     def applied(self, mode: str, index: int) -> AbstractContextManager[Edit]:
-        return APPLIERS[mode](self.low.model, {index: self.edits[index]}, self.strengths[index])
+        return applied_at(self.where, mode, self.low.model, {index: self.edits[index]}, self.strengths[index])
 
     def check_weights(self, site: MlpSite, after: Mapping[str, Tensor]) -> None:
         """Check every edited matrix and bias, element by element: of experts each one. A fault names it."""
@@ -320,12 +325,13 @@ def certify_model(
     """
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
-    run = _Certifier(source, subspace.projections, strengths, dtype, device, made)
+    where = WRITE if subspace.site == WRITE else "mlp_out"
+    run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)
     with progress_bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
-        ids = greedy(run.wide, ids, run.edits, strengths, new_tokens, bar.update)
+        ids = greedy(run.wide, ids, run.edits, strengths, new_tokens, bar.update, where)
         (hidden, calls), (oracle_hidden, wide_calls) = run.low.begin(ids), run.wide.begin(ids)
         streams: dict[str, Stream] = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
         oracles = {"original": oracle_hidden, "edited": oracle_hidden}
@@ -341,7 +347,7 @@ def certify_model(
         if whole is None:
             width = torch.finfo(dtype).bits // 8
             whole = sum(math.prod(entry.shape) * width for _, entry in run.low.filling.places.values()) <= WHOLE
-        given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing)
+        given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing, where)
         decoded, flips = decode(*given) if whole else ({}, {})
         logits = run.compare_logits(streams, oracles, length, decoded)
     return {

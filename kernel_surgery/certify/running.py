@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from kernel_surgery.certify.routing import Replay
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
-from kernel_surgery.common.names import LANGUAGES
-from kernel_surgery.edit.baked import refuse_offset_without_bias
+from kernel_surgery.common.names import LANGUAGES, WRITE
+from kernel_surgery.edit.baked import AFTER_A_NORM, refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.edit.modes import APPLIERS
+from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_model
@@ -20,6 +21,7 @@ from kernel_surgery.models.states import on_states, states_of
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.artifact import Subspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +84,10 @@ def exactly_edited(site: nn.Module, basis: BasisLike | None, strength: float) ->
         handle.remove()
 
 
-def refusals(model: Layerwise, layer: int, edit: Projection) -> list[tuple[str, str]]:
-    """Return (mode, reason) of the modes that cannot make the edit of one layer."""
+def refusals(model: Layerwise, layer: int, edit: Projection, where: str = "mlp_out") -> list[tuple[str, str]]:
+    """Return (mode, reason) of the modes that cannot make the edit of one layer. where: as in `mlp_outputs`."""
+    if where == WRITE:
+        return [(mode, AFTER_A_NORM) for mode in ("baked", "lora")]
     site, reasons = model.site(layer), []
     checks: list[tuple[str, Callable[[], None]]] = [
         ("lora", lambda: refuse_offset(edit)),
@@ -137,18 +141,19 @@ def greedy(
     strengths: Mapping[int, float],
     tokens: int,
     advance: Callable[[], object],
+    where: str = "mlp_out",
 ) -> Tensor:
     """Return `ids` followed by `tokens` greedy tokens of the oracle, the edited model in higher precision.
 
     End-of-text tokens do not stop the text. Every new token takes one pass through the files, with a key-value cache.
-    advance: called after every layer.
+    advance: called after every layer. where: the edited site, as in `mlp_outputs`.
     """
     cache, fresh = None, ids
     for _ in range(tokens):
         hidden, calls = oracle.begin(fresh, cache, keep=True)
         cache = calls.cache
         for index in range(oracle.layers):
-            site, strength = oracle.output(index), strengths.get(index, 1.0)
+            site, strength = oracle.output(index, where), strengths.get(index, 1.0)
             with oracle.layer(index) as block, exactly_edited(site, edits.get(index), strength):
                 hidden = calls.run(index, block, hidden)
             advance()
@@ -173,12 +178,13 @@ def decode(
     ids: Tensor,
     prompt: int,
     routing: Mapping[str, Mapping[int, Any]],
+    where: str,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Decode with the model loaded whole and every layer edited at once, in every mode.
 
     The text `ids` is given; it is fed token by token with a cache, as in generation. made: a baked checkpoint, for the
     baked mode. prompt: its number of tokens. routing: {"original", "edited": {layer: what the router gives `ids`}},
-    which the whole model takes too.
+    which the whole model takes too. where: the edited site, as in `mlp_outputs`.
 
     Returns {mode: logits [sequences, new tokens + 1, words]}, and {mode: how many routing decisions would have been
     other ones}.
@@ -194,7 +200,7 @@ def decode(
         if mode == "baked" and made is not None:
             running = load_model(str(made.folder), low.dtype, low.device)
         elif mode != "original":
-            edit = all_layers(mode, model, edits, strengths)
+            edit = all_layers(mode, model, edits, strengths, where)
         kept = routing["original" if mode == "original" else "edited"]
         replay = Replay(mlp_outputs(running, kept) if kept else {}, kept, len(ids))
         logits, cache, flips[mode] = [], None, 0
@@ -210,13 +216,22 @@ def decode(
     return logits_by_mode, flips
 
 
+def applied_at(
+    where: str, mode: str, model: nn.Module, edits: Mapping[int, Projection], strength: float
+) -> AbstractContextManager[Edit]:
+    """Make the edit of some layers at a site, as in `mlp_outputs`."""
+    if where != WRITE:
+        return APPLIERS[mode](model, edits, strength)
+    return APPLIERS[mode](model, Subspace.of(edits, site=where), strength, force=True)
+
+
 @contextmanager
 def all_layers(
-    mode: str, model: nn.Module, edits: Mapping[int, Projection], strengths: Mapping[int, float]
+    mode: str, model: nn.Module, edits: Mapping[int, Projection], strengths: Mapping[int, float], where: str
 ) -> Iterator[None]:
     """Edit every layer while the block runs: layers with one strength together."""
     with ExitStack() as stack:
         for strength in dict.fromkeys(strengths.values()):
             together = {layer: edit for layer, edit in edits.items() if strengths[layer] == strength}
-            stack.enter_context(APPLIERS[mode](model, together, strength))
+            stack.enter_context(applied_at(where, mode, model, together, strength))
         yield

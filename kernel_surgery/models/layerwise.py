@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError, UserError
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.models.architectures import (
     DecoderLayer,
     MlpSite,
@@ -127,13 +128,14 @@ class Layerwise:
         with self.filling.filled(names):
             yield decoder_layers(self.model)[index]
 
-    def site(self, index: int) -> MlpSite:
-        """Return the MLP block's output in a layer, with the weights that the layer has now."""
-        return mlp_outputs(self.model, [index])[index]
+    def site(self, index: int, where: str = "mlp_out") -> MlpSite:
+        """Return what is edited in a layer, with the weights that the layer has now. where: as in `mlp_outputs`."""
+        return mlp_outputs(self.model, [index], where)[index]
 
-    def output(self, index: int) -> nn.Module:
-        """Return the module whose output is edited in a layer."""
-        return cast(nn.Module, submodule(decoder_layers(self.model)[index], self.layout.site))
+    def output(self, index: int, where: str = "mlp_out") -> nn.Module:
+        """Return the module whose output is edited in a layer. where: as in `mlp_outputs`."""
+        path = self.layout.after if where == WRITE else self.layout.site
+        return cast(nn.Module, submodule(decoder_layers(self.model)[index], path or ""))
 
     @contextmanager
     def final_norm(self) -> Iterator[Norm]:

@@ -58,6 +58,30 @@ def test_the_certificate_of_every_model_holds(kind, tmp_path):
     store(kind, {"streamed certificate": f"{worst:.2f}"})
 
 
+NORMED = [kind for kind, row in ARCHITECTURES.items() if row.after]
+
+
+@pytest.mark.parametrize("kind", everyday(NORMED, "gemma2", "glm4"))
+@pytest.mark.parametrize("dtype", everyday([torch.float32, torch.bfloat16], torch.float32))
+def test_the_certificate_of_an_edit_after_a_norm_holds_for_the_modes_that_can_make_it(kind, dtype, tmp_path):
+    model = pico_of(kind, dtype=dtype)
+    model.save_pretrained(tmp_path / "source")
+    subspace = Subspace({i: basis(D, 3, i) for i in LAYERS}, fingerprint=fingerprint(model), site="mlp_write")
+    found = certified(tmp_path, subspace, dtype)
+    assert found["faults"] == [] and found["modes"] == ["hook", "fused"] and found["tensors"] == []
+    assert all("no weight makes what a norm gives" in found["left_out"][mode] for mode in ("baked", "lora"))
+    assert found["logits"]["hook"]["decoded"]["of_original"] <= 2
+    # It is another edit than that of the MLP block's output.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernel_surgery.certify.model.applied_at", lambda where, *given: _elsewhere(*given))
+        faults = certified(tmp_path, subspace, dtype, whole=False)["faults"]
+    assert any(f.startswith("layer 1: hook: ") for f in faults)
+
+
+def _elsewhere(mode, model, edits, strength):
+    return APPLIERS[mode](model, edits, strength)
+
+
 @pytest.mark.parametrize("kind", everyday(MIXTURES, "deepseek_v3"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_the_certificate_of_a_mixture_holds_in_16_bits_though_its_routing_would_differ(kind, dtype, tmp_path):

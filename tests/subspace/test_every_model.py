@@ -1,11 +1,18 @@
 """Every model type of the table is read where it is edited: the activations are those of hooks in the whole model."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from kernel_surgery import collect_moments, hooked
 from kernel_surgery.models.architectures import layout_of, submodule
+from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.table import ARCHITECTURES
+from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.erasing import erasing_edit
 from kernel_surgery.subspace.reading import reading
+from kernel_surgery.subspace.sequential import fit_sequentially
 from tests.subspace.test_collecting import Characters
 from tests.support.marks import everyday
 from tests.support.model_cells import store
@@ -23,7 +30,7 @@ def texts(lengths):
     return [torch.randint(1, 64, (n,), generator=generator).tolist() for n in lengths]
 
 
-def hooked(model, ids, site):
+def seen_by_hooks(model, ids, site):
     """{layer: [tokens, d_model]} of one text, without a mask, from hooks in the whole model."""
     layout, seen = layout_of(model), {}
 
@@ -63,7 +70,7 @@ def test_what_is_read_is_what_hooks_see_in_the_whole_model(kind):
         for side in ("left", "right"):
             found = read(model, texts(LENGTHS), site, side)
             for row, ids in enumerate(texts(LENGTHS)):
-                for layer, want in hooked(model, ids, site).items():
+                for layer, want in seen_by_hooks(model, ids, site).items():
                     states, mask = found[layer]
                     got = states[row][mask[row]]
                     error = float((got - want).norm() / want.norm())
@@ -71,12 +78,31 @@ def test_what_is_read_is_what_hooks_see_in_the_whole_model(kind):
     store(kind, {"collect": "equal"})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_fitted_layer_by_layer_from_the_files_are_those_fitted_with_hooks_on_the_whole_model(kind, tmp_path):
+    model, chosen, languages = pico_of(kind), problems("fit", 2), ("en", "es")
+    model.save_pretrained(tmp_path)
+    own = fit_sequentially(
+        Layerwise(tmp_path, torch.float32), Characters("right"), chosen, languages, LAYERS, rank=1, shrinkage=0.5
+    )
+    edits = {}
+    for layer in LAYERS:
+        with hooked(model, edits) if edits else nullcontext():
+            moments = collect_moments(model, Characters("right"), chosen, languages, str(layer)).by_layer[layer]
+        edits[layer] = erasing_edit(moments, rank=1, shrinkage=0.5)[0]
+        p, q = (e.basis.double() @ e.reads.double().T for e in (edits[layer], own.projections[layer]))
+        # Batches with padding and without differ by float32 rounding, which the fit amplifies by norm(A) norm(B).
+        bound = ROUNDINGS * float(edits[layer].basis.norm() * edits[layer].reads.norm())
+        assert float((p - q).norm() / p.norm()) <= bound
+        assert own.fit["sequential"][str(layer)] < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
 def test_a_padding_that_counts_would_be_seen(kind, monkeypatch):
     monkeypatch.setattr("kernel_surgery.subspace.reading.positions_of", lambda body, mask: {})
     model = pico_of(kind)
     states, mask = read(model, texts(LENGTHS), "resid_post", "left")[2]
-    want = hooked(model, texts(LENGTHS)[0], "resid_post")[2]
+    want = seen_by_hooks(model, texts(LENGTHS)[0], "resid_post")[2]
     error = float((states[0][mask[0]] - want).norm() / want.norm())
     print(f"{kind}: {error:.2g}")
     # Rotary angles count differences of positions, which a shift does not change; learned positions are moved.
