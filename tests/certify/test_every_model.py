@@ -7,6 +7,7 @@ import torch
 
 from kernel_surgery import Subspace, adapted, hooked
 from kernel_surgery.certify.model import certify_model
+from kernel_surgery.certify.render import shown
 from kernel_surgery.checkpoint.baking import bake_checkpoint
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.models.architectures import mlp_outputs
@@ -91,6 +92,8 @@ def test_the_certificate_of_a_mixture_holds_in_16_bits_though_its_routing_would_
     routing = found["routing"]
     assert routing["taken"] == "the oracle's" and set(routing["decoded"]) == {"original", *found["modes"]}
     assert set(routing["differ"]) == {"original", "ideal", *found["modes"]}
+    most, said = max(routing["differ"].values()), shown({"tensors": [], "faults": [], "model": found})
+    assert f"other experts in at most {most} of {routing['decisions']} decisions." in said
     assert all(count < 0.05 * routing["decisions"] for count in routing["differ"].values())
     assert kind != "deepseek_v3" or dtype != torch.bfloat16 or min(routing["differ"].values()) > 0
 
