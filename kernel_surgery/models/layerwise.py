@@ -86,7 +86,7 @@ class Layerwise:
         self.body = cast(Any, submodule(self.model, self.layout.body))
         self.filling = Filling(self.model, self.folder, dtype, self.device)
         head = f"{self.layout.head}.weight"
-        self.tied = head not in self.filling.origins and bool(getattr(self.config, "tie_word_embeddings", False))
+        self.tied = head not in self.filling.origins and head in self.model.all_tied_weights_keys
         inside = (f"{self.layout.body}.", f"{self.layout.head}.")
         wanted = [n for n in self.filling.held if n.startswith(inside) and not (self.tied and n == head)]
         self.filling.check(wanted)
