@@ -21,24 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernel_surgery.certify.comparing import BESIDE_ORIGINAL
 from kernel_surgery.certify.files import verify_checkpoint
-from kernel_surgery.certify.model import BESIDE_ORIGINAL
-from kernel_surgery.certify.running import exactly_edited, greedy, prompt_ids
+from kernel_surgery.certify.running import exactly_edited, greedy, prompt_ids, refusals
 from kernel_surgery.certify.whole import stored_dtype
 from kernel_surgery.checkpoint.record import read_provenance
 from kernel_surgery.checkpoint.source import check_source
 from kernel_surgery.common.environment import environment_record
-from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.baked import refuse_offset_without_bias
-from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.engines.offline import Engine, EngineOptions, require_vllm, started
 from kernel_surgery.engines.variants import ENGINE_MODES, Variant, variants
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_tokenizer, parse_device, public_name
 from kernel_surgery.models.stored import layout_in, layouts
-from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
@@ -180,21 +177,23 @@ def log_probabilities(
 
     edits: {layer: the edit that is made exactly there}. advance: called after every layer.
     """
-    hidden, where = model.embed(ids), model.positions(0, ids.shape[1])
+    hidden, calls = model.begin(ids)
     for index in range(model.layers):
-        with model.layer(index) as block, exactly_edited(block, edits.get(index), strengths.get(index, 1.0)):
-            hidden = block(hidden, **where)
+        site, strength = model.output(index), strengths.get(index, 1.0)
+        with model.layer(index) as block, exactly_edited(site, edits.get(index), strength):
+            hidden = calls.run(index, block, hidden)
         advance()
     with model.final_norm() as norm:
         ends = norm(hidden)[:, :-1]
     following = ids[:, 1:].to(model.device)
     mass = torch.full(following.shape, -math.inf, dtype=torch.float64, device=model.device)
     chosen = torch.zeros_like(mass)
-    for start, rows in model.head_blocks():
-        logits = (ends @ rows.T).double()
+    for start, ending in model.head_blocks():
+        logits = ending(ends).double()
+        words = logits.shape[-1]
         mass = torch.logaddexp(mass, logits.logsumexp(-1))
-        inside = (following >= start) & (following < start + len(rows))
-        at = (following - start).clamp(0, len(rows) - 1)
+        inside = (following >= start) & (following < start + words)
+        at = (following - start).clamp(0, words - 1)
         chosen = torch.where(inside, logits.gather(-1, at[..., None])[..., 0], chosen)
     return (chosen - mass).cpu()
 
@@ -203,19 +202,8 @@ def left_out(subspace: Subspace, low: Layerwise) -> dict[str, str]:
     """Return {mode: reason} of the modes that cannot make this edit."""
     reasons: dict[str, str] = {}
     for layer, edit in subspace.projections.items():
-        name = LLAMA.site_name(layer)
-        biased = f"{name}.bias" in low.places
-        bias = low.tensor(f"{name}.bias") if biased else None
-        checks: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
-            ("baked", refuse_offset_without_bias, (name, edit, biased)),
-            ("lora", refuse_offset, (edit,)),
-            ("lora", refuse_bias, (name, bias)),
-        ]
-        for mode, check, given in checks:
-            try:
-                check(*given)
-            except KernelSurgeryError as error:
-                reasons.setdefault(mode, str(error).splitlines()[0])
+        for mode, reason in refusals(low, layer, edit):
+            reasons.setdefault(mode, reason)
     return reasons
 
 

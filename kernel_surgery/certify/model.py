@@ -10,55 +10,51 @@ the error that the original model itself makes in that dtype.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kernel_surgery.certify.checks import LogitComparison, broken, check_outputs, check_span, check_tensor, span_rows
+from kernel_surgery.certify.blocks import check_block
+from kernel_surgery.certify.checks import broken, check_outputs, check_span, check_tensor, span_rows
+from kernel_surgery.certify.comparing import BESIDE_ORIGINAL, IDEAL, Compared, Stream
+from kernel_surgery.certify.routing import on_cpu, router_of, routing_given, routing_seen
 from kernel_surgery.certify.running import (
     ROWS,
-    _instead,
     _sampled,
     _seen,
+    _through,
+    applied_at,
     decode,
     exactly_edited,
     greedy,
     prompt_ids,
+    refusals,
 )
-from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.edit.baked import refuse_offset_without_bias
-from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
-from kernel_surgery.models.architectures import DecoderLayer, Norm, next_norm, submodule
-from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.architectures import MlpSite, decoder_layers, next_norm, submodule
+from kernel_surgery.models.layerwise import Calls, Layerwise, instead
 from kernel_surgery.models.load import load_tokenizer
-from kernel_surgery.models.table import LLAMA
+from kernel_surgery.models.states import states_of
 from kernel_surgery.numerics.bounds import add_bound, rmsnorm_bound, worst_ratio
 from kernel_surgery.numerics.oracle import project_oracle, rmsnorm_oracle
 from kernel_surgery.numerics.precision import STORED, name_of, whole_products
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
 
-# The original makes about a dozen roundings per layer. An edited layer makes one or two more. So a mode whose error is
-# more than twice the original's is not just rounding. There is one complication: if an edit removes most of an
-# activation, the earlier rounding errors stay and weigh more. So the yardstick is the larger of two errors: the
-# original's, and that of `IDEAL`, the model in the same dtype with the edit made in float64 and rounded once.
-BESIDE_ORIGINAL = 2.0
-IDEAL = "ideal"
 WHOLE = 2e9  # bytes: models up to this size are also loaded whole
-# The hidden states [sequences, tokens, d_model] of one mode, and the next norm's result where it is there already.
-Stream = tuple[Tensor, Tensor | None]
-# What a decoder layer is given besides the hidden states (`Layerwise.positions`).
-Where = dict[str, Any]
+Rows = dict[str, dict[str, Any]]  # {mode: figures}
 
 
-class _Certifier:
+class _Certifier(Compared):
     """Collect the figures and faults of one certificate."""
 
     def __init__(
@@ -69,112 +65,162 @@ class _Certifier:
         dtype: torch.dtype,
         device: torch.device | str,
         made: Path | None,
+        where: str = "mlp_out",
     ):
-        self.low = Layerwise(source, dtype, device)
-        self.wide = Layerwise(source, torch.float64 if dtype == torch.float32 else torch.float32, device, exact=True)
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        low = Layerwise(source, dtype, device)
+        super().__init__(low, Layerwise(source, wide, device, exact=True), list(APPLIERS), min(edits))
         self.made = None if made is None else Layerwise(made, dtype, device)
         self.edits = {layer: edit.to(device) for layer, edit in edits.items()}
-        self.strengths = strengths
-        self.modes = list(APPLIERS)
+        self.strengths, self.where = strengths, where
         self.left_out: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.pairs: list[dict[str, Any]] = []
         self.tensors: list[dict[str, Any]] = []
-        self.hidden: list[dict[str, Any]] = []
-        self.faults: list[str] = []
         self.providers: dict[str, str] = {}
-        self.astray: set[str] = set()
+        # {"original", "edited": {layer: what the oracle's router returned}}, and {mode: decisions that differ}.
+        self.routing: dict[str, dict[int, Any]] = {"original": {}, "edited": {}}
+        self.flips: Counter[str] = Counter()
         for layer, edit in self.edits.items():
-            name = LLAMA.site_name(layer)
-            biased = f"{name}.bias" in self.low.places
-            self.leave_out("lora", refuse_offset, edit)
-            self.leave_out("baked", refuse_offset_without_bias, name, edit, biased)
-            self.leave_out("lora", refuse_bias, name, self.low.tensor(f"{name}.bias") if biased else None)
-
-    def leave_out(self, mode: str, check: Callable[..., None], *given: object) -> None:
-        """Leave a mode out, with the reason, if `check(*given)` refuses it."""
-        try:
-            if mode in self.modes:
-                check(*given)
-        except KernelSurgeryError as error:
-            self.modes.remove(mode)
-            self.left_out[mode] = str(error).splitlines()[0]
-
-    def fault(self, layer: int, mode: str, what: str) -> None:
-        self.faults.append(f"layer {layer}: {mode}: {what}")
+            for mode, reason in refusals(self.low, layer, edit, where):
+                if mode in self.modes:
+                    self.modes.remove(mode)
+                    self.left_out[mode] = reason
 
     def run_layer(
-        self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor], where: Where, wide_where: Where
+        self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor], calls: Calls, wide_calls: Calls
     ) -> None:
         """Run all streams through one layer, and check the layer if it is edited."""
         edit, strength = self.edits.get(index), self.strengths.get(index, 1.0)
         with self.wide.layer(index) as block:
-            oracles["original"] = block(oracles["original"], **wide_where)
-            with exactly_edited(block, edit, strength):
-                oracles["edited"] = block(oracles["edited"], **wide_where)
+            router = router_of(self.wide.site(index))
+            for name, own in (("original", None), ("edited", edit)):
+                with exactly_edited(self.wide.output(index, self.where), own, strength), routing_seen(router) as seen:
+                    oracles[name] = wide_calls.run(index, block, oracles[name])
+                if seen:
+                    self.routing[name][index] = on_cpu(seen[0])
         with self.low.layer(index) as block:
-            streams["original"] = (block(streams["original"][0], **where), None)
-            with exactly_edited(block, edit, strength):
-                streams[IDEAL] = (block(streams[IDEAL][0], **where), None)
+            with self.routed(self.low.site(index), "original"):
+                streams["original"] = (calls.run(index, block, streams["original"][0]), None)
+            output = self.low.output(index, self.where)
+            with exactly_edited(output, edit, strength), self.routed(self.low.site(index), IDEAL):
+                streams[IDEAL] = (calls.run(index, block, streams[IDEAL][0]), None)
+            checked = None
             if edit is None:
                 for mode in self.modes:
-                    streams[mode] = self.plain(block, index, mode, streams[mode], where)
+                    streams[mode] = self.plain(index, mode, streams[mode], calls)
             else:
-                self.edited_layer(block, index, streams, where)
+                checked = self.edited_layer(self.low.site(index, self.where), streams, calls)
+        if checked is not None:
+            self.check_in_both(index, *checked)
 
-    def plain(self, block: DecoderLayer, index: int, mode: str, stream: Stream, where: Where) -> Stream:
+    @contextmanager
+    def routed(self, site: MlpSite, mode: str) -> Iterator[None]:
+        """Give a stream the oracle's routing in a layer while the block runs, and count where it differs."""
+        given = self.routing["original" if mode == "original" else "edited"].get(site.layer)
+        with routing_given(router_of(site), given) as flips:
+            yield
+        self.flips[mode] += sum(flips)
+
+    def handed_on(self, block: nn.Module, normed: Tensor | None) -> AbstractContextManager[None]:
+        """Make the layer's first norm return what the layer before has computed already, if it has."""
+        path = self.low.layout.input_norm
+        if normed is None or path is None:
+            return nullcontext()
+        return instead(cast(nn.Module, submodule(block, path)), lambda *args, **kwargs: normed)
+
+    def plain(self, index: int, mode: str, stream: Stream, calls: Calls) -> Stream:
         """Run one mode through an unedited layer. A baked checkpoint uses the layer from its own files."""
         hidden, normed = stream
-        with _instead(block.input_layernorm, normed):
-            if mode == "baked" and self.made is not None:
-                with self.made.layer(index) as own:
-                    return own(hidden, **where), None
-            return block(hidden, **where), None
+        made = self.made if mode == "baked" else None
+        reader = made or self.low
+        with nullcontext() if made is None else made.layer(index):
+            block = decoder_layers(reader.model)[index]
+            with self.handed_on(block, normed), self.routed(reader.site(index), mode):
+                return calls.run(index, block, hidden), None
 
-    def edited_layer(self, block: DecoderLayer, index: int, streams: dict[str, Stream], where: Where) -> None:
+    def edited_layer(
+        self, site: MlpSite, streams: dict[str, Stream], calls: Calls
+    ) -> tuple[Tensor, Rows, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Run the modes through an edited layer and check them.
+
+        The output of a mixture of experts, or of a norm, is compared with the oracle's. What `check_in_both` needs for
+        that is returned then.
+        """
+        index, inside = site.layer, span_rows(self.edits[site.layer], self.low.dtype)[None]
         projection, strength = self.edits[index], self.strengths[index]
-        down, inside = cast(nn.Linear, submodule(block, LLAMA.site)), span_rows(projection, self.low.dtype)[None]
         outputs: dict[str, Tensor] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        h: Tensor | None = None
+        before: dict[str, Tensor] = {}
+        rows: Rows = {}
+        x: Tensor | None = None
         for mode in self.modes:
             hidden, normed = streams[mode]
             made = self.made if mode == "baked" else None
+            reader = made or self.low
             rows[mode] = {"layer": index, "mode": mode}
             with (
-                nullcontext(block) if made is None else made.layer(index) as run,
+                nullcontext() if made is None else made.layer(index),
                 self.applied(mode, index) if made is None else nullcontext() as edit,
             ):
-                site = cast(nn.Linear, submodule(run, LLAMA.site))
+                block, own = decoder_layers(reader.model)[index], reader.site(index, self.where)
                 with (
-                    _instead(run.input_layernorm, normed),
-                    _seen(site) as entered,
-                    _seen(run.post_attention_layernorm) as residual,
+                    self.handed_on(block, normed),
+                    _seen(own.module) as entered,
+                    _seen(submodule(block, reader.layout.mlp_norm or "")) as residual,
+                    self.routed(reader.site(index), mode),
                 ):
-                    out = run(hidden, **where)
-                if h is None:
-                    h = _sampled(entered[0])
-                # With a batch dimension, as in the model.
-                outputs[mode] = site(h[None])[0]
-                after = [p.detach().clone() for p in (site.weight, site.bias) if p is not None]
-                normed = None
-                if mode == "fused":
-                    normed = next_norm(self.low.model, index)(out)
+                    out = calls.run(index, block, hidden)
+                if x is None:
+                    x = _sampled(entered[0])
+                outputs[mode], before[mode] = _through(own.module, x)
+                if mode == "baked":
+                    after = {name: t.detach().clone() for weight in own.weights for name, t in weight.parts()}
+                reach = edit.reach.get(index, "output") if edit is not None and mode == "fused" else "output"
+                normed = next_norm(self.low.model, index)(out) if reach == "norm" else None
                 if mode in ("hook", "fused"):
-                    with _instead(down, inside):
-                        rows[mode] |= check_span(down(h[None])[0], inside[0], projection, strength)
+                    zeros = x.new_zeros(1, inside.shape[1], x.shape[-1])
+                    with instead(site.module, lambda *args, **kwargs: inside):
+                        spanned = states_of((zeros,), site.module(zeros))[0]
+                    rows[mode] |= check_span(spanned, inside[0], projection, strength)
             streams[mode] = (out, normed)
             self.providers[mode] = "weights on disk" if edit is None else edit.provider
-            if edit is not None and edit.calls and not edit.calls[index]:
+            if edit is not None and edit.calls.get(index) == 0:
                 self.fault(index, mode, "the edit did not run")
             if mode == "baked":
-                self.check_weights(index, after, down)
-            if normed is not None:  # in the fused mode
-                norm = next_norm(self.low.model, index)
-                rows[mode] |= self.check_fused(norm, index, down(_sampled(entered[0])), residual[0], out, normed)
-        assert h is not None  # there is at least one mode
-        rounded = down(h)
-        modes, pairs = check_outputs(outputs, rounded, down.weight, down.bias, h, projection, strength)
+                self.check_weights(site, after)
+            if reach != "output":
+                unedited = _through(site.module, _sampled(entered[0]))[0]
+                rows[mode] |= self.check_fused(index, unedited, residual[0], out, normed)
+        assert x is not None  # there is at least one mode
+        matrices = [weight for weight in site.weights if weight.matrix]
+        if len(matrices) != 1 or matrices[0].form.stacked:
+            return x, rows, outputs, before
+        with _seen(matrices[0].owner) as given:
+            rounded = _through(site.module, x)[0]
+        bias = next((part for weight in site.weights if not weight.matrix for _, part in weight.parts()), None)
+        h = given[0].flatten(0, -2)
+        self.record(
+            index, rows, *check_outputs(outputs, rounded, matrices[0].parts()[0][1], bias, h, projection, strength)
+        )
+        return None
+
+    def check_in_both(
+        self, index: int, x: Tensor, rows: Rows, outputs: dict[str, Tensor], before: dict[str, Tensor]
+    ) -> None:
+        """Check the outputs of a site for inputs x [rows, d_model] against the oracle's (`certify.blocks`).
+
+        The layer is read again, in one precision after the other, so that one layer is in memory at a time.
+        """
+        with self.low.layer(index), routing_seen(router_of(self.low.site(index))) as seen:
+            rounded = _through(self.low.output(index, self.where), x)[0]
+        given = seen[0] if seen else None
+        with self.wide.layer(index), routing_given(router_of(self.wide.site(index)), given):
+            exact = _through(self.wide.output(index, self.where), x.to(self.wide.dtype))[0]
+        edit, strength = self.edits[index], self.strengths[index]
+        self.record(index, rows, *check_block(outputs, before, rounded, exact, edit, strength, BESIDE_ORIGINAL))
+
+    def record(self, index: int, rows: Rows, modes: Rows, pairs: list[dict[str, Any]]) -> None:
+        """Add the figures of a layer's modes and pairs, and a fault for each that is over its bound."""
         for mode, figures in modes.items():
             rows[mode] |= figures
             self.layers.append(rows[mode])
@@ -188,105 +234,41 @@ class _Certifier:
                 self.fault(index, " and ".join(pair["pair"]), f"they differ by {worst:.3g} times their bound")
 
     def applied(self, mode: str, index: int) -> AbstractContextManager[Edit]:
-        return APPLIERS[mode](self.low.model, {index: self.edits[index]}, self.strengths[index])
+        return applied_at(self.where, mode, self.low.model, {index: self.edits[index]}, self.strengths[index])
 
-    def check_weights(self, index: int, after: list[Tensor], down: nn.Linear) -> None:
-        """Check the edited weight, and the bias if there is one, element by element."""
-        kind = STORED[name_of(self.low.dtype)].code
-        before = [p for p in (down.weight, down.bias) if p is not None]
-        for part, new, old in zip(("weight", "bias"), after, before, strict=False):
-            row: dict[str, Any] = {"layer": index, "tensor": f"{LLAMA.site_name(index)}.{part}", "dtype": kind}
+    def check_weights(self, site: MlpSite, after: Mapping[str, Tensor]) -> None:
+        """Check every edited matrix and bias, element by element: of experts each one. A fault names it."""
+        kind, index = STORED[name_of(self.low.dtype)].code, site.layer
+        for name, old in (part for weight in site.weights for part in weight.parts()):
+            row: dict[str, Any] = {"layer": index, "tensor": name, "dtype": kind}
             edit = self.edits[index].for_tensor(old.ndim)
-            new, old = (t.reshape(len(t), -1) for t in (new, old))
+            new, old = (t.reshape(len(t), -1) for t in (after[name], old))
             row |= check_tensor(new, old, None, edit, self.strengths[index])
             self.tensors.append(row)
+            part = name.removeprefix(f"{site.name}.")
             self.faults += [f"layer {index}: baked {part}: {what}" for what in broken(row)]
 
     def check_fused(
-        self, norm: Norm, index: int, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor
+        self, index: int, x: Tensor, residual: Tensor, out: Tensor, normed: Tensor | None
     ) -> dict[str, float]:
-        """Check the fused layer's output against `add_bound`, and its norm against `rmsnorm_bound`."""
-        residual, out, normed = (_sampled(t) for t in (residual, out, normed))
+        """Check the fused layer's output against `add_bound`, and its norm, if any, against `rmsnorm_bound`."""
+        residual, out = (_sampled(t) for t in (residual, out))
         edit, strength = self.edits[index], self.strengths[index]
         exact = residual.double() + project_oracle(x, edit, strength)
-        eps, w = norm.variance_epsilon, norm.weight
-        return {
-            "add": worst_ratio((out.double() - exact).abs(), add_bound(x, residual, edit, strength)),
-            "norm": worst_ratio((normed.double() - rmsnorm_oracle(out, w, eps)).abs(), rmsnorm_bound(out, w, eps)),
-        }
-
-    def compare_hidden(self, index: int, streams: dict[str, Stream], oracles: dict[str, Tensor]) -> None:
-        """Record the relative error of the hidden states after a layer, against the oracle's."""
-
-        def relative(mode: str, oracle: str) -> float:
-            exact = oracles[oracle].double()
-            return float((streams[mode][0].double() - exact).norm() / exact.norm())
-
-        row: dict[str, Any] = {
-            "layer": index,
-            "original": relative("original", "original"),
-            IDEAL: relative(IDEAL, "edited"),
-        }
-        own = row["yardstick"] = max(row["original"], row[IDEAL])
-        for mode in self.modes:
-            row[mode] = relative(mode, "edited")
-            # Report a mode once: an error at one layer carries on through all later layers.
-            if index >= min(self.edits) and not row[mode] <= BESIDE_ORIGINAL * own and mode not in self.astray:
-                self.astray.add(mode)
-                self.fault(index, mode, f"the error of the hidden states is {row[mode] / own:.3g} times the original's")
-        self.hidden.append(row)
-
-    def compare_logits(
-        self, streams: dict[str, Stream], oracles: dict[str, Tensor], prompt: int, decoded: dict[str, Tensor]
-    ) -> dict[str, dict[str, Any]]:
-        """Return the figures of the logits by mode, against the oracle's.
-
-        decoded: {mode: logits [sequences, new tokens + 1, words]} of the whole model, from the last prompt token on. It
-        is empty if the model was not loaded whole.
-        """
-        sequences, length = streams["original"][0].shape[:2]
-        with self.low.final_norm() as norm:
-            ends = {m: (norm(h) if n is None else n).flatten(0, 1) for m, (h, n) in streams.items()}
-        with self.wide.final_norm() as norm:
-            exact = {name: norm(h).flatten(0, 1) for name, h in oracles.items()}
-        comparisons = {mode: LogitComparison(len(ends[mode]), self.low.device) for mode in ends}
-        decoded_comparisons = {
-            mode: LogitComparison(sequences * (length - prompt + 1), self.low.device) for mode in decoded
-        }
-        for (start, rows), (_, wide) in zip(self.low.head_blocks(), self.wide.head_blocks(), strict=True):
-            logits = {name: h @ wide.T for name, h in exact.items()}
-            for mode, comparison in comparisons.items():
-                oracle = logits["original" if mode == "original" else "edited"]
-                comparison.add(oracle, ends[mode] @ rows.T)
-                if mode in decoded_comparisons:
-                    oracle = oracle.unflatten(0, (sequences, length))[:, prompt - 1 :].flatten(0, 1)
-                    decoded_comparisons[mode].add(oracle, decoded[mode][..., start : start + len(rows)].flatten(0, 1))
-        figures = self.beside_original(comparisons, "the error of the logits")
-        words = "the error of the logits, decoded with all layers edited at once,"
-        whole = (
-            self.beside_original(decoded_comparisons | {IDEAL: comparisons[IDEAL]}, words)
-            if decoded_comparisons
-            else {}
-        )
-        for mode, figure in figures.items():
-            figure["decoded"] = whole.get(mode)
-            if mode not in ("original", IDEAL):
-                figure |= comparisons[mode].divergence(sequences, prompt - 1)
+        figures = {"add": worst_ratio((out.double() - exact).abs(), add_bound(x, residual, edit, strength))}
+        if normed is not None:
+            norm = next_norm(self.low.model, index)
+            eps, w = norm.variance_epsilon, norm.weight
+            error = (_sampled(normed).double() - rmsnorm_oracle(out, w, eps)).abs()
+            figures["norm"] = worst_ratio(error, rmsnorm_bound(out, w, eps))
         return figures
 
-    def beside_original(self, found: dict[str, LogitComparison], words: str) -> dict[str, dict[str, Any]]:
-        """Return the figures of every mode, with "of_original": its error over the original's.
-
-        Adds a fault for every mode whose error is too large.
-        """
-        figures: dict[str, dict[str, Any]] = {mode: comparison.figures() for mode, comparison in found.items()}
-        own = max(figures["original"]["relative"], figures[IDEAL]["relative"])
-        for mode in self.modes:
-            figures[mode]["of_original"] = figures[mode]["relative"] / figures["original"]["relative"]
-            ratio = figures[mode]["relative"] / own
-            if not ratio <= BESIDE_ORIGINAL:
-                self.faults.append(f"{mode}: {words} is {ratio:.3g} times the original's")
-        return figures
+    def routing_record(self, positions: int, decoded: Mapping[str, int]) -> dict[str, Any] | None:
+        """Return what the certificate says of routing; None for a model without experts. positions: of the text."""
+        if not self.routing["original"]:
+            return None
+        decisions = positions * len(self.routing["original"])
+        return {"taken": "the oracle's", "decisions": decisions, "differ": dict(self.flips), "decoded": dict(decoded)}
 
 
 # The figures of a mode's row that must not exceed 1, with the words that name them in a fault.
@@ -330,6 +312,8 @@ def certify_model(
         "tensors": one row per baked tensor. "hidden": relative errors of the hidden states by layer.
         "logits": figures by mode. "faults": sentences; the list is empty if everything holds.
         "modes", "left_out": the modes that were checked, and {mode: reason} for the others.
+        "routing": None, or for a mixture of experts whose routing all streams took, also in the whole model
+        (`certify.routing`), how many decisions there were, and {mode: how many it would have made otherwise}.
         "sampled": the text and the number of positions. "providers": {mode: the code that ran the edit}.
         "dtype", "oracle", "device": where and in which precision it ran.
 
@@ -341,18 +325,18 @@ def certify_model(
     """
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
-    run = _Certifier(source, subspace.projections, strengths, dtype, device, made)
+    where = WRITE if subspace.site == WRITE else "mlp_out"
+    run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)
     with progress_bar((new_tokens + 1) * run.low.layers, "certify", unit="layer", leave=False) as bar:
-        ids = greedy(run.wide, ids, run.edits, strengths, new_tokens, bar.update)
-        hidden, oracle_hidden = run.low.embed(ids), run.wide.embed(ids)
+        ids = greedy(run.wide, ids, run.edits, strengths, new_tokens, bar.update, where)
+        (hidden, calls), (oracle_hidden, wide_calls) = run.low.begin(ids), run.wide.begin(ids)
         streams: dict[str, Stream] = {mode: (hidden, None) for mode in ("original", IDEAL, *run.modes)}
         oracles = {"original": oracle_hidden, "edited": oracle_hidden}
-        where, wide_where = (m.positions(0, ids.shape[1]) for m in (run.low, run.wide))
         for index in range(run.low.layers):
-            run.run_layer(index, streams, oracles, where, wide_where)
+            run.run_layer(index, streams, oracles, calls, wide_calls)
             if not bool(torch.isfinite(streams["original"][0]).all()):
                 raise UserError(
                     f"the original model gives NaN or Inf in {dtype} from layer {index} on, so there is nothing to "
@@ -362,8 +346,9 @@ def certify_model(
             bar.update()
         if whole is None:
             width = torch.finfo(dtype).bits // 8
-            whole = sum(math.prod(entry.shape) * width for _, entry in run.low.places.values()) <= WHOLE
-        decoded = decode(run.low, run.made, run.edits, strengths, run.modes, ids, length) if whole else {}
+            whole = sum(math.prod(entry.shape) * width for _, entry in run.low.filling.places.values()) <= WHOLE
+        given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing, where)
+        decoded, flips = decode(*given) if whole else ({}, {})
         logits = run.compare_logits(streams, oracles, length, decoded)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -377,4 +362,5 @@ def certify_model(
         },
         **{"modes": run.modes, "left_out": run.left_out, "layers": run.layers, "pairs": run.pairs},
         **{"tensors": run.tensors, "hidden": run.hidden, "logits": logits, "faults": run.faults},
+        "routing": run.routing_record(ids.numel(), flips),
     }

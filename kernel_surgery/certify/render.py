@@ -130,13 +130,25 @@ def sampled(model: dict[str, Any]) -> str:
     )
 
 
+def routing(model: dict[str, Any]) -> list[str]:
+    """Return a line that says how experts were chosen, or none for a model without experts or an older certificate."""
+    found = model.get("routing")
+    if not found:
+        return []
+    most = max(found["differ"].values())
+    return [
+        f"Routing: {found['taken']} in every mode, also where all layers run at once. By itself a mode would choose "
+        f"other experts in at most {most} of {found['decisions']} decisions."
+    ]
+
+
 def shown(certificate: dict[str, Any]) -> str:
     """Return the tables as text, with the verdict in the last line."""
     lines, faults = [], certificate["faults"]
     if certificate["tensors"]:
         lines += [*aligned(*tensor_table(certificate["tensors"]), left=3), ""]
     if model := certificate.get("model"):
-        lines += [sampled(model)]
+        lines += [sampled(model), *routing(model)]
         lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
         lines += [certificate["note"]] if certificate.get("note") else []
         lines += ["", "Error over its bound, by layer (a check fails above 1):"]

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, Mode
 from kernel_surgery.common.names import LARGEST_STRENGTH, WRITE
 from kernel_surgery.edit.marks import marked, refuse_copy
 from kernel_surgery.models.architectures import MlpSite, layout_of, mlp_outputs
+from kernel_surgery.models.states import on_states
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.artifact import Subspace, check_projections
 
@@ -228,25 +228,6 @@ def stored(module: nn.Module, names: Sequence[str | None]) -> list[Tensor | None
 def parts(edit: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return a projection's tensors, as its constructor takes them."""
     return edit.basis, edit.dual, edit.offset
-
-
-def on_states(hook: Hook) -> Callable[..., Any]:
-    """Return a forward hook that gives `hook` the hidden states alone, with the dimensions of the module's input.
-
-    A mixture of experts may return a tuple, of which they are the first element, and tokens in one dimension.
-    """
-
-    def outer(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        shape = states.shape
-        given = states.view(*inputs[0].shape[:-1], shape[-1]) if inputs and inputs[0].ndim != states.ndim else states
-        made = hook(module, inputs, given)
-        if made is None:
-            return None
-        made = made.view(shape) if made.shape != shape else made
-        return (made, *output[1:]) if isinstance(output, tuple) else made
-
-    return outer
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 The output embedding is a fifth of SmolLM2-135M's forward pass. Its result has batch x tokens x vocabulary numbers.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
 from kernel_surgery.models.architectures import decoder_layers, layout_of, submodule
@@ -36,6 +37,16 @@ def body_up_to(model: "PreTrainedModel", last: int) -> Iterator[nn.Module]:
         yield body
     finally:
         setattr(body, name, layers)
+
+
+def positions_of(body: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Return the argument of a body that counts positions from a mask [batch, tokens], so that padding has none.
+
+    It is empty for a body without it: one with ALiBi counts them from the mask by itself.
+    """
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def refuse_offloaded(model: "PreTrainedModel") -> None:

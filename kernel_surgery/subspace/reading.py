@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import SITES
 from kernel_surgery.models.architectures import Site, mlp_outputs, residual_outputs
-from kernel_surgery.models.body import body_up_to, refuse_offloaded
+from kernel_surgery.models.body import body_up_to, positions_of, refuse_offloaded
 from kernel_surgery.models.padding import padded, padding_id
+from kernel_surgery.models.states import on_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,13 +51,12 @@ def reading(
     mask = torch.empty(0)  # of the batch that runs
     seen: set[int] = set()
 
-    def catch(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+    def catch(layer: int) -> Callable[..., object]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], states: Tensor) -> None:
             take(layer, states, mask.to(states.device))
             seen.add(layer)
 
-        return hook
+        return on_states(hook)
 
     handles = [found.module.register_forward_hook(catch(layer)) for layer, found in sites.items()]
     try:
@@ -65,10 +65,9 @@ def reading(
             def read(batch: Encoded) -> None:
                 nonlocal mask
                 ids, mask = padded(batch, pad, tokenizer.padding_side, model.device)
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 seen.clear()
                 with torch.no_grad():
-                    body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+                    body(input_ids=ids, attention_mask=mask, use_cache=False, **positions_of(body, mask))
                 if silent := [layer for layer in sites if layer not in seen]:
                     raise RuntimeError(f"layers {silent} did not run: nothing was read there, nothing was written")
 

@@ -12,7 +12,7 @@ killed goes on at the layer where it was.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import BATCH_TOKENS, ERASING
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.models.architectures import DecoderLayer, submodule
+from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.models.before import check_positions
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.states import on_states
 from kernel_surgery.models.stored import sampled
-from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem
@@ -109,11 +109,9 @@ def batches_of(encoded: Sequence[Sequence[int]], tokens: int) -> list[list[int]]
 
 
 @contextmanager
-def _at_site(block: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Give the output of `down_proj` to `see` while the block runs. What it returns, if anything, replaces it."""
-    handle = cast(nn.Module, submodule(block, LLAMA.site)).register_forward_hook(
-        lambda module, inputs, output: see(output)
-    )
+def _at_site(site: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Give the MLP block's output to `see` while the block runs. What it returns, if anything, replaces it."""
+    handle = site.register_forward_hook(on_states(lambda module, inputs, states: see(states)))
     try:
         yield
     finally:
@@ -122,20 +120,21 @@ def _at_site(block: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterat
 
 def run_layer(
     reader: Layerwise,
-    block: DecoderLayer,
+    index: int,
     stream: Stream,
     see: Callable[[Tensor, int], Tensor | None] | None = None,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Iterator[Tensor]:
-    """Run one layer over all batches. Yield the hidden states after it, on the CPU.
+    """Run layer `index`, which is filled, over all batches. Yield the hidden states after it, on the CPU.
 
-    see: called with the output of `down_proj` and the number of the batch; see `_at_site`. advance: called with the
+    see: called with the MLP block's output and the number of the batch; see `_at_site`. advance: called with the
     number of tokens that were run.
     """
+    block, site = decoder_layers(reader.model)[index], reader.output(index)
     for number, hidden in enumerate(stream.hidden):
-        where = reader.positions(0, hidden.shape[1])
-        with torch.no_grad(), _at_site(block, lambda y, n=number: see(y, n) if see else None):  # type: ignore[misc]
-            after = block(hidden.to(reader.device), **where)
+        calls = reader.calls(hidden.shape[0], hidden.shape[1])
+        with torch.no_grad(), _at_site(site, lambda y, n=number: see(y, n) if see else None):  # type: ignore[misc]
+            after = calls.run(index, block, hidden.to(reader.device))
         yield after.cpu()
         advance(hidden.shape[0] * hidden.shape[1])
 
@@ -169,12 +168,12 @@ def fit_layer(
     """
     d = reader.config.hidden_size
     before, after = (Moments.empty(n_languages, d, reader.device) for _ in range(2))
-    with reader.layer(index) as block:
+    with reader.layer(index):
 
         def measure(y: Tensor, batch: int) -> None:
             before.add(*stream.counted(y, batch))
 
-        for _ in run_layer(reader, block, stream, measure, advance):
+        for _ in run_layer(reader, index, stream, measure, advance):
             pass
         if not bool(torch.isfinite(before.second).all()):
             raise SubspaceError(f"the activations of layer {index} hold NaN or Inf. Fit in float32 or bfloat16.")
@@ -186,7 +185,7 @@ def fit_layer(
             after.add(*stream.counted(new, batch))
             return new
 
-        hidden = list(run_layer(reader, block, stream, change, advance))
+        hidden = list(run_layer(reader, index, stream, change, advance))
     return hidden, edit, singular.float().cpu(), mean, covariance_left(before, after)
 
 
@@ -256,8 +255,8 @@ def fit_sequentially(
                 stream.hidden, fitted.edits[index], fitted.singular[index], fitted.means[index] = own[:4]
                 fitted.left[index] = own[4]
             else:
-                with reader.layer(index) as block:
-                    stream.hidden = list(run_layer(reader, block, stream, None, bar.update))
+                with reader.layer(index):
+                    stream.hidden = list(run_layer(reader, index, stream, None, bar.update))
             if partial is not None:
                 hidden = {f"hidden.{number}": x.contiguous() for number, x in enumerate(stream.hidden)}
                 partial.add_state(index + 1, hidden | fitted.tensors())
@@ -277,9 +276,10 @@ def _record(
     keep_first: bool,
 ) -> dict[str, Any]:
     """Return what is known of the fit before it begins."""
+    weights = sampled(reader.folder)  # mapped: each is let go of once it is read, or its pages stay in memory
     return {
         "n_layers": reader.layers,
-        "fingerprint": sample_weights(sampled(reader.folder).items()),
+        "fingerprint": sample_weights((name, weights.pop(name)) for name in list(weights)),
         "method": method,
         "languages": list(languages),
         "shrinkage": "oas" if shrinkage is None else shrinkage,

@@ -353,7 +353,7 @@ def test_each_figure_of_the_fused_layer_alone_breaks_the_certificate(key, monkey
 
 def test_hidden_states_logits_and_decoding_are_each_held_to_the_originals_error(monkeypatch):
     """With half the original's own error allowed, everything that is compared with it must complain, once a mode."""
-    monkeypatch.setattr(certifying, "BESIDE_ORIGINAL", 0.5)
+    monkeypatch.setattr("kernel_surgery.certify.comparing.BESIDE_ORIGINAL", 0.5)
     faults = certified(torch.bfloat16)["faults"]
     for mode in ("hook", "fused", "baked", "lora"):
         hidden = [f for f in faults if f": {mode}: the error of the hidden states is " in f]

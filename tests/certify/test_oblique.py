@@ -149,7 +149,7 @@ def test_a_schedule_that_is_shifted_by_a_layer_is_named(linear, mode, monkeypatc
 def test_a_schedule_that_only_the_whole_model_forgets_is_found_there(linear, monkeypatch):
     """Right as long as one layer is edited at a time."""
     monkeypatch.setattr(
-        "kernel_surgery.certify.running.all_layers", lambda mode, model, edits, strengths: hooked(model, edits, 1.0)
+        "kernel_surgery.certify.running.all_layers", lambda mode, model, edits, *rest: hooked(model, edits, 1.0)
     )
     faults = certified(torch.float32, subspace=linear)["faults"]
     assert faults and all("decoded with all layers edited at once" in f for f in faults)

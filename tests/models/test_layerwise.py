@@ -1,29 +1,36 @@
 """A model run one layer at a time from its files is the model, to the bit; and little of it is in memory."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery.common.errors import UserError
-from kernel_surgery.models import layerwise
+from kernel_surgery.common.errors import ModelError, UserError
+from kernel_surgery.models import filling
 from kernel_surgery.models.layerwise import Layerwise
+from kernel_surgery.models.load import load_model
+from kernel_surgery.models.table import ARCHITECTURES
+from kernel_surgery.numerics.bounds import accumulated, worst_ratio
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
+from tests.support.marks import everyday
 from tests.support.models import pico
+from tests.support.picos import pico_of
 
 KINDS = ["qwen2", "qwen3", "llama", "mistral"]
+FEW = everyday(ARCHITECTURES, "qwen3", "gpt2", "bloom", "gemma2", "gpt_oss", "llama4", "qwen3_next", "lfm2")
 
 
 def run(model: Layerwise, ids):
     with torch.no_grad():
-        hidden, where = model.embed(ids), model.positions(0, ids.shape[1])
+        hidden, calls = model.begin(ids)
         for i in range(model.layers):
             with model.layer(i) as block:
-                hidden = block(hidden, **where)
+                hidden = calls.run(i, block, hidden)
         with model.final_norm() as norm:
             hidden = norm(hidden)
-        return torch.cat([hidden @ rows.T for _, rows in model.head_blocks()], -1)
+        return torch.cat([logits(hidden) for _, logits in model.head_blocks()], -1)
 
 
 def ids():
@@ -44,23 +51,117 @@ def test_layer_by_layer_is_the_model_to_the_bit(tmp_path, kind, dtype, tied, mon
     assert all(p.is_meta for p in layerwise.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", everyday([torch.float32, torch.bfloat16], torch.float32))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_runs_layer_by_layer_to_the_bit(tmp_path, kind, dtype):
+    """Whatever it does around its layers: embedding norms and scales, positions, masks, tuples, caps of the logits."""
+    pico_of(kind, dtype=dtype).save_pretrained(tmp_path, max_shard_size="200KB")
+    reader, whole = Layerwise(tmp_path, dtype), load_model(str(tmp_path), dtype)
+    with torch.no_grad():
+        assert torch.equal(run(reader, ids()), whole(input_ids=ids(), use_cache=False).logits)
+    inside = (f"{reader.layout.body}.", f"{reader.layout.head}.")
+    assert all(p.is_meta for name, p in reader.model.named_parameters() if name.startswith(inside))
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_every_architecture_decodes_layer_by_layer_as_the_whole_model_does(tmp_path, kind):
+    """A token at a time, with the cache that the model itself starts.
+
+    The kernels may add in another order, as memory is aligned: by no more than the cache itself changes the sums.
+    """
+    pico_of(kind).save_pretrained(tmp_path)
+    reader, whole = Layerwise(tmp_path, torch.float32), load_model(str(tmp_path), torch.float32)
+    cache, start, text = None, 0, ids()
+    with torch.no_grad():
+        uncached = whole(input_ids=text, use_cache=False).logits
+        want = whole(input_ids=text[:, :10], use_cache=True)
+        for stop in (10, 11, 12):
+            if start:
+                want = whole(input_ids=text[:, start:stop], past_key_values=want.past_key_values, use_cache=True)
+            hidden, calls = reader.begin(text[:, start:stop], cache, keep=True)
+            for i in range(reader.layers):
+                with reader.layer(i) as block:
+                    hidden = calls.run(i, block, hidden)
+            with reader.final_norm() as norm:
+                hidden = norm(hidden)
+            got = torch.cat([logits(hidden) for _, logits in reader.head_blocks()], -1)
+            allowed = max(float((uncached[:, start:stop] - want.logits).norm()), 2**-23 * float(want.logits.norm()))
+            assert float((got - want.logits).norm()) <= 2 * allowed, f"tokens {start} to {stop - 1}"
+            cache, start = calls.cache, stop
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_every_architecture_has_an_oracle_with_float64_norms(tmp_path, kind):
+    """Only a norm with a gate is left in float32. A norm in float64 is its own in float32, but for the rounding."""
+    pico_of(kind).save_pretrained(tmp_path)
+    oracle = Layerwise(tmp_path, torch.float64, exact=True)
+    norms = [m for m in oracle.body.modules() if "Norm" in type(m).__name__ and not isinstance(m, torch.nn.LayerNorm)]
+    assert all(type(m).__name__.endswith("RMSNormGated") for m in norms if "forward" not in vars(m))
+    for i in range(oracle.layers):
+        with oracle.layer(i) as block:
+            for norm in (m for m in block.modules() if m in norms and "forward" in vars(m)):
+                shape = tuple(norm.weight.shape) if hasattr(norm, "weight") else (48,)
+                x = torch.randn(3, *shape, dtype=torch.float64)
+                exact, own = norm(x), type(norm).forward(norm, x)
+                assert exact.dtype == torch.float64 and not torch.equal(exact, own)
+                # A sum of d squares and four more roundings in float32 (`bounds.rmsnorm_bound`).
+                assert float(((exact - own).abs() / exact.abs().amax()).max()) < (math.sqrt(shape[-1]) / 2 + 8) * 2**-23
+
+
+def test_experts_that_are_too_few_in_the_files_are_refused(tmp_path):
+    pico_of("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers.2.mlp.experts.3." not in name}
+    assert len(kept) == len(tensors) - 3
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reader = Layerwise(tmp_path, torch.float32)
+    message = r"layers\.2\.mlp\.experts\.\w+ in .* has shape \(3, .* gives it \(4, "
+    with pytest.raises(UserError, match=message), reader.layer(2):
+        pass
+    with reader.layer(3):
+        pass
+    save_file(
+        {name: t for name, t in tensors.items() if ".layers.2.mlp.experts." not in name},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(UserError, match=r"incomplete: model\.layers\.2\.mlp\.experts\.\w+ is missing"):
+        Layerwise(tmp_path, torch.float32)
+
+
+def test_a_body_that_changes_the_states_between_its_layers_is_refused(tmp_path, monkeypatch):
+    pico("llama").save_pretrained(tmp_path)
+    reader = Layerwise(tmp_path, torch.float32)
+    block = reader.body.layers[1]
+    block.register_forward_pre_hook(lambda module, args: (args[0] * 1, *args[1:]))
+    with pytest.raises(ModelError, match="it changes the hidden states between its layers"):
+        reader.begin(ids())
+
+
 def test_blocks_of_the_vocabulary_make_the_whole(tmp_path, monkeypatch):
     model = pico("llama")
     model.save_pretrained(tmp_path)
     layerwise, hidden = Layerwise(tmp_path, torch.float32), torch.randn(5, 48)
     monkeypatch.setattr("kernel_surgery.models.layerwise.BLOCK", 7)
-    blocks = list(layerwise.head_blocks())
-    assert [start for start, _ in blocks] == list(range(0, 64, 7))
-    assert torch.equal(torch.cat([rows for _, rows in blocks]), model.lm_head.weight)
+    blocks, starts = [], []
+    for start, logits in layerwise.head_blocks():
+        starts.append(start)
+        blocks.append(logits(hidden))
+        assert blocks[-1].shape == (5, min(7, 64 - start)) == (5, len(layerwise.model.lm_head.weight))
+    assert starts == list(range(0, 64, 7))
+    weight = model.lm_head.weight.detach().double()
+    exact, scale = hidden.double() @ weight.T, (hidden.double().square() @ weight.square().T).sqrt()
+    assert worst_ratio((torch.cat(blocks, -1) - exact).abs(), accumulated(scale, exact, 48)) <= 1
     assert torch.equal(layerwise.next_tokens(hidden), (hidden @ model.lm_head.weight.T).argmax(-1))
+    assert layerwise.model.lm_head.weight.is_meta
 
 
 def test_only_the_rows_that_are_asked_for_are_read(tmp_path, monkeypatch):
     model = pico("qwen2")
     model.save_pretrained(tmp_path)
 
-    read, real = [], layerwise.read_tensor
-    monkeypatch.setattr(layerwise, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
+    read, real = [], filling.read_tensor
+    monkeypatch.setattr(filling, "read_tensor", lambda f, e: read.append(e.end - e.begin) or real(f, e))
     wanted = torch.tensor([[3, 60, 3], [5, 5, 3]])
     assert torch.equal(Layerwise(tmp_path, torch.float32).embed(wanted), model.model.embed_tokens(wanted))
     assert read == [48 * 4] * 3
@@ -87,13 +188,18 @@ def test_the_oracle_has_norms_in_float64(tmp_path):
         assert not torch.equal(norm(x), type(norm).forward(norm, x))  # transformers' own goes through float32
 
 
-def test_a_window_and_the_positions_are_respected(tmp_path):
-    pico("mistral", sliding_window=16).save_pretrained(tmp_path)
+def test_a_window_is_kept_and_positions_are_respected(tmp_path):
+    whole = pico("mistral", sliding_window=8)
+    whole.save_pretrained(tmp_path)
     model = Layerwise(tmp_path, torch.float32)
-    model.check_length(16)
-    with pytest.raises(UserError, match="sequences of 17 tokens are longer than the model's 16 tokens of attention"):
-        model.check_length(17)
-    pico("llama").save_pretrained(tmp_path / "other")
+    with torch.no_grad():
+        want = whole(input_ids=ids(), use_cache=False).logits
+        assert torch.equal(run(model, ids()), want)
+        whole.config.sliding_window = None
+        assert not torch.equal(whole(input_ids=ids(), use_cache=False).logits, want)  # the window counts
+    with pytest.raises(UserError, match="longer than the model's 256 positions"):
+        model.check_length(257)
+    pico_of("mpt").save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="longer than the model's 256 positions"):
         Layerwise(tmp_path / "other", torch.float32).check_length(257)
 
