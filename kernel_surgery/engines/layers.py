@@ -106,9 +106,10 @@ class Edits:
         modules = {id(module) for module in model.modules()}
         called = [layer for layer, module in self.edited.items() if id(module) in modules]
         if missing := sorted(set(self.layers) - set(called)):
+            kind = LAYER if self.layout.linear else "block"
             raise ModelError(
-                f"{len(called)} of {len(self.layers)} layers are edited on {where}: there is no "
-                f"{LAYER if self.layout.linear else 'block'} named {self.layout.vllm_site(missing[0])} in this {type(model).__name__}. The engine was not started. "
+                f"{len(called)} of {len(self.layers)} layers are edited on {where}: there is no {kind} named "
+                f"{self.layout.vllm_site(missing[0])} in this {type(model).__name__}. The engine was not started. "
                 "Serve a baked checkpoint (python -m kernel_surgery.bake)."
             )
         for layer, module in self.edited.items():

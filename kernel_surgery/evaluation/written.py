@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.files import same_bytes
-from kernel_surgery.checkpoint.adapter import PREFIX, WEIGHTS
+from kernel_surgery.checkpoint.adapter import WEIGHTS, unpacked
 from kernel_surgery.checkpoint.baking import UNDO
 from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
@@ -75,10 +75,13 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
 
 def _adapter(folder: Path, ours: Iterable[StoredPart]) -> dict[str, Tensor]:
     """Return the factors of an adapter. ours: what the edit changes. Raises CheckpointError if one is missing."""
-    sites = [part.name.removesuffix(".weight") for part in ours if not part.form.bias]
-    wanted = {f"{site}.{part}": f"{PREFIX}{site}.{part}.weight" for site in sites for part in ("lora_A", "lora_B")}
+    matrices = [part for part in ours if not part.form.bias]
     with opened(folder / WEIGHTS) as file:
-        held = set(file.keys())
-        if missing := [name for name in wanted.values() if name not in held]:
-            raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no tensor {missing[0]}. Make the adapter again.")
-        return {name: file.get_tensor(there) for name, there in wanted.items()}
+        pairs, _ = unpacked({name: file.get_tensor(name) for name in file.keys()}, matrices)  # noqa: SIM118
+    if missing := [part.name for part in matrices if part.name not in pairs]:
+        raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no pair of {missing[0]}. Make the adapter again.")
+    tensors = dict[str, Tensor]()
+    for part in matrices:
+        site = part.name.removesuffix(".weight")
+        tensors[f"{site}.lora_A"], tensors[f"{site}.lora_B"] = pairs[part.name]
+    return tensors

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tests.support.models import oblique
 from tests.support.picos import pico_of
 
 D, LAYERS, TOKENS, END = 128, (1, 2), 8, 0
+PROMPTS = torch.randint(1, 64, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
 LIMIT = 2.0  # an edit's error may be so many times the original's, as in `certify.engine`
 # The attention of vLLM's CPU engine takes heads of 32.
 _SHAPE: dict[str, Any] = {"hidden_size": D, "num_attention_heads": 4, "head_dim": 32}
@@ -96,9 +97,11 @@ def compared(kind: str, modes=("original", "fused"), *, keep=False) -> dict[str,
         wide = type(model)(model.config).double().eval()
         wide.load_state_dict(model.state_dict())
         wide.set_experts_implementation("eager")  # the other ones take no float64
+        # First all of transformers: in this process, vLLM may change its classes.
+        expected = {ours: _expected(ours, model, wide, subspace) for ours in ("original", "hook")}
         for mode in modes:
             try:
-                row = _run(_variant(mode, folder, subspace), model, wide, subspace)
+                row = _run(_variant(mode, folder, subspace), expected["original" if mode == "original" else "hook"])
             except Exception as error:
                 if not keep:
                     raise
@@ -126,23 +129,38 @@ def _variant(mode: str, folder: Path, subspace: Subspace) -> Variant:
     return own
 
 
-def _run(variant: Variant, model, wide, subspace: Subspace) -> dict[str, Any]:
-    """What `compared` says of one mode, but for the yardstick. model, wide: in float32 and float64."""
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(1, 64, (4, 12), generator=generator).tolist()
-    ours = "original" if variant.mode == "original" else "hook"
-    with applied(ours, model, subspace, 1.0, True):
-        ids, gaps = greedy(model, prompts)
+@dataclass(frozen=True)
+class _Expected:
+    """What transformers finds: texts with their prompts, the gap of the two best logits at every new token, and log
+    probabilities: in float32, and in float64 with and without the edit."""
+
+    ids: list[list[int]]
+    gaps: list[tuple[float, ...]]
+    here: torch.Tensor
+    exact: torch.Tensor
+    unedited: torch.Tensor
+
+
+def _expected(mode: str, model, wide, subspace: Subspace) -> _Expected:
+    """model, wide: in float32 and float64."""
+    with applied(mode, model, subspace, 1.0, True):
+        ids, gaps = greedy(model, PROMPTS)
         here = log_probabilities(model, ids)
-    with applied(ours, wide, subspace, 1.0, True):
+    with applied(mode, wide, subspace, 1.0, True):
         exact = log_probabilities(wide, ids)
-    unedited = log_probabilities(wide, ids)
+    return _Expected(ids, gaps, here, exact, log_probabilities(wide, ids))
+
+
+def _run(variant: Variant, expected: _Expected) -> dict[str, Any]:
+    """What `compared` says of one mode, but for the yardstick."""
     more = {"enforce_eager": True, "skip_tokenizer_init": True}
     with started(variant, EngineOptions(64, torch.float32, 1, more)) as engine:
-        found = torch.stack(engine.log_probabilities(ids))
-        texts = engine.texts(prompts, max_new_tokens=TOKENS, ends=[END])
-    row = {name: float((t - exact).abs().max()) for name, t in (("error", found), ("here", here), ("effect", unedited))}
-    return row | _texts([text[len(prompts[0]) :] for text in ids], gaps, texts, 4 * (row["error"] + row["here"]))
+        found = torch.stack(engine.log_probabilities(expected.ids))
+        texts = engine.texts(PROMPTS, max_new_tokens=TOKENS, ends=[END])
+    given = {"error": found, "here": expected.here, "effect": expected.unedited}
+    row = {name: float((t - expected.exact).abs().max()) for name, t in given.items()}
+    own = [text[len(PROMPTS[0]) :] for text in expected.ids]
+    return row | _texts(own, expected.gaps, texts, 4 * (row["error"] + row["here"]))
 
 
 def _texts(own, gaps, theirs, noise) -> dict[str, Any]:
