@@ -6,7 +6,8 @@ into the MLP block's output comes from the table of architectures, and experts f
     one by one    a pair for every expert, under the name of its matrix in the files. vLLM takes it so, and PEFT, which
                   stacks the experts as transformers does with the matrices.
     stacked       one pair "....experts", A [experts r, d_ff] and B [d_model, r experts]: PEFT's form for a parameter
-                  that holds all experts, in which column e of each r is expert e's.
+                  that holds all experts, in which column e of each r is expert e's. It is used if the files hold the
+                  experts so, or if the table says that PEFT and vLLM take no other (`Layout.stacked_adapter`).
 
 vLLM only loads experts whose gate and up projections have a pair too. Those are zero, of rank 1; PEFT skips them.
 """
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,9 +107,9 @@ def write_adapter(
             torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous(),
             torch.nn.functional.pad(pair.b, (0, padding)).contiguous(),
         )
-    tensors = packed(matrices, pairs)
     record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank, damage=damage)
-    record |= {"model_type": read_config(source)["model_type"], **_edited(matrices)}
+    record |= {"model_type": read_config(source)["model_type"], **_edited(kind, matrices)}
+    tensors = packed(edited_by(record), pairs)
     # PEFT can load the base model by this name. Only a hub id means the same on another machine.
     record["base"] = hub_id(model_id or source)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -138,29 +139,18 @@ class Edited(Part):
     tensor: str
 
 
-class EditedLike(Protocol):
-    """`Edited`, or a `StoredPart`, which has its fields too."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def form(self) -> Form: ...
-    @property
-    def tensor(self) -> str: ...
-
-
-def _edited(parts: Iterable[StoredPart]) -> dict[str, Any]:
+def _edited(kind: Layout, parts: Iterable[StoredPart]) -> dict[str, Any]:
     """Return what a record says of the matrices that are edited, from which `edited_by` lists them.
 
     {"edited": their names in memory, experts without their number, "experts": how many there are of each, "stacked":
-    whether the model's files hold them as one tensor}
+    whether they have one pair for all}
     """
     numbers = Counter(part.name.partition("[")[0] for part in parts)
     experts = [part for part in parts if part.form.role == "expert"]
-    held = {"experts": max(numbers.values()), "stacked": experts[0].form.stacked} if experts else {}
-    return {"edited": list(numbers), **held}
+    if not experts:
+        return {"edited": list(numbers)}
+    stacked = experts[0].form.stacked or kind.stacked_adapter
+    return {"edited": list(numbers), "experts": max(numbers.values()), "stacked": stacked}
 
 
 def edited_by(record: dict[str, Any]) -> list[Edited]:
@@ -182,7 +172,7 @@ def edited_by(record: dict[str, Any]) -> list[Edited]:
     return found
 
 
-def module_of(part: EditedLike) -> str:
+def module_of(part: Edited) -> str:
     """Return the module that has the pair of a matrix. Stacked experts have one for all of them."""
     if part.form.stacked:
         return part.name.partition("[")[0].rpartition(".")[0]
@@ -190,7 +180,7 @@ def module_of(part: EditedLike) -> str:
     return name.removesuffix(".weight")
 
 
-def _inputs(module: str, part: EditedLike) -> list[str]:
+def _inputs(module: str, part: Edited) -> list[str]:
     """Return the modules beside that of an expert's pair, which have a zero pair."""
     if part.form.role != "expert":
         return []
@@ -198,7 +188,7 @@ def _inputs(module: str, part: EditedLike) -> list[str]:
     return [f"{module}.{_STACKED_INPUT}"] if part.form.stacked else [f"{experts}.{name}" for name in _INPUTS[last]]
 
 
-def packed(parts: Iterable[EditedLike], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def packed(parts: Iterable[Edited], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file.
 
     parts: the matrices that it edits, experts in their order. pairs: {name of a part: A [r, d_ff], B [d_model, r]}.
@@ -225,7 +215,7 @@ def packed(parts: Iterable[EditedLike], pairs: Mapping[str, tuple[Tensor, Tensor
 
 
 def unpacked(
-    tensors: Mapping[str, Tensor], parts: Iterable[EditedLike]
+    tensors: Mapping[str, Tensor], parts: Iterable[Edited]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], set[str]]:
     """Return {name of a part: A [r, d_ff], B [d_model, r]} of the parts whose pair is there, and what else is there.
 
@@ -233,7 +223,7 @@ def unpacked(
     which count as something else if they are not zero.
     """
     pairs, rest = dict[str, tuple[Tensor, Tensor]](), set(tensors)
-    numbers = dict[str, list[EditedLike]]()
+    numbers = dict[str, list[Edited]]()
     for part in parts:
         numbers.setdefault(module_of(part), []).append(part)
     for module, held in numbers.items():

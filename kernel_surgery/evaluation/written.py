@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.files import same_bytes
-from kernel_surgery.checkpoint.adapter import WEIGHTS, unpacked
+from kernel_surgery.checkpoint.adapter import WEIGHTS, edited_by, unpacked
 from kernel_surgery.checkpoint.baking import UNDO
 from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
@@ -36,7 +36,7 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     check_config(original)
     ours = parts(layout_in(original), layouts(original), record["layers"])
     edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
-    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, ours)
+    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
     made = Written.of(
         edits,
         strengths={int(layer): factor for layer, factor in record.get("schedule", {}).items()},
@@ -73,15 +73,15 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
     return {part.name: part.mapped().clone() for part in edited}
 
 
-def _adapter(folder: Path, ours: Iterable[StoredPart]) -> dict[str, Tensor]:
-    """Return the factors of an adapter. ours: what the edit changes. Raises CheckpointError if one is missing."""
-    matrices = [part for part in ours if not part.form.bias]
+def _adapter(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the factors of an adapter. record: its provenance. Raises CheckpointError if one is missing."""
+    asked = edited_by(record)
     with opened(folder / WEIGHTS) as file:
-        pairs, _ = unpacked({name: file.get_tensor(name) for name in file.keys()}, matrices)  # noqa: SIM118
-    if missing := [part.name for part in matrices if part.name not in pairs]:
-        raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no pair of {missing[0]}. Make the adapter again.")
+        pairs, _ = unpacked({name: file.get_tensor(name) for name in file.keys()}, asked)  # noqa: SIM118
     tensors = dict[str, Tensor]()
-    for part in matrices:
+    for part in asked:
         site = part.name.removesuffix(".weight")
+        if part.name not in pairs:
+            raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no pair of {site}. Make the adapter again.")
         tensors[f"{site}.lora_A"], tensors[f"{site}.lora_B"] = pairs[part.name]
     return tensors

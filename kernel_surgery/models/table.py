@@ -66,6 +66,7 @@ class Layout:
     after: the norm that reads the output, from its layer on.
     scaled: the output is multiplied by this number of the configuration before it is added.
     vllm: the path of the site in vLLM, with "*" for the layer's number; "" if it is the same.
+    stacked_adapter: an adapter's experts are stacked, also if those of the files are not.
     plain: the layer is x + block(mlp_norm(x)) with x = input + attention(input_norm(input)), and nothing else. Then the
     fused operators can include the addition, and the next norm if it is an RMSNorm without an offset of its weight.
     """
@@ -84,6 +85,7 @@ class Layout:
     after: str | None = None
     scaled: str | None = None
     vllm: str = ""
+    stacked_adapter: bool = False
     plain: bool = False
 
     @property
@@ -170,6 +172,7 @@ def _shared(name: str) -> Layout:
     return replace(_MIXED, writes=(*_MIXED.writes, *linear(f"mlp.{name}.down_proj", "shared")))
 
 
+_QWEN3_5_MOE = replace(_shared("shared_expert"), stacked_adapter=True)
 LLAMA = Layout(plain=True)
 _NORMED = Layout(follows="norm", after="post_feedforward_layernorm", mlp_norm="pre_feedforward_layernorm")
 _PARALLEL = Layout(follows="parallel")
@@ -268,7 +271,8 @@ ARCHITECTURES: dict[str, Layout] = {
             vllm="model.layers.*.block_sparse_moe",
         ),
     ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), _shared("shared_expert")),
+    **dict.fromkeys(("qwen2_moe", "qwen3_next"), _shared("shared_expert")),
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _shared("shared_experts")),
     **dict.fromkeys(("ernie4_5_moe", "solar_open"), _shared("shared_experts")),
     "afmoe": replace(
@@ -294,7 +298,7 @@ ARCHITECTURES: dict[str, Layout] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _inside(LLAMA, "model.language_model", "lm_head", "model")),
     "mistral3": _inside(LLAMA, "model.language_model", "lm_head", "language_model.model", "language_model"),
     "qwen3_5": _inside(Layout(), "model.language_model", "lm_head"),
-    "qwen3_5_moe": _inside(_shared("shared_expert"), "model.language_model", "lm_head"),
+    "qwen3_5_moe": _inside(_QWEN3_5_MOE, "model.language_model", "lm_head"),
 }
 
 # {model_type: why it is not supported, and what that would need}.

@@ -1,4 +1,4 @@
-"""Adapters of every architecture: what PEFT makes of them, experts one by one and stacked, what is refused and named."""
+"""Adapters of every architecture: what PEFT makes of them, experts one by one and stacked, and what is refused."""
 
 import json
 
