@@ -40,7 +40,7 @@ from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.models.load import hub_id, read_config
 from kernel_surgery.models.stored import StoredPart, layout_in
-from kernel_surgery.models.table import Form, Layout, Part
+from kernel_surgery.models.table import Layout, Part
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

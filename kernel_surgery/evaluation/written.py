@@ -1,6 +1,5 @@
 """An edited checkpoint or adapter on disk, to be evaluated beside its original (`eval --baked`, `eval --adapter`)."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.tensorfile import opened
 from kernel_surgery.models.before import check_config
-from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts, sampled
+from kernel_surgery.models.stored import layout_in, layouts, located, parts, sampled
 from kernel_surgery.subspace.fingerprint import sample_weights
 from kernel_surgery.subspace.written import Written
 

