@@ -2,7 +2,8 @@
 
 In a dense model that is a row-parallel layer, which is replaced by an edited one while the model is built. The block of
 a mixture of experts adds up its experts, the routed and the shared ones, after the all-reduce. So there the whole block
-is edited, once the model is built: its class is replaced by an edited subclass.
+is edited, once the model is built: its class is replaced by an edited subclass. So is that of a linear layer that every
+rank holds whole.
 
 The edit is made **after** the all-reduce, on the whole output. Then it is the arithmetic of the fused mode
 (`numerics.bounds.rule_a_bound`), it is right for quantised weights and for a bias, and an offset counts once. Before
@@ -26,7 +27,7 @@ from kernel_surgery import ops
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
 from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.engines.per_request import Strengths, stated
-from kernel_surgery.engines.refusing import LAYER, layout_for, refuse_block, refuse_config, refuse_layer
+from kernel_surgery.engines.refusing import LAYER, is_replicated, layout_for, refuse_block, refuse_config, refuse_layer
 from kernel_surgery.engines.settings import KEY, PluginSettings
 from kernel_surgery.models.architectures import submodule
 from kernel_surgery.models.table import Layout
@@ -77,20 +78,20 @@ class Edits:
         return layer
 
     def edit_blocks(self, model: nn.Module) -> None:
-        """Edit the blocks of a model that was built, if its architecture is edited at whole blocks.
+        """Edit what is not a row-parallel layer in a model that was built: whole blocks, and linear layers that every
+        rank holds whole.
 
-        Raises ModelError for a block whose output is not whole.
+        Raises ModelError for one whose output is not whole.
         """
-        if self.layout.linear:
-            return
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer not in self.edited):
             name = self.layout.vllm_site(layer)
             block = submodule(model, name)
-            if block is not None:
-                refuse_block(name, block, offset=self.subspace.projections[layer].offset is not None)
-                block.__class__ = edited_block(type(block))
-                prepare(block, self, layer)
-                self.edited[layer] = block
+            if block is None or (self.layout.linear and not is_replicated(block)):
+                continue
+            refuse_block(name, block, offset=self.subspace.projections[layer].offset is not None)
+            block.__class__ = edited_block(type(block))
+            prepare(block, self, layer)
+            self.edited[layer] = block
 
     def sample(self, name: str, loaded: Tensor) -> None:
         """Take the fingerprint of a whole weight as it is loaded, before it is split over the ranks."""

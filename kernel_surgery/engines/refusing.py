@@ -14,6 +14,7 @@ from kernel_surgery.ops.library import check_rank
 from kernel_surgery.subspace.artifact import Subspace
 
 LAYER = "RowParallelLinear"  # vLLM's class of a projection whose input is split over the ranks
+_REPLICATED = "ReplicatedLinear"
 _UNCHANGED = "The engine was not started."
 
 
@@ -121,12 +122,20 @@ def refuse_layer(name: str, layer: Any) -> None:
         )
 
 
+def is_replicated(layer: Any) -> bool:
+    """Return whether a module is vLLM's linear layer that every rank holds whole."""
+    return any(base.__name__ == _REPLICATED for base in type(layer).__mro__)
+
+
 def refuse_block(name: str, block: Any, *, offset: bool) -> None:
     """Raise ModelError for an MLP block whose output is not whole, or is one part of a step's tokens.
 
-    block: the block of a decoder layer, with one runner of experts, or none if it is dense. offset: the edit has one.
+    block: the block of a decoder layer, with one runner of experts, or none if it is dense; or a linear layer that
+    every rank holds whole. offset: the edit has one.
     """
     reason = None
+    if is_replicated(block) and block.skip_bias_add and block.bias is not None:
+        reason = "its bias is added elsewhere"
     for module in block.modules():
         experts = getattr(module, "moe_config", None)
         if getattr(experts, "skip_final_all_reduce", False):

@@ -132,7 +132,7 @@ class Layout:
     @property
     def vllm_body(self) -> str:
         """The path of the body in vLLM's model."""
-        return self.vllm.partition(".layers.")[0] if self.vllm else self.body
+        return self.vllm.partition(".*.")[0].rpartition(".")[0] if self.vllm else self.body
 
     def next_norm(self, index: int, n_layers: int) -> str | None:
         """Return the path of the norm that reads a layer's output, or None if attention reads it as it is."""
@@ -247,7 +247,7 @@ ARCHITECTURES: dict[str, Layout] = {
     ),
     "stablelm": _PARALLEL,
     "gptj": replace(_GPT2, site="mlp.fc_out", writes=linear("mlp.fc_out"), mlp_norm="ln_1", follows="parallel"),
-    "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj")),
+    "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj"), vllm="model.h.*.mlp.c_proj"),
     "persimmon": Layout(site="mlp.dense_4h_to_h", writes=linear("mlp.dense_4h_to_h"), norm="final_layernorm"),
     "falcon": replace(_BLOOM, follows="parallel"),
     "gpt2": _GPT2,

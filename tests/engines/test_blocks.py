@@ -1,5 +1,6 @@
 """Whole MLP blocks in vLLM, without vLLM: what is edited, where vLLM has it, and what is refused."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from kernel_surgery.common.errors import ModelError
-from kernel_surgery.engines.layers import Edits
+from kernel_surgery.engines import layers
+from kernel_surgery.engines.layers import Edits, prepare_worker
 from kernel_surgery.engines.refusing import layout_for, refuse_block
 from kernel_surgery.engines.settings import PluginSettings
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE
@@ -104,11 +106,32 @@ def test_a_block_is_found_where_vllm_has_it():
     assert ARCHITECTURES["llama"].vllm_site(1) == ARCHITECTURES["llama"].site_name(1)
 
 
-def test_a_model_with_linear_sites_has_no_blocks_edited():
+class ReplicatedLinear(nn.Linear):
+    """What the plugin looks at in vLLM's linear layer that every rank holds whole."""
+
+    def __init__(self, skip_bias_add=False):
+        super().__init__(D, D)
+        self.skip_bias_add = skip_bias_add
+
+    def forward(self, input_):
+        return super().forward(input_), None
+
+
+def test_of_linear_sites_those_that_every_rank_holds_whole_are_edited():
     edits = edits_for("llama")
-    model = model_of([Block() for _ in range(4)])
+    model = model_of([nn.Module() for _ in range(4)])
+    for layer, block in enumerate(layer.mlp for layer in model.model.layers):
+        block.down_proj = nn.Linear(D, D) if layer == 1 else ReplicatedLinear()
+    model.requires_grad_(False)
+    before = model.model.layers[2].mlp.down_proj(torch.ones(2, D))[0]
     edits.edit_blocks(model)
-    assert edits.edited == {}
+    assert list(edits.edited) == [2]
+    after = model.model.layers[2].mlp.down_proj(torch.ones(2, D))
+    exact = project_oracle(before, edits.subspace.projections[2], 0.5)
+    assert worst_ratio((after[0].double() - exact).abs(), rule_a_bound(before, edits.subspace.projections[2], 0.5)) <= 1
+    assert after[1] is None and not torch.equal(after[0], before)
+    with pytest.raises(ModelError, match="its bias is added elsewhere"):
+        refuse_block("a", ReplicatedLinear(skip_bias_add=True), offset=False)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +186,17 @@ def test_an_edit_of_the_routed_experts_alone_is_far_off_the_bound():
     exact = project_oracle(x + shared, projection, 1.0)
     partly = project_oracle(x, projection, 1.0) + shared
     assert worst_ratio((partly - exact).abs(), rule_a_bound(x + shared, projection)) > 1000
+
+
+def test_a_worker_edits_the_blocks_of_the_model_that_it_loads(monkeypatch):
+    model, edits = model_of([Block() for _ in range(4)]), edits_for()
+    worker = SimpleNamespace(rank=0, vllm_config=None, model_runner=SimpleNamespace(get_model=lambda: model))
+    worker.load_model = lambda: None
+    monkeypatch.setattr(layers, "edits_of", lambda config: edits)
+    monkeypatch.setattr(layers, "replaced", lambda edits: nullcontext())
+    monkeypatch.setattr(layers, "_say", lambda *given: None)
+    prepare_worker(worker)
+    worker.load_model()
+    assert worker.kernel_surgery_report()["layers"] == [1, 2]
+    names = [type(layer.mlp).__name__ for layer in model.model.layers]
+    assert names == ["Block", "EditedBlock", "EditedBlock", "Block"]
