@@ -133,5 +133,36 @@ def found() -> str:
     return table(["model", "mode", *COLUMNS], body) + f"\n{versions}, commit {about['commit'][:10]}. Empty: not run.\n"
 
 
+def architectures() -> str:
+    """docs/engines.md: what vLLM does with every architecture of the table, from docs/engines-models.json."""
+    import json
+
+    from tests.engines.architectures import FILE as MODELS
+
+    if not MODELS.is_file():
+        return ""
+    kept = json.loads(MODELS.read_text(encoding="utf-8"))
+    body = [
+        [f"`{kind}`", *(_cell(rows, mode) for mode in ("original", "fused", "lora"))]
+        for kind, rows in sorted(kept["architectures"].items())
+    ]
+    about = kept["environment"]
+    versions = f"vLLM {about['vllm']}, torch {about['torch']}, transformers {about['transformers']}, {about['device']}"
+    return table(["model type", "original", "fused", "lora"], body) + f"\n{versions}, commit {about['commit'][:10]}.\n"
+
+
+def _cell(rows: dict[str, Any], mode: str) -> str:
+    """What was found of one mode of an architecture, in words. rows: of `tests.engines.architectures`."""
+    row = rows.get(mode)
+    if row is None:
+        return ""
+    if "refused" in row:
+        return f"no: {row['refused'][:160]}"
+    wrong = [fault.partition(": ")[2] for fault in rows["faults"] if fault.startswith(f"{mode}: ")]
+    ties = f", {row['ties']} near ties" if row["ties"] else ""
+    words = f"{row['same']} of {row['texts']} texts{ties}, {row['error'] / row['yardstick']:.2f}"
+    return f"wrong: {wrong[0]}" if wrong else words
+
+
 if __name__ == "__main__":
     main(run)

@@ -102,7 +102,11 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "growth": tables.growth,
         "fields": tables.fields,
     },
-    "docs/engines.md": {"engines": engines.found, "throughput": engines.throughput},
+    "docs/engines.md": {
+        "engines": engines.found,
+        "engines-models": engines.architectures,
+        "throughput": engines.throughput,
+    },
     "docs/models.md": {"models": architectures.found, "refused": architectures.refused},
     "docs/scale.md": {"cost": cost.page},
     "docs/scoring.md": {"labels": labels},

@@ -50,7 +50,7 @@ def run(argv: list[str] | None = None) -> int:
     check_finite_strength(args.strength)
     check_output(args.out)
 
-    from kernel_surgery.checkpoint.adapter import write_adapter
+    from kernel_surgery.checkpoint.adapter import served_modules, write_adapter
     from kernel_surgery.damage.before import damage_before_writing
     from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
     from kernel_surgery.models.stored import layout_in
@@ -74,7 +74,7 @@ def run(argv: list[str] | None = None) -> int:
     # One slot more than there are adapters: on a CPU, vLLM takes the last one for requests without an adapter.
     print(
         f"next: vllm serve {hub_id(args.model) or folder} --enable-lora --max-loras 2 --max-lora-rank {rank} "
-        f"--lora-target-modules down_proj --lora-modules edited={args.out}\n"
+        f"--lora-target-modules {' '.join(served_modules(layout_in(folder)))} --lora-modules edited={args.out}\n"
         "(--max-loras is one more than the adapters that are loaded; docs/engines.md says why)"
     )
     return 0

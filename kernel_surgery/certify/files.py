@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.checks import broken, check_tensor
-from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, configuration
+from kernel_surgery.checkpoint.adapter import CONFIG, WEIGHTS, configuration, edited_by, unpacked
 from kernel_surgery.checkpoint.baking import BASE_CARD, UNDO
 from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance, strength_at
 from kernel_surgery.common.environment import environment_record
@@ -30,7 +30,6 @@ from kernel_surgery.files.hashing import CHUNK, sha256
 from kernel_surgery.files.tensorfile import Entry, opened
 from kernel_surgery.models.load import public_name
 from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts
-from kernel_surgery.models.table import LLAMA
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
@@ -270,29 +269,29 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         if config.get(key) != expected.get(key) or (key in config) != (key in expected):
             certificate.faults.append(f"{CONFIG}: {key} is {config.get(key)!r}, not {expected.get(key)!r}")
     old = {} if source is None else edited_in(source, certificate.edits)
+    asked = [part for part in edited_by(record) if part.layer in certificate.edits]
     with opened(folder / WEIGHTS) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    kind = layout_in(source) if source is not None else LLAMA
-    for layer, edit in progress(certificate.edits.items(), total=len(certificate.edits), desc="verify"):
-        module = kind.site_name(layer)
-        a, b = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
+        pairs, rest = unpacked({name: file.get_tensor(name) for name in file.keys()}, asked)  # noqa: SIM118
+    if unknown := sorted({name for name, part in old.items() if not part.form.bias} - {part.name for part in asked}):
+        certificate.faults.append(f"layer {old[unknown[0]].layer}: {unknown[0]} of the original is not edited")
+    for part in progress(asked, total=len(asked), desc="verify"):
+        layer, module, pair = part.layer, part.name.removesuffix(".weight"), pairs.get(part.name)
+        edit = certificate.edits[layer]
         d, k = edit.basis.shape
-        if a is None or b is None or a.shape[0] < k or tuple(b.shape) != (d, len(a)) or len(a) != expected_rank:
+        if pair is None or k > expected_rank or len(pair[0]) != expected_rank or pair[1].shape != (d, expected_rank):
             certificate.faults.append(f"layer {layer}: {module}: A or B is missing, or of another shape")
             continue
-        weight = None
-        if source is not None:
-            part = old.get(f"{module}.weight")
-            weight = None if part is None else read(part)
-            if weight is None or weight.shape != (d, a.shape[1]):
-                certificate.faults += _pair_faults(layer, module, a, b, edit, None)
-                shape = (d, a.shape[1])
-                certificate.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
-                continue
+        a, b = pair
+        weight = None if part.name not in old else read(old[part.name])
+        if source is not None and (weight is None or weight.shape != (d, a.shape[1])):
+            certificate.faults += _pair_faults(layer, module, a, b, edit, None)
+            shape = (d, a.shape[1])
+            certificate.faults.append(f"layer {layer}: {module}: the original has no weight of shape {shape}")
+            continue
         row = _pair_row(layer, module, a, b, edit, weight, certificate.strength(layer))
         certificate.rows.append(row)
         certificate.faults += _pair_faults(layer, module, a, b, edit, row)
-    certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(tensors)]
+    certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(rest)]
     unchecked = "A was not checked against the weights: give --model to check it"
     return certificate.done(unchecked if source is None else None)
 

@@ -1,4 +1,9 @@
-"""The edit inside vLLM: the row-parallel layer that ends an MLP returns y - a A (B^T y - c).
+"""The edit inside vLLM: what ends an MLP block returns y - a A (B^T y - c).
+
+In a dense model that is a row-parallel layer, which is replaced by an edited one while the model is built. The block of
+a mixture of experts adds up its experts, the routed and the shared ones, after the all-reduce. So there the whole block
+is edited, once the model is built: its class is replaced by an edited subclass. So is that of a linear layer that every
+rank holds whole.
 
 The edit is made **after** the all-reduce, on the whole output. Then it is the arithmetic of the fused mode
 (`numerics.bounds.rule_a_bound`), it is right for quantised weights and for a bias, and an offset counts once. Before
@@ -22,9 +27,10 @@ from kernel_surgery import ops
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
 from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.engines.per_request import Strengths, stated
-from kernel_surgery.engines.refusing import LAYER, refuse_config, refuse_layer
+from kernel_surgery.engines.refusing import LAYER, is_replicated, layout_for, refuse_block, refuse_config, refuse_layer
 from kernel_surgery.engines.settings import KEY, PluginSettings
-from kernel_surgery.models.architectures import Layout, layout_named, submodule
+from kernel_surgery.models.architectures import submodule
+from kernel_surgery.models.table import Layout
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint_differences, sample_places, sample_weights
 
@@ -55,7 +61,7 @@ class Edits:
 
     def layer_of(self, prefix: str) -> int | None:
         """Return the layer that a module's path names, if it is to be edited; else None."""
-        return next((layer for layer in self.layers if prefix == self.layout.site_name(layer)), None)
+        return next((layer for layer in self.layers if prefix == self.layout.vllm_site(layer)), None)
 
     def take(self, prefix: str, module: nn.Module) -> int | None:
         """Note a module that was built. Return its layer if it is to be edited. Raises ModelError for a second one."""
@@ -71,6 +77,22 @@ class Edits:
         self.edited[layer] = module
         return layer
 
+    def edit_blocks(self, model: nn.Module) -> None:
+        """Edit what is not a row-parallel layer in a model that was built: whole blocks, and linear layers that every
+        rank holds whole.
+
+        Raises ModelError for one whose output is not whole.
+        """
+        for layer in (layer for layer in self.layers if layer not in self.edited):
+            name = self.layout.vllm_site(layer)
+            block = submodule(model, name)
+            if block is None or (self.layout.linear and not is_replicated(block)):
+                continue
+            refuse_block(name, block, offset=self.subspace.projections[layer].offset is not None)
+            block.__class__ = edited_block(type(block))
+            prepare(block, self, layer)
+            self.edited[layer] = block
+
     def sample(self, name: str, loaded: Tensor) -> None:
         """Take the fingerprint of a whole weight as it is loaded, before it is split over the ranks."""
         if loaded.ndim == 2 and loaded.dtype in _FLOATS:
@@ -85,15 +107,16 @@ class Edits:
         modules = {id(module) for module in model.modules()}
         called = [layer for layer, module in self.edited.items() if id(module) in modules]
         if missing := sorted(set(self.layers) - set(called)):
+            kind = LAYER if self.layout.linear else "block"
             raise ModelError(
-                f"{len(called)} of {len(self.layers)} layers are edited on {where}: there is no {LAYER} named "
-                f"{self.layout.site_name(missing[0])} in this {type(model).__name__}. The engine was not started. "
+                f"{len(called)} of {len(self.layers)} layers are edited on {where}: there is no {kind} named "
+                f"{self.layout.vllm_site(missing[0])} in this {type(model).__name__}. The engine was not started. "
                 "Serve a baked checkpoint (python -m kernel_surgery.bake)."
             )
         for layer, module in self.edited.items():
             if _overtaken(module, model):
                 raise ModelError(
-                    f"{self.layout.site_name(layer)} is wrapped by another layer on {where}, which may not call it. "
+                    f"{self.layout.vllm_site(layer)} is wrapped by another layer on {where}, which may not call it. "
                     "The engine was not started. Leave out LoRA, or serve a baked checkpoint."
                 )
         return self.compare(model)
@@ -107,7 +130,7 @@ class Edits:
         known = self.subspace.fingerprint
         if self.settings.force or known is None:
             return "fingerprint not compared (force)"
-        embedding = submodule(model, f"{self.layout.body}.{self.layout.embedding}")
+        embedding = submodule(model, f"{self.layout.vllm_body}.{self.layout.embedding}")
         dtype, held = embedding_samples(embedding)
         if not self.sampled and not held:
             if embedding is None or not hasattr(embedding, "weight"):
@@ -180,6 +203,43 @@ def _overtaken(module: nn.Module, model: nn.Module) -> bool:
     return any(getattr(outer, "base_layer", None) is module for outer in model.modules())
 
 
+def prepare(module: nn.Module, edits: Edits, layer: int) -> None:
+    """Give a module what it needs to edit its output: buffers with the edit of a layer, and the strengths."""
+    projection, on = edits.subspace.projections[layer], edits.strengths.device
+    if ops.provider(on) == "triton/cuda":
+        projection = projection.map(ops.packed)
+    for name in ("basis", "dual", "offset"):
+        value = getattr(projection, name)
+        value = None if value is None else value.float().contiguous().to(on)
+        module.register_buffer(f"kernel_surgery_{name}", value, persistent=False)
+    module.register_buffer("kernel_surgery_strengths", edits.strengths, persistent=False)
+    held: Any = module  # further attributes, which nn.Module does not declare
+    held.kernel_surgery_factor = edits.subspace.strength_at(layer, 1.0)
+    held.kernel_surgery_layer = layer
+
+
+def edited_output(module: Any, output: Any) -> Any:
+    """Return the output of a module that `prepare` prepared, edited. Of a tuple, the first element is edited."""
+    if isinstance(output, tuple):  # of a linear: (output, bias that is added elsewhere); the bias is None here
+        return edited_output(module, output[0]), *output[1:]
+    rows = output.reshape(-1, output.shape[-1])
+    strength = module.kernel_surgery_strengths[: rows.shape[0]]
+    if module.kernel_surgery_factor != 1:
+        strength = strength * module.kernel_surgery_factor
+    edit = {"dual": module.kernel_surgery_dual, "offset": module.kernel_surgery_offset}
+    return ops.project(rows, module.kernel_surgery_basis, strength, **edit).reshape(output.shape)
+
+
+def edited_block(base: type) -> type:
+    """Return a subclass of one of vLLM's MLP blocks that edits what the block returns."""
+
+    class EditedBlock(base):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return edited_output(self, super().forward(*args, **kwargs))
+
+    return EditedBlock
+
+
 def edited_class(base: type, edits: Edits) -> type:
     """Return a subclass of vLLM's row-parallel layer that edits the layers of `edits`, and is `base` in all others."""
 
@@ -188,19 +248,8 @@ def edited_class(base: type, edits: Edits) -> type:
             self.kernel_surgery_layer: int | None = None
             super().__init__(*args, **kwargs)
             layer = edits.take(self.prefix, self)
-            if layer is None:
-                return
-            projection = edits.subspace.projections[layer]
-            on = edits.strengths.device
-            if ops.provider(on) == "triton/cuda":
-                projection = projection.map(ops.packed)
-            for name in ("basis", "dual", "offset"):
-                value = getattr(projection, name)
-                value = None if value is None else value.float().contiguous().to(on)
-                self.register_buffer(f"kernel_surgery_{name}", value, persistent=False)
-            self.register_buffer("kernel_surgery_strengths", edits.strengths, persistent=False)
-            self.kernel_surgery_factor = edits.subspace.strength_at(layer, 1.0)
-            self.kernel_surgery_layer = layer
+            if layer is not None:
+                prepare(self, edits, layer)
 
         def weight_loader(self, param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.kernel_surgery_sample(param, loaded_weight)
@@ -212,23 +261,11 @@ def edited_class(base: type, edits: Edits) -> type:
 
         def kernel_surgery_sample(self, param: Any, loaded: Tensor) -> None:
             if self.kernel_surgery_layer is not None and param is getattr(self, "weight", None):
-                edits.sample(f"{self.prefix}.weight", loaded)
+                edits.sample(f"{edits.layout.site_name(self.kernel_surgery_layer)}.weight", loaded)
 
         def forward(self, input_: Tensor) -> Any:
             output = super().forward(input_)
-            if self.kernel_surgery_layer is None:
-                return output
-            if isinstance(output, tuple):  # (output, bias that is added elsewhere); the bias is None here
-                return self.kernel_surgery_edit(output[0]), *output[1:]
-            return self.kernel_surgery_edit(output)
-
-        def kernel_surgery_edit(self, y: Tensor) -> Tensor:
-            rows = y.reshape(-1, y.shape[-1])
-            strength = self.kernel_surgery_strengths[: rows.shape[0]]
-            if self.kernel_surgery_factor != 1:
-                strength = strength * self.kernel_surgery_factor
-            edit = {"dual": self.kernel_surgery_dual, "offset": self.kernel_surgery_offset}
-            return ops.project(rows, self.kernel_surgery_basis, strength, **edit).reshape(y.shape)
+            return output if self.kernel_surgery_layer is None else edited_output(self, output)
 
     return EditedRowParallelLinear
 
@@ -262,7 +299,9 @@ def prepare_worker(worker: Any) -> None:
         edits = edits_of(worker.vllm_config)
         with replaced(edits), stated(edits):
             result = load_model(*args, **kwargs)
-        found = edits.check(worker.model_runner.get_model(), f"rank {worker.rank}")
+        model = worker.model_runner.get_model()
+        edits.edit_blocks(model)
+        found = edits.check(model, f"rank {worker.rank}")
         setattr(worker, REPORT, edits.report)
         setattr(worker, SET_STRENGTH, edits.set_strength)
         _say(edits, found)
@@ -289,7 +328,7 @@ def edits_of(config: Any) -> Edits:
     captured = config.compilation_config.max_cudagraph_capture_size or 0
     tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
     strengths = torch.full((tokens,), settings.strength, dtype=torch.float32, device=config.device_config.device)
-    about = (settings, subspace, layout_named(text.model_type), layers, strengths)
+    about = (settings, subspace, layout_for(config.model_config), layers, strengths)
     return Edits(*about, sha256=sha256, strength=settings.strength)
 
 

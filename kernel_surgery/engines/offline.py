@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_surgery.checkpoint.adapter import CONFIG
+from kernel_surgery.checkpoint.adapter import CONFIG, served_modules
 from kernel_surgery.common.environment import version
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.engines.layers import REPORT, SET_STRENGTH
 from kernel_surgery.engines.settings import KEY
 from kernel_surgery.engines.texts import EngineText, cut
 from kernel_surgery.engines.variants import Variant
-from kernel_surgery.models.table import LLAMA
+from kernel_surgery.models.stored import layout_in
 
 AT_ONCE = 256  # requests that are given to the engine together: vLLM's own default of max_num_seqs
 # On a CPU, vLLM's LoRA operators read slot -1, the last one, for a request without an adapter (CUDA's skip it). So
@@ -190,7 +190,7 @@ def started(variant: Variant, options: EngineOptions) -> Iterator[Engine]:
         arguments |= {"enable_lora": True, "max_loras": SLOTS, "max_lora_rank": rank}
         # Without this vLLM wraps every layer, which is slower. With a wrapped lm_head, its CPU engine fails at the log
         # probabilities of prompts.
-        arguments["lora_target_modules"] = [LLAMA.site.rpartition(".")[2]]
+        arguments["lora_target_modules"] = served_modules(layout_in(variant.model))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process keeps of its own models' memory
     try:

@@ -3,14 +3,18 @@
 import inspect
 from typing import Any
 
+import torch
+
 from kernel_surgery.common.errors import KernelSurgeryError, ModelError
 from kernel_surgery.common.names import WRITE
 from kernel_surgery.engines.settings import PluginSettings, read_settings
 from kernel_surgery.models.architectures import layout_named
+from kernel_surgery.models.table import ARCHITECTURES, Layout
 from kernel_surgery.ops.library import check_rank
 from kernel_surgery.subspace.artifact import Subspace
 
 LAYER = "RowParallelLinear"  # vLLM's class of a projection whose input is split over the ranks
+_REPLICATED = "ReplicatedLinear"
 _UNCHANGED = "The engine was not started."
 
 
@@ -29,8 +33,7 @@ def refuse_config(config: Any) -> tuple[PluginSettings, Subspace]:
     refuse_lora(config.lora_config)
     refuse_shared_cache(config.kv_transfer_config)
     text = config.model_config.hf_text_config
-    kind = getattr(text, "model_type", None)
-    layout_named(str(kind))
+    layout_for(config.model_config)
     subspace = settings.load()
     if subspace.site == WRITE:
         raise KernelSurgeryError(
@@ -40,6 +43,15 @@ def refuse_config(config: Any) -> tuple[PluginSettings, Subspace]:
     subspace.check_shape(text.hidden_size, text.num_hidden_layers, str(config.model_config.model))
     check_rank(next(iter(subspace.bases.values())))
     return settings, subspace
+
+
+def layout_for(model_config: Any) -> Layout:
+    """Return the layout of an engine's model: of the whole model if it is in our table, else of its language model.
+
+    model_config: a `vllm.config.ModelConfig`. Raises ModelError for an architecture that is not in our table.
+    """
+    kinds = [getattr(held, "model_type", None) for held in (model_config.hf_config, model_config.hf_text_config)]
+    return layout_named(str(next((kind for kind in kinds if kind in ARCHITECTURES), kinds[-1])))
 
 
 def refuse_lora(lora_config: Any) -> None:
@@ -103,6 +115,38 @@ def refuse_layer(name: str, layer: Any) -> None:
         reason = "its bias is added elsewhere"
     elif not layer.reduce_results and layer.tp_size > 1:
         reason = "its output is summed over the ranks elsewhere"
+    if reason:
+        raise ModelError(
+            f"cannot edit {name} in vLLM: {reason}. {_UNCHANGED} Serve a baked checkpoint "
+            "(python -m kernel_surgery.bake)."
+        )
+
+
+def is_replicated(layer: Any) -> bool:
+    """Return whether a module is vLLM's linear layer that every rank holds whole."""
+    return any(base.__name__ == _REPLICATED for base in type(layer).__mro__)
+
+
+def refuse_block(name: str, block: Any, *, offset: bool) -> None:
+    """Raise ModelError for an MLP block whose output is not whole, or is one part of a step's tokens.
+
+    block: the block of a decoder layer, with one runner of experts, or none if it is dense; or a linear layer that
+    every rank holds whole. offset: the edit has one.
+    """
+    reason = None
+    if is_replicated(block) and block.skip_bias_add and block.bias is not None:
+        reason = "its bias is added elsewhere"
+    for module in block.modules():
+        experts = getattr(module, "moe_config", None)
+        if getattr(experts, "skip_final_all_reduce", False):
+            reason = "the sum of its experts is reduced over the ranks elsewhere"
+        elif getattr(experts, "is_sequence_parallel", False):
+            reason = "each rank computes other tokens (sequence parallel)"
+        elif offset and getattr(experts, "in_dtype", None) == torch.float16:
+            reason = "in float16 vLLM may scale its output, so an offset has another size. Use bfloat16"
+    dense = not any(hasattr(module, "moe_config") for module in block.modules())
+    for layer in (module for module in block.modules() if dense and type(module).__name__.endswith(LAYER)):
+        refuse_layer(name, layer)
     if reason:
         raise ModelError(
             f"cannot edit {name} in vLLM: {reason}. {_UNCHANGED} Serve a baked checkpoint "

@@ -1,6 +1,5 @@
 """An edited checkpoint or adapter on disk, to be evaluated beside its original (`eval --baked`, `eval --adapter`)."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.files import same_bytes
-from kernel_surgery.checkpoint.adapter import PREFIX, WEIGHTS
+from kernel_surgery.checkpoint.adapter import WEIGHTS, edited_by, unpacked
 from kernel_surgery.checkpoint.baking import UNDO
 from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
@@ -17,7 +16,7 @@ from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.tensorfile import opened
 from kernel_surgery.models.before import check_config
-from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts, sampled
+from kernel_surgery.models.stored import layout_in, layouts, located, parts, sampled
 from kernel_surgery.subspace.fingerprint import sample_weights
 from kernel_surgery.subspace.written import Written
 
@@ -36,7 +35,7 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     check_config(original)
     ours = parts(layout_in(original), layouts(original), record["layers"])
     edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
-    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, ours)
+    tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
     made = Written.of(
         edits,
         strengths={int(layer): factor for layer, factor in record.get("schedule", {}).items()},
@@ -73,12 +72,15 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
     return {part.name: part.mapped().clone() for part in edited}
 
 
-def _adapter(folder: Path, ours: Iterable[StoredPart]) -> dict[str, Tensor]:
-    """Return the factors of an adapter. ours: what the edit changes. Raises CheckpointError if one is missing."""
-    sites = [part.name.removesuffix(".weight") for part in ours if not part.form.bias]
-    wanted = {f"{site}.{part}": f"{PREFIX}{site}.{part}.weight" for site in sites for part in ("lora_A", "lora_B")}
+def _adapter(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the factors of an adapter. record: its provenance. Raises CheckpointError if one is missing."""
+    asked = edited_by(record)
     with opened(folder / WEIGHTS) as file:
-        held = set(file.keys())
-        if missing := [name for name in wanted.values() if name not in held]:
-            raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no tensor {missing[0]}. Make the adapter again.")
-        return {name: file.get_tensor(there) for name, there in wanted.items()}
+        pairs, _ = unpacked({name: file.get_tensor(name) for name in file.keys()}, asked)  # noqa: SIM118
+    tensors = dict[str, Tensor]()
+    for part in asked:
+        site = part.name.removesuffix(".weight")
+        if part.name not in pairs:
+            raise CheckpointError(f"{str(folder / WEIGHTS)!r} has no pair of {site}. Make the adapter again.")
+        tensors[f"{site}.lora_A"], tensors[f"{site}.lora_B"] = pairs[part.name]
+    return tensors

@@ -65,6 +65,8 @@ class Layout:
     so what is added is not linear in the output. "parallel": it is added together with attention's.
     after: the norm that reads the output, from its layer on.
     scaled: the output is multiplied by this number of the configuration before it is added.
+    vllm: the path of the site in vLLM, with "*" for the layer's number; "" if it is the same.
+    stacked_adapter: an adapter's experts are stacked, also if those of the files are not.
     plain: the layer is x + block(mlp_norm(x)) with x = input + attention(input_norm(input)), and nothing else. Then the
     fused operators can include the addition, and the next norm if it is an RMSNorm without an offset of its weight.
     """
@@ -82,6 +84,8 @@ class Layout:
     follows: str = "residual"
     after: str | None = None
     scaled: str | None = None
+    vllm: str = ""
+    stacked_adapter: bool = False
     plain: bool = False
 
     @property
@@ -104,6 +108,11 @@ class Layout:
         """The path of the MLP block, from its layer on: the site, or the module that has it as its last step."""
         return self.site.partition(".")[0]
 
+    @property
+    def linear(self) -> bool:
+        """Whether the site is a linear module, not a block that may hold several."""
+        return any(form.path == f"{self.site}.weight" for form in self.writes)
+
     def embedding_name(self) -> str:
         """Return the name of the embedding's weight."""
         return f"{self.body}.{self.embedding}.weight"
@@ -115,6 +124,15 @@ class Layout:
     def site_name(self, index: int | str) -> str:
         """Return the path of the module whose output is edited. "*" stands for any layer."""
         return f"{self.layers}.{index}.{self.site}"
+
+    def vllm_site(self, index: int | str) -> str:
+        """Return the path of the site in vLLM's model. "*" stands for any layer."""
+        return self.vllm.replace("*", str(index)) if self.vllm else self.site_name(index)
+
+    @property
+    def vllm_body(self) -> str:
+        """The path of the body in vLLM's model."""
+        return self.vllm.partition(".*.")[0].rpartition(".")[0] if self.vllm else self.body
 
     def next_norm(self, index: int, n_layers: int) -> str | None:
         """Return the path of the norm that reads a layer's output, or None if attention reads it as it is."""
@@ -154,6 +172,7 @@ def _shared(name: str) -> Layout:
     return replace(_MIXED, writes=(*_MIXED.writes, *linear(f"mlp.{name}.down_proj", "shared")))
 
 
+_QWEN3_5_MOE = replace(_shared("shared_expert"), stacked_adapter=True)
 LLAMA = Layout(plain=True)
 _NORMED = Layout(follows="norm", after="post_feedforward_layernorm", mlp_norm="pre_feedforward_layernorm")
 _PARALLEL = Layout(follows="parallel")
@@ -185,8 +204,12 @@ _LLAMA4 = Layout(
 
 
 def _inside(layout: Layout, body: str, head: str, *bodies: str) -> Layout:
-    """The layout of a model of several modalities, with the language model's body at `body`. bodies: in its files."""
-    return replace(layout, layers=f"{body}.layers", head=head, bodies=bodies)
+    """The layout of a model of several modalities, with the language model's body at `body`. bodies: in its files.
+
+    vLLM has its body at one path in all of them.
+    """
+    served = f"language_model.model.layers.*.{layout.site}"
+    return replace(layout, layers=f"{body}.layers", head=head, bodies=bodies, vllm=served)
 
 
 # {model_type in config.json: layout}, one entry per supported architecture.
@@ -220,10 +243,11 @@ ARCHITECTURES: dict[str, Layout] = {
         embedding="embed_in",
         norm="final_layer_norm",
         head="lm_head",
+        vllm="model.layers.*.mlp.dense_4h_to_h",
     ),
     "stablelm": _PARALLEL,
     "gptj": replace(_GPT2, site="mlp.fc_out", writes=linear("mlp.fc_out"), mlp_norm="ln_1", follows="parallel"),
-    "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj")),
+    "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj"), vllm="model.h.*.mlp.c_proj"),
     "persimmon": Layout(site="mlp.dense_4h_to_h", writes=linear("mlp.dense_4h_to_h"), norm="final_layernorm"),
     "falcon": replace(_BLOOM, follows="parallel"),
     "gpt2": _GPT2,
@@ -241,9 +265,14 @@ ARCHITECTURES: dict[str, Layout] = {
     "flex_olmo": replace(_MIXED, follows="norm", after="post_feedforward_layernorm", input_norm=None, mlp_norm=None),
     **dict.fromkeys(
         ("mixtral", "minimax_m2", "phimoe"),
-        replace(_MIXED, files=(Form("block_sparse_moe.experts.*.w2.weight", "expert"),)),
+        replace(
+            _MIXED,
+            files=(Form("block_sparse_moe.experts.*.w2.weight", "expert"),),
+            vllm="model.layers.*.block_sparse_moe",
+        ),
     ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), _shared("shared_expert")),
+    **dict.fromkeys(("qwen2_moe", "qwen3_next"), _shared("shared_expert")),
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _shared("shared_experts")),
     **dict.fromkeys(("ernie4_5_moe", "solar_open"), _shared("shared_experts")),
     "afmoe": replace(
@@ -269,7 +298,7 @@ ARCHITECTURES: dict[str, Layout] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _inside(LLAMA, "model.language_model", "lm_head", "model")),
     "mistral3": _inside(LLAMA, "model.language_model", "lm_head", "language_model.model", "language_model"),
     "qwen3_5": _inside(Layout(), "model.language_model", "lm_head"),
-    "qwen3_5_moe": _inside(_shared("shared_expert"), "model.language_model", "lm_head"),
+    "qwen3_5_moe": _inside(_QWEN3_5_MOE, "model.language_model", "lm_head"),
 }
 
 # {model_type: why it is not supported, and what that would need}.
