@@ -21,6 +21,7 @@ setup(
         "kernel_surgery.problems",
         "kernel_surgery.scoring",
         "kernel_surgery.files",
+        "kernel_surgery.quantised",
         "kernel_surgery.models",
         "kernel_surgery.subspace",
         "kernel_surgery.ops",
