@@ -68,7 +68,7 @@ def write_adapter(
     check_source(source, layouts, subspace, force=force)
     refuse_after_norm(subspace, ["lora"])
     kind, tensors = layout_in(source), {}
-    found = editable(source, layouts, subspace.bases)
+    found = editable(source, layouts, subspace.bases, "read")
     check_parts(kind, found, edits, ["lora"])
     matrices = [part for part in found if not part.form.bias]
     check_output(destination, size=sum(4 * rank * sum(part.entry.shape) for part in matrices))

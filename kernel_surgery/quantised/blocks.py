@@ -68,6 +68,25 @@ class Scheme:
         """Return half the distance between neighbouring values at each element: the largest error of its rounding."""
         return _matrix(self.blocked(self.numbers.spacing(numbers)) * _each(scale) / 2, numbers)
 
+    def by_rule(self, matrix: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the numbers, scales and zero points of a matrix by the format's own rule.
+
+        zero: those in the file. A symmetric format may store some; they stay.
+        """
+        scale, new_zero = self.rule(matrix)
+        new_zero = zero if new_zero is None else new_zero
+        return self.numbers_of(matrix, scale, new_zero), scale, new_zero
+
+    def slack(self, matrix: Tensor) -> Tensor:
+        """Return how far beyond the range of the numbers the rule may leave each element: its scale is rounded.
+
+        A scale that is a power of two is never too small.
+        """
+        roundoff = 0.0 if self.power else torch.finfo(self.scale).eps / 2
+        blocks = self.blocked(matrix)
+        reach = blocks.amax((1, 3), keepdim=True).clamp_min(0) - blocks.amin((1, 3), keepdim=True).clamp_max(0)
+        return _matrix((roundoff * reach).expand_as(blocks), matrix)
+
     def requantise(self, matrix: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the numbers, scales and zero points of an edited matrix. scale, zero: those it had before.
 
@@ -76,10 +95,8 @@ class Scheme:
 
         Numerics: in the matrix's dtype.
         """
-        new_scale, new_zero = self.rule(matrix)
-        if zero is not None and new_zero is None:
-            new_zero = zero
-        new, old = self.numbers_of(matrix, new_scale, new_zero), self.numbers_of(matrix, scale, zero)
+        new, new_scale, new_zero = self.by_rule(matrix, zero)
+        old = self.numbers_of(matrix, scale, zero)
         errors = [
             self.blocked(self.dequantise(numbers, *how) - matrix).double()
             for numbers, how in ((new, (new_scale, new_zero)), (old, (scale, zero)))
