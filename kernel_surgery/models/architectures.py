@@ -173,9 +173,7 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def mlp_outputs(
-    model: nn.Module, layers: Iterable[int] | None = None, site: str = "mlp_out"
-) -> dict[int, MlpSite]:
+def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None, site: str = "mlp_out") -> dict[int, MlpSite]:
     """Return {layer: site} of the MLP blocks' outputs in the given layers (default: all).
 
     site: "mlp_out", or "mlp_write" for what the norm after the block gives. No weight makes that, so those have none.

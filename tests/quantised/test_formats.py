@@ -39,23 +39,74 @@ def test_a_matrix_is_read_to_within_half_a_step_of_what_was_quantised(tmp_path, 
         assert float((got - w).norm() / w.norm()) < (0.05 if "8" in name else 0.12)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_compressed_tensors_decompresses_to_the_same_bits(tmp_path, name):
-    compressed = pytest.importorskip("compressed_tensors")
-    if CONFIGS[name]["quant_method"] != "compressed-tensors":
-        pytest.skip("another method")
+THEIRS = [name for name in EVERY if CONFIGS[name]["quant_method"] == "compressed-tensors"]
+
+
+def compressor(name):
+    """compressed-tensors' own compressor of a format, and its scheme."""
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    save_quantised(tmp_path, name, scale=torch.float32)
     config = QuantizationConfig.model_validate(CONFIGS[name])
-    scheme = config.config_groups["group_0"]
+    return BaseCompressor.get_value_from_registry(config.format), config.config_groups["group_0"]
+
+
+def module_of(held, tensor):
+    module = tensor.removesuffix("weight")
+    return {key.removeprefix(module): value for key, value in held.items() if key.startswith(module)}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_compressed_tensors_decompresses_to_the_same_bits(tmp_path, name):
+    theirs, scheme = compressor(name)
+    save_quantised(tmp_path, name, scale=torch.float32)
     held = load_file(tmp_path / "model.safetensors")
     for tensor, matrix in matrices(tmp_path).items():
-        module = tensor.removesuffix("weight")
-        own = {key.removeprefix(module): value for key, value in held.items() if key.startswith(module)}
-        theirs = BaseCompressor.get_value_from_registry(config.format).decompress(own, scheme)["weight"]
-        assert torch.equal(matrix.dequantised(), theirs.float()), compressed.__version__
+        weight = theirs.decompress(module_of(held, tensor), scheme)["weight"]
+        assert torch.equal(matrix.dequantised(), weight.float())
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_compressed_tensors_compresses_to_the_same_bytes_by_the_same_rule(tmp_path, name):
+    """Of a matrix for which every block takes the scale of the rule."""
+    theirs, scheme = compressor(name)
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    save_quantised(tmp_path, name, scale=torch.float32)
+    held = load_file(tmp_path / "model.safetensors")
+    tensor = "model.layers.1.mlp.down_proj.weight"
+    matrix, own = matrices(tmp_path)[tensor], module_of(held, tensor)
+    edited = matrix.dequantised() * 3 + torch.randn(matrix.shape)
+    loaded = matrix.load()
+    blocks = matrix.scheme.blocked(loaded.ordered(edited))
+    low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    scale, zero = calculate_qparams(low, high, scheme.weights)
+    made = matrix.requantised(edited)
+    assert torch.equal(made["scale"].reshape(scale.shape), scale)
+    state = own | {"weight": edited, "weight_scale": scale.reshape(own["weight_scale"].shape)}
+    state["weight_zero_point"] = zero
+    expected = theirs.compress(state, scheme)
+    roles = {"numbers": "weight_packed" if matrix.packed else "weight", "zero": "weight_zero_point"}
+    for role in made.keys() - {"scale"}:
+        assert torch.equal(made[role].view(torch.uint8), expected[roles[role]].view(torch.uint8)), role
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_transformers_loads_what_was_requantised_with_the_same_numbers(tmp_path, name):
+    compressor(name)
+    from kernel_surgery.checkpoint.baking import bake_checkpoint
+    from kernel_surgery.models.load import load_model
+    from kernel_surgery.subspace.artifact import Subspace
+    from tests.support.models import basis
+
+    save_quantised(tmp_path / "source", name)
+    space = Subspace(bases={1: basis(D, 4)}, site="mlp_out")
+    bake_checkpoint(tmp_path / "source", space, tmp_path / "baked", force=True, quantised="requantize")
+    model = load_model(str(tmp_path / "baked"), torch.bfloat16)
+    model(torch.arange(4)[None])  # columns in an order of their own: it dequantises now
+    for tensor, matrix in matrices(tmp_path / "baked").items():
+        assert torch.equal(model.get_parameter(tensor), matrix.dequantised().bfloat16())
 
 
 def test_transformers_loads_an_fp8_checkpoint_with_the_same_numbers(tmp_path):

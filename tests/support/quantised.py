@@ -14,28 +14,29 @@ GROUP = 16
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-def _weights(kind: str, bits: int, strategy: str, symmetric: bool = True, **more: Any) -> dict[str, Any]:
-    """quantization_config as compressed-tensors writes it, of weights alone."""
+def _weights(kind: str, bits: int, strategy: str, form: str, symmetric: bool = True, **more: Any) -> dict[str, Any]:
+    """quantization_config as compressed-tensors writes it. Other formats than the packed one quantise inputs too."""
     weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": symmetric, "dynamic": False, **more}
-    packed = {"float": "naive-quantized", "int": "naive-quantized" if more.pop("plain", None) else "pack-quantized"}
-    weights.pop("plain", None)
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    inputs = {"num_bits": bits, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+    group["input_activations"] = None if form == "pack-quantized" else inputs
     return {
-        **{"quant_method": "compressed-tensors", "format": packed[kind], "quantization_status": "compressed"},
+        **{"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"},
         **{"config_groups": {"group_0": group}, "ignore": ["lm_head"], "global_compression_ratio": None},
     }
 
 
+_PACKED = "pack-quantized"
 # {name: quantization_config}
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)},
-    "fp8-channel": _weights("float", 8, "channel"),
-    "fp8-tensor": _weights("float", 8, "tensor"),
-    "int8-channel": _weights("int", 8, "channel", plain=True),
-    "int8-packed": _weights("int", 8, "channel"),
-    "int4-group": _weights("int", 4, "group", group_size=GROUP),
-    "int4-zero": _weights("int", 4, "group", symmetric=False, group_size=GROUP),
-    "int4-order": _weights("int", 4, "group", group_size=GROUP, actorder="group"),
+    "fp8-channel": _weights("float", 8, "channel", "float-quantized"),
+    "fp8-tensor": _weights("float", 8, "tensor", "float-quantized"),
+    "int8-channel": _weights("int", 8, "channel", "int-quantized"),
+    "int8-packed": _weights("int", 8, "channel", _PACKED),
+    "int4-group": _weights("int", 4, "group", _PACKED, group_size=GROUP),
+    "int4-zero": _weights("int", 4, "group", _PACKED, symmetric=False, group_size=GROUP),
+    "int4-order": _weights("int", 4, "group", _PACKED, group_size=GROUP, actorder="group"),
 }
 
 
