@@ -63,21 +63,28 @@ from kernel_surgery.subspace.artifact import Subspace
 
 
 def _write_file(
-    layout: Layout, target: Path, parts: Iterable[StoredPart], edit: PartEdit, advance: Callable[[int], object]
-) -> Follower:
+    layout: Layout,
+    target: Path,
+    parts: Iterable[StoredPart],
+    edit: PartEdit,
+    advance: Callable[[int], object],
+    final: bool = True,
+) -> Follower | None:
     """Write one weight file from front to back: compute the edited tensors, copy the bytes between them.
 
-    Return a `Follower`, which is still hashing the file. advance: called with the number of bytes that were finished.
+    Return a `Follower`, which is still hashing the file, or None if its bytes are not `final`. advance: called with the
+    number of bytes that were finished.
     """
     edited = sorted((part for part in parts if part.path == layout.path), key=lambda part: part.entry.begin)
     with layout.path.open("rb") as source, target.open("w+b") as out:
         shared = share_blocks(source.fileno(), out.fileno())
-        follower = Follower(target, layout.size)
+        follower = Follower(target, layout.size) if final else None
         done = 0
 
         def reached(upto: int) -> None:
             nonlocal done
-            follower.ready(upto)
+            if follower is not None:
+                follower.ready(upto)
             advance(upto - done)
             done = upto
 
@@ -94,7 +101,8 @@ def _write_file(
                     del tensor  # before the next one is read
                     reached(part.entry.end)
         except BaseException:
-            follower.give_up()
+            if follower is not None:
+                follower.give_up()
             raise
     return follower
 
@@ -124,13 +132,17 @@ def _rewrite(
     ):
         begin(temporary)
         followers = {}
+        late = {path.name for part in again if part.quantised for path, _ in part.quantised.pieces.values()}
         for layout in layouts:
             name = layout.path.name
             if dequantised is not None:
                 dequantised.write_file(layout, temporary, *edits, bar.update)
-            else:
-                followers[name] = _write_file(layout, temporary / name, in_place, edits[1], bar.update)
-        rewritten = set() if dequantised is not None else _requantise(again, edits[1], temporary)
+            elif follower := _write_file(
+                layout, temporary / name, in_place, edits[1], bar.update, final=name not in late
+            ):
+                followers[name] = follower
+        if dequantised is None:
+            _requantise(again, edits[1], temporary)
         found, replaced = contents(source), {} if dequantised is None else dequantised.replaced()
         for name in found.along:
             if new_name := rename(name):
@@ -140,19 +152,15 @@ def _rewrite(
                 else:
                     shutil.copy(source / name, temporary / new_name)
         record = finish(temporary) | {"left_out": list(found.left_out)}
-        hashes = {name: follower.hexdigest() for name, follower in followers.items()}
-        write_provenance(temporary, record, {name: own for name, own in hashes.items() if name not in rewritten})
+        write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
 
 
-def _requantise(parts: list[StoredPart], edit: PartEdit, folder: Path) -> set[str]:
-    """Edit quantised matrices of files that were copied to a folder. Return the names of the files that changed."""
-    changed = set()
+def _requantise(parts: list[StoredPart], edit: PartEdit, folder: Path) -> None:
+    """Edit quantised matrices of files that were copied to a folder."""
     for part in progress(parts, total=len(parts), desc="requantise") if parts else ():
         assert part.quantised is not None  # the caller chose them
         edited = part.oriented(edit(part, part.read()))
         write(part.quantised, part.quantised.requantised(edited), folder)
-        changed |= {path.name for path, _ in part.quantised.pieces.values()}
-    return changed
 
 
 class _Removal:

@@ -53,8 +53,8 @@ class Opaque:
                     raise ModelError(
                         f"the weight of {self.name} ({self.kind}) cannot be read: it does not take unit vectors "
                         f"({str(error).splitlines()[0]}). The model is unchanged. Use mode fused or hook. A model of "
-                        "compressed-tensors decompresses itself at its first forward pass: run it once, or load it with "
-                        "dequantize=True."
+                        "compressed-tensors decompresses itself at its first forward pass: run it once, or load it "
+                        "with dequantize=True."
                     ) from error
                 if output.shape != (len(units), self.rows) or not output.is_floating_point():
                     raise ModelError(
