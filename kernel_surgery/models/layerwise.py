@@ -19,6 +19,7 @@ from kernel_surgery.models.architectures import DecoderLayer, Norm, decoder_laye
 from kernel_surgery.models.load import model_class, quiet_transformers, read_config
 from kernel_surgery.models.stored import located
 from kernel_surgery.numerics.oracle import rmsnorm_oracle
+from kernel_surgery.quantised.formats import quantised_in
 
 BLOCK = 8192  # rows of the output embedding at a time
 
@@ -49,9 +50,13 @@ class Layerwise:
         self.layout = layout_of(self.model)
         head = f"{self.layout.head}.weight"
         self.places = located(self.folder)
+        found = quantised_in(self.folder, self.places)
+        self.quantised = {name: matrix for name, (matrix, how) in found.items() if not how.swapped}
         self.tied = head not in self.places and bool(getattr(self.config, "tie_word_embeddings", False))
         wanted = {name: p.shape for name, p in self.model.named_parameters() if not (self.tied and name == head)}
         for name, shape in wanted.items():
+            if name in self.quantised and self.quantised[name].shape == tuple(shape):
+                continue
             if name not in self.places:
                 raise UserError(f"the weights in {str(folder)!r} are incomplete: {name} is missing. Fetch them again.")
             if self.places[name][1].shape != tuple(shape):
@@ -82,7 +87,9 @@ class Layerwise:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor of the checkpoint in the model's dtype, on its device."""
+        """Return a tensor of the checkpoint in the model's dtype, on its device. A quantised one is dequantised."""
+        if name in self.quantised:
+            return self.quantised[name].dequantised().to(self.device, self.dtype)
         path, entry = self.places[name]
         with path.open("rb") as file:
             return read_tensor(file.fileno(), entry).to(self.device, self.dtype)

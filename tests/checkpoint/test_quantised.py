@@ -267,3 +267,40 @@ def test_the_adapter_of_a_quantised_checkpoint_is_of_its_dequantised_weights(tmp
         a = made[f"base_model.model.{part.name.removesuffix('.weight')}.lora_A.weight"][:4]
         assert worst_ratio((a.double() - u.double().T @ w.double()).abs(), adapter_bound(w)) <= 1
     assert located(source)
+
+
+def test_the_commands_bake_and_verify_a_quantised_checkpoint(tmp_path, capsys):
+    from kernel_surgery.bake import run as bake_command
+    from kernel_surgery.common.errors import UserError
+    from kernel_surgery.verify import run as verify_command
+
+    source, file = tmp_path / "source", tmp_path / "subspace.safetensors"
+    save_quantised(source, "fp8-block", num_attention_heads=4, head_dim=None)
+    space().save(file)
+    words = ["--model", str(source), "--subspace", str(file), "--force", "--no-damage"]
+    for how in ("requantize", "dequantize"):
+        out = ["--out", str(tmp_path / how)]
+        assert bake_command([*words, *out, f"--{how}"]) == 0
+        assert verify_command(["--baked", str(tmp_path / how), "--model", str(source)]) == 0
+        card = (tmp_path / how / "README.md").read_text()
+        assert ("cannot be undone" in card) == (how == "requantize")
+        assert ("other quantised tensors were written as bfloat16" in card) == (how == "dequantize")
+    printed = capsys.readouterr().out
+    assert "file/format" in printed and "everything holds" in printed
+    with pytest.raises(UserError, match="omit --dequantize"):
+        bake_command(["--undo", "--model", str(tmp_path / "dequantize"), "--out", str(tmp_path / "no"), "--dequantize"])
+    both = ["--model", str(source), "--subspace", str(file), "--force", "--baked", str(tmp_path / "requantize")]
+    with pytest.raises(UserError, match="Verify the files with --model and --baked alone"):
+        verify_command(both)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "int4-zero"])
+def test_every_mode_is_certified_on_the_dequantised_weights_a_layer_at_a_time(tmp_path, name):
+    from kernel_surgery.certify.whole import verify_model
+
+    source, file = tmp_path / "source", tmp_path / "subspace.safetensors"
+    save_quantised(source, name)
+    space().save(file)
+    certificate = verify_model(source, file, model_id="pico", prompts=2, new_tokens=0, whole=False, force=True)
+    assert certificate["faults"] == []
+    assert {row["layer"] for row in certificate["model"]["layers"]} == set(LAYERS)
