@@ -176,7 +176,11 @@ def test_dequantised_every_matrix_is_bfloat16_and_the_edit_exact(tmp_path, name,
     assert verify_checkpoint(out)["faults"] == []
     after = held(out)
     assert {t.dtype for t in after.values()} == {torch.bfloat16} and before.keys() <= after.keys()
-    assert not [key for key in after if key.endswith(("_scale", "_scale_inv", "_packed", "_shape", "_zero_point"))]
+    assert not [
+        key
+        for key in after
+        if key.endswith(("_scale", "input_scale", "_scale_inv", "_packed", "_shape", "_zero_point"))
+    ]
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     model = load_model(str(out), torch.bfloat16)
     assert set(after) == set(model.state_dict()) - {"lm_head.weight"} or set(after) == set(model.state_dict())
@@ -304,3 +308,29 @@ def test_every_mode_is_certified_on_the_dequantised_weights_a_layer_at_a_time(tm
     certificate = verify_model(source, file, model_id="pico", prompts=2, new_tokens=0, whole=False, force=True)
     assert certificate["faults"] == []
     assert {row["layer"] for row in certificate["model"]["layers"]} == set(LAYERS)
+
+
+def test_a_subspace_that_was_fitted_on_the_loaded_model_belongs_to_its_files(tmp_path):
+    from dataclasses import replace
+
+    from kernel_surgery.common.errors import MismatchError
+    from kernel_surgery.subspace.fingerprint import fingerprint
+
+    source = tmp_path / "source"
+    save_quantised(source, "fp8-block", scale=torch.float32)
+    fitted = replace(space(), fingerprint=fingerprint(load_model(str(source), torch.bfloat16)))
+    bake_checkpoint(source, fitted, tmp_path / "baked", quantised="requantize")
+    (tmp_path / "baked" / "provenance.json").unlink()
+    with pytest.raises(MismatchError, match="measured on other weights"):
+        bake_checkpoint(tmp_path / "baked", fitted, tmp_path / "twice", quantised="requantize")
+
+
+def test_a_requantised_checkpoint_can_be_evaluated_beside_its_original(tmp_path):
+    from kernel_surgery.evaluation.written import read_written
+
+    source, out = tmp_path / "source", tmp_path / "baked"
+    save_quantised(source, "int8-packed")
+    bake(source, out, "requantize")
+    made = read_written(out, "baked", source)
+    for part in parts(layout_in(out), layouts(out), LAYERS):
+        assert torch.equal(made.tensors[part.name], part.read())

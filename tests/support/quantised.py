@@ -31,6 +31,7 @@ _PACKED = "pack-quantized"
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)},
     "fp8-channel": _weights("float", 8, "channel", "float-quantized"),
+    "fp8-grid": _weights("float", 8, "block", "float-quantized", block_structure=list(BLOCK)),
     "fp8-tensor": _weights("float", 8, "tensor", "float-quantized"),
     "int8-channel": _weights("int", 8, "channel", "int-quantized"),
     "int8-packed": _weights("int", 8, "channel", _PACKED),
@@ -43,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def _block_of(name: str, shape: torch.Size) -> tuple[int, int]:
     rows, columns = shape
     how = name.partition("-")[2]
-    return {"block": BLOCK, "tensor": (rows, columns)}.get(how) or (
+    return {"block": BLOCK, "grid": BLOCK, "tensor": (rows, columns)}.get(how) or (
         (1, columns) if how in ("channel", "packed") else (1, GROUP)
     )
 
@@ -79,7 +80,8 @@ def quantised(name: str, weight: torch.Tensor, tensor: str, scale: torch.dtype) 
     if name == "fp8-block":
         return {tensor: codes, f"{tensor}_scale_inv": s}
     if name == "fp8-tensor":
-        return {tensor: codes, f"{tensor}_scale": s.reshape(1)}
+        inputs = tensor.replace("weight", "input_scale")  # of activations: it has no meaning without the rest
+        return {tensor: codes, f"{tensor}_scale": s.reshape(1), inputs: torch.ones(1, dtype=scale)}
     if floats or name == "int8-channel":
         return {tensor: codes, f"{tensor}_scale": s}
     made = {
