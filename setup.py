@@ -21,6 +21,7 @@ setup(
         "kernel_surgery.problems",
         "kernel_surgery.scoring",
         "kernel_surgery.files",
+        "kernel_surgery.quantised",
         "kernel_surgery.models",
         "kernel_surgery.subspace",
         "kernel_surgery.ops",
@@ -71,11 +72,14 @@ setup(
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77"),
             *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
             *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2", "openai>=2"),
+            "compressed-tensors>=0.15",
         ],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],
         # GGUF files, SmolLM2 among them.
         "gguf": ["gguf>=0.10", "accelerate"],
+        # Checkpoints of compressed-tensors, loaded by transformers. Their files are read and written without it.
+        "compressed-tensors": ["compressed-tensors>=0.15"],
         "lora": ["peft>=0.18"],
         # study with a [search].
         "search": ["optuna>=4.2"],

@@ -1,6 +1,7 @@
 """Command: write a checkpoint with the edit in its weights (weight orthogonalization), or undo one.
 
     python -m kernel_surgery.bake --model SRC --subspace S --out DST
+    python -m kernel_surgery.bake --model QUANTISED --subspace S --out DST --dequantize|--requantize
     python -m kernel_surgery.bake --undo --model BAKED --out RESTORED
 
 The edit is W <- W - a A (B^T W), in every matrix that writes into an MLP block's output. The work is done in
@@ -34,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
     p.add_argument("--undo", action="store_true", help="restore the weights of a baked checkpoint, to within rounding")
+    formats = p.add_mutually_exclusive_group()
+    more = "of a quantised checkpoint, write everything as bfloat16"
+    formats.add_argument("--dequantize", action="store_true", help=more)
+    more = "of a quantised checkpoint, write the edited matrices back in their own format"
+    formats.add_argument("--requantize", action="store_true", help=more)
     add_damage(p)
     more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
     p.add_argument("--force", action="store_true", help=more)
@@ -53,6 +59,9 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError("give --subspace to bake or --undo to undo an edit, not both.")
     if not args.undo and args.subspace is None:
         raise UserError("--subspace is missing: the file from python -m kernel_surgery.fit. Or give --undo.")
+    quantised = "dequantize" if args.dequantize else "requantize" if args.requantize else None
+    if args.undo and quantised:
+        raise UserError(f"--undo restores the weights as they were baked: omit --{quantised}.")
     check_output(args.out)
 
     from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
@@ -72,6 +81,7 @@ def run(argv: list[str] | None = None) -> int:
     subspace = Subspace.load(args.subspace, force=args.force)
     folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
+    options["quantised"] = quantised
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)
     show(bake_checkpoint(folder, subspace, args.out, **options))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports from itself and from the rooms before it. The commands, which lie at the top, import from all rooms.
 ROOMS = (
-    *("common", "numerics", "problems", "scoring", "files", "models", "subspace", "ops", "edit", "damage"),
+    *("common", "numerics", "problems", "scoring", "files", "quantised", "models", "subspace", "ops", "edit", "damage"),
     *("checkpoint", "engines", "certify", "evaluation", "studies", "lmeval", "polyglot"),
 )
 COMMANDS = (

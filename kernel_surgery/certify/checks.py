@@ -36,7 +36,8 @@ def check_tensor(
 ) -> dict[str, float | None]:
     """Check one edited tensor on disk.
 
-    after, before: the edited and the original tensor, [d_model, columns], as stored. `before` may be None.
+    after, before: the edited and the original tensor, [d_model, columns], as stored; `before` is float32 if it was
+    quantised. It may be None.
     inside: B^T W [k, columns], used only without `before`.
     basis: of the layer. Its offset counts, so for a weight pass `Projection.linear`. strength: a.
 
@@ -81,7 +82,7 @@ def check_tensor(
         exact = project_oracle(old.T, edit, strength).T
         if before is not None:
             # Only a bias has an offset.
-            bound = baked_element_bound(old if edit.offset is None else old[:, 0], edit, strength)
+            bound = baked_element_bound(old if edit.offset is None else old[:, 0], edit, strength, after.dtype)
             worst = max(worst, worst_ratio((new - exact).abs(), bound.reshape(new.shape)))
         kept_energy += float((inside_of(new) - (1 - strength) * z).square().sum())
         inside_energy += float(z.square().sum())

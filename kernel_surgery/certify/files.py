@@ -6,7 +6,6 @@ checked.
 """
 
 import json
-import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,40 +15,32 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.checks import broken, check_tensor
+from kernel_surgery.certify.quantised import check_requantised, dequantised_faults, requantised_faults, same_bytes
 from kernel_surgery.checkpoint.adapter import CONFIG, WEIGHTS, configuration, edited_by, unpacked
-from kernel_surgery.checkpoint.baking import BASE_CARD, UNDO
-from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance, strength_at
+from kernel_surgery.checkpoint.record import (
+    BASE_CARD,
+    BASES,
+    UNDO,
+    edits_file,
+    is_dequantised,
+    read_edits,
+    read_provenance,
+    strength_at,
+)
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import shareable
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.files.contents import PROVENANCE, contents
+from kernel_surgery.files.contents import INDEX, PROVENANCE, contents
 from kernel_surgery.files.folder import changed_files
-from kernel_surgery.files.hashing import CHUNK, sha256
-from kernel_surgery.files.tensorfile import Entry, opened
+from kernel_surgery.files.hashing import sha256
+from kernel_surgery.files.tensorfile import opened
 from kernel_surgery.models.load import public_name
 from kernel_surgery.models.stored import StoredPart, layout_in, layouts, located, parts
 from kernel_surgery.numerics.bounds import adapter_bound, undo_bound, worst_ratio
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace
-
-Place = tuple[Path, Entry]
-
-
-def same_bytes(one: Place, other: Place) -> bool:
-    """Return whether two tensors, each in its own file, have the same dtype, shape and bytes."""
-    (path, first), (path_2, second) = one, other
-    size, done = first.end - first.begin, 0
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with path.open("rb") as mine, path_2.open("rb") as theirs:
-        while done < size:
-            n = min(CHUNK, size - done)
-            if os.pread(mine.fileno(), n, first.begin + done) != os.pread(theirs.fileno(), n, second.begin + done):
-                return False
-            done += n
-    return True
 
 
 def seen(folder: Path) -> dict[str, Path]:
@@ -69,11 +60,11 @@ def check_files(folder: Path, record: dict[str, Any]) -> list[str]:
     return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]
 
 
-def check_others(folder: Path, source: Path | None) -> list[str]:
+def check_others(folder: Path, source: Path | None, rewritten: Container[str] = ()) -> list[str]:
     """Check the files beside the weights of a baked or restored folder.
 
     Each must be byte for byte the original's, or one of ours. Without `source` only the safetensors files are checked.
-    Returns faults.
+    rewritten: those that may differ from the original's. Returns faults.
     """
     weights, there = set(contents(folder).weights), seen(folder)
     faults = [
@@ -90,7 +81,7 @@ def check_others(folder: Path, source: Path | None) -> list[str]:
             faults.append(f"{name} is not in the original")
         elif name not in there:
             faults.append(f"{name} of the original is missing")
-        elif sha256(there[name]) != sha256(along[name]):
+        elif name not in rewritten and sha256(there[name]) != sha256(along[name]):
             faults.append(f"{name} differs from the original's")
     return faults
 
@@ -152,13 +143,13 @@ class _Certificate:
         source: Path | None,
         subspace: Path | None,
         record: dict[str, Any],
-        bases_file: Path = BASES,
     ) -> "_Certificate":
         """Begin a certificate: check the hashes, and read the edits (from `subspace` if it is given)."""
-        certificate = cls(kind, folder, source, record, read_edits(folder, record, bases_file))
+        certificate = cls(kind, folder, source, record, read_edits(folder, record, edits_file(record)))
         certificate.faults += check_files(folder, record)
         if kind != "adapter":
-            certificate.faults += check_others(folder, source)
+            rewritten = ("config.json", INDEX) if is_dequantised(record) else ()
+            certificate.faults += check_others(folder, source, rewritten)
         if subspace is not None:
             certificate.edits, wrong = edit_faults(certificate.edits, record, subspace, folder)
             certificate.faults += wrong
@@ -175,14 +166,33 @@ class _Certificate:
         there, before = located(self.folder), {} if self.source is None else located(self.source)
         new = edited_in(self.folder, self.edits)
         old = {} if self.source is None else edited_in(self.source, self.edits)
+        ours = {name for part in new.values() for name in part.tensors}
+        if self.source is not None and is_dequantised(self.record):
+            self.faults += dequantised_faults(self.folder, self.source, ours)
+            return new, old
         if self.source is not None:
             alone = sorted((there.keys() ^ before.keys()) | (new.keys() ^ old.keys()))
             self.faults += [f"{name} is in only one of the two checkpoints" for name in alone]
-        ours = {(part.path, part.tensor) for part in new.values()}
-        for name, (path, entry) in sorted(there.items()):
-            if (path, name) not in ours and name in before and not same_bytes((path, entry), before[name]):
+        for name, place in sorted(there.items()):
+            if name not in ours and name in before and not same_bytes(place, before[name]):
                 self.faults.append(f"{name} {differs}")
         return new, old
+
+    def requantised(self, name: str, part: StoredPart, original: StoredPart | None) -> None:
+        """Check one matrix that was quantised again. original: the same one in the original, or None."""
+        where = f"layer {part.layer}: {name}"
+        if original is None:
+            why = "it was quantised again, so only the original shows what was edited; give --model"
+            self.faults.append(f"{where}: {why}" if self.source is None else f"{where}: it is not in the original")
+            return
+        one, other = part.quantised, original.quantised
+        if one is None or other is None or (one.shape, one.scheme) != (other.shape, other.scheme):
+            self.faults.append(f"{where} is quantised in another way than the original")
+            return
+        row = {"layer": part.layer, "tensor": name, "dtype": part.entry.dtype, "format": one.format}
+        row |= check_requantised(part, original, self.edits[part.layer].for_tensor(2), self.strength(part.layer))
+        self.rows.append(row)
+        self.faults += [f"{where}: {what}" for what in (*broken(row), *requantised_faults(row))]
 
     def missing(self, new: Mapping[str, StoredPart], undo: Mapping[str, Tensor]) -> list[str]:
         """Return a fault for each layer without an edited matrix, and for each that was edited but is not there."""
@@ -213,22 +223,27 @@ def verify_checkpoint(folder: Path, source: Path | None = None, subspace: Path |
 
     For every edited tensor the leak is computed from the file: norm(B^T W' - (1-a) B^T W) / norm(B^T W). It must not
     exceed what rounding causes (`certify.checks.check_tensor`). With `source`, every edited element must be within
-    `numerics.bounds.baked_element_bound`, and every other tensor must be byte for byte the original's.
+    `numerics.bounds.baked_element_bound`, and every other tensor must be byte for byte the original's. What was
+    quantised is checked by `certify.quantised`.
 
     Numerics: float64 from the stored tensors.
 
     Raises CheckpointError for a folder that is not a baked checkpoint, a subspace that does not fit it, and files that
     cannot be read.
     """
-    certificate = _Certificate.of("baked", folder, source, subspace, read_provenance(folder), UNDO)
-    with opened(folder / UNDO) as file:
+    record = read_provenance(folder)
+    certificate = _Certificate.of("baked", folder, source, subspace, record)
+    with opened(folder / edits_file(record)) as file:
         undo_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     new, old = certificate.parts("should not have been edited, but differs from the original")
     for name, part in progress(new.items(), total=len(new), desc="verify"):
+        if part.quantised is not None or (not is_dequantised(record) and name in old and old[name].quantised):
+            certificate.requantised(name, part, old.get(name))
+            continue
         layer, after, before, inside = part.layer, read(part), None, undo_tensors.get(f"inside.{name}")
         if name in old:
             before = read(old[name])
-            if (before.shape, before.dtype) != (after.shape, after.dtype):
+            if before.shape != after.shape or (before.dtype != after.dtype and not old[name].quantised):
                 certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
                 continue
         elif inside is None:
@@ -352,7 +367,7 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
     for name in progress([name for name in new if name in old], total=len(new), desc="verify"):
         layer = new[name].layer
         restored, weight = read(new[name]), read(old[name])
-        if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
+        if restored.shape != weight.shape or (restored.dtype != weight.dtype and not old[name].quantised):
             certificate.faults.append(f"layer {layer}: {name} has another shape or dtype than the original")
             continue
         edit, strength, worst = certificate.edits[layer], certificate.strength(layer), 0.0
@@ -360,7 +375,7 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
         for start in range(0, weight.shape[1], 1024):
             block = weight[:, 0] if bias else weight[:, start : start + 1024]
             error = (restored[:, start : start + 1024].double().reshape(block.shape) - block.double()).abs()
-            bound = undo_bound(block, bake_weight(block, edit, strength), edit, strength)
+            bound = undo_bound(block, bake_weight(block, edit, strength), edit, strength, restored.dtype)
             worst = max(worst, worst_ratio(error, bound))
         certificate.rows.append(
             {"layer": layer, "tensor": name, "dtype": new[name].entry.dtype, "error_over_bound": worst}

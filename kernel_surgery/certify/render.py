@@ -41,6 +41,9 @@ def tensor_table(rows: list[dict[str, Any]]) -> Table:
     head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
     keys = [("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f")]
     keys.append(("leak_bfloat16", ".2e"))
+    head += ["edit's error", "format's rounding", "file's error", "file/format"]
+    keys += [(key, ".2e") for key in ("edit_error", "rounding", "requantised")]
+    keys.append(("requantised_over_rounding", ".3f"))
     lines = [
         [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
     ]

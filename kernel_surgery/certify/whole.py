@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernel_surgery.certify.files import verify_checkpoint
 from kernel_surgery.certify.model import certify_model
 from kernel_surgery.checkpoint.record import read_provenance
@@ -20,16 +22,27 @@ from kernel_surgery.subspace.artifact import Subspace
 def stored_dtype(folder: Path, layer: int) -> str:
     """Return the dtype of what writes a layer's MLP output in the files, by its name in torch.
 
+    Of a quantised matrix it is bfloat16, in which engines compute with it.
+
     Raises CheckpointError if it is missing, and UserError if it has a dtype that cannot be certified.
     """
     part = whole_parts(folder, layouts(folder), [layer])[0]
-    dtype = EDITABLE.get(part.entry.dtype)
+    dtype = torch.bfloat16 if part.quantised else EDITABLE.get(part.entry.dtype)
     if dtype is None or name_of(dtype) not in DTYPES:
         raise UserError(
             f"{part.name} in {str(folder)!r} is stored as {part.entry.dtype}: only {', '.join(DTYPES)} can be "
             "certified."
         )
     return name_of(dtype)
+
+
+def _refuse_quantised(source: Path, layer: int) -> None:
+    """Raise UserError for a baked checkpoint of a quantised original beside the modes of that original."""
+    if whole_parts(source, layouts(source), [layer])[0].quantised:
+        raise UserError(
+            f"{str(source)!r} is quantised, so its baked checkpoint was rounded in another way than a mode in memory. "
+            "Verify the files with --model and --baked alone, and the modes with --model and --subspace alone."
+        )
 
 
 def verify_model(
@@ -71,6 +84,7 @@ def verify_model(
     certificate: dict[str, Any] = {"kind": "certificate", "of": {"baked": None, "model": public_name(source)}}
     certificate |= {"tensors": [], "faults": []}
     if baked is not None:
+        _refuse_quantised(source, subspace.layers[0])
         strength = float(read_provenance(baked)["strength"])
         if dtype != stored:
             raise UserError(f"a baked checkpoint is certified in its own dtype, {stored}, not {dtype}. Omit --dtype.")

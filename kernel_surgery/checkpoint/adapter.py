@@ -89,7 +89,7 @@ def write_adapter(
     check_source(source, layouts, subspace, force=force)
     refuse_after_norm(subspace, ["lora"])
     kind, pairs = layout_in(source), {}
-    found = editable(source, layouts, subspace.bases)
+    found = editable(source, layouts, subspace.bases, "read")
     check_parts(kind, found, edits, ["lora"])
     matrices = [part for part in found if not part.form.bias]
     _refuse_transposed(matrices)

@@ -7,6 +7,9 @@ complete. So a destination that exists is complete.
 The new folder also holds two files of ours. `provenance.json` records what was done, to which checkpoint, and with
 which subspace. `kernel_surgery/undo.safetensors` holds what was read to be removed, B^T W of every edited tensor.
 `--undo` restores the weights from it to within a rounding.
+
+Of a quantised checkpoint either everything is written as bfloat16 (`checkpoint.dequantising`), or the edited matrices
+are written back in their own format. A matrix that was quantised again cannot be restored, so nothing is kept for that.
 """
 
 import math
@@ -17,12 +20,15 @@ from typing import Any
 
 import torch
 
+from kernel_surgery.checkpoint.card import card_of
+from kernel_surgery.checkpoint.dequantising import Dequantised, PartEdit
 from kernel_surgery.checkpoint.record import (
-    base_model_line,
-    damage_lines,
+    BASE_CARD,
+    UNDO,
     edit_record,
     edit_tensors,
     edits_in,
+    is_requantised,
     read_provenance,
     strength_at,
     write_edits,
@@ -31,9 +37,9 @@ from kernel_surgery.checkpoint.record import (
 from kernel_surgery.checkpoint.source import check_parts, check_source, editable, original_layouts, refuse_after_norm
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
-from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.progress import progress, progress_bar
 from kernel_surgery.edit.baked import remove
-from kernel_surgery.files.contents import OURS, PROVENANCE, contents
+from kernel_surgery.files.contents import contents
 from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.hashing import Follower, sha256
 from kernel_surgery.files.tensorfile import (
@@ -52,31 +58,33 @@ from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.numerics.rounding import storage_noise, storage_noise_at_most
+from kernel_surgery.quantised.matrix import write
 from kernel_surgery.subspace.artifact import Subspace
-
-# In a subfolder, because some engines load every *.safetensors beside the weights.
-UNDO = Path(OURS) / "undo.safetensors"
-BASE_CARD = "README.base.md"
-# Called with what is edited and its tensor as [d_model, columns], or [d_model]; returns the edited tensor.
-PartEdit = Callable[[StoredPart, "torch.Tensor"], "torch.Tensor"]
 
 
 def _write_file(
-    layout: Layout, target: Path, parts: Iterable[StoredPart], edit: PartEdit, advance: Callable[[int], object]
-) -> Follower:
+    layout: Layout,
+    target: Path,
+    parts: Iterable[StoredPart],
+    edit: PartEdit,
+    advance: Callable[[int], object],
+    final: bool = True,
+) -> Follower | None:
     """Write one weight file from front to back: compute the edited tensors, copy the bytes between them.
 
-    Return a `Follower`, which is still hashing the file. advance: called with the number of bytes that were finished.
+    Return a `Follower`, which is still hashing the file, or None if its bytes are not `final`. advance: called with the
+    number of bytes that were finished.
     """
     edited = sorted((part for part in parts if part.path == layout.path), key=lambda part: part.entry.begin)
     with layout.path.open("rb") as source, target.open("w+b") as out:
         shared = share_blocks(source.fileno(), out.fileno())
-        follower = Follower(target, layout.size)
+        follower = Follower(target, layout.size) if final else None
         done = 0
 
         def reached(upto: int) -> None:
             nonlocal done
-            follower.ready(upto)
+            if follower is not None:
+                follower.ready(upto)
             advance(upto - done)
             done = upto
 
@@ -93,7 +101,8 @@ def _write_file(
                     del tensor  # before the next one is read
                     reached(part.entry.end)
         except BaseException:
-            follower.give_up()
+            if follower is not None:
+                follower.give_up()
             raise
     return follower
 
@@ -106,13 +115,16 @@ def _rewrite(
     rename: Callable[[str], str | None],
     begin: Callable[[Path], object],
     finish: Callable[[Path], dict[str, Any]],
+    dequantised: Dequantised | None = None,
 ) -> None:
     """Write `source` with some tensors edited to the new folder `destination`, completely or not at all.
 
     edits: what is edited, and the function that edits it. begin: called with the folder before anything is edited.
     rename: maps the name of a file that is not a weight file to its name in the new folder; None leaves the file out.
     finish: adds files to the folder and returns the record. The hash of every file is added to that record.
+    dequantised: writes the weight files, if they are quantised now and plain afterwards.
     """
+    in_place, again = [part for part in edits[0] if not part.quantised], [part for part in edits[0] if part.quantised]
     total = sum(layout.size for layout in layouts)
     with (
         new_folder(destination, total) as temporary,
@@ -120,42 +132,35 @@ def _rewrite(
     ):
         begin(temporary)
         followers = {}
+        late = {path.name for part in again if part.quantised for path, _ in part.quantised.pieces.values()}
         for layout in layouts:
             name = layout.path.name
-            followers[name] = _write_file(layout, temporary / name, *edits, bar.update)
-        found = contents(source)
+            if dequantised is not None:
+                dequantised.write_file(layout, temporary, *edits, bar.update)
+            elif follower := _write_file(
+                layout, temporary / name, in_place, edits[1], bar.update, final=name not in late
+            ):
+                followers[name] = follower
+        if dequantised is None:
+            _requantise(again, edits[1], temporary)
+        found, replaced = contents(source), {} if dequantised is None else dequantised.replaced()
         for name in found.along:
             if new_name := rename(name):
                 (temporary / new_name).parent.mkdir(exist_ok=True)
-                shutil.copy(source / name, temporary / new_name)
+                if name in replaced:
+                    write_atomic(temporary / new_name, replaced[name])
+                else:
+                    shutil.copy(source / name, temporary / new_name)
         record = finish(temporary) | {"left_out": list(found.left_out)}
         write_provenance(temporary, record, {name: follower.hexdigest() for name, follower in followers.items()})
 
 
-def _card(record: dict[str, Any], site: str, changed: str) -> str:
-    """Return the model card, which says what the weights are and how to undo the edit.
-
-    site: the edited module, from its layer on. changed: what was edited, in words.
-    """
-    model, layers, a = record["model_id"], record["layers"], record["strength"]
-    lines = [
-        *("---", *base_model_line(record), "tags: [kernel-surgery]", "---", ""),
-        *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
-        f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
-        f"every matrix W that writes into the output of `{site}` became W - a A (B^T W): {changed}.",
-        f"A and B have rank {record['rank']}, and a = {a:g}. For an orthogonal edit, A = B.",
-        "A spans the language subspace: the directions in which activations of one problem differ between languages.",
-        "Every other tensor is byte-identical to the original.",
-        "",
-        *([record["note"] + ".", ""] if record["note"] else []),
-        f"`{PROVENANCE}` records the SHA-256 of every file and how the subspace was fitted.",
-        f"`{UNDO.as_posix()}` holds the part that was removed. This command undoes the edit, to within rounding:",
-        "",
-        "    python -m kernel_surgery.bake --undo --model THIS --out RESTORED",
-        "",
-        f"The original model's card, if it had one, is `{BASE_CARD}`.",
-    ]
-    return "\n".join(lines) + "\n"
+def _requantise(parts: list[StoredPart], edit: PartEdit, folder: Path) -> None:
+    """Edit quantised matrices of files that were copied to a folder."""
+    for part in progress(parts, total=len(parts), desc="requantise") if parts else ():
+        assert part.quantised is not None  # the caller chose them
+        edited = part.oriented(edit(part, part.read()))
+        write(part.quantised, part.quantised.requantised(edited), folder)
 
 
 class _Removal:
@@ -165,14 +170,18 @@ class _Removal:
     does not grow with layers or experts.
     """
 
-    def __init__(self, parts: list[StoredPart], subspace: Subspace, strength: float):
+    def __init__(self, parts: list[StoredPart], subspace: Subspace, strength: float, keep: bool = True):
         self.parts, self.subspace, self.edits, self.strength = parts, subspace, subspace.projections, strength
         self.norms: dict[str, tuple[float, float]] = {}
         self.entries: dict[str, Entry] = {}
         self.path: Path | None = None
+        self.keep = keep
 
     def begin(self, folder: Path) -> None:
-        """Make the file for what is removed, with the edit's own tensors."""
+        """Make the file for what is removed, with the edit's own tensors. If it is not kept, store those alone."""
+        if not self.keep:
+            write_edits(folder, self.edits)
+            return
         self.path = folder / UNDO
         self.path.parent.mkdir()
         own, shapes = edit_tensors(self.edits), dict[str, tuple[torch.dtype, tuple[int, ...]]]()
@@ -187,6 +196,8 @@ class _Removal:
             self._keep(name, tensor)
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        if not self.keep:
+            return
         assert self.path is not None  # `begin` was called
         with self.path.open("r+b") as file:
             write_tensor(file.fileno(), self.entries[name], tensor)
@@ -239,6 +250,7 @@ def bake_checkpoint(
     force: bool = False,
     command: str | None = None,
     measure: Callable[[], dict[str, Any]] | None = None,
+    quantised: str | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Write `source` with the edit in its weights to the new folder `destination`.
 
@@ -250,6 +262,8 @@ def bake_checkpoint(
     command: the command line, for the record.
     measure: called after all checks, before anything is written. It returns the damage for the record and the card
     (`damage.before`); what it raises leaves nothing behind.
+    quantised: of a quantised checkpoint, "dequantize" (write it as bfloat16) or "requantize" (write the edited matrices
+    back in their own format). None refuses one.
 
     Returns {tensor name: (Frobenius norm before, after)}.
 
@@ -266,26 +280,29 @@ def bake_checkpoint(
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
     refuse_after_norm(subspace, ["baked"])
-    edited = editable(source, layouts, subspace.bases)
+    edited = editable(source, layouts, subspace.bases, quantised)
     check_parts(layout_in(source), edited, subspace.projections, ["baked"])
-    check_output(destination, size=sum(layout.size for layout in layouts))
+    plain = Dequantised(source, layouts) if quantised == "dequantize" else None
+    check_output(destination, size=plain.size if plain else sum(layout.size for layout in layouts))
     damage = measure() if measure else None
-    removal = _Removal(edited, subspace, strength)
+    removal = _Removal(edited, subspace, strength, keep=quantised != "requantize")
 
     def finish(folder: Path) -> dict[str, Any]:
         record = edit_record("baked", source, subspace, strength, model_id, command, damage=damage)
-        write_atomic(folder / "README.md", _card(record, layout_in(source).site, counted(edited)))
+        if quantised is not None:
+            again = [part.quantised.format for part in edited if part.quantised]
+            own = {"how": "requantised", "format": sorted(set(again)), "matrices": len(again)}
+            record["quantisation"] = own if plain is None else plain.record()
+        write_atomic(folder / "README.md", card_of(record, layout_in(source).site, counted(edited)))
         return record
 
     edits = edited, removal.edit
     rename = {"README.md": BASE_CARD}
-    _rewrite(source, destination, layouts, edits, lambda n: rename.get(n, n), removal.begin, finish)
+    _rewrite(source, destination, layouts, edits, lambda n: rename.get(n, n), removal.begin, finish, plain)
     return removal.norms
 
 
-def _read_undo(
-    source: Path, layouts: list[Layout]
-) -> tuple[dict[int, Projection], list[StoredPart], dict[str, Entry]]:
+def _read_undo(source: Path, layouts: list[Layout]) -> tuple[dict[int, Projection], list[StoredPart], dict[str, Entry]]:
     """Return what a baked checkpoint keeps for its undoing: {layer: edit}, what was edited, and the entries of B^T W.
 
     The names of those begin with "inside.".
@@ -326,6 +343,12 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     source, destination = Path(source), Path(destination)
     check_output(destination)
     record = read_provenance(source)
+    if is_requantised(record):
+        raise CheckpointError(
+            f"the edit of {str(source)!r} cannot be undone: its matrices were quantised again, and the numbers before "
+            f"that are not known to within a rounding. Use the original, {record['model_id']}, or bake it with "
+            "--dequantize, which can be undone."
+        )
     for name, digest in record["sha256"].items():
         if not (source / name).is_file() or sha256(source / name) != digest:
             raise CheckpointError(
@@ -352,7 +375,7 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
     def finish(folder: Path) -> dict[str, Any]:
         write_edits(folder, edits)
         header = {"kind": "restored", "model_id": record["model_id"], "strength": record["strength"]}
-        header |= {"schedule": record["schedule"]} if "schedule" in record else {}
+        header |= {key: record[key] for key in ("schedule", "quantisation") if key in record}
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
     names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}

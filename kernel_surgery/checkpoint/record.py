@@ -24,7 +24,10 @@ from kernel_surgery.models.stored import layout_in
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.artifact import Subspace, check_projections
 
+# In a subfolder, because some engines load every *.safetensors beside the weights.
 BASES = Path(OURS) / "subspace.safetensors"
+UNDO = Path(OURS) / "undo.safetensors"
+BASE_CARD = "README.base.md"
 
 
 def edit_tensors(edits: Mapping[int, Projection]) -> dict[str, torch.Tensor]:
@@ -129,6 +132,21 @@ def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str
             hashes[name] = sha256(file)
     record = record | {"sha256": dict(sorted(hashes.items())), "environment": environment_record()}
     write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_requantised(record: dict[str, Any]) -> bool:
+    """Return whether a baked checkpoint's edited matrices were quantised again. Then it keeps nothing to undo them."""
+    return dict(record.get("quantisation") or {}).get("how") == "requantised"
+
+
+def edits_file(record: dict[str, Any]) -> Path:
+    """Return the file of a folder that holds the tensors of its edit. record: of the folder."""
+    return UNDO if record["kind"] == "baked" and not is_requantised(record) else BASES
+
+
+def is_dequantised(record: dict[str, Any]) -> bool:
+    """Return whether a baked checkpoint was written as bfloat16 from quantised weights."""
+    return dict(record.get("quantisation") or {}).get("how") == "dequantised"
 
 
 _WRITER = {

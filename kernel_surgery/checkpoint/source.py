@@ -20,6 +20,7 @@ from kernel_surgery.models.table import Layout as Architecture
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.library import check_rank
+from kernel_surgery.quantised.formats import unreadable
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import sample_weights
 
@@ -109,16 +110,33 @@ def original_layouts(source: Path) -> list[Layout]:
     return stored_layouts(source)
 
 
-def editable(folder: Path, layouts: list[Layout], bases: Mapping[int, Tensor]) -> list[StoredPart]:
+def editable(
+    folder: Path, layouts: list[Layout], bases: Mapping[int, Tensor], quantised: str | None = None
+) -> list[StoredPart]:
     """Return what to edit: the matrices and biases that write into the MLP block's output of every layer in `bases`.
 
-    layouts: the headers of the weight files. Raises CheckpointError for a missing matrix, a wrong shape, and a dtype
-    that cannot be edited.
+    layouts: the headers of the weight files. quantised: what is done with quantised matrices: they are refused (None),
+    only read ("read"), or written as the options of bake say ("dequantize" or "requantize").
+
+    Raises CheckpointError for a missing matrix, a wrong shape, and a dtype or a format that cannot be edited so.
     """
+    if (method := unreadable(folder)) is not None:
+        raise CheckpointError(
+            f"cannot edit {str(folder)!r}: its weights are quantised by {method}, which is neither read nor written "
+            "here.\nUse the unquantised checkpoint: bake it and quantise the result, or write an adapter of it, which "
+            "engines add to the quantised weights. Or eval --mode fused or lora, which leave them as they are."
+        )
     found = whole_parts(folder, layouts, bases)
+    if quantised in ("dequantize", "requantize") and not any(part.quantised for part in found):
+        raise CheckpointError(
+            f"nothing that the edit changes in {str(folder)!r} is quantised, such as {found[0].name}: omit "
+            f"--{quantised}."
+        )
     for part in found:
         entry, basis = part.entry, bases[part.layer]
-        if entry.dtype not in EDITABLE_CODES:
+        if part.quantised is not None:
+            _check_quantised(part, quantised)
+        elif entry.dtype not in EDITABLE_CODES:
             raise CheckpointError(
                 f"cannot edit {part.name}: it is stored as {entry.dtype}, not as float32, bfloat16 or float16.\n"
                 "Use the unquantised checkpoint, or eval --mode fused, which does not change the weights."
@@ -130,3 +148,16 @@ def editable(folder: Path, layouts: list[Layout], bases: Mapping[int, Tensor]) -
                 "Fit a subspace on this model."
             )
     return found
+
+
+def _check_quantised(part: StoredPart, quantised: str | None) -> None:
+    """Refuse a quantised matrix if nothing was said about it, and one that cannot be written as was asked."""
+    assert part.quantised is not None  # the caller asked
+    how, why = part.quantised.format, part.quantised.refusal
+    ways = "--dequantize writes the whole checkpoint as bfloat16"
+    leave = "An adapter (kernel_surgery.lora) and eval --mode fused leave the weights as they are."
+    if quantised is None:
+        ways += "" if why else ", --requantize writes the edited matrices back in their own format"
+        raise CheckpointError(f"cannot edit {part.name}: it is quantised ({how}).\n{ways}. {leave}")
+    if quantised == "requantize" and why:
+        raise CheckpointError(f"cannot write {part.name} in its own format ({how}): {why}.\n{ways}. {leave}")

@@ -101,12 +101,14 @@ def baked(
     Of a weight that is split over processes (`models.shards`), each process edits its columns. A column of W - a A
     (B^T W) depends on the same column of W alone, so this is the same arithmetic as in one process.
 
-    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError if two layers share one weight, for an offset
-    without a bias, and for a block of another mode around this one (`edit.marks`). All come before anything is changed.
+    Raises what `edit.plan.plan_edit` raises, and KernelSurgeryError for quantised weights, if two layers share one
+    weight, for an offset without a bias, and for a block of another mode around this one (`edit.marks`). All come
+    before anything is changed.
     At its end, raises KernelSurgeryError if a block inside it is still open.
     """
     plan = plan_edit(model, subspace, strength, layers, force)
     refuse_without_weights(plan, "baked")
+    _refuse_quantised(plan)
     written = subspace.tensors if isinstance(subspace, Written) else {}
     owners: dict[int, str] = {}
     for layer, site in plan.sites.items():
@@ -149,8 +151,18 @@ def _edit(name: str, now: Tensor, weight: Weight, plan: Plan, layer: int, writte
 
 def refuse_without_weights(plan: Plan, mode: str) -> None:
     """Raise KernelSurgeryError for an edit of the output of a norm, which no weight makes."""
-    if bare := [site.name for site in plan.sites.values() if not site.weights]:
+    if bare := [site.name for site in plan.sites.values() if not site.weights and site.quantised is None]:
         raise KernelSurgeryError(f"mode {mode} cannot edit {bare[0]}: {AFTER_A_NORM} The model is unchanged.")
+
+
+def _refuse_quantised(plan: Plan) -> None:
+    """Raise KernelSurgeryError for weights that are quantised in memory."""
+    if names := [site.quantised for site in plan.sites.values() if site.quantised]:
+        raise KernelSurgeryError(
+            f"cannot bake {names[0]}: it is quantised in memory, and an edit of its numbers would be rounded by its "
+            "format. The model is unchanged. Use mode hook, fused or lora, which leave it as it is. In the files, "
+            "python -m kernel_surgery.bake --dequantize or --requantize edits the formats that it knows."
+        )
 
 
 def _norm(site: MlpSite) -> float:

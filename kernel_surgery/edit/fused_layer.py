@@ -79,7 +79,10 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
         return "output", None
     if not layout_of(model).plain:
         return "output", f"a {kind} layer does more with the output than to add it to its input"
-    weight = mlp_outputs(model, [layer])[layer].first
+    site = mlp_outputs(model, [layer])[layer]
+    weight = site.first
+    if site.quantised is not None:
+        return "output", f"{site.quantised} is quantised, so the dtype of its output is not known before"
     if weight.dtype not in ops.UP_TO_FLOAT32:
         return "output", f"{weight.dtype} has no fused addition"
     if not _own_class(block, kinds, "DecoderLayer"):

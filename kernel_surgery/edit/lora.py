@@ -125,6 +125,11 @@ def adapted(
     pairs, sums, inside = {}, {}, {}
     for layer, site in plan.sites.items():
         refuse_offset(plan.projections[layer])
+        if site.stacked:
+            raise KernelSurgeryError(
+                f"cannot adapt {site.name}: its experts {site.stacked[0]} are quantised in memory, and no adapter of "
+                "them can be made here. No weight was changed. Use mode fused or hook."
+            )
         for weight in site.weights:
             if not weight.matrix:
                 refuse_bias(weight.name.removesuffix(".bias"), local(weight.tensor))
@@ -133,6 +138,11 @@ def adapted(
             pairs[layer] = _pair(name.removesuffix(".weight"), linear, plan, layer, written)
             sums[layer] = partial(total, like=linear.tensor) if is_split(linear.tensor) else None
             inside[layer] = replace(site, module=linear.owner)
+        elif site.opaque:
+            module = site.opaque[0]
+            edits = plan.projections[layer], plan.number_at(layer)
+            pair = _written(module.name.removesuffix(".weight"), lora_pair(module.matrix(site.first), *edits), written)
+            pairs[layer], sums[layer], inside[layer] = pair, None, replace(site, module=module.owner)
     edit, hooked = new_edit("lora", plan, "torch/eager"), replace(plan, sites=inside)
     for layer in plan.sites.keys() - inside.keys():
         del edit.calls[layer]  # the edit is in the weights
@@ -160,9 +170,14 @@ def _pair(
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of one linear module, of which A has the columns of this process's part of W."""
     pair = lora_pair(weight.parts()[0][1], plan.projections[layer], plan.number_at(layer))
+    a, b = _written(module, pair, written)
+    return (a if a is pair.a else part_of(a, weight.tensor)), b
+
+
+def _written(module: str, pair: LoraPair, written: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A and B of a module: those that an adapter holds, if there is one."""
     a, b = (written.get(f"{module}.{part}") for part in ("lora_A", "lora_B"))
-    a = pair.a if a is None else part_of(a.to(pair.a), weight.tensor)
-    return a, pair.b if b is None else b.to(pair.b)
+    return (pair.a if a is None else a.to(pair.a)), (pair.b if b is None else b.to(pair.b))
 
 
 @contextmanager

@@ -155,7 +155,13 @@ def plan_edit(
             f"layers {missing} are not in the subspace, which holds {list(edits)}. The model is unchanged."
         )
     sites = mlp_outputs(model, layer_list, where)
-    tensors = {site.name: (site.first, *(weight.tensor for weight in site.weights)) for site in sites.values()}
+    tensors = {
+        site.name: (
+            *(site.first, *(weight.tensor for weight in site.weights)),
+            *(tensor for module in site.opaque for tensor in module.owner.parameters()),
+        )
+        for site in sites.values()
+    }
     if offloaded := [name for name, held in tensors.items() if any(tensor.is_meta for tensor in held)]:
         raise ModelError(
             f"cannot edit {offloaded[0]}: its weight is not in memory ({len(offloaded)} of {len(sites)} layers are "

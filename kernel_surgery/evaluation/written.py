@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_surgery.certify.files import same_bytes
+from kernel_surgery.certify.quantised import same_bytes
 from kernel_surgery.checkpoint.adapter import WEIGHTS, edited_by, unpacked
-from kernel_surgery.checkpoint.baking import UNDO
-from kernel_surgery.checkpoint.record import BASES, read_edits, read_provenance
+from kernel_surgery.checkpoint.record import edits_file, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
 from kernel_surgery.edit.lora import lora_pair
 from kernel_surgery.files.contents import PROVENANCE
@@ -34,7 +33,7 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
         raise CheckpointError(f"{str(folder)!r} is not as it was made: {faults[0]}. Make it again.")
     check_config(original)
     ours = parts(layout_in(original), layouts(original), record["layers"])
-    edits = read_edits(folder, record, UNDO if kind == "baked" else BASES)
+    edits = read_edits(folder, record, edits_file(record))
     tensors = _baked(folder, original, record) if kind == "baked" else _adapter(folder, record)
     made = Written.of(
         edits,
@@ -64,7 +63,7 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
     if one.keys() != other.keys():
         raise MismatchError(f"{str(folder)!r} was made of another model: its tensors have other names. {_NEXT}")
     edited = parts(layout_in(original), layouts(folder), record["layers"])
-    changed = {part.tensor for part in edited}
+    changed = {name for part in edited for name in part.tensors}
     for name in one:
         shapes = one[name][1].shape, other[name][1].shape
         if shapes[0] != shapes[1] or (name not in changed and not same_bytes(one[name], other[name])):

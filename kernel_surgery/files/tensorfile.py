@@ -30,9 +30,14 @@ from kernel_surgery.numerics.precision import STORED
 
 _LARGEST_HEADER = 100 << 20  # the format's own limit
 _FICLONE = 0x40049409  # Linux: share the blocks of a whole file (btrfs, xfs)
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # {code in a file: dtype} of the tensors that can be read and edited.
 EDITABLE = {stored.code: stored.dtype for stored in STORED.values()}
+# The same of those that quantised matrices are made of.
+QUANTISED = EDITABLE | {
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8},
+    **{"I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
+}
+_BYTES = {code: dtype.itemsize for code, dtype in QUANTISED.items()} | {"I16": 2, "BOOL": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,20 @@ def reserve_tensors(
     shapes: {name: (dtype, shape)}. Returns the entries. The library writes a file only from all of its tensors at once,
     which would all be in memory.
     """
+    codes = {stored.dtype: stored.code for stored in STORED.values()}
+    return reserve(path, {name: (codes[dtype], shape) for name, (dtype, shape) in shapes.items()}, metadata)
+
+
+def reserve(
+    path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> dict[str, Entry]:
+    """Do what `reserve_tensors` does, with the codes of the dtypes. Raises KeyError for an unknown code."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    codes, end = {stored.dtype: stored.code for stored in STORED.values()}, 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    end = 0
+    # Wider numbers first, as the library orders them: each begins at a multiple of its own size.
+    for name, (code, shape) in sorted(shapes.items(), key=lambda item: -_BYTES[item[1][0]]):
+        begin, end = end, end + math.prod(shape) * _BYTES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # as the library does: the numbers begin at a multiple of 8
     with path.open("wb") as file:
@@ -154,12 +168,12 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
     )
 
 
-def read_tensor(file: int, entry: Entry) -> torch.Tensor:
-    """Read one tensor of an open file into new memory.
+def read_tensor(file: int, entry: Entry, known: Mapping[str, torch.dtype] = EDITABLE) -> torch.Tensor:
+    """Read one tensor of an open file into new memory. known: the dtypes that are expected.
 
-    Raises CheckpointError for a dtype that is not a float, and OSError if the file ends early.
+    Raises CheckpointError for another dtype, by default one that is not a float, and OSError if the file ends early.
     """
-    if entry.dtype not in EDITABLE:
+    if entry.dtype not in known:
         raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, not as a float")
     buffer = bytearray(entry.end - entry.begin)
     view, done = memoryview(buffer), 0
@@ -168,7 +182,7 @@ def read_tensor(file: int, entry: Entry) -> torch.Tensor:
         if n == 0:
             raise OSError(errno.EIO, f"{entry.name} ends early")
         done += n
-    flat = torch.frombuffer(buffer, dtype=EDITABLE[entry.dtype]) if buffer else torch.empty(0)
+    flat = torch.frombuffer(buffer, dtype=known[entry.dtype]) if buffer else torch.empty(0, dtype=known[entry.dtype])
     return flat.reshape(entry.shape)
 
 
@@ -188,7 +202,7 @@ def mapped(path: Path, entry: Entry) -> torch.Tensor:
 
 def write_tensor(file: int, entry: Entry, tensor: torch.Tensor) -> None:
     """Write a tensor over the bytes of an entry. Raises CheckpointError if its dtype or shape is not the entry's."""
-    if tuple(tensor.shape) != entry.shape or tensor.dtype != EDITABLE[entry.dtype]:
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != QUANTISED.get(entry.dtype):
         raise CheckpointError(f"{entry.name} is {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     view, done = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, 0
     while done < len(view):

@@ -7,14 +7,18 @@ edit in nearly the right place is worse than none.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import ModelError
 from kernel_surgery.common.names import WRITE
+from kernel_surgery.models.opaque import Opaque, opaque
 from kernel_surgery.models.shards import local, refuse_unknown_split
 from kernel_surgery.models.table import ARCHITECTURES, REFUSED, Form, Layout
+from kernel_surgery.numerics.precision import STORED
+
+FLOATS = frozenset(stored.dtype for stored in STORED.values())  # 8-bit floats mean nothing without their scales
 
 
 class Norm(nn.Module):
@@ -81,12 +85,20 @@ class MlpSite(Site[nn.Module]):
     """The output of one MLP block, or of the norm after it.
 
     weights: what writes into it, the matrices first; none of a norm's output. first: a tensor with the dtype and the
-    device of what is there. d_model: the numbers of one token's output.
+    device of what is there. d_model: the numbers of one token's output. opaque: quantised modules that write into it,
+    whose weights are not floats. stacked: the names of quantised experts that are one tensor.
     """
 
     weights: tuple[Weight, ...]
     first: Tensor
     d_model: int
+    opaque: tuple[Opaque, ...] = ()
+    stacked: tuple[str, ...] = ()
+
+    @property
+    def quantised(self) -> str | None:
+        """The name of a quantised matrix that writes into the output, or None."""
+        return next(iter((*self.stacked, *(module.name for module in self.opaque))), None)
 
     @property
     def constant(self) -> bool:
@@ -161,16 +173,14 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def mlp_outputs(
-    model: nn.Module, layers: Iterable[int] | None = None, site: str = "mlp_out"
-) -> dict[int, MlpSite]:
+def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None, site: str = "mlp_out") -> dict[int, MlpSite]:
     """Return {layer: site} of the MLP blocks' outputs in the given layers (default: all).
 
     site: "mlp_out", or "mlp_write" for what the norm after the block gives. No weight makes that, so those have none.
 
     Raises ModelError for "mlp_write" in a model without such a norm, for an unknown architecture, layers out of range,
-    and weights that are missing, not floating-point (quantised ones have no rows to project), or split over processes
-    in an unknown way (`models.shards`).
+    and weights that are missing, or split over processes in an unknown way (`models.shards`). Quantised ones are apart
+    (`MlpSite.opaque`).
     """
     blocks, layout = decoder_layers(model), layout_of(model)
     chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
@@ -181,21 +191,40 @@ def mlp_outputs(
         name, module = layout.site_name(layer), submodule(blocks[layer], layout.site)
         if module is None:
             raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
-        weights = tuple(_weights(blocks[layer], layout, layer))
-        if not any(weight.matrix for weight in weights):
-            raise ModelError(f"{name} is a {type(module).__name__}, without a weight that writes into its output.")
-        for weight in weights:
-            if not weight.tensor.is_floating_point():
-                raise ModelError(
-                    f"{weight.name} is {weight.tensor.dtype}, not floating-point.\n"
-                    "Load the model without quantisation."
-                )
+        sites[layer] = _site(model, layout, layer, module)
+        for weight in sites[layer].weights:
             if weight.matrix:
                 module_name = weight.name.removesuffix(".weight")
                 refuse_unknown_split(module_name, weight.owner, weight.tensor, plan.get(layout.site_name("*")))
-        matrix = weights[0].parts()[0][1]
-        sites[layer] = MlpSite(layer, name, module, weights, weights[0].tensor, matrix.shape[0])
     return sites
+
+
+def _site(model: nn.Module, layout: Layout, layer: int, module: nn.Module) -> MlpSite:
+    """Return the output of one MLP block. Raises ModelError if nothing is known to write into it."""
+    block = decoder_layers(model)[layer]
+    name, weights = layout.site_name(layer), tuple(_weights(block, layout, layer))
+    if matrices := [weight for weight in weights if weight.matrix]:
+        first, d_model = weights[0].tensor, matrices[0].parts()[0][1].shape[0]
+    modules, stacked = list[Opaque](), list[str]()
+    for form in layout.writes:
+        path, _, last = form.path.rpartition(".")
+        full, owner = f"{layout.layer(layer)}.{form.path}", submodule(block, path)
+        held = getattr(owner, last, None)
+        if isinstance(held, Tensor) and held.dtype in FLOATS:
+            continue
+        if form.stacked and not form.bias and isinstance(held, Tensor):
+            stacked.append(full)
+        elif (found := opaque(full, owner, form)) is not None:
+            modules.append(found)
+    if modules or stacked:
+        near = [tensor for tensor in block.parameters() if tensor.dtype in FLOATS]
+        if not near:
+            raise ModelError(f"{name} is quantised, and no tensor of its layer tells the dtype of its output.")
+        first = matrices[0].tensor if matrices else near[0]
+        d_model = modules[0].rows if modules else int(cast(Any, model.config).get_text_config().hidden_size)
+    elif not matrices:
+        raise ModelError(f"{name} is a {type(module).__name__}, without a weight that writes into its output.")
+    return MlpSite(layer, name, module, weights, first, d_model, tuple(modules), tuple(stacked))
 
 
 def _written(
@@ -212,18 +241,18 @@ def _written(
         name, module = f"{layout.layer(layer)}.{layout.after}", submodule(blocks[layer], layout.after)
         if module is None:
             raise ModelError(f"{name} does not exist in this {model_type(model)!r} model.")
-        before = next(_weights(blocks[layer], layout, layer))
-        sites[layer] = MlpSite(layer, name, module, (), before.tensor, before.parts()[0][1].shape[0])
+        before = _site(model, layout, layer, module)
+        sites[layer] = MlpSite(layer, name, module, (), before.first, before.d_model)
     return sites
 
 
 def _weights(block: nn.Module, layout: Layout, layer: int) -> Iterator[Weight]:
-    """Yield the tensors of one decoder layer that write into its MLP block's output."""
+    """Yield the tensors of floats in one decoder layer that write into its MLP block's output."""
     for form in layout.writes:
         path, _, last = form.path.rpartition(".")
         owner = submodule(block, path)
         tensor = getattr(owner, last, None)
-        if owner is not None and isinstance(tensor, Tensor):
+        if owner is not None and isinstance(tensor, Tensor) and tensor.dtype in FLOATS:
             yield Weight(f"{layout.layer(layer)}.{form.path}", tensor, form, owner)
 
 

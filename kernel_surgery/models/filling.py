@@ -2,7 +2,7 @@
 
 Names and shapes in files may differ from those in memory: experts one by one that memory holds as one tensor, routers
 under another name. The rules are transformers' own (`conversion_mapping`), so a tensor read here is the one that
-`from_pretrained` gives, to the bit.
+`from_pretrained` gives, to the bit. A quantised matrix is dequantised (`quantised.formats`).
 """
 
 import re
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.files.tensorfile import Entry, read_tensor, rows_of
 from kernel_surgery.models.stored import located
+from kernel_surgery.quantised.formats import quantised_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class Filling:
     def __init__(self, model: "PreTrainedModel", folder: Path, dtype: torch.dtype, device: torch.device):
         self.model, self.folder, self.device = model, folder, device
         self.places = located(folder)
+        self.quantised = quantised_in(folder, self.places)
         self.held: Mapping[str, Tensor] = model.state_dict()
         wide = model._get_dtype_plan(dtype)
         self._wide = {re.compile(name.replace("*", ".*")): kept for name, kept in wide.items()}
@@ -71,7 +73,7 @@ class Filling:
         converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         held: Any = self.held
-        for name in sorted(self.places, key=dot_natural_key):
+        for name in sorted(self.places.keys() | self.quantised.keys(), key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, held)
             if target not in held and name in held:  # it is in the file as it is in memory
                 target, pattern = name, None
@@ -86,8 +88,9 @@ class Filling:
                     f"the weights in {str(self.folder)!r} are incomplete: {name} is missing. Fetch them again."
                 )
             origin = self.origins[name]
-            if origin.converter is None:
-                self._check_shape(name, self.places[origin.sources[0][1]][1].shape)
+            stored = origin.sources[0][1]
+            if origin.converter is None and stored not in self.quantised:
+                self._check_shape(name, self.places[stored][1].shape)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if tuple(shape) != tuple(self.held[name].shape):
@@ -130,6 +133,13 @@ class Filling:
         return kept[0] if kept else self.held[name].dtype
 
     def _tensor(self, stored: str, dtype: torch.dtype) -> Tensor:
+        if stored in self.quantised:
+            matrix, form = self.quantised[stored]
+            numbers = matrix.pieces["numbers"][1]
+            own = [matrix.expert(i) for i in range(numbers.shape[0])] if form.stacks(numbers) else [matrix]
+            made = [one.dequantised().to(self.device, dtype) for one in own]
+            made = [one.T.contiguous() for one in made] if form.swapped else made
+            return torch.stack(made) if form.stacks(numbers) else made[0]
         path, entry = self.places[stored]
         return self._read(path, entry, dtype)
 
@@ -140,7 +150,7 @@ class Filling:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start .. stop - 1 of a matrix. Only they are read if a file holds the matrix as it is."""
         origin = self.origins[name]
-        if origin.converter is not None:
+        if origin.converter is not None or origin.sources[0][1] in self.quantised:
             return self.read([name])[name][start:stop]
         path, entry = self.places[origin.sources[0][1]]
         return self._read(path, rows_of(entry, start, stop), self.dtype_of(name))

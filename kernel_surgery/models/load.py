@@ -81,9 +81,7 @@ def resolve_model(name: str) -> str:
         return str(POLYGLOT)
     if name == "smollm2":
         if not (SMOLLM2_FOLDER / "config.json").is_file():
-            raise UserError(
-                "smollm2 is not here yet. Fetch it (98 MB): python -m kernel_surgery.dequantize smollm2"
-            )
+            raise UserError("smollm2 is not here yet. Fetch it (98 MB): python -m kernel_surgery.dequantize smollm2")
         return str(SMOLLM2_FOLDER)
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -164,6 +162,7 @@ def load_model(
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _dequantised_at_once(config)
         model, info = model_class(config).from_pretrained(
             source,
             config=config,
@@ -184,6 +183,21 @@ def load_model(
     if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
         model.config._commit_hash = folder.name
     return (model if device_map else model.to(device)).eval()
+
+
+def _dequantised_at_once(config: Any) -> None:
+    """Let a checkpoint of compressed-tensors be dequantised when it is loaded, not at its first forward pass.
+
+    Either way every weight is a tensor of floats from then on. So it takes no more memory, and every mode can edit it.
+    Weights whose columns are in an order of their own are left out: transformers 5.23 forgets the order
+    (`weight_g_idx`) when it dequantises, and the numbers are wrong without a word.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "compressed-tensors":
+        return
+    groups = (quantised.get("config_groups") or {}).values()
+    if not any((group.get("weights") or {}).get("actorder") in (True, "group", "dynamic") for group in groups):
+        quantised.setdefault("dequantize", True)
 
 
 def model_class(config: Any) -> Any:

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def padding_id(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ends: Iterable[int] = ()
-) -> int:
+def padding_id(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ends: Iterable[int] = ()) -> int:
     """Return a token id to pad with: the tokenizer's, or else the first of `ends`, or else 0.
 
     Some tokenizers name a padding token beyond the model's embedding. It would be an IndexError there.
@@ -39,9 +37,7 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def padded(
-    encoded: Sequence[Sequence[int]], pad: int, side: str, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def padded(encoded: Sequence[Sequence[int]], pad: int, side: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return (ids, mask), both [batch, tokens] int64; the mask is 1 for tokens, 0 for padding. side: left or right."""
     width = max(map(len, encoded))
     ids, mask = [], []

@@ -1,12 +1,12 @@
 """A checkpoint's tensors on disk: under the names that the loaded model gives them, and which of them the edit changes.
 
 Experts are edited one at a time, also where a file holds all of them as one tensor. So what is read at once is one
-expert's matrix, whatever their number.
+expert's matrix, whatever their number. A quantised matrix is read as floats (`quantised`).
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.files.contents import weight_files
-from kernel_surgery.files.tensorfile import Entry, Layout, mapped, read_layout, read_tensor, rows_of
+from kernel_surgery.files.tensorfile import EDITABLE, Entry, Layout, mapped, read_layout, read_tensor, rows_of
 from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.models.load import read_config
 from kernel_surgery.models.table import EXPERT_COUNTS, Form, Part
 from kernel_surgery.models.table import Layout as Architecture
+from kernel_surgery.quantised.formats import Format, quantised_in, unreadable
+from kernel_surgery.quantised.matrix import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +28,38 @@ class StoredPart(Part):
     """One matrix or bias that the edit changes, as a file holds it.
 
     path: the file. tensor: the name of the tensor there, under which `layouts` lists it. entry: the place of the part,
-    which is the tensor's, or that of one expert in it.
+    which is the tensor's, or that of one expert in it. quantised: how the matrix is quantised, or None. Then `tensor`
+    is the name that it has unquantised, and `entry` has its shape and the dtype of its numbers.
     """
 
     path: Path
     tensor: str
     entry: Entry
+    quantised: Matrix | None = None
+
+    @property
+    def tensors(self) -> set[str]:
+        """The names of the tensors in the files that it consists of, stacked experts' with all of them."""
+        pieces = {"": (self.path, self.entry)} if self.quantised is None else self.quantised.pieces
+        return {entry.name.partition("[")[0] for _, entry in pieces.values()}
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """Return the tensor as [d_model, columns], or a bias as [d_model]. Its own inverse; a view."""
         return tensor.T if self.form.transposed else tensor
 
     def read(self) -> Tensor:
-        """Read it as [d_model, columns], or a bias as [d_model]."""
+        """Read it as [d_model, columns], or a bias as [d_model]. A quantised one is float32."""
+        if self.quantised is not None:
+            return self.oriented(self.quantised.dequantised())
         with self.path.open("rb") as file:
             return self.oriented(read_tensor(file.fileno(), self.entry))
 
     def mapped(self) -> Tensor:
-        """Return it as [d_model, columns], or a bias as [d_model], without reading it all (`files.tensorfile`)."""
-        return self.oriented(mapped(self.path, self.entry))
+        """Return it as [d_model, columns], or a bias as [d_model], without reading it all (`files.tensorfile`).
+
+        A quantised one is read, as `read` does.
+        """
+        return self.read() if self.quantised is not None else self.oriented(mapped(self.path, self.entry))
 
 
 def layout_in(folder: Path) -> Architecture:
@@ -99,16 +114,38 @@ def places(found: Iterable[Layout]) -> dict[str, tuple[Path, Entry]]:
 def parts(kind: Architecture, found: Iterable[Layout], layers: Container[int]) -> list[StoredPart]:
     """Return the matrices and biases that an edit of `layers` changes, in the order of layers and names.
 
-    kind: of the architecture. found: the headers of the weight files.
+    kind: of the architecture. found: the headers of the weight files. Of a checkpoint that is quantised in a format
+    that cannot be read (`quantised.formats.unreadable`), the quantised matrices are left out.
     """
-    made = []
-    for layout in found:
-        for name, entry in layout.entries.items():
-            if place := kind.stored(name, layers):
-                layer, form, expert = place
-                for number, piece in _pieces(form, entry, expert):
-                    made.append(StoredPart(layer, kind.name_of(layer, form, number), form, layout.path, name, piece))
+    made, place_of = [], places(found)
+    folder = next((path.parent for path, _ in place_of.values()), None)
+    if folder is None:
+        return []
+    quantised, hidden = quantised_in(folder, place_of), unreadable(folder) is not None
+    for name, (path, entry) in place_of.items():
+        if name not in quantised and (stored := kind.stored(name, layers)):
+            layer, form, expert = stored
+            if hidden and entry.dtype not in EDITABLE:
+                continue
+            for number, piece in _pieces(form, entry, expert):
+                made.append(StoredPart(layer, kind.name_of(layer, form, number), form, path, name, piece))
+    for name, (matrix, how) in quantised.items():
+        if stored := kind.stored(name, layers):
+            made += _quantised_parts(kind, name, matrix, how, stored)
     return sorted(made, key=lambda part: (part.layer, part.form.role, part.form.bias, len(part.name), part.name))
+
+
+def _quantised_parts(
+    kind: Architecture, name: str, matrix: Matrix, how: Format, stored: tuple[int, Form, int | None]
+) -> Iterable[StoredPart]:
+    """Yield the parts that one quantised matrix holds: itself, or one for each of stacked experts."""
+    layer, form, expert = stored
+    form = dataclasses.replace(form, transposed=form.transposed and not how.swapped)
+    path, entry = matrix.pieces["numbers"]
+    for number in range(entry.shape[0]) if form.stacked else (expert,):
+        own = matrix.expert(number) if form.stacked and number is not None else matrix
+        place = dataclasses.replace(own.pieces["numbers"][1], shape=own.shape)
+        yield StoredPart(layer, kind.name_of(layer, form, number), form, path, name, place, own)
 
 
 def _pieces(form: Form, entry: Entry, expert: int | None) -> Iterable[tuple[int | None, Entry]]:
@@ -118,11 +155,32 @@ def _pieces(form: Form, entry: Entry, expert: int | None) -> Iterable[tuple[int 
     return [(number, dataclasses.replace(rows, shape=rows.shape[1:])) for number, rows in slices]
 
 
-def sampled(folder: Path, found: Iterable[Layout] | None = None) -> dict[str, Tensor]:
+class _Samples(Mapping[str, Tensor]):
+    """Tensors by name. Each is mapped or read when it is asked for, and not kept: pages that were read stay in memory."""
+
+    def __init__(self, name: str, embedding: tuple[Path, Entry], chosen: Iterable[StoredPart]):
+        self.embedding = embedding
+        self.held: dict[str, StoredPart | None] = {name: None} | {part.name: part for part in chosen}
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self.held[name]
+        if part is None:
+            return mapped(*self.embedding)
+        return part.mapped() if part.quantised is None else part.read().to(EDITABLE[self.embedding[1].dtype])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def sampled(folder: Path, found: Iterable[Layout] | None = None) -> Mapping[str, Tensor]:
     """Return the tensors that a fingerprint samples, mapped: the embedding, and matrices of every layer's MLP block.
 
     folder: of the checkpoint. found: the headers of its weight files, if they were read before. Of routed experts the
-    first one's matrix is sampled.
+    first one's matrix is sampled. A quantised matrix is rounded to the embedding's dtype, as transformers does when it
+    loads one, and is read anew each time.
 
     Raises CheckpointError for a tensor that is missing, such as in an incomplete download.
     """
@@ -133,7 +191,7 @@ def sampled(folder: Path, found: Iterable[Layout] | None = None) -> dict[str, Te
         raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {name}. Fetch the model again.")
     matrices = [part for part in whole_parts(folder, found) if not part.form.bias]
     chosen = [part for part in matrices if part.form.role != "expert" or part.name.endswith("[0]")]
-    return {name: mapped(*place), **{part.name: part.mapped() for part in chosen}}
+    return _Samples(name, place, chosen)
 
 
 def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None = None) -> list[StoredPart]:
@@ -144,6 +202,8 @@ def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None 
     config, kind = read_config(folder), layout_in(folder)
     layers = range(config["num_hidden_layers"]) if layers is None else list(layers)
     made, experts = parts(kind, found, layers), experts_in(config)
+    if unreadable(folder) is not None:
+        return made
     for layer in layers:
         here = [part for part in made if part.layer == layer and not part.form.bias]
         if not any(part.form.role in ("dense", "expert") for part in here):

@@ -253,14 +253,29 @@ def _weight_error(weight: Tensor, basis: BasisLike, strength: float) -> Tensor:
     return abs(strength) * math.sqrt(weight.shape[0]) * _ACCUMULATION * scale
 
 
-def baked_element_bound(weight: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
+def baked_element_bound(
+    weight: Tensor, basis: BasisLike, strength: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the bound of |W' - exact|_ij for a baked weight [d, d_ff] or bias [d], in its shape, float64.
 
-    It is Rule A on the columns of W without the 2^-15 term, plus 2^-23 |W_ij| and the dtype's `underflow`.
+    It is Rule A on the columns of W without the 2^-15 term, plus 2^-23 |W_ij| and the dtype's `underflow`. dtype: of
+    W', by default W's.
     """
-    exact = bake_oracle(weight, basis, strength)
-    bound = unit_roundoff(weight.dtype) * exact.abs() + _weight_error(weight, basis, strength)
-    return 1.01 * bound + 2.0**-23 * weight.double().abs() + underflow(weight.dtype)
+    exact, kind = bake_oracle(weight, basis, strength), dtype or weight.dtype
+    bound = unit_roundoff(kind) * exact.abs() + _weight_error(weight, basis, strength)
+    return 1.01 * bound + 2.0**-23 * weight.double().abs() + underflow(kind)
+
+
+def requantised_bound(half: Tensor, exact: Tensor, weight: Tensor, spread: Tensor) -> Tensor:
+    """Return the bound of |W' - exact|_ij for a weight that was edited in float32 and quantised again, float64.
+
+        half + 1.01 2^-22 spread + 2^-22 (|exact_ij| + |W_ij|)
+
+    half: half a step of the grid at each element; 0 before it is quantised. spread: |a| sqrt(d) g_i norm(W_:j), which
+    is Rule A's term for the sum over d products. The last term covers the float32 roundings of an element: W from its
+    number and scale, the edit, and the quotient by the new scale, each 2^-24 of a number that is at most their sum.
+    """
+    return half + 1.01 * _ACCUMULATION * spread + 2.0**-22 * (exact.abs() + weight.abs())
 
 
 def adapter_bound(weight: Tensor, strength: float = 1.0, basis: BasisLike | None = None) -> Tensor:
@@ -274,14 +289,18 @@ def adapter_bound(weight: Tensor, strength: float = 1.0, basis: BasisLike | None
     return 1.01 * abs(strength) * math.sqrt(weight.shape[0]) * _ACCUMULATION * lengths * columns
 
 
-def undo_bound(weight: Tensor, baked: Tensor, basis: BasisLike, strength: float = 1.0) -> Tensor:
+def undo_bound(
+    weight: Tensor, baked: Tensor, basis: BasisLike, strength: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the bound of |restored - W|_ij after an undo, in the weight's shape, float64.
 
     It is 1.01 u (|W_ij| + |W'_ij|) for the two roundings, plus the error of the float32 arithmetic and `underflow`.
+    dtype: of the restored weight and of W', by default W's.
     """
-    rounding = unit_roundoff(weight.dtype) * (weight.double().abs() + baked.double().abs())
+    kind = dtype or weight.dtype
+    rounding = unit_roundoff(kind) * (weight.double().abs() + baked.double().abs())
     float32 = _weight_error(weight, basis, strength)
-    return 1.01 * (rounding + float32) + 2.0**-23 * weight.double().abs() + 2 * underflow(weight.dtype)
+    return 1.01 * (rounding + float32) + 2.0**-23 * weight.double().abs() + 2 * underflow(kind)
 
 
 def worst_ratio(error: Tensor, bound: Tensor) -> float:

@@ -23,11 +23,14 @@ def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
     """Return a few weights of the embedding and of every `down_proj`: {"dtype", "samples": {tensor name: values}}.
 
     They are values, not a hash, so that the same model in another dtype is recognised. Weights that are split over
-    processes (`models.shards`) are gathered, one at a time, by all processes together.
+    processes (`models.shards`) are gathered, one at a time, by all processes together. Of weights that are quantised in
+    memory there are none: "quantised" is then True, and only what both fingerprints have is compared.
     """
     named = [(layout_of(model).embedding_name(), model.get_input_embeddings().weight)]
-    weights = (weight for site in mlp_outputs(model).values() for weight in site.weights if weight.matrix)
-    return sample_weights([*named, *(weight.sampled() for weight in weights)])
+    sites = mlp_outputs(model).values()
+    weights = (weight for site in sites for weight in site.weights if weight.matrix)
+    made = sample_weights([*named, *(weight.sampled() for weight in weights)])
+    return made | ({"quantised": True} if any(site.quantised for site in sites) else {})
 
 
 def sample_places(elements: int) -> list[int]:
@@ -90,13 +93,17 @@ def fingerprint_differences(fitted: dict[str, Any], loaded: dict[str, Any]) -> l
     In the same dtype every value must be equal. Otherwise a value may differ by one rounding to either dtype: u |value|
     in the normal range, half a subnormal spacing below it.
     """
-    if set(fitted["samples"]) != set(loaded["samples"]):
-        return sorted(set(fitted["samples"]) ^ set(loaded["samples"]))
+    alone = set(fitted["samples"]) ^ set(loaded["samples"])
+    both = set(fitted["samples"]) & set(loaded["samples"])
+    if alone and (not both or not (fitted.get("quantised") or loaded.get("quantised"))):
+        return sorted(alone)
     same = fitted["dtype"] == loaded["dtype"]
     pairs = [_spacing(kind["dtype"]) for kind in (fitted, loaded)]
     relative, absolute = (sum(values) for values in zip(*pairs, strict=True))
     differing = []
     for name, values in fitted["samples"].items():
+        if name not in both:
+            continue
         others = loaded["samples"][name]
         if len(values) != len(others):
             differing.append(name)

@@ -276,10 +276,9 @@ def _record(
     keep_first: bool,
 ) -> dict[str, Any]:
     """Return what is known of the fit before it begins."""
-    weights = sampled(reader.folder)  # mapped: each is let go of once it is read, or its pages stay in memory
     return {
         "n_layers": reader.layers,
-        "fingerprint": sample_weights((name, weights.pop(name)) for name in list(weights)),
+        "fingerprint": sample_weights(sampled(reader.folder).items()),
         "method": method,
         "languages": list(languages),
         "shrinkage": "oas" if shrinkage is None else shrinkage,
