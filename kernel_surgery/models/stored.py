@@ -156,7 +156,7 @@ def _pieces(form: Form, entry: Entry, expert: int | None) -> Iterable[tuple[int 
 
 
 class _Samples(Mapping[str, Tensor]):
-    """Tensors by name. Each is mapped or read when it is asked for, and not kept: pages that were read stay in memory."""
+    """Tensors by name. Each is mapped or read when it is asked for, and let go: pages that were read would stay."""
 
     def __init__(self, name: str, embedding: tuple[Path, Entry], chosen: Iterable[StoredPart]):
         self.embedding = embedding
