@@ -44,6 +44,7 @@ from kernel_surgery.models.table import Layout, Part
 from kernel_surgery.subspace.artifact import Subspace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXPERTS = "experts"  # vLLM's and transformers' name of the module that holds all of a layer
 PREFIX = "base_model.model."  # PEFT puts this before a module's name
 # {an expert's matrix that writes the output: those that write its input}.
 _INPUTS = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
@@ -262,7 +263,7 @@ def _targets(record: dict[str, Any]) -> dict[str, Any]:
 def served_modules(kind: Layout) -> list[str]:
     """Return the names of the modules that vLLM has to wrap for an adapter (`--lora-target-modules`)."""
     names = [form.path.removesuffix(".weight").replace(".*", "").split(".") for form in kind.writes if not form.bias]
-    return sorted({"experts" if "experts" in name else name[-1] for name in names})
+    return sorted({EXPERTS if EXPERTS in name else name[-1] for name in names})
 
 
 def configuration(record: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_surgery.checkpoint.adapter import CONFIG, served_modules
+from kernel_surgery.checkpoint.adapter import CONFIG, EXPERTS, served_modules
 from kernel_surgery.common.environment import version
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.engines.layers import REPORT, SET_STRENGTH
@@ -167,8 +167,8 @@ class Engine:
 def started(variant: Variant, options: EngineOptions) -> Iterator[Engine]:
     """Start vLLM for one mode and yield it. It is stopped, and its memory given back, when the block ends.
 
-    Raises KernelSurgeryError if the engine cannot be started, with the first line of vLLM's reason, and what
-    `Engine.report` raises.
+    Raises KernelSurgeryError if the engine cannot be started, with the first line of vLLM's reason, and for an adapter
+    of experts without a GPU. Raises what `Engine.report` raises.
     """
     require_vllm()
     _prepare_environment(options.tensor_parallel)
@@ -191,6 +191,11 @@ def started(variant: Variant, options: EngineOptions) -> Iterator[Engine]:
         # Without this vLLM wraps every layer, which is slower. With a wrapped lm_head, its CPU engine fails at the log
         # probabilities of prompts.
         arguments["lora_target_modules"] = served_modules(layout_in(variant.model))
+        if EXPERTS in arguments["lora_target_modules"] and not torch.cuda.is_available():
+            raise KernelSurgeryError(
+                "vLLM's CPU engine has no kernels for an adapter of experts. Use the plugin (mode fused) or a baked "
+                "checkpoint, or run it on a GPU."
+            )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process keeps of its own models' memory
     try:

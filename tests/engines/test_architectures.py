@@ -50,6 +50,12 @@ def test_a_model_that_vllm_has_not_is_refused_by_vllm():
         compared("mpt")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the kernels")
+def test_an_adapter_of_experts_is_refused_without_a_gpu():
+    with pytest.raises(KernelSurgeryError, match="CPU engine has no kernels for an adapter of experts"):
+        compared("qwen2_moe", ["lora"])
+
+
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
 def test_vllms_own_loader_gives_every_expert_its_pair(kind, tmp_path):
     """vLLM's CPU engine has no kernels for adapters of experts, so its loader is asked instead."""

@@ -73,6 +73,11 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+def fields(kind: str) -> dict[str, Any]:
+    """Return the fields of a pico model's configuration that are not left as they are."""
+    return _COMMON | _OWN.get(kind, {})
+
+
 def configuration(kind: str, **config: Any) -> Any:
     """Return the configuration of a pico model. config: fields of the language model to change; None leaves one out."""
     import transformers

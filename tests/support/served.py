@@ -19,32 +19,40 @@ from kernel_surgery.engines.variants import Variant
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 from tests.support.models import oblique
-from tests.support.picos import pico_of
+from tests.support.picos import fields, pico_of
 
 D, LAYERS, TOKENS, END = 128, (1, 2), 8, 0
 PROMPTS = torch.randint(1, 64, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
 LIMIT = 2.0  # an edit's error may be so many times the original's, as in `certify.engine`
 # The attention of vLLM's CPU engine takes heads of 32.
 _SHAPE: dict[str, Any] = {"hidden_size": D, "num_attention_heads": 4, "head_dim": 32}
-_PLAIN_HEADS = ("falcon", "stablelm", "gpt2", "mpt", "bloom", "phi", "gpt_neox", "qwen2_5_vl")
-# Fields that checkpoints on the hub have and vLLM reads, though transformers does not.
+# Fields that checkpoints on the hub have and vLLM reads, though transformers does not; and sizes that its kernels take.
+_MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64}
 _HUB: dict[str, dict[str, Any]] = {
     "lfm2": {"block_dim": D, "block_ff_dim": 96},
-    "minimax_m2": {"rotary_dim": 32},
-    "deepseek_v3": {"topk_method": "noaux_tc", "head_dim": 4},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid"},
+    "deepseek_v2": _MLA,
+    "deepseek_v3": {"topk_method": "noaux_tc", **_MLA},
+    "glm4_moe_lite": _MLA,
     "hunyuan_v1_moe": {"moe_intermediate_size": 96},
     "mpt": {"d_model": D},
-    "qwen3_moe": {"shared_expert_intermediate_size": None},  # vLLM has a shared expert if this is there
+    "falcon": {"head_dim": None},
 }
+
+
+def _shape(kind: str) -> dict[str, Any]:
+    """The fields of a pico model for vLLM. It reads fields that transformers' configuration does not have, so those
+    that other model types share are left out."""
+    plain = AutoConfig.for_model(kind)
+    given = fields(kind) | _SHAPE
+    unknown = {} if plain.sub_configs else {name: None for name in given if not hasattr(plain, name)}
+    return _SHAPE | unknown | _HUB.get(kind, {})
 
 
 @contextmanager
 def pico_files(kind: str):
     """Yield (model, folder, Subspace). The folder holds the model, and the subspace as s.safetensors."""
-    shape = _SHAPE | ({"head_dim": None} if kind in _PLAIN_HEADS and kind != "qwen2_5_vl" else {}) | _HUB.get(kind, {})
-    if not hasattr(AutoConfig.for_model(kind), "num_key_value_heads"):
-        shape["num_key_value_heads"] = None  # vLLM would read it
-    model = pico_of(kind, **shape)
+    model = pico_of(kind, **_shape(kind))
     edits = {layer: oblique(D, 3, layer, spread=3.0) for layer in LAYERS}
     known = {"fingerprint": fingerprint(model), "n_layers": 4, "site": "mlp_out", "strengths": {2: 0.5}}
     subspace = Subspace.of(edits, **known)
