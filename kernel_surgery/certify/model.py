@@ -5,6 +5,9 @@ The original and every mode run in the dtype that is certified. The oracle runs 
 higher precision: float64, or float32 if the dtype has 16 bits.
 
 At every edited layer the modes get the same activations, and their errors are compared with bounds (`certify.checks`).
+A mixture of experts is checked as a block (`certify.blocks`), its weights one expert at a time. All streams take the
+oracle's routing (`certify.routing`).
+
 The hidden states after each layer, and the logits at the end, are compared with the oracle's. There the yardstick is
 the error that the original model itself makes in that dtype.
 """

@@ -75,8 +75,6 @@ class Filling:
         held: Any = self.held
         for name in sorted(self.places.keys() | self.quantised.keys(), key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, held)
-            if target not in held and name in held:  # it is in the file as it is in memory
-                target, pattern = name, None
             if target in held:
                 yield name, target, by_pattern.get(pattern or ""), pattern or name
 

@@ -167,6 +167,26 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path, monkeypatch):
     assert read == [48 * 4] * 3
 
 
+def test_a_padding_token_beyond_the_rows_that_are_read_does_not_matter(tmp_path):
+    model = pico("qwen2", pad_token_id=63)
+    model.save_pretrained(tmp_path)
+    assert model.model.embed_tokens.padding_idx == 63
+    wanted = torch.tensor([[3, 60, 3]])
+    assert torch.equal(Layerwise(tmp_path, torch.float32).embed(wanted), model.model.embed_tokens(wanted))
+
+
+@pytest.mark.parametrize("kind", everyday(ARCHITECTURES, "mixtral", "granitemoe", "gemma3", "llama4", "gpt2"))
+def test_a_checkpoint_with_the_names_that_the_model_has_in_memory_is_read_too(tmp_path, kind):
+    """As other programs write it: experts stacked, no name changed."""
+    model = pico_of(kind)
+    model.save_pretrained(tmp_path)
+    tied = model.all_tied_weights_keys
+    own = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(run(Layerwise(tmp_path, torch.float32), ids()), model(input_ids=ids()).logits)
+
+
 def test_one_layer_and_a_norm_are_filled_at_a_time_also_when_it_fails(tmp_path):
     pico("qwen3").save_pretrained(tmp_path)
     model = Layerwise(tmp_path, torch.float32)
