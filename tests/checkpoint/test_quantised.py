@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernel_surgery.certify.files import verify_checkpoint, verify_restored
+from kernel_surgery.certify.files import verify_adapter, verify_checkpoint, verify_restored
 from kernel_surgery.certify.quantised import GATE
 from kernel_surgery.certify.render import shown
 from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.models.load import load_model
-from kernel_surgery.models.stored import layout_in, layouts, located, parts
+from kernel_surgery.models.stored import layout_in, layouts, parts
 from kernel_surgery.numerics.bounds import adapter_bound, worst_ratio
 from kernel_surgery.quantised.blocks import Scheme
 from kernel_surgery.subspace.artifact import Subspace
@@ -161,6 +161,8 @@ def test_a_scale_that_was_changed_and_an_edit_that_was_not_made_are_faults(tmp_p
     faults = "\n".join(verify_checkpoint(out, source)["faults"])
     assert f"layer 1: {one}: its error is" in faults and f"layer 2: {two}: its leak is" in faults
     assert "model.layers.0.mlp.down_proj.weight_scale should not have been edited" in faults
+    _rewritten(out, f"{one}_scale", lambda scale: torch.full_like(scale, torch.nan))
+    assert f"layer 1: {one}: it holds NaN or Inf" in verify_checkpoint(out, source)["faults"]
     alone = "\n".join(verify_checkpoint(out)["faults"])
     assert "only the original shows what was edited; give --model" in alone
 
@@ -270,7 +272,44 @@ def test_the_adapter_of_a_quantised_checkpoint_is_of_its_dequantised_weights(tmp
         w, u = part.read(), space().bases[part.layer]
         a = made[f"base_model.model.{part.name.removesuffix('.weight')}.lora_A.weight"][:4]
         assert worst_ratio((a.double() - u.double().T @ w.double()).abs(), adapter_bound(w)) <= 1
-    assert located(source)
+    assert verify_adapter(tmp_path / "adapter", source)["faults"] == []
+
+
+def test_a_layer_that_is_not_quantised_is_baked_as_it_is_beside_others_that_are(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "baked"
+    before = save_quantised(source, "fp8-channel")
+    from safetensors.torch import save_file
+
+    tensors = held(source)
+    for i in LAYERS:  # as the configuration's `ignore` leaves some out
+        name = f"model.layers.{i}.mlp.down_proj.weight"
+        tensors[name] = before[name]
+        del tensors[f"{name}_scale"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    bake(source, out, None)
+    certificate = verify_checkpoint(out, source)
+    assert certificate["faults"] == [] and {row["dtype"] for row in certificate["tensors"]} == {"BF16"}
+    with pytest.raises(CheckpointError, match="omit --requantize"):
+        bake(source, tmp_path / "no", "requantize")
+
+
+def test_a_checkpoint_in_a_format_that_is_not_read_can_still_be_edited_in_memory(tmp_path):
+    from safetensors.torch import save_file
+
+    from kernel_surgery.checkpoint.source import check_edit
+    from tests.support.picos import pico_of
+
+    pico_of("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("down_proj.weight")]:
+        module = name.removesuffix("weight")
+        tensors[f"{module}qweight"] = torch.zeros(tensors.pop(name).shape[1] // 8, D, dtype=torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is incomplete: it has no tensor"):
+        check_edit(tmp_path, space(), ["fused"], force=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    check_edit(tmp_path, space(), ["hook", "fused", "lora"], force=True)
 
 
 def test_the_commands_bake_and_verify_a_quantised_checkpoint(tmp_path, capsys):

@@ -148,6 +148,11 @@ def test_what_cannot_be_edited_is_refused_by_name_and_nothing_changes():
         pass
     model.model.layers[1].mlp.down_proj.bias = None
     assert torch.equal(outputs(model, [1])[1], before)
+    module, real = model.model.layers[1].mlp.down_proj, model.model.layers[1].mlp.down_proj.forward
+    module.forward = lambda x: real(x) + 1  # a bias that is no parameter
+    with pytest.raises(ModelError, match="has a bias, which an adapter cannot edit"), adapted(model, space()):
+        pass
+    module.forward = real
     del model.model.layers[1].mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.scale
     model.model.layers[1].mlp.down_proj.forward = lambda x: nn.functional.linear(x, torch.zeros(D, 5))
     with pytest.raises(ModelError, match="cannot be read: it does not take unit vectors"), adapted(model, space()):

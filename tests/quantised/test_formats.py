@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.stored import layout_in, layouts, located, parts
 from kernel_surgery.quantised.formats import FORMATS, quantised_in
 from kernel_surgery.quantised.matrix import read
@@ -104,6 +105,7 @@ def test_transformers_loads_what_was_requantised_with_the_same_numbers(tmp_path,
     space = Subspace(bases={1: basis(D, 4)}, site="mlp_out")
     bake_checkpoint(tmp_path / "source", space, tmp_path / "baked", force=True, quantised="requantize")
     model = load_model(str(tmp_path / "baked"), torch.bfloat16)
+    assert (mlp_outputs(model)[1].quantised is None) == (name != "int4-order")
     model(torch.arange(4)[None])  # columns in an order of their own: it dequantises now
     for tensor, matrix in matrices(tmp_path / "baked").items():
         assert torch.equal(model.get_parameter(tensor), matrix.dequantised().bfloat16())
@@ -168,6 +170,17 @@ def test_blocks_that_do_not_divide_a_matrix_are_smaller_at_its_ends():
     numbers = scheme.numbers_of(w, scale, None)
     error = (scheme.dequantise(numbers, scale, None) - w).abs()
     assert bool((error <= scheme.bound(numbers, scale) * (1 + 1e-6)).all()) and error.shape == w.shape
+
+
+def test_scales_that_are_powers_of_two_clip_nothing_and_are_as_small_as_they_can_be():
+    from kernel_surgery.quantised.blocks import Scheme
+
+    w, scheme = torch.randn(32, 64) * 3, Scheme(FP8, (8, 16), torch.float32, power=True)
+    scale, _ = scheme.rule(w)
+    most = scheme.blocked(w).abs().amax((1, 3))
+    assert torch.equal(torch.exp2(torch.log2(scale).round()), scale)
+    assert bool((most <= 448 * scale).all()) and bool((most > 224 * scale).all())
+    assert float(scheme.slack(w).max()) == 0
 
 
 def test_tensors_that_do_not_fit_together_are_named(tmp_path):
