@@ -25,7 +25,8 @@ Cells = dict[str, dict[str, str]]
 def found() -> Cells:
     """Run the tests, and return their cells. Exits with their status if one fails."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["-m", "pytest", "-q", "-m", "", "tests/models/test_every_model.py"]
+        tests = [f"tests/{room}/test_every_model.py" for room in ("models", "subspace", "certify")]
+        words = ["-m", "pytest", "-q", "-m", "", "-n", "2", "--dist", "loadfile", *tests]
         done = subprocess.run([sys.executable, *words], env=os.environ | {"KERNEL_SURGERY_CELLS": folder}, check=False)
         if done.returncode:
             sys.exit(done.returncode)
