@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from kernel_surgery.common.environment import environment_record
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
         print("\n".join(lines), file=sys.stderr)
         return int(bool(lines))
     about = environment_record()
-    record = {name: about[name] for name in ("torch", "transformers", "device", "commit", "dirty", "date")}
+    record = {name: about[name] for name in ("torch", "transformers", "device", "commit", "dirty")}
+    record["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     write_atomic(FILE, json.dumps({"environment": record, "cells": cells}, indent=1) + "\n")
     return 0
 
