@@ -149,7 +149,8 @@ def architectures() -> str:
     ]
     about = kept["environment"]
     versions = f"vLLM {about['vllm']}, torch {about['torch']}, transformers {about['transformers']}, {about['device']}"
-    return table(["model type", "original", "fused", "lora"], body) + f"\n{versions}, commit {about['commit'][:10]}.\n"
+    commits = ", ".join(dict.fromkeys(rows["commit"][:10] for rows in kept["architectures"].values()))
+    return table(["model type", "original", "fused", "lora"], body) + f"\n{versions}, commits {commits}.\n"
 
 
 def _cell(rows: dict[str, Any], mode: str) -> str:
