@@ -64,6 +64,11 @@ class Edits:
         """Return the layer that a module's path names, if it is to be edited; else None."""
         return next((layer for layer in self.layers if prefix == self.layout.vllm_site(layer)), None)
 
+    def name_of(self, prefix: str) -> str:
+        """Return the name in transformers of a site that vLLM has at a path."""
+        names = {self.layout.vllm_site(layer): self.layout.site_name(layer) for layer in self.layers}
+        return names.get(prefix, prefix)
+
     def take(self, prefix: str, module: nn.Module) -> int | None:
         """Note a module that was built. Return its layer if it is to be edited. Raises ModelError for a second one."""
         layer = self.layer_of(prefix)
@@ -282,7 +287,7 @@ def edited_class(base: type, edits: Edits) -> type:
 
         def kernel_surgery_sample(self, param: Any, loaded: Tensor) -> None:
             if self.kernel_surgery_layer is not None and param is getattr(self, "weight", None):
-                edits.sample(f"{edits.layout.site_name(self.kernel_surgery_layer)}.weight", loaded)
+                edits.sample(f"{edits.name_of(self.prefix)}.weight", loaded)
 
         def forward(self, input_: Tensor) -> Any:
             output = super().forward(input_)
