@@ -8,6 +8,7 @@ Texts come first. What a method writes must be within rounding of what transform
 checked by `tests/engines`, on the same commit.
 """
 
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -149,7 +150,8 @@ def architectures() -> str:
     ]
     about = kept["environment"]
     versions = f"vLLM {about['vllm']}, torch {about['torch']}, transformers {about['transformers']}, {about['device']}"
-    return table(["model type", "original", "fused", "lora"], body) + f"\n{versions}, commit {about['commit'][:10]}.\n"
+    commits = ", ".join(dict.fromkeys(rows["commit"][:10] for rows in kept["architectures"].values()))
+    return table(["model type", "original", "fused", "lora"], body) + f"\n{versions}, commits {commits}.\n"
 
 
 def _cell(rows: dict[str, Any], mode: str) -> str:
@@ -158,7 +160,8 @@ def _cell(rows: dict[str, Any], mode: str) -> str:
     if row is None:
         return ""
     if "refused" in row:
-        return f"no: {row['refused'][:160]}"
+        reason = re.sub(r"^vLLM did not start for mode \w+: ", "", row["refused"])
+        return "no: " + re.split(r"\. (?=[A-Z])", reason)[0].removesuffix(".")[:160]
     wrong = [fault.partition(": ")[2] for fault in rows["faults"] if fault.startswith(f"{mode}: ")]
     ties = f", {row['ties']} near ties" if row["ties"] else ""
     words = f"{row['same']} of {row['texts']} texts{ties}, {row['error'] / row['yardstick']:.2f}"

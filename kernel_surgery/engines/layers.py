@@ -34,6 +34,7 @@ from kernel_surgery.models.table import Layout
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint_differences, sample_places, sample_weights
 
+_OURS = "kernel_surgery_edits"  # marks a module's own `forward` that edits
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REPORT, SET_STRENGTH = "kernel_surgery_report", "kernel_surgery_set_strength"  # calls for `LLM.collective_rpc`
 
@@ -63,6 +64,11 @@ class Edits:
         """Return the layer that a module's path names, if it is to be edited; else None."""
         return next((layer for layer in self.layers if prefix == self.layout.vllm_site(layer)), None)
 
+    def name_of(self, prefix: str) -> str:
+        """Return the name in transformers of a site that vLLM has at a path."""
+        names = {self.layout.vllm_site(layer): self.layout.site_name(layer) for layer in self.layers}
+        return names.get(prefix, prefix)
+
     def take(self, prefix: str, module: nn.Module) -> int | None:
         """Note a module that was built. Return its layer if it is to be edited. Raises ModelError for a second one."""
         layer = self.layer_of(prefix)
@@ -89,7 +95,7 @@ class Edits:
             if block is None or (self.layout.linear and not is_replicated(block)):
                 continue
             refuse_block(name, block, offset=self.subspace.projections[layer].offset is not None)
-            block.__class__ = edited_block(type(block))
+            edit_forward(block)
             prepare(block, self, layer)
             self.edited[layer] = block
 
@@ -199,7 +205,10 @@ def _digest(settings: PluginSettings) -> str:
 
 
 def _overtaken(module: nn.Module, model: nn.Module) -> bool:
-    """Return whether a module lies inside a LoRA layer, which computes its product itself."""
+    """Return whether a module lies inside a LoRA layer, which computes its product itself, or has another `forward`."""
+    own = vars(module).get("forward")
+    if own is not None and not hasattr(own, _OURS):
+        return True
     return any(getattr(outer, "base_layer", None) is module for outer in model.modules())
 
 
@@ -240,6 +249,23 @@ def edited_block(base: type) -> type:
     return EditedBlock
 
 
+def edit_forward(block: Any) -> None:
+    """Make a module that was built edit what it returns, once `prepare` has prepared it.
+
+    vLLM's Transformers backend gives some modules a `forward` of their own, which goes before that of their class.
+    """
+    own = vars(block).get("forward")
+    if own is None:
+        block.__class__ = edited_block(type(block))
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return edited_output(block, own(*args, **kwargs))
+
+    setattr(forward, _OURS, True)
+    block.forward = forward
+
+
 def edited_class(base: type, edits: Edits) -> type:
     """Return a subclass of vLLM's row-parallel layer that edits the layers of `edits`, and is `base` in all others."""
 
@@ -261,7 +287,7 @@ def edited_class(base: type, edits: Edits) -> type:
 
         def kernel_surgery_sample(self, param: Any, loaded: Tensor) -> None:
             if self.kernel_surgery_layer is not None and param is getattr(self, "weight", None):
-                edits.sample(f"{edits.layout.site_name(self.kernel_surgery_layer)}.weight", loaded)
+                edits.sample(f"{edits.name_of(self.prefix)}.weight", loaded)
 
         def forward(self, input_: Tensor) -> Any:
             output = super().forward(input_)

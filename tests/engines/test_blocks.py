@@ -1,7 +1,7 @@
 """Whole MLP blocks in vLLM, without vLLM: what is edited, where vLLM has it, and what is refused."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +84,24 @@ def test_the_sum_of_routed_and_shared_experts_is_edited_once(pair):
     with torch.no_grad():
         output = model.model.layers[1].mlp(x, scale=3.0)
     assert torch.equal(output[0] if pair else output, before[1][0] if pair else before[1])
+
+
+def test_a_block_with_a_forward_of_its_own_is_edited_too():
+    """As vLLM's Transformers backend gives it one. It goes before that of the class."""
+    x, edits = torch.ones(2, D), edits_for()
+    model = model_of([Block() for _ in range(4)]).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.forward = MethodType(lambda self, hidden_states: 7 * hidden_states, layer.mlp)
+    edits.edit_blocks(model)
+    edits.check(model, "rank 0")
+    projection, after = edits.subspace.projections[1], model.model.layers[1].mlp(x)
+    exact = project_oracle(7 * x, projection, 1.0)
+    assert worst_ratio((after.double() - exact).abs(), rule_a_bound(7 * x, projection)) <= 1
+    assert torch.equal(model.model.layers[0].mlp(x), 7 * x) and not torch.equal(after, 7 * x)
+    # One that is given to it later would not edit.
+    model.model.layers[2].mlp.forward = MethodType(lambda self, hidden_states: hidden_states, model.model.layers[2].mlp)
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp is wrapped by another layer on rank 0"):
+        edits.check(model, "rank 0")
 
 
 def test_blocks_that_are_not_there_are_counted():

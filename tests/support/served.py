@@ -30,7 +30,7 @@ _SHAPE: dict[str, Any] = {"hidden_size": D, "num_attention_heads": 4, "head_dim"
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64}
 _HUB: dict[str, dict[str, Any]] = {
     "lfm2": {"block_dim": D, "block_ff_dim": 96},
-    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v2": _MLA,
     "deepseek_v3": {"topk_method": "noaux_tc", **_MLA},
     "glm4_moe_lite": _MLA,
