@@ -7,7 +7,7 @@ The adapter is W + B A, in PEFT's LoRA format, in float32: A is a B_e^T W and B 
 The rank is the subspace's, padded with zeros to one that serving engines accept.
 
 In exact arithmetic the adapter is the edit. In floating point it differs from hook and fused in one place. It subtracts
-the component of the exact W h in the subspace; they subtract that of the rounded output of `down_proj`
+the component of the exact W h in the subspace; they subtract that of the MLP block's rounded output
 (`numerics.bounds.applied_bound`).
 """
 

@@ -342,7 +342,8 @@ def inputs(tmp: Path) -> None:
     changed_model(tmp / "holes", lambda held: held[down].__setitem__((3, 3), math.nan))
     changed_model(tmp / "whole", lambda held: held.update({down: held[down].to(torch.int8)}))
     changed_model(tmp / "lacking", lambda held: held.pop("model.layers.3.mlp.up_proj.weight"))
-    bias = {"model.layers.1.mlp.down_proj.bias": torch.ones(48, dtype=torch.bfloat16)}
+    biases = [f"model.layers.{i}.mlp.down_proj.bias" for i in range(4)]
+    bias = {name: torch.ones(48, dtype=torch.bfloat16) for name in biases}
     changed_model(tmp / "biased", lambda held: held.update(bias))
     for name in ("short", "weightless", "sharded", "indexed", "configless", "pickled"):
         changed_model(tmp / name)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernel_surgery.certify.checks import ON_OUTPUTS
@@ -34,21 +35,25 @@ def check_block(
     rounded: the unedited output in the dtype. exact: the same in higher precision. basis, strength: of the edit.
     allowed: how many times the yardstick an error may be.
 
-    The yardstick is the larger of two errors: rounded - exact, and that of the exact edit of `rounded` with one
-    rounding. "error_over_bound" is an error over `allowed` yardsticks, for all rows together or for the worst row,
-    whichever is larger. For a pair, it is their difference over the sum of both, or for two modes that edit the output,
-    over twice the bound of Rule A and what lies between the outputs that they got.
+    An error is that of a token's row, over the norm of its unedited row: a few tokens have outputs that are a thousand
+    times the others', and would hide them. The yardstick is the larger of two errors: rounded - exact, and that of the
+    exact edit of `rounded` with one rounding.
+
+    "error_over_bound" is an error over `allowed` yardsticks, for all rows together or for the worst row, whichever is
+    larger. For a pair, it is their difference over the sum of both, or for two modes that edit the output, over twice
+    the bound of Rule A and what lies between the outputs that they got.
 
     Numerics: float64.
     """
     edit = Projection.of(basis).double()
     target = project_oracle(exact, edit, strength)
     ideal = project_oracle(rounded, edit, strength).to(rounded.dtype)
-    own = [_sizes(rounded.double() - exact.double()), _sizes(ideal.double() - target)]
+    rows = exact.double().norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    own = [_sizes(rounded.double() - exact.double(), rows), _sizes(ideal.double() - target, rows)]
     limit = tuple(allowed * max(sizes) for sizes in zip(*own, strict=True))
 
     def over(error: Tensor, times: float = 1.0) -> float:
-        found = zip(_sizes(error), limit, strict=True)
+        found = zip(_sizes(error, rows), limit, strict=True)
         return max(0.0 if size == 0 else size / (times * most) if most else float("inf") for size, most in found)
 
     inside = edit.inside(exact.double())
@@ -75,7 +80,7 @@ def check_block(
     return modes, pairs
 
 
-def _sizes(error: Tensor) -> tuple[float, float]:
-    """Return the root mean square norm of the rows, and the largest. Infinite where a row is not finite."""
-    norms = error.norm(dim=-1).nan_to_num(nan=float("inf"))
+def _sizes(error: Tensor, rows: Tensor) -> tuple[float, float]:
+    """Return the root mean square of the rows' norms over those in `rows`, and the largest. Infinite if not finite."""
+    norms = (error.norm(dim=-1) / rows).nan_to_num(nan=float("inf"))
     return float(norms.square().mean().sqrt()), float(norms.max())

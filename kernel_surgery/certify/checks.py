@@ -28,7 +28,7 @@ from kernel_surgery.numerics.rounding import ulp
 
 LEAK_GATE = 1.1  # limit of leak / floor for a weight; `leak_gate` gives the limit for smaller tensors
 COLUMNS = 1024  # of a weight that are in float64 at a time: 16 MB at d_model 2048
-ON_OUTPUTS = ("hook", "fused")  # the modes that edit the rounded output of down_proj: Rule A applies to them
+ON_OUTPUTS = ("hook", "fused")  # the modes that edit the rounded output: Rule A applies to them
 
 
 def check_tensor(
@@ -144,7 +144,7 @@ def check_outputs(
     """Check the outputs that the modes give for the same input h. Return one row per mode, and one per pair of modes.
 
     outputs: {mode: [rows, d_model]}.
-    rounded: the unedited output of `down_proj`, in the dtype.
+    rounded: the unedited output of the module, in the dtype.
     weight [d_model, d_ff], bias [d_model] or None, h [rows, d_ff], basis of the layer, strength a.
 
     The row of a mode, {mode: figures}:

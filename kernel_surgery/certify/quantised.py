@@ -20,6 +20,7 @@ from kernel_surgery.files.hashing import CHUNK
 from kernel_surgery.files.tensorfile import rows_of
 from kernel_surgery.models.stored import StoredPart, located
 from kernel_surgery.numerics.bounds import requantised_bound, worst_ratio
+from kernel_surgery.numerics.oracle import quantised_oracle
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.quantised.formats import Format, belonging, quantised_in
 from kernel_surgery.quantised.matrix import Loaded, Matrix, Place, read
@@ -139,7 +140,10 @@ def _in_format(old: Loaded, rows: slice, exact: Tensor) -> tuple[Tensor, Tensor]
     """Return the exact edit of some rows by the format's rule, and as bake writes it: columns sorted by block."""
     scheme, blocks, exact = old.matrix.scheme, old.blocks(rows), old.ordered(exact)
     zero = None if old.zero is None else old.zero[blocks].double()
-    ruled = scheme.dequantise(*scheme.by_rule(exact, zero))
+    if scheme.symmetric and zero is None:
+        ruled = quantised_oracle(exact, scheme.numbers.grid(), scheme.block, scheme.scale, scheme.power)
+    else:
+        ruled = scheme.dequantise(*scheme.by_rule(exact, zero))
     return ruled, scheme.dequantise(*scheme.requantise(exact, old.scale[blocks].double(), zero))
 
 

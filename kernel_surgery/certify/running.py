@@ -18,6 +18,7 @@ from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import load_model
 from kernel_surgery.models.states import on_states, states_of
+from kernel_surgery.models.table import holder
 from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.problems.generator import problems
@@ -95,7 +96,7 @@ def refusals(model: Layerwise, layer: int, edit: Projection, where: str = "mlp_o
     ]
     for weight in site.weights:
         if not weight.matrix:
-            name = weight.name.removesuffix(".bias")
+            name = holder(weight.name)
             checks.append(("lora", lambda name=name, held=weight.name: refuse_bias(name, model.tensor(held))))  # type: ignore[misc]
     for mode, check in checks:
         try:

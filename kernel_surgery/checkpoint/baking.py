@@ -271,7 +271,7 @@ def bake_checkpoint(
     `numerics.bounds.baked_element_bound`.
 
     Raises what `checkpoint.source.check_source` raises, and FileExistsError if `destination` exists. Raises
-    KernelSurgeryError for a source that was baked before, a layer without a `down_proj` in the files, an offset without
+    KernelSurgeryError for a source that was baked before, a layer without its matrices in the files, an offset without
     a bias, and tensors or files that cannot be edited, read or written. An earlier bake is recognised by its provenance
     file; at strength 1 also by the weights. After any exception `destination` does not exist and `source` is unchanged.
     """

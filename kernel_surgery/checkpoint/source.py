@@ -17,6 +17,7 @@ from kernel_surgery.models.before import check_config
 from kernel_surgery.models.stored import StoredPart, layout_in, sampled, whole_parts
 from kernel_surgery.models.stored import layouts as stored_layouts
 from kernel_surgery.models.table import Layout as Architecture
+from kernel_surgery.models.table import holder
 from kernel_surgery.numerics.precision import STORED
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.ops.library import check_rank
@@ -88,7 +89,7 @@ def check_parts(
         if "lora" in modes:
             refuse_offset(edit)
             for part in own:
-                refuse_bias(part.name.removesuffix(".bias"), part.mapped())
+                refuse_bias(holder(part.name), part.mapped())
 
 
 def refuse_after_norm(subspace: Subspace, modes: Iterable[str]) -> None:

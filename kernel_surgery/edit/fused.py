@@ -1,4 +1,4 @@
-"""The edit as one operator after `down_proj`, fused with the operations that follow where possible.
+"""The edit as one operator after the MLP block, fused with the operations that follow where possible.
 
 The weights are not changed. The operators are Triton kernels on CUDA and plain ATen on the CPU. `Edit.provider` names
 the one that ran, such as "triton/cuda". `Edit.reach` says how much of each layer was fused.
@@ -28,7 +28,7 @@ def fused(
     force: bool = False,
     reach: str = "norm",
 ) -> Iterator[Edit]:
-    """Edit the output of `down_proj` with `ops.project` while the block runs, in every layer of `subspace`.
+    """Edit the MLP block's output with `ops.project` while the block runs, in every layer of `subspace`.
 
     strength: a number, or a floating-point tensor [batch] with one value per sequence. The tensor is read at every
     call, including calls of a captured CUDA graph. Write to it in place to switch the edit on and off per request. At

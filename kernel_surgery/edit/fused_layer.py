@@ -1,15 +1,15 @@
 """The edit inside a decoder layer, fused with the residual addition and the norm that follow it.
 
-A hook on `down_proj` cannot go beyond that module. Two steps follow it. The layer computes `residual + output`. Then
-the next layer's first norm reads the sum; after the last layer it is the model's final norm.
+A hook on the MLP's last projection cannot go beyond that module. Two steps follow it. The layer computes
+`residual + output`. Then the next layer's first norm reads the sum; after the last layer it is the model's final norm.
 
 While the edit lasts, this module replaces the layer's forward. The replacement calls the same submodules, but its end
 is one operator: `project_add`, or `project_add_rmsnorm`. In the second case the next norm's forward is replaced too. It
 returns the result that the operator has already computed.
 
-The same code serves every architecture in `models.architectures.ARCHITECTURES`. If it does not recognise a layer
+The same code serves every architecture whose layer is plain (`models.table.Layout`). If it does not recognise a layer
 exactly, it fuses less, and `reach_of` says why. If another hook reads the MLP's output, that hook must see the edited
-output. In that layer the hook on `down_proj` makes the edit, and the layer only adds.
+output. In that layer the hook makes the edit, and the layer only adds.
 """
 
 import inspect
@@ -67,7 +67,7 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
     """Return how much of a layer can be fused with the edit, and the reason if it is less than asked.
 
     asked: "output", "add" or "norm", as in `edit.fused.fused`. The result is at most that:
-        "output": an operator after `down_proj`.
+        "output": an operator after the MLP block.
         "add": the operator includes the residual addition.
         "norm": it also includes the norm that follows.
 
@@ -110,7 +110,7 @@ def reach_of(model: nn.Module, layer: int, asked: str) -> tuple[str, str | None]
 class EditedLayer:
     """Edit one decoder layer in fused mode.
 
-    It owns the hook on `down_proj`, the layer's forward, and the result that it passes to the next norm.
+    It owns the hook on the edited module, the layer's forward, and the result that it passes to the next norm.
 
     Each forward pass makes the edit in one of two places. The layer's forward chooses before it runs the MLP. Either
     the hook makes the edit at once, or the edit comes later, together with the residual addition. In the second case
@@ -130,16 +130,16 @@ class EditedLayer:
         self.normed: Tensor | None = None
 
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Edit the output of `down_proj`, unless the layer's forward will do it later."""
+        """Edit the module's output, unless the layer's forward will do it later."""
         self.edit.count(self.layer)
-        # A deep copy of the model shares this hook but has its own `down_proj`. There the hook makes the edit.
+        # A deep copy of the model shares this hook but has its own modules. There the hook makes the edit.
         if self.further_on and module is self.down:
             return None
         basis, edit = self.tensors(module)
         return ops.project(output, basis, **edit)
 
     def tensors(self, module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-        """Return the basis that is stored in `down_proj`, and the operators' other arguments of the edit."""
+        """Return the basis that is stored in the edited module, and the operators' other arguments of the edit."""
         basis, dual, offset = stored(module, self.names)
         assert basis is not None  # `edit.plan.parts`
         return basis, {"strength": self.plan.strength_at(self.layer), "dual": dual, "offset": offset}

@@ -22,7 +22,7 @@ def hooked(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Hook `down_proj` so that it returns y - a A (B^T y - c) instead of y while the block runs.
+    """Hook the MLP blocks so that they give y - a A (B^T y - c) instead of y while the block runs.
 
     model: a causal LM of a known architecture (`models.architectures.ARCHITECTURES`).
     subspace: a `Subspace`, or a mapping of layers to bases U [d_model, k] (A = B = U, c = 0) or `Projection`s.

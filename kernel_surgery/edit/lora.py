@@ -17,6 +17,7 @@ from kernel_surgery.edit.baked import refuse_without_weights
 from kernel_surgery.edit.plan import Edit, Plan, SubspaceLike, new_edit, output_hooks, plan_edit
 from kernel_surgery.models.architectures import MlpSite, Weight
 from kernel_surgery.models.shards import is_split, local, part_of, total
+from kernel_surgery.models.table import holder
 from kernel_surgery.numerics.precision import computed_in, in_full
 from kernel_surgery.numerics.projection import BasisLike, Projection
 from kernel_surgery.subspace.written import Written
@@ -104,7 +105,9 @@ def adapted(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Iterator[Edit]:
-    """Make `down_proj` return W h + B (A h) while the block runs, in every layer of `subspace`.
+    """Make each W that writes into an MLP block's output act as W + B A while the block runs.
+
+    A linear module returns W h + B (A h). Stacked experts get W + B A itself (`_merged`).
 
     This is the arithmetic of the LoRA adapter that `checkpoint.adapter` writes. The weights are not changed.
 
@@ -132,7 +135,7 @@ def adapted(
             )
         for weight in site.weights:
             if not weight.matrix:
-                refuse_bias(weight.name.removesuffix(".bias"), local(weight.tensor))
+                refuse_bias(holder(weight.name), local(weight.tensor))
         if (linear := _linear(site)) is not None:
             name, _ = linear.parts()[0]
             pairs[layer] = _pair(name.removesuffix(".weight"), linear, plan, layer, written)

@@ -161,6 +161,8 @@ class Edits:
                 "The engine was not started. Fit a subspace on this model, load the one it was fitted on, or set "
                 '"force": true.'
             )
+        if not self.sampled:
+            return "fingerprint agrees (the embedding alone: no other weight could be compared)"
         return f"fingerprint agrees ({len(self.sampled) + bool(held)} tensors)"
 
     def set_strength(self, strength: float) -> None:

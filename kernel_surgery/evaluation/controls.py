@@ -7,7 +7,7 @@ If random subspaces have an effect too, it comes from removing k dimensions, not
              one does
     pca      U is uniform among the k-dimensional subspaces of the first 100 principal components of the activations
 
-The activations are the outputs of `down_proj` at every token of the dev split's prompts (`moments`).
+The activations are the MLP blocks' outputs at every token of the dev split's prompts (`moments`).
 """
 
 import math

@@ -113,11 +113,16 @@ def model_type(model: nn.Module) -> str:
 
 def layout_of(model: nn.Module) -> Layout:
     """Return the layout of a loaded causal LM. Raises ModelError for an architecture that is not in the table."""
-    return layout_named(model_type(model))
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return layout_named(model_type(model), getattr(text, "model_type", None))
 
 
-def layout_named(kind: str) -> Layout:
-    """Return the layout of a model type. Raises ModelError for one that is not in the table."""
+def layout_named(kind: str, inner: str | None = None) -> Layout:
+    """Return the layout of a model type. Raises ModelError for one that is not in the table.
+
+    inner: the type of the language model inside one of several modalities, if that is known.
+    """
     if kind in REFUSED:
         raise ModelError(f"{kind!r} models are not supported: {REFUSED[kind]}. Nothing was changed.")
     if kind not in ARCHITECTURES:
@@ -126,7 +131,13 @@ def layout_named(kind: str) -> Layout:
             "types.\npython -m kernel_surgery.collect --list-models prints them. To add one, write a row in "
             "kernel_surgery/models/table.py (docs/models.md says how)."
         )
-    return ARCHITECTURES[kind]
+    layout = ARCHITECTURES[kind]
+    if layout.inner and inner not in (None, kind, *layout.inner):
+        raise ModelError(
+            f"a {kind!r} model with a {inner!r} model inside is not known: only {', '.join(layout.inner)}. Nothing was "
+            "changed."
+        )
+    return layout
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -184,6 +195,13 @@ def mlp_outputs(model: nn.Module, layers: Iterable[int] | None = None, site: str
     """
     blocks, layout = decoder_layers(model), layout_of(model)
     chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
+    config: Any = getattr(model, "config", None)
+    if layout.bypassed and getattr(config, layout.bypassed, False):
+        raise ModelError(
+            f"with {layout.bypassed} = true, a {model_type(model)!r} model computes the MLP block's output without "
+            f"calling {layout.site_name('*')}: the edit would not be made. The model is unchanged. Set "
+            f"{layout.bypassed} to false in config.json."
+        )
     if site == WRITE:
         return _written(model, blocks, layout, chosen)
     plan, sites = getattr(model, "tp_plan", None) or {}, {}

@@ -14,7 +14,8 @@ _ROLES = {"dense": "matrix", "expert": "routed experts", "shared": "shared exper
 
 def what_follows(layout: Layout) -> str:
     """Return in words what is done with the edited output."""
-    return _FOLLOWS[layout.follows] + (f", times {layout.scaled}" if layout.scaled else "")
+    scaled = f", times {layout.scaled}" if layout.scaled else ""
+    return _FOLLOWS[layout.follows] + scaled + (f" (if {layout.parallel_if})" if layout.parallel_if else "")
 
 
 def what_writes(layout: Layout) -> str:

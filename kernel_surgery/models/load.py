@@ -288,8 +288,9 @@ def local_folder(source: str) -> Path:
 
 
 OLDER_FIELDS = {
-    **{"n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers"},
-    **{"n_layers": "num_hidden_layers", "n_positions": "max_position_embeddings"},
+    **{"n_embd": "hidden_size", "n_embed": "hidden_size", "d_model": "hidden_size"},
+    **{"n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers"},
+    **{"n_positions": "max_position_embeddings", "max_seq_len": "max_position_embeddings"},
 }
 
 
@@ -301,14 +302,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        kind = config["model_type"]
-        config |= config.get("text_config") or {}
+        kind, inner = config["model_type"], dict(config.get("text_config") or {})
+        config |= inner
         config |= {new: config[old] for old, new in OLDER_FIELDS.items() if old in config and new not in config}
-        config["model_type"] = kind
-        for name, kind in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):
-            if not isinstance(config[name], kind):
+        config |= {"model_type": kind, "inner_type": inner.get("model_type")}
+        for name, wanted in (("model_type", str), ("num_hidden_layers", int), ("hidden_size", int)):
+            if not isinstance(config[name], wanted):
                 raise TypeError(f"{name} is {config[name]!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"config.json in {str(folder)!r} cannot be used ({what}).") from error
+        raise ModelError(
+            f"config.json in {str(folder)!r} cannot be used ({what}).\nFetch it again, or add the field."
+        ) from error
     return config

@@ -64,7 +64,8 @@ class StoredPart(Part):
 
 def layout_in(folder: Path) -> Architecture:
     """Return the layout of a checkpoint's architecture. Raises ModelError as `read_config` and `layout_named` do."""
-    return layout_named(read_config(folder)["model_type"])
+    config = read_config(folder)
+    return layout_named(config["model_type"], config["inner_type"])
 
 
 def layouts(folder: Path) -> list[Layout]:
@@ -207,16 +208,35 @@ def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None 
     for layer in layers:
         here = [part for part in made if part.layer == layer and not part.form.bias]
         if not any(part.form.role in ("dense", "expert") for part in here):
-            form = kind.writes[0]
-            name = kind.name_of(layer, form, 0)
+            name = kind.name_of(layer, kind.writes[0], 0)
             raise CheckpointError(f"{str(folder)!r} is incomplete: it has no tensor {name}. Fetch the model again.")
-        routed = [part.name for part in here if part.form.role == "expert"]
-        if routed and experts is not None and len(set(routed)) != experts:
+        routed = {part.name for part in here if part.form.role == "expert"}
+        if routed and experts is not None and len(routed) != experts:
             raise CheckpointError(
-                f"{str(folder)!r} has {len(set(routed))} experts in layer {layer}, but config.json gives it {experts}. "
+                f"{str(folder)!r} has {len(routed)} experts in layer {layer}, but config.json gives it {experts}. "
                 "Fetch the model again."
             )
+    _check_alike(folder, parts(kind, found, range(config["num_hidden_layers"])))
     return made
+
+
+def _check_alike(folder: Path, found: list[StoredPart]) -> None:
+    """Raise CheckpointError unless all mixtures have the same parts, and all dense layers: then one is missing."""
+    layers: dict[int, Counter[tuple[str, bool]]] = {}
+    for part in found:
+        layers.setdefault(part.layer, Counter())[part.form.role, part.form.bias] += 1
+    for role in ("dense", "expert"):
+        alike = {layer: own for layer, own in layers.items() if own[role, False]}
+        most = max(alike.values(), key=Counter.total, default=Counter())
+        for layer, own in alike.items():
+            if lacking := most - own:
+                (what, bias), number = next(iter(lacking.items()))
+                one, more = ("bias", "biases") if bias else ("matrix", "matrices")
+                raise CheckpointError(
+                    f"{str(folder)!r} is incomplete: layer {layer} lacks "
+                    f"{_number(number, f'{what} {one}', f'{what} {more}')} that other layers have. Fetch the model "
+                    "again."
+                )
 
 
 def experts_in(config: dict[str, Any]) -> int | None:

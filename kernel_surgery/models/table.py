@@ -41,6 +41,11 @@ def linear(module: str, role: str = "dense", transposed: bool = False) -> Forms:
 _DOWN_PROJ = linear("mlp.down_proj")
 
 
+def holder(name: str) -> str:
+    """Return what holds a bias: the name without ".bias", or without "_bias" before an expert's number."""
+    return re.sub(r"\.bias$|_bias(?=\[\d+\]$)", "", name)
+
+
 @dataclass(frozen=True)
 class Part:
     """One matrix or bias that the edit changes. name: of the tensor in memory; "[3]" after it is the third expert's."""
@@ -67,6 +72,9 @@ class Layout:
     scaled: the output is multiplied by this number of the configuration before it is added.
     vllm: the path of the site in vLLM, with "*" for the layer's number; "" if it is the same.
     stacked_adapter: an adapter's experts are stacked, also if those of the files are not.
+    parallel_if: a switch of the configuration. Without it the output is added after attention's has been.
+    bypassed: a switch of the configuration with which the model computes the output without calling the site.
+    inner: the model types that the language model inside may have; none: its own alone.
     plain: the layer is x + block(mlp_norm(x)) with x = input + attention(input_norm(input)), and nothing else. Then the
     fused operators can include the addition, and the next norm if it is an RMSNorm without an offset of its weight.
     """
@@ -86,6 +94,9 @@ class Layout:
     scaled: str | None = None
     vllm: str = ""
     stacked_adapter: bool = False
+    parallel_if: str | None = None
+    bypassed: str | None = None
+    inner: tuple[str, ...] = ()
     plain: bool = False
 
     @property
@@ -200,6 +211,7 @@ _LLAMA4 = Layout(
         *linear("feed_forward.down_proj"),
         *linear("feed_forward.shared_expert.down_proj", "shared"),
     ),
+    files=(Form("feed_forward.experts.*.down_proj.weight", "expert"),),
 )
 
 
@@ -242,16 +254,16 @@ ARCHITECTURES: dict[str, Layout] = {
         writes=linear("mlp.dense_4h_to_h"),
         embedding="embed_in",
         norm="final_layer_norm",
-        head="lm_head",
+        parallel_if="use_parallel_residual",
         vllm="model.layers.*.mlp.dense_4h_to_h",
     ),
-    "stablelm": _PARALLEL,
+    "stablelm": replace(_PARALLEL, parallel_if="use_parallel_residual"),
     "gptj": replace(_GPT2, site="mlp.fc_out", writes=linear("mlp.fc_out"), mlp_norm="ln_1", follows="parallel"),
     "gpt_bigcode": replace(_GPT2, writes=linear("mlp.c_proj"), vllm="model.h.*.mlp.c_proj"),
     "persimmon": Layout(site="mlp.dense_4h_to_h", writes=linear("mlp.dense_4h_to_h"), norm="final_layernorm"),
-    "falcon": replace(_BLOOM, follows="parallel"),
+    "falcon": replace(_BLOOM, follows="parallel", parallel_if="parallel_attn"),
     "gpt2": _GPT2,
-    "bloom": _BLOOM,
+    "bloom": replace(_BLOOM, bypassed="slow_but_exact"),
     "mpt": Layout(
         layers="transformer.blocks",
         site="ffn.down_proj",
@@ -296,7 +308,10 @@ ARCHITECTURES: dict[str, Layout] = {
     "llama4": _inside(_LLAMA4, "language_model.model", "language_model.lm_head"),
     "gemma3": _inside(_NORMED, "model.language_model", "lm_head", "language_model.model", "language_model"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _inside(LLAMA, "model.language_model", "lm_head", "model")),
-    "mistral3": _inside(LLAMA, "model.language_model", "lm_head", "language_model.model", "language_model"),
+    "mistral3": replace(
+        _inside(LLAMA, "model.language_model", "lm_head", "language_model.model", "language_model"),
+        inner=("mistral", "ministral", "ministral3"),
+    ),
     "qwen3_5": _inside(Layout(), "model.language_model", "lm_head"),
     "qwen3_5_moe": _inside(_QWEN3_5_MOE, "model.language_model", "lm_head"),
 }

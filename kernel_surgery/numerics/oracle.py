@@ -45,7 +45,7 @@ def leak(y: Tensor, basis: BasisLike) -> Tensor:
 
 @dataclass(frozen=True)
 class Exact:
-    """The exact output of an edited `down_proj`, and the scales of its rounding errors. Tensors are float64.
+    """The exact output of an edited linear module, and the scales of its rounding errors. Tensors are float64.
 
     x: W h + b, the output before the edit, [rows, d].
     y: P_a x + a A c, the output after the edit, with P_a = I - a A B^T, [rows, d].
@@ -66,7 +66,7 @@ class Exact:
 def exact_output(
     weight: Tensor, h: Tensor, basis: BasisLike, strength: float = 1.0, bias: Tensor | None = None
 ) -> Exact:
-    """Return the exact output of an edited `down_proj`, with the scales of its rounding errors.
+    """Return the exact output of an edited linear module, with the scales of its rounding errors.
 
     weight is [d, d_ff], h is [rows, d_ff], bias is [d] or None, all as stored. Only one block of 1024 columns is
     converted to float64 at a time.
@@ -94,3 +94,29 @@ def leak_of_weight(after: Tensor, before: Tensor, basis: BasisLike, strength: fl
     reads = Projection.of(basis).reads.double()
     inside = reads.T @ before.double()
     return float((reads.T @ after.double() - (1 - strength) * inside).norm() / inside.norm())
+
+
+def quantised_oracle(matrix: Tensor, grid: Tensor, block: tuple[int, int], scale: torch.dtype, power: bool) -> Tensor:
+    """Return a matrix [rows, columns] as a symmetric format holds it, in float64: the nearest of `grid` times a scale.
+
+    grid: the numbers of the format, ascending. block: (rows, columns) that share a scale. scale: its dtype. power: it
+    is a power of two.
+
+    The scale of a block is its largest absolute value over half the range of the grid. Numerics: float64, without the
+    code that writes checkpoints (`quantised.blocks`).
+    """
+    wide, numbers = matrix.double(), grid.double()
+    top = (numbers[-1] - numbers[0]) / 2
+    row, column = (torch.arange(n, device=matrix.device) // size for n, size in zip(matrix.shape, block, strict=True))
+    which = row[:, None] * (int(column[-1]) + 1) + column
+    most = torch.zeros(int(which.max()) + 1, dtype=torch.float64, device=matrix.device)
+    most.scatter_reduce_(0, which.flatten(), wide.abs().flatten(), "amax")
+    scales = most / top
+    if power:
+        scales = torch.where(scales > 0, 2.0 ** torch.ceil(torch.log2(scales)), scales)
+    scales = scales.clamp_min(torch.finfo(scale).smallest_normal).to(scale).double()[which]
+    ratio = (wide / scales).clamp(numbers[0], numbers[-1])
+    above = torch.searchsorted(numbers, ratio.contiguous()).clamp_max(len(numbers) - 1)
+    below = (above - 1).clamp_min(0)
+    nearer = torch.where(ratio - numbers[below] < numbers[above] - ratio, numbers[below], numbers[above])
+    return nearer * scales

@@ -48,6 +48,8 @@ FORMATS = (
         refusal="its 4-bit floats share a power of two, which is not written here",
     ),
 )
+# compressed-tensors' names of its formats that are read here. Another, such as of 4-bit floats, is not.
+PACKINGS = ("dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 METHODS = tuple(dict.fromkeys(form.method for form in FORMATS))
 # What else may belong to a quantised matrix, and has no meaning without it.
 _ZERO, _ORDER, _SHAPE = "_zero_point", "_g_idx", "_shape"
@@ -73,7 +75,10 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 def unreadable(folder: Path) -> str | None:
     """Return the method of a checkpoint whose quantised matrices cannot be read here, or None."""
-    method = method_of(quantisation(folder))
+    config = quantisation(folder)
+    method, packing = method_of(config), config.get("format")
+    if method == "compressed-tensors" and packing is not None and packing not in PACKINGS:
+        return f"{method} {packing}"
     return None if method is None or method in METHODS else method
 
 

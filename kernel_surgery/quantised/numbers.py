@@ -23,6 +23,13 @@ class Numbers:
     dtype: torch.dtype
     bits: int = 0
 
+    def grid(self) -> Tensor:
+        """Return all numbers of the format, ascending, in float64."""
+        if self.bits:
+            return torch.arange(self.least, self.largest + 1, dtype=torch.float64)
+        codes = torch.arange(256, dtype=torch.uint8).view(self.dtype).double()
+        return codes[codes.isfinite()].unique()
+
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest number to each element, ties to even, in x's dtype. Beyond the range it is the end."""
         x = x.clamp(self.least, self.largest)

@@ -250,7 +250,7 @@ def collect_activations(
     chosen: the problems (default: the fit split, 40 per category).
     languages: at least two, such as ("en", "sw") (default: all seven).
     layers: such as "9-26" or "2,3,5-7", or "all".
-    site: "mlp_out" (the output of `down_proj`, which is edited) or "resid_post" (the residual stream after the layer).
+    site: "mlp_out" (the MLP block's output, which is edited) or "resid_post" (the residual stream after the layer).
     pool: "last" (the last prompt token) or "mean" (the mean over the prompt). `collect_moments` takes all tokens.
     batch_tokens: the most tokens in one forward pass, padding included. A longer prompt is run alone.
     about: fields to add to the provenance: "model_id", "split", "seed".

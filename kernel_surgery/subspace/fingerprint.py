@@ -20,7 +20,9 @@ SAMPLES = 16  # weights per tensor in a fingerprint
 
 
 def fingerprint(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return a few weights of the embedding and of every `down_proj`: {"dtype", "samples": {tensor name: values}}.
+    """Return a few weights of the embedding and of what writes every MLP output.
+
+    The form is {"dtype", "samples": {tensor name: values}}.
 
     They are values, not a hash, so that the same model in another dtype is recognised. Weights that are split over
     processes (`models.shards`) are gathered, one at a time, by all processes together. Of weights that are quantised in

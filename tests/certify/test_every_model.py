@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, adapted, hooked
+from kernel_surgery.certify.blocks import check_block
 from kernel_surgery.certify.model import certify_model
 from kernel_surgery.certify.render import shown
 from kernel_surgery.checkpoint.baking import bake_checkpoint
@@ -13,6 +14,7 @@ from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.models.stored import layout_in, layouts, parts
 from kernel_surgery.models.table import ARCHITECTURES
+from kernel_surgery.numerics.oracle import project_oracle
 from kernel_surgery.subspace.fingerprint import fingerprint
 from tests.support.marks import everyday
 from tests.support.model_cells import store
@@ -189,6 +191,18 @@ def test_a_single_expert_that_is_edited_otherwise_is_found_by_what_its_block_giv
     faults = certified(tmp_path, subspace, whole=False)["faults"]
     print("\n".join(faults))
     assert any(f.startswith(f"layer 1: {mode}: the error against the exact edit is") for f in faults)
+
+
+def test_a_token_of_a_thousand_times_the_size_hides_no_other():
+    """Of 64 rows one is huge, and only that one is edited: the check is of each row, not of their sum."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(64, D, generator=generator)
+    exact[0] *= 1000
+    rounded, u = exact.bfloat16(), basis(D, 3, 0)
+    edited = project_oracle(rounded, u, 1.0).to(rounded.dtype)
+    lacking = torch.cat([edited[:1], rounded[1:]])
+    rows, _ = check_block({"baked": edited, "lora": lacking}, {}, rounded, exact, u, 1.0, 2.0)
+    assert rows["baked"]["error_over_bound"] <= 1 < 10 < rows["lora"]["error_over_bound"]
 
 
 def limited(*modes):

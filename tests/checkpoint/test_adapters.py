@@ -29,6 +29,11 @@ STRENGTH = 0.5
 KINDS = ("qwen3_moe", "mixtral", "qwen2_moe", "granitemoe", "gpt2")
 
 
+def stacked_the_other_way(kind):
+    """Whether a model type's experts are stacked and transposed: their adapter is refused, as a test shows."""
+    return any(form.stacked and form.transposed for form in ARCHITECTURES[kind].writes)
+
+
 def saved(kind, folder, biases=False):
     """(model, Subspace) of a checkpoint at folder / "source". biases: of what is edited, or else they are zero."""
     model = pico_of(kind)
@@ -210,12 +215,9 @@ def test_what_cannot_be_an_adapter_is_refused_and_nothing_is_left(kind, biases, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [k for k in ARCHITECTURES if k not in KINDS])
+@pytest.mark.parametrize("kind", [k for k in ARCHITECTURES if k not in KINDS and not stacked_the_other_way(k)])
 def test_an_adapter_of_every_architecture_is_what_our_lora_mode_is(kind, tmp_path):
     model, subspace = saved(kind, tmp_path)
-    transposed = any(form.stacked and form.transposed for form in layout_named(kind).writes)
-    if transposed:
-        pytest.skip("refused, as another test shows")
     write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
     assert verify_adapter(tmp_path / "adapter", tmp_path / "source")["faults"] == []
     from peft import PeftModel

@@ -12,9 +12,11 @@ from kernel_surgery.certify.render import shown
 from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.models.before import check_stored
 from kernel_surgery.models.load import load_model
 from kernel_surgery.models.stored import layout_in, layouts, parts
 from kernel_surgery.numerics.bounds import adapter_bound, worst_ratio
+from kernel_surgery.numerics.oracle import quantised_oracle
 from kernel_surgery.quantised.blocks import Scheme
 from kernel_surgery.subspace.artifact import Subspace
 from tests.support.models import basis
@@ -22,6 +24,7 @@ from tests.support.picos import D
 from tests.support.quantised import CONFIGS, save_mxfp4, save_quantised
 
 EVERY = sorted(CONFIGS)
+BOUND = Scheme.bound
 LAYERS = (1, 2)
 
 
@@ -132,6 +135,53 @@ def test_a_matrix_that_is_worse_than_its_format_is_named(tmp_path, monkeypatch, 
     import re
 
     assert re.search(message, "\n".join(faults)), faults
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "int8-channel"])
+def test_a_rule_that_is_wrong_where_it_is_written_and_where_it_is_checked_is_named(tmp_path, monkeypatch, name):
+    """The certificate has a rule of its own: scales that waste numbers, or clip, are found though bake has them too."""
+    source, out = tmp_path / "source", tmp_path / "baked"
+    save_quantised(source, name)
+    rule = Scheme.rule
+
+    def wrong(self, matrix):
+        scale, zero = rule(self, matrix)
+        return scale * (0.5 if name == "fp8-block" else 2.0), zero
+
+    monkeypatch.setattr(Scheme, "rule", wrong)
+    monkeypatch.setattr(Scheme, "bound", lambda self, numbers, scale: torch.zeros_like(numbers))  # keeps no scale
+    bake(source, out, "requantize")
+    monkeypatch.setattr(Scheme, "bound", BOUND)
+    faults = verify_checkpoint(out, source)["faults"]
+    assert len([fault for fault in faults if "times the format's own rounding" in fault]) >= len(LAYERS), faults
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "int4-zero"])
+def test_two_ways_to_quantise_agree(name, tmp_path):
+    """The oracle of the certificate, and the code that writes: the same numbers, but where two are equally near."""
+    save_quantised(tmp_path, name)
+    part = parts(layout_in(tmp_path), layouts(tmp_path), [1])[0]
+    scheme = part.quantised.scheme
+    assert scheme.symmetric
+    matrix = torch.randn(part.quantised.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix[:3] *= 100  # an outlier in some blocks
+    ours = scheme.dequantise(*scheme.by_rule(matrix, None))
+    grid = scheme.numbers.grid()
+    oracle = quantised_oracle(matrix, grid, scheme.block, scheme.scale, scheme.power)
+    errors = (ours - matrix).abs(), (oracle - matrix).abs()
+    assert torch.allclose(*errors, rtol=1e-6, atol=1e-9) and float((ours != oracle).double().mean()) < 1e-3
+
+
+def test_a_packing_that_is_not_known_is_left_alone_by_the_modes_that_change_no_weight(tmp_path):
+    """4-bit floats of compressed-tensors: the model can be edited while it runs, and not in its files."""
+    source = tmp_path / "source"
+    save_quantised(source, "int8-channel")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["format"] = "nvfp4-pack-quantized"
+    (source / "config.json").write_text(json.dumps(config))
+    check_stored(source)
+    with pytest.raises(CheckpointError, match=r"compressed-tensors nvfp4-pack-quantized"):
+        bake(source, tmp_path / "out", "dequantize")
 
 
 def _rewritten(folder, tensor, change):

@@ -1,5 +1,6 @@
 """Where the edit goes: every known architecture, every requested layer, and clear refusals of everything else."""
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,8 @@ from kernel_surgery.models.architectures import (
     residual_outputs,
     submodule,
 )
+from kernel_surgery.models.load import read_config
+from kernel_surgery.models.stored import layout_in
 from kernel_surgery.models.table import ARCHITECTURES, REFUSED
 from tests.support.models import pico
 from tests.support.picos import EXPERTS, LAYERS, D, pico_of
@@ -73,6 +76,64 @@ def test_what_follows_is_what_the_table_says(kind):
         # Sums of a few float32 numbers of the size of the residual stream.
         room = 8 * torch.finfo(torch.float32).eps * (seen[0].abs() + 2 * changes[1].abs())
         assert ((once - scale * changes[1]).abs() <= room).all() and ((twice - 2 * once).abs() <= 2 * room).all()
+
+
+SWITCHED = {"stablelm": "use_parallel_residual", "gpt_neox": "use_parallel_residual", "falcon": "parallel_attn"}
+
+
+@pytest.mark.parametrize(
+    "kind, switch",
+    [*((kind, None) for kind in ARCHITECTURES), *((kind, on) for kind in SWITCHED for on in (True, False))],
+)
+def test_in_parallel_means_that_the_mlp_does_not_read_what_attention_gives(kind, switch):
+    """Attention's output is changed: what the MLP block reads changes too, unless the two are parallel."""
+    layout = ARCHITECTURES[kind]
+    model = pico_of(kind, **({} if switch is None else {SWITCHED[kind]: switch}))
+    config, block, seen = model.config.get_text_config(), decoder_layers(model)[3], []
+    parallel = layout.follows == "parallel" and (not layout.parallel_if or getattr(config, layout.parallel_if))
+    mixers = [m for name, m in block.named_children() if name in ("self_attn", "attention", "self_attention", "attn")]
+    change = 0.0
+
+    def changed(module, inputs, output):
+        return (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+
+    if not mixers:  # a layer without attention, such as of a short convolution
+        mixers = [m for name, m in block.named_children() if name in ("conv", "linear_attn")]
+    (mixer,) = mixers
+    mixer.register_forward_hook(changed)
+    read = submodule(block, layout.block)
+    read.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+        change = 1.0
+        model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    assert torch.equal(seen[0], seen[1]) == parallel
+    assert (layout.parallel_if is not None) == (kind in SWITCHED)
+
+
+def test_a_switch_with_which_the_site_is_not_called_is_refused():
+    model = pico_of("bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(ValueError, match=r"slow_but_exact = true.*transformer\.h\.\*\.mlp.*would not be made"):
+        mlp_outputs(model)
+
+
+def test_a_language_model_of_another_type_inside_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'mistral3' model with a 'mistral4' model inside is not known: only mistral"):
+        layout_named("mistral3", "mistral4")
+    config = {"model_type": "mistral3", "text_config": {"model_type": "mistral4", "hidden_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match="a 'mistral4' model inside"):
+        layout_in(tmp_path)
+    assert layout_named("mistral3", "ministral3") is layout_named("mistral3")
+
+
+def test_older_names_of_fields_are_known(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_embed": 8, "n_layer": 2, "max_seq_len": 64}')
+    config = read_config(tmp_path)
+    assert (config["hidden_size"], config["num_hidden_layers"], config["max_position_embeddings"]) == (8, 2, 64)
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_layer": 2}')
+    with pytest.raises(ValueError, match=r"'hidden_size' is missing\)\.\nFetch it again, or add the field"):
+        read_config(tmp_path)
 
 
 def test_an_unknown_architecture_is_refused_by_name():

@@ -176,3 +176,35 @@ def test_a_checkpoint_with_an_expert_too_few_is_refused(kind, tmp_path):
     save_file({name: tensor for name, tensor in held.items() if name != lost}, file, metadata={"format": "pt"})
     with pytest.raises(KernelSurgeryError, match=r"has 3 experts in layer 2, but config.json gives it 4"):
         sampled(tmp_path / "source")
+
+
+LOST = [
+    ("qwen2_moe", "model.layers.2.mlp.shared_expert.down_proj.weight", "layer 2 lacks 1 shared matrix"),
+    ("gpt_oss", "model.layers.2.mlp.experts.down_proj_bias", "layer 2 lacks 4 expert biases"),
+    ("gpt2", "transformer.h.2.mlp.c_proj.bias", "layer 2 lacks 1 dense bias"),
+]
+
+
+@pytest.mark.parametrize("kind, lost, message", LOST)
+def test_a_checkpoint_without_a_part_that_its_other_layers_have_is_refused(kind, lost, message, tmp_path):
+    pico_of(kind).save_pretrained(tmp_path / "source")
+    (file,) = weight_files(tmp_path / "source")
+    held = load_file(file)
+    assert lost in held
+    save_file({name: tensor for name, tensor in held.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(KernelSurgeryError, match=f"is incomplete: {message} that other layers have"):
+        sampled(tmp_path / "source")
+
+
+def test_experts_one_by_one_are_found_where_the_model_stacks_them(tmp_path):
+    """Some Llama 4 checkpoints hold [d_model, d_ff] of each expert; in memory they are stacked and transposed."""
+    folder, model = tmp_path / "source", pico_of("llama4_text")
+    model.save_pretrained(folder)
+    (file,) = weight_files(folder)
+    held = load_file(file)
+    stacked = held.pop("model.layers.1.feed_forward.experts.down_proj")
+    own = {f"model.layers.1.feed_forward.experts.{i}.down_proj.weight": t.T.contiguous() for i, t in enumerate(stacked)}
+    save_file(held | own, file, metadata={"format": "pt"})
+    found = [part for part in parts(layout_in(folder), layouts(folder), [1]) if part.form.role == "expert"]
+    expected = {name: part for w in mlp_outputs(model, [1])[1].weights for name, part in w.parts()}
+    assert len(found) == len(stacked) and all(torch.equal(part.read(), expected[part.name]) for part in found)
