@@ -1,5 +1,6 @@
 """Measure the damage of an edit before it is written to a checkpoint or an adapter."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.words import BROKEN
 from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype
 from kernel_surgery.models.stored import located
+from kernel_surgery.quantised.formats import belonging, quantised_in
 from kernel_surgery.subspace.artifact import Subspace
 
 # Of the weights: the model itself, one weight that is rounded for a yardstick, and activations.
@@ -19,9 +21,15 @@ LOGITS = 1500  # tokens whose logits are held at a time in float32: those of two
 
 
 def memory_needed(folder: Path, dtype: torch.dtype) -> int:
-    """Return the bytes that a checkpoint needs in memory while its damage is measured."""
-    entries = {name: entry for name, (_, entry) in located(folder).items()}
-    numbers = sum(torch.Size(entry.shape).numel() for entry in entries.values())
+    """Return the bytes that a checkpoint needs in memory while its damage is measured. It is loaded as floats."""
+    places = located(folder)
+    quantised = quantised_in(folder, places)
+    packed = {name for of, how in quantised.items() for name in belonging(of, *how, places)}
+    entries = {name: entry for name, (_, entry) in places.items() if name not in packed}
+    numbers = sum(math.prod(entry.shape) for entry in entries.values())
+    for matrix, form in quantised.values():
+        held = matrix.pieces["numbers"][1]
+        numbers += math.prod(matrix.shape) * (held.shape[0] if form.stacks(held) else 1)
     vocabulary = max((entry.shape[0] for name, entry in entries.items() if "embed" in name), default=0)
     return int(ROOM * numbers * dtype.itemsize) + 4 * LOGITS * vocabulary
 

@@ -9,6 +9,8 @@ from kernel_surgery.damage import before
 from kernel_surgery.damage.before import memory_needed
 from kernel_surgery.models.load import POLYGLOT, POLYGLOT_SUBSPACE
 from tests.support.calls import call
+from tests.support.picos import pico_of
+from tests.support.quantised import save_quantised
 
 GIVEN = ("--model", "polyglot", "--subspace", POLYGLOT_SUBSPACE)
 CARD = {"bake": "README.md", "lora": "README.md"}
@@ -66,6 +68,13 @@ def test_the_memory_that_is_needed_is_that_of_the_weights_and_some_logits():
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         needed = memory_needed(POLYGLOT, dtype) - 4 * before.LOGITS * vocabulary
         assert numbers * size <= needed <= 1.2 * numbers * size
+
+
+@pytest.mark.parametrize("name", ["int4-group", "int8-packed", "fp8-block"])
+def test_packed_weights_count_as_the_floats_that_they_become(name, tmp_path):
+    save_quantised(tmp_path / "quantised", name)
+    pico_of("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    assert memory_needed(tmp_path / "quantised", torch.bfloat16) == memory_needed(tmp_path / "plain", torch.bfloat16)
 
 
 def test_an_evaluation_of_a_broken_model_exits_0_and_says_so_first(tmp_path):
