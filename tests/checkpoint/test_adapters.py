@@ -202,7 +202,7 @@ def test_the_configuration_and_the_card_say_what_is_edited(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "biases", "words"),
     [
-        ("gpt_oss", True, r"mlp\.experts\.down_proj_bias\[0\] has a bias, which an adapter cannot edit"),
+        ("gpt_oss", True, r"mlp\.experts\.down_proj\[0\] has a bias, which an adapter cannot edit"),
         ("gpt_oss", False, r"mlp\.experts\.down_proj\[0\] is stacked as \[d_ff, d_model\], which PEFT takes"),
         ("llama4_text", False, r"feed_forward\.experts\.down_proj\[0\] is stacked as \[d_ff, d_model\]"),
     ],
