@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernel_surgery.certify.checks import LogitComparison
@@ -42,7 +43,9 @@ class Compared:
 
         def relative(mode: str, oracle: str) -> float:
             exact = oracles[oracle].double()
-            errors = (streams[mode][0].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+            # A state may be zero: that of a token whose embedding is.
+            sizes = exact.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+            errors = (streams[mode][0].double() - exact).norm(dim=-1) / sizes
             return float(errors.square().mean().sqrt())
 
         row: dict[str, Any] = {

@@ -43,7 +43,7 @@ def written(folder, name, layers, experts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fp8-block", "int4-zero"])
+@pytest.mark.parametrize("name", ["int4-zero"])  # numbers, scales and zero points: more than the others have
 def test_the_peak_memory_is_a_few_matrices_at_any_number_of_layers_and_experts(name, tmp_path):
     found = {}
     for layers, experts in ((2, 8), (2, 64), (8, 8)):
