@@ -1,5 +1,6 @@
 """lm-evaluation-harness asks what `eval` asks, and its figures are those of `score` on the same texts."""
 
+import gc
 import io
 import json
 import os
@@ -49,7 +50,11 @@ def engines(named_vllm):
             loaded[name] = hf(POLYGLOT) if name == "hf" else vllm(POLYGLOT)
         return loaded[name]
 
-    return load
+    yield load
+    if "vllm" in loaded:
+        # Engines of later tests in this process need process groups of their own: a mixture has one more.
+        loaded.pop("vllm").model.llm_engine.engine_core.shutdown()
+        gc.collect()
 
 
 def hf(folder):
