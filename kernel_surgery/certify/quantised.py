@@ -17,7 +17,7 @@ from kernel_surgery.certify.checks import LEAK_GATE
 from kernel_surgery.checkpoint.dequantising import without_quantisation
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files.hashing import CHUNK
-from kernel_surgery.files.tensorfile import rows_of
+from kernel_surgery.files.tensorfile import one_of
 from kernel_surgery.models.stored import StoredPart, located
 from kernel_surgery.numerics.bounds import requantised_bound, worst_ratio
 from kernel_surgery.numerics.oracle import quantised_oracle
@@ -185,8 +185,8 @@ def _same_matrix(place: Place, matrix: Matrix, how: Format) -> bool:
     """Return whether a bfloat16 tensor is a quantised matrix of the original, or all of its stacked ones."""
     (path, entry), stacked = place, len(place[1].shape) > 2
     for number in range(entry.shape[0] if stacked else 1):
-        own = rows_of(entry, number, number + 1) if stacked else entry
-        values, one = read((path, own)).reshape(entry.shape[-2:]), matrix.expert(number) if stacked else matrix
+        values = read((path, one_of(entry, number) if stacked else entry))
+        one = matrix.expert(number) if stacked else matrix
         expected = one.dequantised().bfloat16()
         if values.dtype != torch.bfloat16 or not torch.equal(values, expected.T if how.swapped else expected):
             return False

@@ -16,7 +16,7 @@ import torch
 
 from kernel_surgery.files.contents import INDEX
 from kernel_surgery.files.hashing import CHUNK
-from kernel_surgery.files.tensorfile import Entry, Layout, read_layout, reserve, rows_of, write_tensor
+from kernel_surgery.files.tensorfile import Entry, Layout, one_of, read_layout, reserve, write_tensor
 from kernel_surgery.models.stored import StoredPart, places
 from kernel_surgery.quantised.formats import Format, belonging, quantised_in
 from kernel_surgery.quantised.matrix import Matrix
@@ -91,8 +91,7 @@ class Dequantised:
         stacked = len(entry.shape) > 2
         for number in range(entry.shape[0] if stacked else 1):
             one = matrix.expert(number) if stacked else matrix
-            place = rows_of(entry, number, number + 1) if stacked else entry
-            place = dataclasses.replace(place, shape=place.shape[1:]) if stacked else place
+            place = one_of(entry, number) if stacked else entry
             part, values = own.get(one.pieces["numbers"][1].begin), one.dequantised()
             if part is not None:
                 values = part.oriented(edit(part, part.oriented(values)))
@@ -126,10 +125,8 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
 
 def _plain_shape(matrix: Matrix, how: Format) -> tuple[int, ...]:
     """Return the shape of a matrix that is not quantised, as transformers writes it; of stacked ones, of all."""
-    stored = matrix.pieces["numbers"][1].shape
-    stacked = len(stored) - (how.method == "mxfp4") > 2
-    own = matrix.shape[::-1] if how.swapped else matrix.shape
-    return (stored[0], *own) if stacked else own
+    numbers, own = matrix.pieces["numbers"][1], matrix.shape[::-1] if how.swapped else matrix.shape
+    return (numbers.shape[0], *own) if how.stacks(numbers) else own
 
 
 def _copy(source: int, begin: int, target: int, entry: Entry) -> None:

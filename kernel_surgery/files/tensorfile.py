@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,12 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
         entry.begin + start * width,
         entry.begin + stop * width,
     )
+
+
+def one_of(entry: Entry, number: int) -> Entry:
+    """Return the entry of one of several tensors that are stacked along the first axis."""
+    rows = rows_of(entry, number, number + 1)
+    return replace(rows, shape=rows.shape[1:])
 
 
 def read_tensor(file: int, entry: Entry, known: Mapping[str, torch.dtype] = EDITABLE) -> torch.Tensor:

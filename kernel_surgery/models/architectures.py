@@ -221,8 +221,7 @@ def _site(model: nn.Module, layout: Layout, layer: int, module: nn.Module) -> Ml
     """Return the output of one MLP block. Raises ModelError if nothing is known to write into it."""
     block = decoder_layers(model)[layer]
     name, weights = layout.site_name(layer), tuple(_weights(block, layout, layer))
-    if matrices := [weight for weight in weights if weight.matrix]:
-        first, d_model = weights[0].tensor, matrices[0].parts()[0][1].shape[0]
+    matrices = [weight for weight in weights if weight.matrix]
     modules, stacked = list[Opaque](), list[str]()
     for form in layout.writes:
         path, _, last = form.path.rpartition(".")
@@ -234,14 +233,16 @@ def _site(model: nn.Module, layout: Layout, layer: int, module: nn.Module) -> Ml
             stacked.append(full)
         elif (found := opaque(full, owner, form)) is not None:
             modules.append(found)
-    if modules or stacked:
-        near = [tensor for tensor in block.parameters() if tensor.dtype in FLOATS]
-        if not near:
-            raise ModelError(f"{name} is quantised, and no tensor of its layer tells the dtype of its output.")
-        first = matrices[0].tensor if matrices else near[0]
-        d_model = modules[0].rows if modules else int(cast(Any, model.config).get_text_config().hidden_size)
-    elif not matrices:
+    if not (matrices or modules or stacked):
         raise ModelError(f"{name} is a {type(module).__name__}, without a weight that writes into its output.")
+    if matrices:
+        first, d_model = matrices[0].tensor, matrices[0].parts()[0][1].shape[0]
+    else:
+        near = next((tensor for tensor in block.parameters() if tensor.dtype in FLOATS), None)
+        if near is None:
+            raise ModelError(f"{name} is quantised, and no tensor of its layer tells the dtype of its output.")
+        first = near
+        d_model = modules[0].rows if modules else int(cast(Any, model.config).get_text_config().hidden_size)
     return MlpSite(layer, name, module, weights, first, d_model, tuple(modules), tuple(stacked))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernel_surgery.numerics.oracle import rmsnorm_oracle
+
 _GAINS: tuple[Callable[[Tensor], Tensor], ...] = (lambda w: w, lambda w: 1 + w)
 _EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _DEFAULT_EPSILON = 1e-5  # of norms that have no such attribute
@@ -78,8 +80,7 @@ def _run(norm: nn.Module, weight: Tensor | None, w: Tensor, x: Tensor) -> Tensor
 
 def _normed(h: Tensor, gain: Tensor, eps: float, centered: bool) -> Tensor:
     wide = h.double()
-    wide = wide - wide.mean(-1, keepdim=True) if centered else wide
-    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+    return rmsnorm_oracle(wide - wide.mean(-1, keepdim=True) if centered else wide, gain, eps)
 
 
 def _forward(

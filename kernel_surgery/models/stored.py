@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.files.contents import weight_files
-from kernel_surgery.files.tensorfile import EDITABLE, Entry, Layout, mapped, read_layout, read_tensor, rows_of
+from kernel_surgery.files.tensorfile import EDITABLE, Entry, Layout, mapped, one_of, read_layout, read_tensor
 from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.models.load import read_config
 from kernel_surgery.models.table import EXPERT_COUNTS, Form, Part
@@ -152,8 +152,7 @@ def _quantised_parts(
 def _pieces(form: Form, entry: Entry, expert: int | None) -> Iterable[tuple[int | None, Entry]]:
     if not form.stacked:
         return [(expert, entry)]
-    slices = ((number, rows_of(entry, number, number + 1)) for number in range(entry.shape[0]))
-    return [(number, dataclasses.replace(rows, shape=rows.shape[1:])) for number, rows in slices]
+    return [(number, one_of(entry, number)) for number in range(entry.shape[0])]
 
 
 class _Samples(Mapping[str, Tensor]):
@@ -201,8 +200,9 @@ def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None 
     Raises CheckpointError for a layer without a matrix, and for experts that are fewer than config.json says.
     """
     config, kind = read_config(folder), layout_in(folder)
+    every = parts(kind, found, range(config["num_hidden_layers"]))
     layers = range(config["num_hidden_layers"]) if layers is None else list(layers)
-    made, experts = parts(kind, found, layers), experts_in(config)
+    made, experts = [part for part in every if part.layer in layers], experts_in(config)
     if unreadable(folder) is not None:
         return made
     for layer in layers:
@@ -216,7 +216,7 @@ def whole_parts(folder: Path, found: list[Layout], layers: Iterable[int] | None 
                 f"{str(folder)!r} has {len(routed)} experts in layer {layer}, but config.json gives it {experts}. "
                 "Fetch the model again."
             )
-    _check_alike(folder, parts(kind, found, range(config["num_hidden_layers"])))
+    _check_alike(folder, every)
     return made
 
 

@@ -115,11 +115,6 @@ class Layout:
         return self.layers.rpartition(".")[0]
 
     @property
-    def block(self) -> str:
-        """The path of the MLP block, from its layer on: the site, or the module that has it as its last step."""
-        return self.site.partition(".")[0]
-
-    @property
     def linear(self) -> bool:
         """Whether the site is a linear module, not a block that may hold several."""
         return any(form.path == f"{self.site}.weight" for form in self.writes)

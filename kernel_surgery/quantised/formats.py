@@ -65,7 +65,7 @@ def quantisation(folder: Path) -> dict[str, Any]:
         inner = config.get("text_config") or {}
         return dict(config.get("quantization_config") or inner.get("quantization_config") or {})
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # whoever needs the configuration reports it
+        return {}  # `read_config` reports it
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernel_surgery.files.tensorfile import QUANTISED, Entry, read_tensor, rows_of, write_tensor
+from kernel_surgery.files.tensorfile import QUANTISED, Entry, one_of, read_tensor, write_tensor
 from kernel_surgery.quantised.blocks import Scheme
 from kernel_surgery.quantised.numbers import pack, unpack, unpack_floats
 
@@ -93,11 +93,7 @@ class Matrix:
     def expert(self, number: int) -> "Matrix":
         """Return one expert's matrix of stacked ones, of which this one's pieces hold all along their first axis."""
 
-        def one(place: Place) -> Place:
-            rows = rows_of(place[1], number, number + 1)
-            return place[0], dataclasses.replace(rows, shape=rows.shape[1:])
-
-        pieces = {role: one(place) for role, place in self.pieces.items()}
+        pieces = {role: (path, one_of(entry, number)) for role, (path, entry) in self.pieces.items()}
         return dataclasses.replace(self, name=f"{self.name}[{number}]", pieces=pieces)
 
 

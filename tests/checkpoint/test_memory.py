@@ -47,6 +47,15 @@ for work in ("bake", "undo"):
 """
 
 
+def measured(code, folder):
+    """{what was done: the bytes that it took at most} of a program that prints both, a line each."""
+    # Every large block is mapped and unmapped for itself: what was freed, in pieces, is not counted.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
 def written(folder, kind, layers, experts):
     """A checkpoint with the embedding and the experts alone, in the form of its files."""
     layout = ARCHITECTURES[kind]
@@ -75,11 +84,7 @@ def test_the_peak_memory_is_a_few_matrices_at_any_number_of_layers_and_experts(k
         for name, size in (("source", experts), ("warm", 1)):
             written(folder / name, kind, layers, size)
         Subspace({i: basis(D, 6, i) for i in range(layers)}, site="mlp_out").save(folder / "subspace.safetensors")
-        # Every large block is mapped and unmapped for itself: what was freed, in pieces, is not counted.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-c", BAKING, str(folder)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-        found |= {(work, layers, experts): peak for work, peak in map(json.loads, done.stdout.splitlines())}
+        found |= {(work, layers, experts): peak for work, peak in measured(BAKING, folder).items()}
     print({key: f"{peak / 1e6:.2f} MB" for key, peak in found.items()}, f"one matrix {MATRIX / 1e6:.2f} MB")
     # A block of a file that is hashed; the matrix as it is read, the edited one, and copies in float32 of both.
     assert max(found.values()) <= CHUNK + 5 * MATRIX

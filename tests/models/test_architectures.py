@@ -101,7 +101,7 @@ def test_in_parallel_means_that_the_mlp_does_not_read_what_attention_gives(kind,
         mixers = [m for name, m in block.named_children() if name in ("conv", "linear_attn")]
     (mixer,) = mixers
     mixer.register_forward_hook(changed)
-    read = submodule(block, layout.block)
+    read = submodule(block, layout.site.partition(".")[0])
     read.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
     with torch.no_grad():
         model(input_ids=torch.tensor([[1, 2, 3, 4]]))

@@ -1,9 +1,6 @@
 """What baking a quantised checkpoint needs in memory does not depend on the number of layers or experts."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ from safetensors.torch import save_file
 
 from kernel_surgery.models.table import ARCHITECTURES
 from kernel_surgery.subspace.artifact import Subspace
-from tests.checkpoint.test_memory import BAKING
+from tests.checkpoint.test_memory import BAKING, measured
 from tests.support.models import basis
 from tests.support.quantised import CONFIGS, quantised
 
@@ -52,10 +49,7 @@ def test_the_peak_memory_is_a_few_matrices_at_any_number_of_layers_and_experts(n
         for what, size in (("source", experts), ("warm", 1)):
             written(folder / what, name, layers, size)
         Subspace({i: basis(D, 6, i) for i in range(layers)}, site="mlp_out").save(folder / "subspace.safetensors")
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-c", WORK, str(folder)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-        found |= {(work, layers, experts): peak for work, peak in map(json.loads, done.stdout.splitlines())}
+        found |= {(work, layers, experts): peak for work, peak in measured(WORK, folder).items()}
     print({key: f"{peak / 1e6:.2f} MB" for key, peak in found.items()}, f"one matrix {MATRIX / 1e6:.2f} MB")
     # The matrix and the edited one in float32; of ROWS rows, which are all here, the numbers and values by both scales
     # in float32, the errors of both and their squares in float64, and what is in between.
