@@ -39,6 +39,7 @@ BENCHES = {
     "dry": ("a benchmark that needs CUDA, up to its first use of it", "10 s", "-"),
     "smoke": ("launches every kernel once, for compute-sanitizer or ncu", "needs CUDA", "-"),
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
+    "pictures": ("README.md's pictures: the report's first screen and the edit in its four places", "10 s", "-"),
     "pages": ("the measured tables of README.md and docs/ and the plots, from stored figures", "20 s", "-"),
 }
 

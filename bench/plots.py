@@ -1,21 +1,28 @@
 """The benchmarks' pictures, from the stored rows; `python -m bench.pages` writes them to bench/plots/."""
 
 import re
+from typing import Any
 
 from bench import reals
 from bench.opcount import figure as figure_of
 from bench.tables import opcount_rows, rows
 from bench.timing import ends
-from kernel_surgery.common.plotting import COLOURS, figure, svg
+from kernel_surgery.common.plotting import BAND, COLOURS, OTHER, figure, standalone, svg
 from kernel_surgery.studies.front import pictures as search_pictures
 
-OTHER = "#9ca3af"
 MODES = {"hook": "hook", "fused": "fused", "fused output": "fused", "baked": "baked", "lora": "lora"}
 
 
 def colour(method: str) -> str:
     """The colour of a method: that of the mode, or grey if it is not ours."""
     return COLOURS.get(MODES.get(method, ""), OTHER)
+
+
+def described(drawing: Any, what: str, row: dict) -> str:
+    """The picture as a file, with what was measured, on what and of what written above its panels."""
+    versions = f"torch {row['torch']}, commit {row['commit'][:10]}, {row['date']}"
+    drawing.suptitle(f"{what}\n{row['device']}, {row['machine'].split(', Python')[0]}; {versions}", fontsize=9)
+    return standalone(svg(drawing))
 
 
 def opcount() -> str:
@@ -29,9 +36,12 @@ def opcount() -> str:
         panel.barh(names, values, color=[colour(n) for n in names])
         for y, value in enumerate(values):
             panel.text(value, y, f" {value:.1f}", va="center", fontsize=8)
-        panel.set_title(dtype, fontsize=10)
+        panel.set_title(dtype, fontsize=10, loc="left")
         panel.set_xlabel("bytes read and written, in MLP outputs")
-    return svg(drawing)
+    tokens = max(r["M"] for r in stored)
+    one = stored[0]
+    what = f"Bytes that one edited layer adds to the original's, {tokens} tokens, d = {one['d']}, rank {one['k']}"
+    return described(drawing, what, one)
 
 
 def models() -> str:
@@ -39,38 +49,45 @@ def models() -> str:
     stack = [r for r in rows("model-stack.json") if r["dtype"] == "float32" and r["how"] == "eager"]
     stored = [r for r in stack if not r["left_out"] and r["provider"] != "original"]
     keys = list(dict.fromkeys((r["case"], r["sequences"], r["tokens"], r["how"]) for r in stored))
-    drawing, axes = figure(3.4 * len(keys), 3.2, len(keys))
-    for panel, key in zip(axes, keys, strict=True):
+    drawing, axes = figure(8, 2.7 * -(-len(keys) // 2), 2, -(-len(keys) // 2))
+    for panel in axes[len(keys) :]:
+        panel.set_visible(False)
+    for panel, key in zip(axes, keys, strict=False):
         chosen = [r for r in stored if (r["case"], r["sequences"], r["tokens"], r["how"]) == key][::-1]
-        panel.axvspan(1 / (1 + chosen[0]["noise"]), 1 + chosen[0]["noise"], color="#f3f4f6")
-        panel.axvline(1, color="#9ca3af", lw=1)
+        panel.axvspan(1 / (1 + chosen[0]["noise"]), 1 + chosen[0]["noise"], color=BAND)
+        panel.axvline(1, color=OTHER, lw=1)
         for y, r in enumerate(chosen):
             low, high = ends(r)
             panel.plot([low, high], [y, y], lw=2, color=colour(r["provider"]))
             panel.plot([r["ratio"]], [y], "o", ms=4, color=colour(r["provider"]))
-        panel.set_yticks(range(len(chosen)), [r["provider"] for r in chosen] if panel is axes[0] else [])
-        panel.set_title(f"{key[0]} {key[1]} x {key[2]}, {key[3]}", fontsize=10)
+        panel.set_yticks(range(len(chosen)), [r["provider"] for r in chosen] if panel in axes[::2] else [])
+        panel.set_title(f"{key[0]} {key[1]} x {key[2]}, {key[3]}", fontsize=10, loc="left")
         panel.set_xlabel("time / original (band: noise)")
-    return svg(drawing)
+    one = stored[0]
+    shape = f"{one['layers']} layers of a 3B model's shape, d = {one['d']}, {one['dtype']}"
+    return described(drawing, f"{shape}, {one['edited']} of them edited at rank {one['k']}", one)
 
 
 def growth() -> str:
     """Time against the size of the work, with the fitted slope in the title."""
     stored = rows("growth.json")
     kinds = list(dict.fromkeys(r["case"] for r in stored))
-    drawing, axes = figure(2.2 * len(kinds), 2.6, len(kinds))
-    for panel, kind in zip(axes, kinds, strict=True):
+    drawing, axes = figure(8, 2.3 * -(-len(kinds) // 4), 4, -(-len(kinds) // 4))
+    for panel in axes[len(kinds) :]:
+        panel.set_visible(False)
+    for panel, kind in zip(axes, kinds, strict=False):
         chosen = [r for r in stored if r["case"] == kind]
         times = [r["us_p50"] / 1e3 for r in chosen]
         panel.loglog([r["size"] for r in chosen], times, "o-", ms=4, color=COLOURS["fused"])
-        panel.set_title(f"{kind}: {chosen[0]['slope']:.2f}", fontsize=10)
+        panel.set_title(f"{kind}: slope {chosen[0]['slope']:.2f}", fontsize=10, loc="left")
         panel.set_xticks([r["size"] for r in chosen], [str(r["size"]) for r in chosen], fontsize=7)
         # Tick at measured values. A curve may lie between two powers of ten.
         ticks = sorted({times[0], times[len(times) // 2], times[-1]})
         panel.set_yticks(ticks, [f"{t:.3g}" if t < 1000 else f"{t:.0f}" for t in ticks], fontsize=7)
         panel.minorticks_off()
-    axes[0].set_ylabel("ms")
-    return svg(drawing)
+    for panel in axes[: len(kinds) : 4]:
+        panel.set_ylabel("time, ms")
+    return described(drawing, "Time of our steps against the size of the work, with the fitted slope", stored[0])
 
 
 def curve(stored: dict) -> str:
@@ -95,8 +112,8 @@ def curve(stored: dict) -> str:
     panel.set_xlabel("tokens of MGSM that the edit was fitted on")
     panel.set_ylabel("accuracy of a probe, unseen MGSM", fontsize=9)
     chance = 1 / len(whole["languages"])
-    panel.set_title(f"SmolLM2-135M-Instruct, rank {whole['rank']}; chance {chance:.2f}", fontsize=10)
-    return svg(drawing)
+    panel.set_title(f"SmolLM2-135M-Instruct, rank {whole['rank']}; chance {chance:.2f}", fontsize=10, loc="left")
+    return standalone(svg(drawing))
 
 
 def draw() -> dict[str, str]:
@@ -105,7 +122,7 @@ def draw() -> dict[str, str]:
     pictures["growth"] = "growth.json", growth
     drawn = {f"{name}.svg": draw_one() for name, (file, draw_one) in pictures.items() if rows(file)}
     if (study := reals.held(reals.SEARCH)) is not None:
-        drawn |= dict(zip(("search-dev.svg", "search-test.svg"), search_pictures(study), strict=True))
+        drawn |= dict(zip(("search-dev.svg", "search-test.svg"), map(standalone, search_pictures(study)), strict=True))
     if (stored := reals.held(reals.SOURCES)) is not None and stored.get("curve"):
         drawn["curve.svg"] = curve(stored)
     return drawn

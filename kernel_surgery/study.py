@@ -31,7 +31,7 @@ With engine = "vllm" every setting is an engine of its own, one after the other.
 the model that transformers loads. It needs memory beside the engine: on a GPU, engine_args =
 {gpu_memory_utilization = 0.6} leaves it some.
 
-The same command continues an interrupted study. All figures are in DIR/study.json. A search also writes
+The same command continues an interrupted study. All figures are in DIR/study.json. It also writes
 DIR/report.html, with a picture of what was tried.
 
 Several processes share the answering and, in a search, the measuring: torchrun --nproc-per-node N -m

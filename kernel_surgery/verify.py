@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--baked", type=Path, help="check this checkpoint from kernel_surgery.bake")
     p.add_argument("--adapter", type=Path, help="check this adapter from kernel_surgery.lora")
     p.add_argument("--restored", type=Path, help="check this checkpoint from kernel_surgery.bake --undo")
-    p.add_argument("--out", type=Path, help="JSON file for the certificate; its plot is the .svg beside it")
+    more = "JSON file for the certificate; beside it go its page (.html) and its plot (.svg)"
+    p.add_argument("--out", type=Path, help=more)
     p.add_argument("--strength", type=float, help="strength of the edit (default: that of --baked, or 1)")
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: the dtype of the files")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -77,10 +78,11 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
         raise UserError(f"--tensor-parallel must be at least 1, got {args.tensor_parallel}.")
     if args.subspace is None and not folders and args.model != "polyglot":
         raise UserError(f"--model {args.model} needs --subspace (from kernel_surgery.fit), or --baked.")
-    if args.out is not None and args.out.suffix == ".svg":
-        raise UserError(f"--out {str(args.out)!r} is where the plot would go: name the JSON file.")
+    if args.out is not None and args.out.suffix in (".svg", ".html"):
+        what = {".svg": "plot", ".html": "page"}[args.out.suffix]
+        raise UserError(f"--out {str(args.out)!r} is where the {what} would go: name the JSON file.")
     if args.out is not None:
-        for file in (args.out, args.out.with_suffix(".svg")):
+        for file in (args.out, args.out.with_suffix(".svg"), args.out.with_suffix(".html")):
             check_output(file, overwrite=args.overwrite)
 
 
@@ -92,7 +94,8 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.certify.engine import verify_engine
     from kernel_surgery.certify.files import verify_adapter, verify_checkpoint, verify_restored
-    from kernel_surgery.certify.render import shown, write
+    from kernel_surgery.certify.page import write
+    from kernel_surgery.certify.render import shown
     from kernel_surgery.certify.whole import verify_model
     from kernel_surgery.checkpoint.record import read_provenance
     from kernel_surgery.engines.texts import parse_arguments

@@ -553,6 +553,7 @@ CASES = {
     "verify: strength nan": "verify --model polyglot --strength nan",
     "verify: no subspace for a model": f"verify {_MODEL}",
     "verify: output where the plot goes": "verify --model polyglot --out {tmp}/out.svg",
+    "verify: output where the page goes": "verify --model polyglot --out {tmp}/out.html",
     "verify: another strength": f"verify {_BAKED} --strength 2",
     "verify: another dtype": f"verify {_BAKED} {_MODEL} {_SUBSPACE} --dtype float32",
     "verify: another subspace": f"verify {_BAKED} {_SHIPPED}",

@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from bench import pages, plots, store, tables
+from bench import pictures as shown_pictures
 from bench.pages import ANSWERS, ROOT, SECTIONS, renewed
 from kernel_surgery.common.errors import UserError
 
@@ -87,6 +88,15 @@ def drawn_once(monkeypatch):
 
 def test_the_generated_pages_and_plots_are_up_to_date(drawn_once):
     assert list(pages.outdated()) == [], "run python -m bench.pages"
+
+
+def test_the_readmes_pictures_are_those_of_the_stored_results(monkeypatch, tmp_path):
+    assert shown_pictures.outdated() == [], "run python -m bench.pictures"
+    # A change of the report's first screen, or of the results, is seen without a browser.
+    monkeypatch.setattr(shown_pictures, "first_screen", lambda results: "<p>another</p>")
+    assert len(shown_pictures.outdated()) == 2
+    monkeypatch.setattr(shown_pictures, "places", lambda: "")
+    assert len(shown_pictures.outdated()) == 3
 
 
 @pytest.mark.slow

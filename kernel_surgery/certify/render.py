@@ -1,39 +1,16 @@
-"""Certificates for people: the table in the terminal, the JSON file, and the plot beside it."""
+"""Certificates as text: the tables in the terminal, with the verdict in the last line."""
 
-import json
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kernel_surgery.certify.tables import (
     Table,
     across_legend,
-    across_plot,
     across_sampled,
     across_table,
     aligned,
     counted,
-    draw_limit,
     number,
 )
-from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.plotting import COLOURS, figure, svg
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# The figures that the plot of error/bound shows: words, the marker of the plot, and the same as a character.
-CHECKS = {
-    "error_over_bound": ("against the exact edit", "o", "●"),
-    "rule_a": ("edit of the rounded output", "s", "■"),
-    "span_rule_a": ("rows inside the subspace", "v", "▼"),
-    "span_leak": ("what is left of such rows", "^", "▲"),
-    "add": ("with the residual addition", "D", "◆"),
-    "norm": ("with the next norm", "x", "✕"),
-    "tensor": ("tensors, element by element", "*", "★"),
-}
-MARKS = [f"{mark} {words}" for words, _, mark in CHECKS.values()]
 
 
 def tensor_table(rows: list[dict[str, Any]]) -> Table:
@@ -171,102 +148,3 @@ def verdict(certificate: dict[str, Any]) -> str:
     what = counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
     what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
     return f"{what}: " + (counted(len(faults), "fault") if faults else "everything holds")
-
-
-def _draw_bounds(axes: "Axes", model: dict[str, Any] | None, tensors: list[dict[str, Any]]) -> None:
-    """Draw every error over its bound. The colour is the mode, the marker the check."""
-    for i, mode in enumerate(model["modes"] if model else []):
-        rows = [r for r in (model or {})["layers"] if r["mode"] == mode]
-        for key, (_, marker, _) in CHECKS.items():
-            # Shift the modes sideways: hook and fused are often identical and would hide each other.
-            if points := [(r["layer"] + 0.08 * (i - 1.5), r[key]) for r in rows if r.get(key) is not None]:
-                axes.plot(*zip(*points, strict=True), marker, color=COLOURS[mode], ms=4, alpha=0.8)
-    if errors := [(t["layer"], t["error_over_bound"]) for t in tensors if t["error_over_bound"] is not None]:
-        axes.plot(*zip(*errors, strict=True), "*", color=COLOURS["baked"], ms=6)
-    draw_limit(axes, 1.0, "error / bound")
-
-
-def _draw_leaks(axes: "Axes", leaks: list[dict[str, Any]]) -> None:
-    axes.plot([t["layer"] for t in leaks], [t["leak_over_floor"] for t in leaks], "*", color=COLOURS["baked"])
-    draw_limit(axes, min(t["leak_gate"] for t in leaks), "leak / floor of the weights")
-
-
-def _draw_hidden(axes: "Axes", model: dict[str, Any]) -> None:
-    for mode in ("original", *model["modes"]):
-        errors = [row[mode] for row in model["hidden"]]
-        axes.plot([r["layer"] for r in model["hidden"]], errors, color=COLOURS[mode], lw=1.2)
-    axes.set_yscale("log")
-    axes.set_ylabel("hidden states: relative error")
-
-
-def panels(certificate: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Plot a certificate as separate SVG panels. Return them and the modes whose colours need a legend.
-
-    The panels are: error / bound by layer; leak / floor of the weights; relative error of the hidden states by mode.
-    The second and third are left out if there is no data for them.
-    """
-    pictures = []
-    for draw in _drawings(certificate):
-        fig, (axes,) = figure(3.7, 3.2)
-        _finished(axes, draw)
-        pictures.append(svg(fig))
-    return pictures, _modes(certificate)
-
-
-def plot(certificate: dict[str, Any]) -> str:
-    """Plot a certificate as one figure with its legend, and return it as SVG. The panels are those of `panels`."""
-    if across := certificate.get("across_engines"):
-        return across_plot(across)
-    drawings = _drawings(certificate)
-    fig, all_axes = figure(8, 1.4 + 2.6 * len(drawings), rows=len(drawings))
-    for axes, draw in zip(all_axes, drawings, strict=True):
-        _finished(axes, draw)
-    top = all_axes[0]
-    entries = [top.plot([], [], "s", color=COLOURS[mode], label=mode)[0] for mode in _modes(certificate)]
-    entries += [top.plot([], [], mark, color="#555", label=words)[0] for words, mark, _ in CHECKS.values()]
-    fig.legend(handles=entries, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return svg(fig)
-
-
-def _modes(certificate: dict[str, Any]) -> list[str]:
-    model = certificate.get("model")
-    return ["original", *model["modes"]] if model else ["baked"]
-
-
-def _drawings(certificate: dict[str, Any]) -> list[Callable[["Axes"], None]]:
-    model = certificate.get("model")
-    tensors = certificate["tensors"] or (model or {}).get("tensors", [])
-    leaks = [t for t in tensors if t.get("leak_over_floor") is not None]
-    drawings: list[Callable[[Axes], None]] = [lambda axes: _draw_bounds(axes, model, tensors)]
-    if leaks:
-        drawings.append(lambda axes: _draw_leaks(axes, leaks))
-    if model:
-        drawings.append(lambda axes: _draw_hidden(axes, model))
-    return drawings
-
-
-def _finished(axes: "Axes", draw: "Callable[[Axes], None]") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    draw(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer")
-
-
-def write(path: Path, certificate: dict[str, Any]) -> None:
-    """Write the certificate as JSON, and its plot beside it as SVG.
-
-    A number that is not finite becomes null, because JSON cannot express it.
-    """
-    finite = _finite(certificate)
-    # The JSON last: where it is, both are.
-    write_atomic(path.with_suffix(".svg"), plot(finite))
-    write_atomic(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
+from kernel_surgery.common.plotting import COLOURS, LIMIT, QUIET, figure, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def across_plot(across: dict[str, Any]) -> str:
     fig, (axes,) = figure(8, 3.4)
     for at, (mode, row) in enumerate(modes.items()):
         for name, mark in (("rms_of_original", "o"), ("max_of_original", "^")):
-            axes.plot([at], [row[name]], mark, color=COLOURS.get(mode, "#555"), ms=6)
+            axes.plot([at], [row[name]], mark, color=COLOURS.get(mode, QUIET), ms=6)
     axes.set_xticks(range(len(modes)), [mode.replace(", ", ",\n") for mode in modes])
     draw_limit(axes, across["limit"], "error of log probabilities / yardstick")
     axes.set_title(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.generate import generate
-from kernel_surgery.evaluation.page import Piece, pieces_of
+from kernel_surgery.evaluation.pairs import Piece, pieces_of
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.subspace.artifact import Subspace
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kernel_surgery.common.plotting import COLOURS, LIMIT, figure, svg
+from kernel_surgery.common.plotting import COLOURS, LIMIT, OTHER, QUIET, figure, svg
 from kernel_surgery.studies.searching import Row, front, rule
 from kernel_surgery.studies.space import Search
 
 SHOWN = 12  # rows of the front in the terminal
-WIDTH = 3.7  # of a panel, in inches: a phone's
+WIDTH = 3.6  # of a panel, in inches: a phone's
 UNITS = {
     "damage": "damage: KL, nats per token, worst language",
     "probe": "accuracy of a probe for the language",
@@ -100,11 +100,11 @@ def pictures(study: Mapping[str, Any]) -> list[str]:
 
     on_front = sorted((row for row in rows if row["number"] in search["front"]), key=lambda row: row[x])
     made, (axes,) = figure(WIDTH, 3.8)
-    axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color="#9ca3af", alpha=0.8, label="a setting")
+    axes.plot(*zip(*map(at, rows), strict=True), "o", ms=4, color=OTHER, alpha=0.8, label="a setting")
     axes.plot(*zip(*map(at, on_front), strict=True), line, ms=4, lw=1, color=COLOURS["fused"], label="the front")
     chosen = next(row for row in rows if row["number"] == search["chosen"])
     _stand_out(axes, at(rows[0]), at(chosen))
-    _finish(made, axes, f"dev: {len(rows)} settings", y)
+    _finish(made, axes, f"{study['declared']['model']}, dev: {len(rows)} settings", y)
     if y not in ("probe", "means"):
         return [svg(made)]
     measured = study["measured"]
@@ -112,9 +112,9 @@ def pictures(study: Mapping[str, Any]) -> list[str]:
     axes.axhline(measured["original"][y], color=COLOURS["original"], lw=1, label="original")
     for kind, mark, label in (("haar", "x", "uniform random edit"), ("matched", "+", "matched random edit")):
         if points := [at(by) for name, by in measured.items() if name.startswith(kind)]:
-            axes.plot(*zip(*points, strict=True), mark, ms=7, color="#4b5563", label=label)
+            axes.plot(*zip(*points, strict=True), mark, ms=7, color=QUIET, label=label)
     _stand_out(axes, at(measured["baseline"]), at(measured["chosen"]))
-    _finish(other, axes, "test: the choice beside random edits", y)
+    _finish(other, axes, f"{study['declared']['model']}, test: beside random edits", y)
     return [svg(made), svg(other)]
 
 
@@ -128,7 +128,7 @@ def _stand_out(axes: Any, baseline: tuple[float, float], chosen: tuple[float, fl
 
 def _finish(made: Any, axes: Any, title: str, y: str) -> None:
     axes.set_xscale("log")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(UNITS["damage"], fontsize=9)
     axes.set_ylabel(UNITS[y], fontsize=9)
     axes.margins(0.12)

@@ -285,5 +285,6 @@ def test_a_folder_does_not_vouch_for_its_own_bases_layers_and_files(tmp_path):
         path.write_text(before) if before is not None else path.unlink()
     record.write_text(json.dumps(right))
     assert certified(folder)["faults"] == []
-    with pytest.raises(UserError, match="where the plot would go"):
-        run(["--baked", str(folder / "baked"), "--out", str(tmp_path / "c.svg")])
+    for suffix, what in ((".svg", "plot"), (".html", "page")):
+        with pytest.raises(UserError, match=f"where the {what} would go"):
+            run(["--baked", str(folder / "baked"), "--out", str(tmp_path / f"c{suffix}")])

@@ -1,6 +1,7 @@
 """The certificate of a model: it passes where everything is right, and names the layer where something is not."""
 
 import functools
+import html
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -468,6 +469,9 @@ def test_the_certificate_of_a_checkpoint_is_written_with_its_plot(polyglot_baked
     )
     picture = (tmp_path / "c.svg").read_text()
     assert "<svg" in picture and "error / bound" in picture and 'href="http' not in picture
+    page = (tmp_path / "c.html").read_text()
+    assert "The edit was made exactly: every check holds." in page and "Largest error over its bound" in page
+    assert "By layer" in page and page.count("<svg xmlns") == 3 and certificate["command"] in html.unescape(page)
 
 
 @pytest.mark.slow

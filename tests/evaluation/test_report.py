@@ -1,5 +1,7 @@
 """The report: one well-formed page with everything in it, that fetches nothing and says what the numbers say."""
 
+import base64
+import hashlib
 import re
 import subprocess
 import sys
@@ -7,9 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from kernel_surgery.common.page import PANEL, table
 from kernel_surgery.evaluation.controls import MEASURES, compare
-from kernel_surgery.evaluation.page import PANEL, marked, table
-from kernel_surgery.evaluation.report import write_report
+from kernel_surgery.evaluation.pairs import LIMIT, SAME, changed_texts, entries, marked
+from kernel_surgery.evaluation.report import cards, differences, sentence, write_report
+from kernel_surgery.evaluation.report import page as page_of
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from tests.damage.test_words import damage_of, reading
 from tests.evaluation.test_summary import cells
@@ -19,7 +23,7 @@ from tests.support.browser import found, too_wide
 class Page(HTMLParser):
     """Open tags are closed in order; addresses are collected."""
 
-    VOID = frozenset({"meta", "img", "br", "link", "hr"})
+    VOID = frozenset({"meta", "img", "br", "link", "hr", "input"})
 
     def __init__(self):
         super().__init__()
@@ -72,8 +76,8 @@ def whole(made, **more):
     } | more
 
 
-# Accuracy, two budget curves, three controls, two of damage, two probes, two of the subspace.
-PICTURES = 12
+# Two budget curves, three controls, two probes, two of the subspace. Intervals are drawn without them.
+PICTURES = 9
 
 
 def control_figures(modes, languages):
@@ -113,26 +117,37 @@ def test_the_report_is_one_well_formed_page_that_fetches_nothing_and_escapes_tex
     text = written(tmp_path, made)
     page = parsed(text)
     assert page.open == [] and page.addresses == []
-    assert "<script" not in text and "@import" not in text and "url(http" not in text
+    assert "@import" not in text and "url(http" not in text
     assert "no difference shown" in page.text and "fitted on <mlp_out>" in page.text
     assert "<script>alert(1)</script> الجواب" in page.text and "dir=auto" in text
     assert "python -m kernel_surgery.eval --mode fused --out 'a & b'" in page.text
 
 
+def test_no_script_but_the_pages_own_may_run(tmp_path, made):
+    text = written(tmp_path, made)
+    scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    # A text's own tag is escaped, so it is none.
+    assert len(scripts) == 1 and "alert(1)" not in scripts[0]
+    allowed = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'" in text
+
+
 def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, made):
     text = written(tmp_path, made)
-    for head in ("Answers", "By category", "Accuracy by budget", "Controls", "Damage", "Erasure", "The subspace"):
-        assert f"<h2>{head}</h2>" in text
-    assert text.count("<svg") == PICTURES
+    for head in ("Texts", "Damage", "Erasure", "Answers", "Controls", "Subspace", "How it was run"):
+        assert f"<h2>{head}</h2>" in text and f'<a href="#{head.lower().replace(" ", "-")}">' in text
+    assert text.count("<svg xmlns") == PICTURES
     page = parsed(text)
-    # The damage comes first, before what was asked.
-    headline = "damage, fused: like 4-bit. KL en 0.04, zh 0.0437 nats per token"
-    assert page.text.index(headline) < page.text.index("This page compares") < page.text.index("Answers")
+    # The first screen says the verdict and what it rests on, before the texts.
+    first = page.text[: page.text.index("from the original's. What differs is marked")]
+    assert "This edit changes the model like rounding its weights to 4 bits; no difference in accuracy shown." in first
+    assert "KL en 0.04, zh 0.0437 nats per token" in first and "8 of 8" in first
+    assert "0.50 (original 0.99)" in first, "the lowest accuracy of the probe over the layers"
     for row in whole(made)["paired"]:
-        assert row["verdict"] in page.text
-    assert "fused, all languages together: no difference shown (n=4)" in page.text
+        assert row["verdict"].split(" (")[0] in first and row["verdict"] in page.text
+        assert f"{row['delta']:+.3f}" in first
+    assert "smallest difference that can be shown: ar none" in first
     assert "3 random subspaces (haar) of the same rank" in page.text and "0.0437 (" in page.text
-    assert "Smallest difference that these numbers of problems and comparisons can detect: ar none" in page.text
     # No picture is wider than a phone: it would be shrunk until nobody can read it.
     widths = [float(width) for width in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
     assert len(widths) == PICTURES and max(widths) <= 72 * PANEL
@@ -142,8 +157,47 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     assert page.text.index("0.25") < page.text.index("1e-07")
     # A run without them has none of them.
     bare = written(tmp_path, made, damage=None, controls=None, subspace={}, command=None)
-    absent = ("Controls", "<h2>Damage", "Erasure", "The subspace")
-    assert bare.count("<svg") == 3 and not any(head in bare for head in absent)
+    absent = ("Controls", "<h2>Damage", "Erasure", "<h2>Subspace")
+    assert bare.count("<svg xmlns") == 2 and not any(head in bare for head in absent)
+    assert "No difference in accuracy shown. The damage was not put into words." in parsed(bare).text
+
+
+@pytest.mark.parametrize(
+    ("word", "words", "tone"),
+    [
+        ("below rounding", "changes the model less than running it in the other precision", "good"),
+        ("worse than 4-bit", "changes the model more than rounding its weights to 4 bits", "caution"),
+        ("broken", "breaks the model", "bad"),
+    ],
+)
+def test_the_verdict_follows_the_damages_word(made, word, words, tone):
+    results = whole(made)
+    for verdict in results["damage"]["verdict"].values():
+        verdict["word"] = word
+    assert sentence(results) == f"This edit {words}; no difference in accuracy shown."
+    card = next(card for card in cards(results) if card.label == "Damage")
+    assert (card.big, card.tone) == (word, tone)
+
+
+def test_the_verdict_says_where_accuracy_moved(made):
+    results = whole(made)
+    results["paired"][0]["verdict"] = "worse"
+    assert sentence(results).endswith(f"accuracy worse in 1 of {len(results['paired'])} comparisons.")
+    assert next(card for card in cards(results) if card.label == "Accuracy").tone == "bad"
+    results["paired"] = []
+    assert sentence(results) == "No edited model was compared." and "not edited" in page_of(results, made)
+
+
+def test_the_paired_differences_are_drawn_where_they_lie(made):
+    """The middle of the axis is zero; an interval's ends lie on the side of their sign."""
+    results = whole(made)
+    drawn = differences(results)
+    rows = re.findall(r'<line x1="([\d.]+)%" x2="([\d.]+)%" y1="50%" y2="50%" stroke="var\(--(\w+)\)" stroke-w', drawn)
+    assert len(rows) == len(results["paired"])
+    reach = 1.1 * max(abs(v) for r in results["paired"] for v in r["ci95"])
+    for (left, right, _), r in zip(rows, results["paired"], strict=True):
+        for at, value in ((left, r["ci95"][0]), (right, r["ci95"][1])):
+            assert float(at) == pytest.approx(50 + 50 * value / reach, abs=0.01)
 
 
 TENSORS = [
@@ -155,16 +209,40 @@ TENSORS = [
 def test_a_certificate_is_shown_where_there_is_one(tmp_path, made):
     text = written(tmp_path, made, certificate={"tensors": TENSORS, "faults": [], "kind": "certificate"})
     assert "<h2>Certificate</h2>" in text and "1 edited layer (2): everything holds" in parsed(text).text
-    assert text.count("<svg") == PICTURES + 2
+    assert text.count("<svg xmlns") == PICTURES + 2
     faulty = {"tensors": TENSORS, "faults": ["layer 2 < layer 3"], "kind": "certificate"}
     assert "1 edited layer (2): 1 fault" in parsed(faulty_page := written(tmp_path, made, certificate=faulty)).text
     assert "<li class=bad>layer 2 &lt; layer 3</li>" in faulty_page
 
 
-def test_modes_with_the_same_figures_share_a_line(tmp_path, made):
+def test_modes_with_the_same_figures_share_their_rows(tmp_path, made):
     every = made | {("hook", language): cell for (mode, language), cell in made.items() if mode == "fused"}
-    page = parsed(written(tmp_path, every, controls=None))
-    assert "fused, hook alike, all languages together: no difference shown (n=4)" in page.text
+    results = whole(every, controls=None)
+    # One group, so it needs no name; each language once.
+    assert differences(results).count("all together") == 1
+    results["paired"][0]["delta"] += 0.1
+    assert differences(results).count("all together") == 2
+
+
+def test_the_texts_that_differ_come_first_and_modes_with_the_same_text_share_an_entry(made):
+    every = made | {("hook", language): cell for (mode, language), cell in made.items() if mode == "fused"}
+    found = list(entries(every, ["original", "fused", "hook"]))
+    assert len(found) == 8 and all(entry.modes == ("fused", "hook") for entry in found)
+    outcomes = [entry.outcome for entry in found if entry.language == "ar"]
+    assert outcomes == ["right", "gained", "right", "lost"]
+    section = changed_texts(every, ["original", "fused", "hook"])
+    assert section.count("<article") == 8 and section.index("· lost") < section.index("· gained")
+    assert '<article class=pair lang="ar" data-kinds="differ lost">' in section
+    assert changed_texts({key: cell for key, cell in made.items() if key[0] == "original"}, ["original"]) == ""
+
+
+def test_a_long_run_shows_every_text_that_differs_up_to_a_limit_and_a_few_that_do_not():
+    cell = [{"text": "the same", "correct": True, "prompt": f"p{i}", "answer": 1} for i in range(LIMIT + 50)]
+    other = [sample | {"text": "another"} for sample in cell]
+    section = changed_texts({("original", "en"): cell, ("fused", "en"): other}, ["original", "fused"])
+    assert section.count("<article") == LIMIT and "50 more, most of them unchanged, are in samples.jsonl" in section
+    section = changed_texts({("original", "en"): cell, ("fused", "en"): list(cell)}, ["original", "fused"])
+    assert section.count("<article") == SAME and section.count("<pre") == SAME, "an unchanged text is shown once"
 
 
 def test_columns_of_numbers_and_of_words_keep_their_style_in_every_row():
@@ -218,9 +296,9 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
     its text, and that is read here in any case (what the browser itself asks of its maker does not count)."""
     text = written(tmp_path, made)
     assert not re.findall(
-        r"""(?:src|href|action|poster|srcset)\s*=\s*["']?(?!#)[^\s>]""", re.sub(r"xlink:href=.#", "", text)
+        r"""(?:src|href|action|poster|srcset)\s*=\s*(?:["'](?!#)|(?![#"']))[^\s>]""", re.sub(r"xlink:href=.#", "", text)
     )
-    assert not re.findall(r"@import|url\((?!#)", text) and "<script" not in text and "<iframe" not in text
+    assert not re.findall(r"@import|url\((?!#)", text) and "<iframe" not in text
     if (browser := found()) is None:
         return
     words = [sys.executable, "-c", BROWSE, browser, str(tmp_path / "report.html")]
@@ -228,9 +306,15 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path, made):
     asked = done.stderr.splitlines()[-1]
     print(f"asked for: {asked}")
     assert asked.split()[0] == "0", asked
-    assert "Damage" in done.stdout and "Erasure" in done.stdout and done.stdout.count("<svg") == PICTURES
-    # Teeth: a picture from elsewhere is seen.
-    page = text.replace("</body>", '<img src="http://pictures.invalid/x.png"></body>')
+    assert "Damage" in done.stdout and "Erasure" in done.stdout and done.stdout.count("<svg xmlns") == PICTURES
+    # Teeth: a picture from elsewhere is seen, once the page's policy is gone, and the policy keeps it out.
+    kept = text.replace("</body>", '<img src="http://pictures.invalid/x.png"></body>')
+    (tmp_path / "report.html").write_text(kept, encoding="utf-8")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=150)
+    assert done.stderr.splitlines()[-1].split()[0] == "0"
+    page = re.sub("<meta http-equiv[^>]*>", "", text).replace(
+        "</body>", '<img src="http://pictures.invalid/x.png"></body>'
+    )
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     done = subprocess.run(words, capture_output=True, text=True, timeout=150)
     assert "pictures.invalid" in done.stderr.splitlines()[-1]
@@ -246,7 +330,7 @@ def test_nothing_is_wider_than_the_screen(tmp_path, made, width):
         for cell in [made["original" if mode == "original" else "fused", language]]
     }
     text = written(tmp_path, every, certificate={"tensors": TENSORS, "faults": [], "kind": "certificate"})
-    assert "<div class=wide" not in text and "overflow-x" not in text
+    assert "overflow-x" not in text
     # Points, of which 72 are an inch and 96 pixels. A phone has 390 pixels less a margin of 16 on either side.
     pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
     assert len(pictures) > 5 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"

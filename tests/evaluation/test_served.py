@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from kernel_surgery.certify.page import body
 from kernel_surgery.certify.render import shown
 from kernel_surgery.certify.tables import across_plot
-from kernel_surgery.evaluation.report import certificate_section, damage_section
+from kernel_surgery.evaluation.sections import damage
 from kernel_surgery.evaluation.served import Served, _ratio
 
 # The loss in nats and the tokens of three sentences, of the original and of an edit.
@@ -32,7 +33,7 @@ def test_perplexity_says_nothing_of_text_that_the_original_cannot_predict(vocabu
 
 
 def test_the_report_shows_the_ratio_with_its_interval():
-    section = damage_section({"damage": {"neutral": {}, "losses": {"fused": {"en": _ratio(ORIGINAL, EDITED)}}}})
+    section = damage({"damage": {"neutral": {}, "losses": {"fused": {"en": _ratio(ORIGINAL, EDITED)}}}})
     assert "1.074 (" in section and "An engine gives no logits" in section
 
 
@@ -44,7 +45,7 @@ def test_a_certificate_across_engines_is_printed_drawn_and_in_the_report():
     across |= {"modes": {"original": row, "fused": row}, "yardstick": {"rms": 1e-6, "max": 2e-6}, "effect_rms": 0.5}
     across |= {"pairs": [{"pair": ["baked", "fused"], "rms": 1e-6, "error_over_bound": 0.321}]}
     certificate = {"tensors": [], "faults": [], "across_engines": across, "rank": 3, "strength": 1.0}
-    for text in (shown(certificate), certificate_section({"certificate": certificate})):
+    for text in (shown(certificate), body(certificate)):
         for words in ("float32, tensor parallel 2", "lora left out: an offset", "baked-fused 0.321", "5e+05", "1.250"):
             assert words in text, words
     assert "yardsticks" in across_plot(across)

@@ -7,7 +7,7 @@ import torch
 
 from kernel_surgery.compare import read_prompts
 from kernel_surgery.evaluation.generate import generate
-from kernel_surgery.evaluation.page import marked, pieces_of
+from kernel_surgery.evaluation.pairs import marked, pieces_of
 from kernel_surgery.evaluation.sidebyside import Pair, columns_of, compare_texts, printable, shown, wrapped
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
 from kernel_surgery.subspace.artifact import Subspace

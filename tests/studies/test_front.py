@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kernel_surgery.studies.front import difference_in_words, pictures, record, reported_table, table
-from kernel_surgery.studies.page import page
+from kernel_surgery.studies.page import page, varying
 from kernel_surgery.studies.searching import Row, choose
 from kernel_surgery.studies.space import read_search
 from tests.support.browser import found, too_wide
@@ -84,7 +84,7 @@ def test_an_objective_of_answers_has_the_dev_panel_alone(objective):
 def test_the_page_is_one_file_that_fetches_nothing_and_escapes_names():
     made = page(study())
     assert "<title>Search: some &lt;model&gt;</title>" in made and "rank 3 &lt;b&gt;" in made
-    assert not re.search(r'(src|href)="?https?:', made) and made.count("<svg") == 2
+    assert not re.search(r'(src|href)="?https?:', made) and made.count("<svg xmlns") == 2
     assert (
         "refused: no such rank" in made and "chosen, front" in made and "more" not in made.partition("All settings")[2]
     )
@@ -100,3 +100,24 @@ def test_the_page_of_a_real_search_is_not_wider_than_the_screen(tmp_path, width)
         return
     count, which = too_wide(browser, tmp_path / "page.html", text, width)
     assert count == 0, which
+
+
+GRID = STORED.parent / "retest.json"
+
+
+def test_the_page_of_a_grid_has_the_choice_on_test_around_zero_and_every_setting():
+    study = json.loads(GRID.read_text(encoding="utf-8"))
+    made = page(study)
+    chosen = study["frozen"]["cell"]
+    first = made.partition("<nav>")[0]
+    assert f"Chosen: {chosen}. On test: no difference in accuracy shown." in first
+    # The two languages and both together, for the choice alone; all settings stand below.
+    assert first.count("<svg aria-hidden") == 3 and made.count("<h2>All settings on test</h2>") == 1
+    assert "rank=10 site=mlp_out strength=2.0<" in made, "words that all settings share are left out"
+    worse = [r for r in study["paired"] if r["verdict"] == "worse"]
+    assert worse and made.count("-0.172 worse") == sum(f"{r['delta']:+.3f}" == "-0.172" for r in worse)
+
+
+def test_words_that_all_settings_share_are_left_out_of_their_names():
+    assert varying(["a=1 b=2", "a=1 b=3"]) == {"a=1 b=2": "b=2", "a=1 b=3": "b=3"}
+    assert varying(["a=1 b=2"]) == {"a=1 b=2": "a=1 b=2"}

@@ -184,7 +184,7 @@ def test_a_search_freezes_its_choice_before_the_test_half_is_read(tmp_path, caps
     subspace = Subspace.load(out / "chosen.safetensors")
     assert subspace.strengths == {i: s for i, s in Setting.of(chosen["setting"]).schedule().items() if s != 1}
     assert "3 of 3 settings are measured; going on from there" in said and "<- " in said and "one of 4 settings" in said
-    assert (out / "report.html").read_text().count("<svg") == 2
+    assert (out / "report.html").read_text().count("<svg xmlns") == 2
     # Another file under the frozen name is refused.
     (out / "chosen.safetensors").write_bytes((out / "chosen.safetensors").read_bytes() + b" ")
     with pytest.raises(UserError, match=r"is not the subspace that .* names"):

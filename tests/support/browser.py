@@ -24,7 +24,8 @@ MEASURE = """<script>addEventListener("load", () => {
 
 def too_wide(browser, path, text, width):
     """How many elements of a page do not fit a window of this width, as the browser measures it, and which."""
-    unfolded = text.replace("<details>", "<details open>").replace("</head>", MEASURE + "</head>")
+    unfolded = re.sub("<meta http-equiv[^>]*>", "", text).replace("<details>", "<details open>")
+    unfolded = unfolded.replace("</head>", MEASURE + "</head>")
     path.write_text(unfolded, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     options.append(f"--user-data-dir={path.parent / 'user'}")
