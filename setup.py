@@ -73,7 +73,10 @@ setup(
             *("peft>=0.18", "nnsight>=0.8", "ruff>=0.6", "mypy>=2"),
             *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2", "openai>=2"),
             "compressed-tensors>=0.15",
+            *("zensical>=0.0.73", "math-core>=0.9"),
         ],
+        # The site of the documentation (`make docs`).
+        "docs": ["zensical>=0.0.73", "math-core>=0.9"],
         # What the benchmarks run beside ours.
         "peers": ["peft>=0.18", "nnsight>=0.8"],
         # GGUF files, SmolLM2 among them.

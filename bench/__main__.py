@@ -41,6 +41,7 @@ BENCHES = {
     "gpu": ("everything that needs a CUDA GPU, in under nine minutes", "-", "DATE-DEVICE/"),
     "pictures": ("README.md's pictures: the report's first screen and the edit in its four places", "10 s", "-"),
     "pages": ("the measured tables of README.md and docs/ and the plots, from stored figures", "20 s", "-"),
+    "site": ("the documentation as a site, with every link checked", "5 s", "site/"),
 }
 
 
