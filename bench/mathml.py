@@ -37,6 +37,7 @@ class Formula(InlineProcessor):
         text = m["block"] or m["inline"]
         try:
             made = self.latex.convert_with_local_state(text.strip(), displaystyle=bool(m["block"]))
+            made = f'<div class="formula">{made}</div>' if m["block"] else made
         except LatexError as error:
             said = html.escape(f"cannot read the formula {text.strip()!r}: {error}")
             made = f'<code class="{UNREAD}" title="{said}">{html.escape(m[0])}</code>'

@@ -6,6 +6,7 @@
     --controls DIR...  first store the controls of finished evaluations (docs/retest.md)
 
 A table stands between two marks on its page: <!-- measured: NAME --> and <!-- end -->. Nobody types a figure there.
+The reference of the public names (docs/api.md) and the messages of docs/errors.md are written in the same way.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import architectures, cost, engines, reals, tables
+from bench import api, architectures, cost, engines, messages, reals, tables
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -108,6 +109,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "throughput": engines.throughput,
     },
     "docs/models.md": {"models": architectures.found, "refused": architectures.refused},
+    "docs/api.md": {"api": api.page},
+    "docs/errors.md": messages.SECTIONS,
     "docs/scale.md": {"cost": cost.page},
     "docs/scoring.md": {"labels": labels},
     "docs/real.md": {

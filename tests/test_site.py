@@ -57,7 +57,7 @@ def written(text: str) -> str:
     ("text", "held"),
     [
         ("$x_1 + y_2$", "<math><msub><mi>x</mi><mn>1</mn></msub>"),
-        (r"$$\begin{aligned} a &= b \\ c &= d \end{aligned}$$", '<math display="block"><mtable'),
+        (r"$$\begin{aligned} a &= b \\ c &= d \end{aligned}$$", '<div class="formula"><math display="block"><mtable'),
         ("`$x$`", "<code>$x$</code>"),
         ("$5 and $6", "<p>$5 and $6</p>"),
         (r"\$x\$", "<p>$x$</p>"),

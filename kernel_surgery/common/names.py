@@ -1,5 +1,6 @@
 """The names that options, files and results share. It imports nothing, so `--help` is fast."""
 
+# The version of this package, a string.
 VERSION = "0.1.0"
 LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")
 SPLITS = ("fit", "dev", "test")

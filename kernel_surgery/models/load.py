@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLYGLOT = PACKAGE / "polyglot" / "model"
+# The subspace file of the embedded model: `Subspace.load` reads it.
 POLYGLOT_SUBSPACE = PACKAGE / "polyglot" / "subspace.safetensors"
 # Fetched by `make smollm2`: in a clone beside the package, else in the user's cache.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel-surgery"

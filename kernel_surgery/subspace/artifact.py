@@ -82,7 +82,10 @@ class Subspace:
 
     @classmethod
     def of(cls, edits: Mapping[int, Projection], **fields: Any) -> Self:
-        """Return the subspace of one edit per layer. fields: the others."""
+        """Return the subspace of one edit per layer.
+
+        fields: the other fields of a `Subspace`, such as site and fit.
+        """
         return cls(**_parts_of(edits), **fields)
 
     def with_edits(self, edits: Mapping[int, Projection]) -> "Subspace":
@@ -108,14 +111,17 @@ class Subspace:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers that are edited, in order."""
         return tuple(self.bases)
 
     @property
     def d_model(self) -> int:
+        """The number of rows of every basis: the width of the model."""
         return next(iter(self.bases.values())).shape[0]
 
     @property
     def rank(self) -> int:
+        """The number of columns of every basis, k."""
         return next(iter(self.bases.values())).shape[1]
 
     @property

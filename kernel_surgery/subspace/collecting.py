@@ -289,6 +289,7 @@ def collect_moments(
     keep_first: count the first token of every prompt too. By default it is left out: models use it as an attention
     sink, and its activations are unlike the others' (10 times the squared norm in SmolLM2-135M after layer 8; from
     layer 9 on, some other tokens are as large). Padding is never counted.
+
     The other arguments are those of `collect_activations`.
 
     Returns `LanguageMoments`: float64 on the CPU, [d_model, d_model] per layer. `fit_subspace` takes them. The
