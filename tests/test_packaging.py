@@ -34,7 +34,8 @@ import kernel_surgery
 from tests.support.marks import everyday
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_FILES = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CONTRIBUTING.md Makefile constraints.txt"
+TOP_FILES = "setup.py pyproject.toml zensical.toml MANIFEST.in LICENSE README.md CONTRIBUTING.md Makefile "
+TOP_FILES += "constraints.txt"
 MARKER = "stands for the PyPI package"
 
 # Run by every interpreter under test, as `-c` and as a module under `-m`. Prints one line of JSON.
@@ -276,7 +277,7 @@ def test_the_source_distribution_holds_kernels_once_and_builds_the_same_wheel(pl
         assert names.count("kernels/project.py") == 1
         assert not [name for name in names if name.startswith("kernel_surgery/kernels")]
         assert {"LICENSE", "constraints.txt", "tests/test_packaging.py", ".ci/run"} <= set(names)
-        assert {"tests/labelled.jsonl", "docs/retest.toml"} <= set(names)
+        assert {"tests/labelled.jsonl", "docs/retest.toml", "docs/site.css", "zensical.toml"} <= set(names)
         # Python 3.11 knows filters from 3.11.4 on.
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = tmp_path.iterdir()
