@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from kernel_surgery.checkpoint.adapter import write_adapter
     from kernel_surgery.checkpoint.baking import bake_checkpoint
     from kernel_surgery.common.errors import KernelSurgeryError
+    from kernel_surgery.damage.measure import measure_damage
     from kernel_surgery.edit.baked import baked
     from kernel_surgery.edit.fused import fused
     from kernel_surgery.edit.hook import hooked
     from kernel_surgery.edit.lora import adapted
     from kernel_surgery.evaluation.run import evaluate
+    from kernel_surgery.evaluation.sidebyside import compare_texts
     from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
     from kernel_surgery.ops.library import project
     from kernel_surgery.subspace.artifact import Subspace
@@ -39,12 +41,14 @@ __all__ = [
     "certify_model",
     "collect_activations",
     "collect_moments",
+    "compare_texts",
     "evaluate",
     "fit_subspace",
     "fused",
     "hooked",
     "load_model",
     "load_tokenizer",
+    "measure_damage",
     "project",
     "verify_checkpoint",
     "write_adapter",
@@ -61,12 +65,14 @@ _HOME = {
     "certify_model": "certify.model",
     "collect_activations": "subspace.collecting",
     "collect_moments": "subspace.collecting",
+    "compare_texts": "evaluation.sidebyside",
     "evaluate": "evaluation.run",
     "fit_subspace": "subspace.fitting",
     "fused": "edit.fused",
     "hooked": "edit.hook",
     "load_model": "models.load",
     "load_tokenizer": "models.load",
+    "measure_damage": "damage.measure",
     "project": "ops.library",
     "verify_checkpoint": "certify.files",
     "write_adapter": "checkpoint.adapter",

@@ -18,6 +18,7 @@ from kernel_surgery.subspace.artifact import Subspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+WIDTH = 100  # columns of print(pair)
 NARROW = 60  # columns below which the texts stand one above the other
 _BRACKETS = (("[-", "-]"), ("{+", "+}"))
 _COLOURS = (("\x1b[31;4m", "\x1b[0m"), ("\x1b[32;1m", "\x1b[0m"))
@@ -27,11 +28,14 @@ _ISOLATE, _END = "\u2068", "\u2069"
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and what the original and the edited model wrote."""
+    """One prompt and what the original and the edited model wrote. `print(pair)` shows the texts side by side."""
 
     prompt: str
     original: str
     edited: str
+
+    def __str__(self) -> str:
+        return shown(self, "edited", width=WIDTH, colour=False)
 
 
 def compare_texts(

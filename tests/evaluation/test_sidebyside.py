@@ -63,6 +63,7 @@ def test_what_differs_is_marked():
     assert same == "> Ask.\noriginal and fused: the same text\nIt is 390."
     one, other = pieces_of("a <b", "a c")
     assert one == [("a ", False), ("<b", True)] and other == [("a ", False), ("c", True)]
+    assert str(pair) == shown(pair, "edited", width=100, colour=False), "print(pair) does the same"
     assert marked("a <b", "a c") == ("a <mark>&lt;b</mark>", "a <mark>c</mark>"), "the report escapes what it marks"
 
 
