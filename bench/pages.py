@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import api, architectures, cost, engines, messages, reals, tables
+from bench import api, architectures, cost, engines, messages, readme, reals, tables
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -88,7 +88,7 @@ def controls() -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"two models": reals.two_models, "answers": answers, "speed": tables.speed},
+    "README.md": {"two models": reals.two_models, "places": readme.places, "peers": readme.peers},
     "docs/benchmarks.md": {
         "opcount": lambda: tables.opcount("stack"),
         "opcount-polyglot": lambda: tables.opcount("polyglot"),

@@ -41,7 +41,7 @@ def _damage_row(label: str, r: dict, colour: str, group: str) -> Row:
     return Row(label, r["kl_ci95"][0], r["kl_mean"], r["kl_ci95"][1], words, colour, colour != "other", group)
 
 
-KL = "KL(original || changed), nats per token, with its 95% interval; logarithmic"
+KL = "KL(original || changed), nats per token, with its 95% interval"
 
 
 def damage(results: dict) -> str:
