@@ -97,7 +97,8 @@ def run(argv: list[str] | None = None) -> int:
 
     from kernel_surgery.models.architectures import default_layers, parse_layers
     from kernel_surgery.subspace.activations import Activations, load_activations
-    from kernel_surgery.subspace.fitting import fit_subspace, variance_captured
+    from kernel_surgery.subspace.describing import variance_captured
+    from kernel_surgery.subspace.fitting import fit_subspace
     from kernel_surgery.subspace.moments import LanguageMoments, holds_moments, load_moments
 
     shrinkage = parse_shrinkage(args.shrinkage, args.method)

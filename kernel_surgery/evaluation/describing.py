@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.models.architectures import decoder_layers
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.fitting import variance_captured
+from kernel_surgery.subspace.describing import variance_captured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -299,3 +299,14 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
             raise ModelError(f'cannot read layers {text!r}: give numbers and ranges such as "9-26" or "2,3,5-7".')
         chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
     return check_layers(chosen, n_layers)
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Return sorted layers as `parse_layers` reads them, such as "8-10,13"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

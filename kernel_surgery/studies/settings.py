@@ -10,7 +10,7 @@ import torch
 
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.common.names import ERASING, METHOD, TOKENS
-from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.architectures import decoder_layers, spans
 from kernel_surgery.models.chat import Chat
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import local_folder, public_name, resolve_model
@@ -94,17 +94,6 @@ class Setting:
         """Return the setting of `as_json`."""
         first, last = held["layers"]
         return cls(**{**held, "layers": (first, last), "strengths": tuple(held["strengths"])})
-
-
-def spans(layers: Sequence[int]) -> str:
-    """Return sorted layers as `parse_layers` reads them, such as "8-10,13"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def impossible(setting: Setting, mode: str = "hook") -> str | None:

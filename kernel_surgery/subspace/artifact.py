@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from kernel_surgery.common.errors import MismatchError, MissingFileError, SubspaceError
 from kernel_surgery.common.files import mistaken, replacing
 from kernel_surgery.common.names import LARGEST_STRENGTH, WRITE
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import save_tensors
+from kernel_surgery.models.architectures import spans
 from kernel_surgery.models.table import Layout
 from kernel_surgery.numerics.projection import BasisLike, Projection
+from kernel_surgery.subspace.describing import described, shortened
 from kernel_surgery.subspace.fingerprint import check_provenance, fingerprint, fingerprint_differences
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = "kernel-surgery-subspace-1"
 ORTHONORMAL = 1e-5  # largest allowed entry of U^T U - I: a float64 basis stored in float32 stays below it
+_FILE = "_file"  # of a loaded subspace: its path and SHA-256, for people to read
 _FIELDS = ("site", "pool", "model_id", "revision", "n_layers", "fingerprint", "fit")
 _TENSORS = {"basis": "bases", "dual": "duals", "offset": "offsets", "mean": "means", "spectrum": "spectrum"}
 
@@ -77,8 +81,13 @@ class Subspace:
         object.__setattr__(self, "strengths", check_strengths(self.strengths, self.bases))
 
     def __repr__(self) -> str:
-        where = f"layers={list(self.layers)}, rank={self.rank}, d_model={self.d_model}, site={self.site!r}"
-        return f"Subspace({where}, form={self.form!r}, model_id={self.model_id!r})"
+        where = f"layers={shortened(spans(self.layers), 24)}, rank={self.rank}, d_model={self.d_model}"
+        model = None if self.model_id is None else shortened(self.model_id, 32)
+        return f"{type(self).__name__}({where}, site={self.site!r}, form={self.form!r}, model_id={model!r})"
+
+    def __str__(self) -> str:
+        """Five lines of at most 100 columns: the model, the fit, the edit, what it holds, and its file."""
+        return "\n".join(described(self, self.__dict__.get(_FILE)))
 
     @classmethod
     def of(cls, edits: Mapping[int, Projection], **fields: Any) -> Self:
@@ -208,12 +217,15 @@ class Subspace:
         try:
             fields: dict[str, Any] = {field_name: found[name] for name, field_name in _TENSORS.items()}
             fields |= {name: provenance.get(name) for name in _FIELDS}
-            return cls(
+            loaded = cls(
                 **fields,
                 strengths={int(layer): strength for layer, strength in dict(provenance.get("strengths", {})).items()},
             )
         except (ValueError, TypeError) as error:
             raise SubspaceError(f"{str(path)!r}: {error}") from error
+        # Not a field: what is cut or selected of a subspace is not this file's any more.
+        loaded.__dict__[_FILE] = str(path), sha256(path)
+        return loaded
 
     def check_model(self, model: "PreTrainedModel", *, force: bool = False) -> None:
         """Check a loaded model as `check` does."""

@@ -84,12 +84,6 @@ def _alike(what: str) -> SubspaceError:
     )
 
 
-def variance_captured(spectrum: torch.Tensor, rank: int) -> float:
-    """Return the share of the sum of squared singular values that the first `rank` of them have."""
-    squares = spectrum.double() ** 2
-    return float(squares[:rank].sum() / squares.sum())
-
-
 def fit_subspace(
     activations: Activations | LanguageMoments,
     rank: int | None = None,

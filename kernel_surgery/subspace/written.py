@@ -8,7 +8,7 @@ from torch import Tensor
 from kernel_surgery.subspace.artifact import Subspace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # a generated repr would print the tensors
 class Written(Subspace):
     """An edit as a folder on disk holds it: a baked checkpoint or an adapter.
 

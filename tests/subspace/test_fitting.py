@@ -10,7 +10,8 @@ import torch
 from kernel_surgery.common.errors import SubspaceError
 from kernel_surgery.fit import run
 from kernel_surgery.subspace.activations import Activations, load_activations
-from kernel_surgery.subspace.fitting import fit_subspace, language_rows, principal_basis, variance_captured
+from kernel_surgery.subspace.describing import variance_captured
+from kernel_surgery.subspace.fitting import fit_subspace, language_rows, principal_basis
 
 LANGS = ("zh", "en", "es", "ar", "ja", "ko", "sw")
 
