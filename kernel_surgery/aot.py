@@ -6,10 +6,13 @@ python -m kernel_surgery.aot [--out FILE [--overwrite]]
 import argparse
 import json
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_overwrite, main
+from kernel_surgery.common.ending import Following, look_at, next_command, wrote
 from kernel_surgery.common.files import check_output, write_atomic
+from kernel_surgery.common.progress import progress_bar, waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,16 +29,17 @@ def run(argv: list[str] | None = None) -> int:
     if args.out is not None:
         check_output(args.out, overwrite=args.overwrite)
 
-    import triton
+    with waiting("starting"):
+        import triton
 
-    from kernel_surgery.ops.compiled import (
-        CASES,
-        OBLIQUE_CASES,
-        OPERATIONS,
-        SHARED_LIMIT,
-        compile_project,
-        kernel_sha256,
-    )
+        from kernel_surgery.ops.compiled import (
+            CASES,
+            OBLIQUE_CASES,
+            OPERATIONS,
+            SHARED_LIMIT,
+            compile_project,
+            kernel_sha256,
+        )
 
     print(
         "target operation           form     dtype     rows    d  k edit       registers spilled late loads blocks "
@@ -43,26 +47,34 @@ def run(argv: list[str] | None = None) -> int:
     )
     table = []
     cases = [(False, *case) for case in CASES] + [(True, *case) for case in OBLIQUE_CASES]
-    for sm in SHARED_LIMIT:
-        for operation in OPERATIONS:
-            for dtype in ("bfloat16", "float16", "float32"):
-                for oblique, rows, d, k in cases:
-                    c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
-                    table.append(asdict(c) | {"faults": c.faults()})
-                    print(
-                        f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} "
-                        f"{'oblique' if oblique else 'orthogonal':<10} {c.registers:>9} "
-                        f"{c.spilled:>7} {c.late_loads:>10} {c.blocks:>6} {c.in_flight:>9} {c.shared:>7} "
-                        f"({SHARED_LIMIT[sm]})",
-                        *c.faults(),
-                        flush=True,
-                    )
+    every = list(product(SHARED_LIMIT, OPERATIONS, ("bfloat16", "float16", "float32"), cases))
+    with progress_bar(len(every), "compile", unit="kernel", leave=False) as bar:
+        for sm, operation, dtype, (oblique, rows, d, k) in every:
+            c = compile_project(sm, dtype, rows, d, k, operation, oblique=oblique)
+            table.append(asdict(c) | {"faults": c.faults()})
+            bar.clear()  # the line takes its place
+            print(
+                f"sm_{sm:<3} {operation:<19} {c.form:<8} {dtype:<8} {rows:>5} {d:>4} {k:>2} "
+                f"{'oblique' if oblique else 'orthogonal':<10} {c.registers:>9} "
+                f"{c.spilled:>7} {c.late_loads:>10} {c.blocks:>6} {c.in_flight:>9} {c.shared:>7} "
+                f"({SHARED_LIMIT[sm]})",
+                *c.faults(),
+                flush=True,
+            )
+            bar.update()
+            bar.refresh()
     if args.out:
         # Write one row per line, so that a diff of two tables shows the rows that changed.
         lines = ",\n".join(f"  {json.dumps(row)}" for row in table)
         head = json.dumps({"triton": triton.__version__, "kernel_sha256": kernel_sha256()})[:-1]
         write_atomic(args.out, f'{head}, "rows": [\n{lines}\n]}}\n')
-    return 1 if any(row["faults"] for row in table) else 0
+        wrote(args.out)
+    if faulty := sum(bool(row["faults"]) for row in table):
+        look_at(f"the {faulty} of {len(table)} lines above that end in a fault")
+        return 1
+    note = "On a machine with a GPU, this checks what was compiled here:"
+    next_command(Following("verify", ["--model", "polyglot", "--device", "cuda"], note))
+    return 0
 
 
 if __name__ == "__main__":

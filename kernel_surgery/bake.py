@@ -10,7 +10,6 @@ The edit is W <- W - a A (B^T W), in every matrix that writes into an MLP block'
 
 import argparse
 import math
-import re
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,10 @@ from kernel_surgery.common.command import (
     main,
     untouched,
 )
+from kernel_surgery.common.ending import Following, next_command, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,18 +65,23 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError(f"--undo restores the weights as they were baked: omit --{quantised}.")
     check_output(args.out)
 
-    from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
-    from kernel_surgery.damage.before import damage_before_writing
-    from kernel_surgery.models.load import local_folder, resolve_checkpoint
-    from kernel_surgery.models.stored import counted, layout_in, layouts, parts
-    from kernel_surgery.problems.generator import parse_languages
-    from kernel_surgery.subspace.artifact import Subspace
+    with waiting("starting"):
+        from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
+        from kernel_surgery.checkpoint.record import read_provenance
+        from kernel_surgery.damage.before import damage_before_writing
+        from kernel_surgery.models.load import findable, local_folder, resolve_checkpoint
+        from kernel_surgery.models.stored import counted, layout_in, layouts, parts
+        from kernel_surgery.problems.generator import parse_languages
+        from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("bake", argv), resolve_checkpoint(args.model)
     if args.undo:
         norms = undo_checkpoint(local_folder(source), args.out, command=command)
         show(norms)
-        print(f"{args.out}: the edit of {len(norms)} tensors undone, to within rounding")
+        print(f"the edit of {len(norms)} tensors undone, to within rounding")
+        wrote(args.out)
+        original = findable(read_provenance(args.out, "restored")["model_id"])
+        next_command(Following("verify", ["--restored", args.out, *(["--model", original] if original else [])]))
         return 0
     languages = parse_languages(args.languages)
     subspace = Subspace.load(args.subspace, force=args.force)
@@ -90,18 +96,22 @@ def run(argv: list[str] | None = None) -> int:
     if note := subspace.note_on(kind):
         print(note)
     about = f"rank {subspace.rank}, strength {args.strength:g}"
-    print(f"{args.out}: {len(subspace.layers)} layers edited ({changed}), {about}")
+    print(f"{len(subspace.layers)} layers edited ({changed}), {about}")
+    wrote(args.out)
+    next_command(Following("verify", ["--baked", args.out, "--model", args.model]))
     return 0
 
 
 def show(norms: dict[str, tuple[float, float]]) -> None:
     """Print one line per tensor. Experts that differ in their number alone share a line, with the norm of them all."""
+    from kernel_surgery.models.table import without_number
+
     alike: dict[str, list[tuple[float, float]]] = {}
     for name, pair in norms.items():
-        alike.setdefault(re.sub(r"\[\d+\]$", "[*]", name), []).append(pair)
+        alike.setdefault(without_number(name), []).append(pair)
     for name, pairs in alike.items():
         before, after = (math.hypot(*side) for side in zip(*pairs, strict=True))
-        many = f" ({len(pairs)} experts)" if name.endswith("[*]") else ""
+        many = f" ({len(pairs)} experts)" if "*" in name else ""
         print(f"  {name}{many}: norm {before:.3f} -> {after:.3f}")
 
 

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_surgery.common.command import Parser, add_chat, add_overwrite, add_problems, main, untouched
+from kernel_surgery.common.ending import Following, free, next_command, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, LANGUAGES, POOLS, SITES, SPLITS, TOKENS
+from kernel_surgery.common.progress import waiting
 
 if TYPE_CHECKING:
     from kernel_surgery.subspace.activations import Activations
@@ -82,15 +84,16 @@ def run(argv: list[str] | None = None) -> int:
     """Collect the activations and save them. Return 0. Raises UserError for options that cannot be used."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.common.ranks import current
-    from kernel_surgery.files.problems import problem_source
-    from kernel_surgery.models.architectures import parse_layers
-    from kernel_surgery.models.before import load_checked
-    from kernel_surgery.models.chat import choose_chat
-    from kernel_surgery.models.load import parse_device, parse_dtype, public_name
-    from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.subspace.collecting import collect_activations, collect_moments
-    from kernel_surgery.subspace.partial import check_partial, partial_folder, refuse_other_launch, resuming
+    with waiting("starting"):
+        from kernel_surgery.common.ranks import current
+        from kernel_surgery.files.problems import problem_source
+        from kernel_surgery.models.architectures import parse_layers
+        from kernel_surgery.models.before import load_checked
+        from kernel_surgery.models.chat import choose_chat
+        from kernel_surgery.models.load import parse_device, parse_dtype, public_name
+        from kernel_surgery.models.threads import choose_threads
+        from kernel_surgery.subspace.collecting import collect_activations, collect_moments
+        from kernel_surgery.subspace.partial import check_partial, partial_folder, refuse_other_launch, resuming
 
     asked = problem_source(args.problems, seed=args.seed)
     languages = asked.languages(args.languages)
@@ -137,9 +140,12 @@ def run(argv: list[str] | None = None) -> int:
         kept.publish(found.save, args.out)
     if not ranks.first:
         return 0
-    print(_summary(args.out, found.provenance, len(found.layers)))
+    print(_summary(found.provenance, len(found.layers)))
     if note := asked.note(args.split):
         print(note)
+    wrote(args.out)
+    subspace = free(args.out.with_name("subspace.safetensors"))
+    next_command(Following("fit", ["--activations", args.out, "--out", subspace]))
     return 0
 
 
@@ -155,15 +161,14 @@ def _check_options(args: argparse.Namespace, languages: Sequence[str]) -> None:
         raise UserError(f"--device-map {args.device_map} chooses the devices itself; leave out --device {args.device}.")
 
 
-def _summary(out: Path, record: dict[str, Any], layers: int) -> str:
-    """Return the line that says what was written."""
+def _summary(record: dict[str, Any], layers: int) -> str:
+    """Return the line that says what was measured."""
     what = f"{record['problems']} problems x {len(record['languages'])} languages x {layers} layers"
     pool = f"pool {record['pool']}"
     if record["pool"] == TOKENS:
         count, first = sum(record["tokens"].values()), record["first_token"]
         pool = f"moments over {count} tokens (the first of each prompt {first})"
-    size = out.stat().st_size / 1e6
-    return f"{out}: {what}, d_model {record['d_model']}, site {record['site']}, {pool} ({size:.1f} MB)"
+    return f"{what}, d_model {record['d_model']}, site {record['site']}, {pool}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_chat, add_vllm, check_finite_strength, main, untouched
+from kernel_surgery.common.ending import Following, Word, next_command, strength_words
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES, MODES
+from kernel_surgery.common.progress import waiting
 
 WIDTH = 120  # columns where there is no terminal
 
@@ -57,15 +59,16 @@ def run(argv: list[str] | None = None) -> int:
             "Leave one of them out."
         )
 
-    from kernel_surgery.evaluation.comparing import in_model, in_vllm
-    from kernel_surgery.evaluation.notes import chat_notes
-    from kernel_surgery.evaluation.options import Options
-    from kernel_surgery.evaluation.run import subspace_of
-    from kernel_surgery.evaluation.sidebyside import shown
-    from kernel_surgery.models.chat import choose_chat
-    from kernel_surgery.models.load import local_folder, parse_device, parse_dtype, public_name, resolve_model
-    from kernel_surgery.models.stored import layout_in
-    from kernel_surgery.models.threads import choose_threads
+    with waiting("starting"):
+        from kernel_surgery.evaluation.comparing import in_model, in_vllm
+        from kernel_surgery.evaluation.notes import chat_notes
+        from kernel_surgery.evaluation.options import Options
+        from kernel_surgery.evaluation.run import subspace_of
+        from kernel_surgery.evaluation.sidebyside import shown
+        from kernel_surgery.models.chat import choose_chat
+        from kernel_surgery.models.load import local_folder, parse_device, parse_dtype, public_name, resolve_model
+        from kernel_surgery.models.stored import layout_in
+        from kernel_surgery.models.threads import choose_threads
 
     given = {name: value for name, value in vars(args).items() if name not in ("prompt", "file", "damage")}
     options, engine = Options(**given), args.engine != "transformers"
@@ -91,7 +94,21 @@ def run(argv: list[str] | None = None) -> int:
     width = shutil.get_terminal_size((WIDTH, 24)).columns if colour else WIDTH
     for pair in write():
         print(f"\n{shown(pair, args.mode, width=width, colour=colour)}")
+    print()
+    next_command(_measured(args))
     return 0
+
+
+def _measured(args: argparse.Namespace) -> Following:
+    """Return the evaluation of the same edit."""
+    words: list[Word] = ["--mode", args.mode, "--model", args.model]
+    words += ["--subspace", args.subspace] if args.subspace else []
+    words += strength_words(args.strength)
+    words += [f"--chat={args.chat}"] if args.chat != "auto" else []
+    words += ["--thinking"] if args.thinking else []
+    words += ["--device", args.device] if args.device != "auto" else []
+    words += ["--force"] if args.force else []
+    return Following("eval", words, "A few texts do not show how well it works. This measures it:")
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:

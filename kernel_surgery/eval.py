@@ -22,7 +22,9 @@ from kernel_surgery.common.command import (
     main,
     untouched,
 )
+from kernel_surgery.common.ending import next_command, read_it, wrote
 from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,11 +73,13 @@ def run(argv: list[str] | None = None) -> int:
     """Run the evaluation and print the tables. Return 0. Raises what `evaluation.run.evaluate` raises."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.common.ranks import current
-    from kernel_surgery.evaluation.options import Options
-    from kernel_surgery.evaluation.run import evaluate
-    from kernel_surgery.evaluation.tables import shown
-    from kernel_surgery.models.threads import choose_threads
+    with waiting("starting"):
+        from kernel_surgery.common.ranks import current
+        from kernel_surgery.evaluation.following import after_evaluation
+        from kernel_surgery.evaluation.options import Options
+        from kernel_surgery.evaluation.run import evaluate
+        from kernel_surgery.evaluation.tables import shown
+        from kernel_surgery.models.threads import choose_threads
 
     ranks = current()
 
@@ -91,8 +95,10 @@ def run(argv: list[str] | None = None) -> int:
     if not ranks.first:
         return 0
     print(shown(evaluation.results))
-    seconds = evaluation.results["seconds"]
-    print(f"{evaluation.folder}: results.json, samples.jsonl, report.html ({seconds:.0f} s)")
+    print(f"took {evaluation.results['seconds']:.0f} s")
+    wrote(evaluation.folder, ("results.json", "samples.jsonl", "report.html"))
+    read_it(evaluation.folder / "report.html")
+    next_command(after_evaluation(options, evaluation.results))
     return 0
 
 

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel_surgery.common.command import Parser, add_chat, add_overwrite, add_problems, main, untouched
+from kernel_surgery.common.ending import Following, Word, next_command, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHOD, METHODS, SPLITS
+from kernel_surgery.common.progress import waiting
 
 if TYPE_CHECKING:
     from kernel_surgery.subspace.artifact import Subspace
@@ -95,11 +97,12 @@ def run(argv: list[str] | None = None) -> int:
         raise UserError("--model is for --sequential. --activations say which model they were measured on.")
     args.method = args.method or METHOD
 
-    from kernel_surgery.models.architectures import default_layers, parse_layers
-    from kernel_surgery.subspace.activations import Activations, load_activations
-    from kernel_surgery.subspace.describing import variance_captured
-    from kernel_surgery.subspace.fitting import fit_subspace
-    from kernel_surgery.subspace.moments import LanguageMoments, holds_moments, load_moments
+    with waiting("starting"):
+        from kernel_surgery.models.architectures import default_layers, parse_layers
+        from kernel_surgery.subspace.activations import Activations, load_activations
+        from kernel_surgery.subspace.describing import variance_captured
+        from kernel_surgery.subspace.fitting import fit_subspace
+        from kernel_surgery.subspace.moments import LanguageMoments, holds_moments, load_moments
 
     shrinkage = parse_shrinkage(args.shrinkage, args.method)
     activations: Activations | LanguageMoments
@@ -115,7 +118,7 @@ def run(argv: list[str] | None = None) -> int:
         captured = variance_captured(subspace.spectrum[layer], subspace.rank)
         print(f"  L{layer}: lang variance captured = {captured:.3f}")
     subspace.save(args.out)
-    print(_summary(args.out, subspace))
+    _end(args.out, subspace, None)
     return 0
 
 
@@ -127,12 +130,19 @@ def _command(args: argparse.Namespace) -> str:
     return f"fit {sequential}{rank}--method {args.method} --layers {args.layers or 'middle half'}{shrinkage}"
 
 
-def _summary(out: Path, subspace: "Subspace") -> str:
-    """Return the line that says what was written."""
-    return (
-        f"{out}: rank {subspace.rank}, {subspace.form}, layers {subspace.layers[0]}-{subspace.layers[-1]}, "
-        f"site {subspace.site or 'not stated'}, model {subspace.model_id or 'not stated'}"
-    )
+def _end(out: Path, subspace: "Subspace", model: str | None) -> None:
+    """Say what was fitted and written, and how to see what the edit does. model: as given to --model, if it was."""
+    from kernel_surgery.models.load import findable
+    from kernel_surgery.subspace.describing import described
+
+    print(*described(subspace)[:-1], sep="\n")
+    wrote(out)
+    place = model or findable(subspace.model_id)
+    note = "" if place else f"DIR is the folder of {subspace.model_id or 'the model that was measured'}."
+    # Only with its fingerprint is a subspace known to belong to the model.
+    force = [] if subspace.fingerprint else ["--force"]
+    words: list[Word] = ["--mode", "fused", "--model", place or "DIR", "--subspace", out, *force]
+    next_command(Following("eval", words, note))
 
 
 def _sequential(args: argparse.Namespace) -> int:
@@ -147,22 +157,23 @@ def _sequential(args: argparse.Namespace) -> int:
     if args.batch_tokens < 1:
         raise UserError(f"--batch-tokens must be at least 1, got {args.batch_tokens}.")
 
-    from kernel_surgery.files.problems import problem_source
-    from kernel_surgery.models.architectures import default_layers, parse_layers
-    from kernel_surgery.models.before import check_config, check_stored
-    from kernel_surgery.models.chat import choose_chat
-    from kernel_surgery.models.layerwise import Layerwise
-    from kernel_surgery.models.load import (
-        load_tokenizer,
-        local_folder,
-        parse_device,
-        parse_dtype,
-        public_name,
-        resolve_model,
-    )
-    from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.subspace.partial import partial_folder, resuming
-    from kernel_surgery.subspace.sequential import fit_sequentially
+    with waiting("starting"):
+        from kernel_surgery.files.problems import problem_source
+        from kernel_surgery.models.architectures import default_layers, parse_layers
+        from kernel_surgery.models.before import check_config, check_stored
+        from kernel_surgery.models.chat import choose_chat
+        from kernel_surgery.models.layerwise import Layerwise
+        from kernel_surgery.models.load import (
+            load_tokenizer,
+            local_folder,
+            parse_device,
+            parse_dtype,
+            public_name,
+            resolve_model,
+        )
+        from kernel_surgery.models.threads import choose_threads
+        from kernel_surgery.subspace.partial import partial_folder, resuming
+        from kernel_surgery.subspace.sequential import fit_sequentially
 
     asked = problem_source(args.problems, seed=args.seed)
     shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), asked.languages(args.languages)
@@ -194,7 +205,7 @@ def _sequential(args: argparse.Namespace) -> int:
     if note := asked.note(args.split):
         print(note)
     print(f"of {count} fitting tokens; another text, another layer or a probe may still tell the language")
-    print(_summary(args.out, subspace))
+    _end(args.out, subspace, args.model)
     return 0
 
 

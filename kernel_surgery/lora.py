@@ -23,7 +23,9 @@ from kernel_surgery.common.command import (
     main,
     untouched,
 )
+from kernel_surgery.common.ending import Following, next_command, quoted, wrote
 from kernel_surgery.common.files import check_output
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,12 +52,13 @@ def run(argv: list[str] | None = None) -> int:
     check_finite_strength(args.strength)
     check_output(args.out)
 
-    from kernel_surgery.checkpoint.adapter import served_modules, write_adapter
-    from kernel_surgery.damage.before import damage_before_writing
-    from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
-    from kernel_surgery.models.stored import layout_in
-    from kernel_surgery.problems.generator import parse_languages
-    from kernel_surgery.subspace.artifact import Subspace
+    with waiting("starting"):
+        from kernel_surgery.checkpoint.adapter import served_modules, write_adapter
+        from kernel_surgery.damage.before import damage_before_writing
+        from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
+        from kernel_surgery.models.stored import layout_in
+        from kernel_surgery.problems.generator import parse_languages
+        from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("lora", argv), resolve_checkpoint(args.model)
     languages = parse_languages(args.languages)
@@ -67,16 +70,16 @@ def run(argv: list[str] | None = None) -> int:
     rank = write_adapter(folder, subspace, args.out, **options)
     if note := subspace.note_on(layout_in(folder)):
         print(note)
-    print(
-        f"{args.out}: {len(subspace.layers)} layers, rank {subspace.rank} padded to {rank}, strength "
-        f"{args.strength:g}"
-    )
+    print(f"{len(subspace.layers)} layers, rank {subspace.rank} padded to {rank}, strength {args.strength:g}")
     # One slot more than there are adapters: on a CPU, vLLM takes the last one for requests without an adapter.
     print(
-        f"next: vllm serve {hub_id(args.model) or folder} --enable-lora --max-loras 2 --max-lora-rank {rank} "
-        f"--lora-target-modules {' '.join(served_modules(layout_in(folder)))} --lora-modules edited={args.out}\n"
+        f"serve: vllm serve {quoted(hub_id(args.model) or folder)} --enable-lora --max-loras 2 --max-lora-rank {rank} "
+        f"--lora-target-modules {' '.join(served_modules(layout_in(folder)))} --lora-modules "
+        f"{quoted(f'edited={args.out}')}\n"
         "(--max-loras is one more than the adapters that are loaded; docs/engines.md says why)"
     )
+    wrote(args.out)
+    next_command(Following("verify", ["--adapter", args.out, "--model", args.model]))
     return 0
 
 

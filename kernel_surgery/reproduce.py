@@ -9,11 +9,25 @@ figure again. See `evaluation.bundle` for the contents.
 """
 
 import argparse
+import json
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, command_line, kept_in, main, untouched
+from kernel_surgery.common.ending import (
+    Following,
+    Word,
+    free,
+    look_at,
+    next_command,
+    one_of_several,
+    quoted,
+    read_it,
+    wrote,
+)
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_command(name: str, words: list[str]) -> None:
-    """Run another command in this process."""
-    import_module(f"kernel_surgery.{name}").run(words)
+    """Run another command in this process. What comes next is said at the end of all."""
+    with one_of_several():
+        import_module(f"kernel_surgery.{name}").run(words)
 
 
 def say(line: str) -> None:
@@ -51,19 +66,47 @@ def run(argv: list[str] | None = None) -> int:
     if (args.check is None) == (args.out is None) or (args.out is not None and args.model is None):
         raise UserError("give --model and --out to make a bundle, or --check to check one.")
 
-    from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, bundle_in, check_bundle, make_bundle
+    with waiting("starting"):
+        from kernel_surgery.evaluation.bundle import UNCHECKED, Recipe, bundle_in, check_bundle, make_bundle
 
     if args.check is None:
         recipe = Recipe(**{name: value for name, value in vars(args).items() if name != "check"})
         with untouched(lambda: kept_in(args.out)):
             recipe.check()
-            return 0 if make_bundle(recipe, command_line("reproduce", argv), run_command, say) else 1
+            held = make_bundle(recipe, command_line("reproduce", argv), run_command, say)
+        wrote(args.out / "bundle")
+        read_it(args.out / "bundle" / "report.html")
+        if not held:
+            look_at(f'"faults" in {quoted(args.out / "certificate.json")}')
+            return 1
+        next_command(Following("reproduce", ["--check", args.out / "bundle"]))
+        return 0
     faults = check_bundle(args.check)
     for fault in faults:
         print(f"fault: {fault}")
     verdict = f"differences: {len(faults)}" if faults else f"every figure follows from the texts; {UNCHECKED}"
     say(f"{bundle_in(args.check)}: {verdict}")
-    return 1 if faults else 0
+    if faults:
+        look_at('the lines above that begin with "fault:"')
+        return 1
+    next_command(_again(bundle_in(args.check)))
+    return 0
+
+
+def _again(bundle: Path) -> Following:
+    """Return the command that makes a bundle again, in another folder: it computes what a check does not."""
+    from kernel_surgery.evaluation.bundle import MANIFEST
+    from kernel_surgery.models.load import findable
+
+    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    args = parser().parse_args(shlex.split(manifest["command"])[3:])
+    place = findable(manifest["model"])
+    words: list[Word] = ["--model", place or "DIR", "--out", free(Path("again")), "--mode", args.mode]
+    for name in ("rank", "languages", "problems", "seed", "controls"):
+        if (value := getattr(args, name)) != parser().get_default(name):
+            words += [f"--{name}", value]
+    note = "This makes it again, and with it what no text shows:"
+    return Following("reproduce", words, note if place else f"{note} DIR is the folder of {manifest['model']}.")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.ending import Following, next_command
+from kernel_surgery.common.progress import progress, waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,18 +36,23 @@ def run(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
 
-    from kernel_surgery.common.progress import progress
-    from kernel_surgery.evaluation.external import check_labels, label_table, read_lines, scored, summary_table
+    with waiting("starting"):
+        from kernel_surgery.evaluation.external import check_labels, label_table, read_lines, scored, summary_table
 
     lines = read_lines(args.file)
     if args.labels:
         check_labels(args.file, lines)
         print(label_table(lines))
+        note = "This shows the verdict on each text:"
+        next_command(Following("score", [args.file], note), file=sys.stderr)
         return 0
     results = [scored(line) for line in progress(lines, total=len(lines), desc="score")]
     for line in results:
         print(json.dumps(line, ensure_ascii=False))
     print(summary_table(results), file=sys.stderr)
+    note = 'This shows how often the scorer is right, from a copy with what you read in each line ("correct", "value"):'
+    copy = args.file.with_name(f"{args.file.stem}-read.jsonl")
+    next_command(Following("score", [copy, "--labels"], note), file=sys.stderr)
     return 0
 
 

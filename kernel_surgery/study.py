@@ -42,6 +42,8 @@ import argparse
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_chat, command_line, kept_in, main, untouched
+from kernel_surgery.common.ending import next_command, read_it, wrote
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,10 +64,12 @@ def run(argv: list[str] | None = None) -> int:
     """Run the study and print its tables. Return 0. Raises what `studies.study` raises."""
     args = parser().parse_args(argv)
 
-    from kernel_surgery.common.ranks import current
-    from kernel_surgery.models.threads import choose_threads
-    from kernel_surgery.studies.declaring import read_grid
-    from kernel_surgery.studies.study import run_study, shown
+    with waiting("starting"):
+        from kernel_surgery.common.ranks import current
+        from kernel_surgery.evaluation.following import after_study
+        from kernel_surgery.models.threads import choose_threads
+        from kernel_surgery.studies.declaring import read_grid
+        from kernel_surgery.studies.study import run_study, shown
 
     ranks = current()
     with untouched(lambda: kept_in(args.out)):
@@ -77,8 +81,11 @@ def run(argv: list[str] | None = None) -> int:
     if not ranks.first:
         return 0
     print(shown(study))
-    report = "report.html, " if "search" in study else ""
-    print(f"{args.out}: {report}study.json, frozen.json, chosen.safetensors, and every text and trial")
+    pages = [name for name in ("report.html",) if (args.out / name).is_file()]
+    wrote(args.out, [*pages, "study.json", "frozen.json", "chosen.safetensors", "every text and trial"])
+    for name in pages:
+        read_it(args.out / name)
+    next_command(after_study(grid, args.out, study))
     return 0
 
 

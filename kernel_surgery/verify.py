@@ -18,9 +18,11 @@ import argparse
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_overwrite, check_finite_strength, command_line, main
+from kernel_surgery.common.ending import Following, Word, look_at, next_command, quoted, read_it, strength_words, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import DTYPES
+from kernel_surgery.common.progress import waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,15 +94,16 @@ def run(argv: list[str] | None = None) -> int:
     folders = {name: getattr(args, name) for name in ("baked", "adapter", "restored") if getattr(args, name)}
     check(args, folders)
 
-    from kernel_surgery.certify.engine import verify_engine
-    from kernel_surgery.certify.files import verify_adapter, verify_checkpoint, verify_restored
-    from kernel_surgery.certify.page import write
-    from kernel_surgery.certify.render import shown
-    from kernel_surgery.certify.whole import verify_model
-    from kernel_surgery.checkpoint.record import read_provenance
-    from kernel_surgery.engines.texts import parse_arguments
-    from kernel_surgery.models.load import POLYGLOT_SUBSPACE, local_folder, public_name, resolve_model
-    from kernel_surgery.models.threads import choose_threads
+    with waiting("starting"):
+        from kernel_surgery.certify.engine import verify_engine
+        from kernel_surgery.certify.files import verify_adapter, verify_checkpoint, verify_restored
+        from kernel_surgery.certify.page import write
+        from kernel_surgery.certify.render import shown
+        from kernel_surgery.certify.whole import verify_model
+        from kernel_surgery.checkpoint.record import read_provenance
+        from kernel_surgery.engines.texts import parse_arguments
+        from kernel_surgery.models.load import POLYGLOT_SUBSPACE, findable, local_folder, public_name, resolve_model
+        from kernel_surgery.models.threads import choose_threads
 
     subspace = args.subspace
     if subspace is None and args.model == "polyglot" and (not folders or args.engine == "vllm"):
@@ -138,7 +141,42 @@ def run(argv: list[str] | None = None) -> int:
     if damage:
         print(damage)
     print(shown(certificate))
-    return 1 if certificate["faults"] else 0
+    if args.out:
+        for suffix in (args.out.suffix, ".svg", ".html"):
+            wrote(args.out.with_suffix(suffix))
+        read_it(args.out.with_suffix(".html"))
+    if certificate["faults"]:
+        faults = 'the lines above that begin with "fault:"'
+        look_at(faults + (f', also in "faults" of {quoted(args.out)}' if args.out else ""))
+        return 1
+    next_command(_following(args, folders, subspace, findable(certificate.get("model_id"))))
+    return 0
+
+
+def _following(
+    args: argparse.Namespace, folders: dict[str, Path], subspace: Path | None, found: str | None
+) -> Following:
+    """Return the command that comes after a certificate that holds.
+
+    subspace: the file that was used. found: the model that the certificate names, if --model finds it by that name.
+    """
+    model = args.model or found
+    named: list[Word] = ["--model", model or "DIR"]
+    note = "" if model else "DIR is the folder of the original model."
+    if "restored" in folders:
+        if args.model is None:
+            note = f"Only hashes were checked. With the original, every number is. {note}".rstrip()
+            return Following("verify", ["--restored", args.restored, *named], note)
+        return Following("eval", ["--mode", "original", "--model", args.restored])
+    words: list[Word] = [word for kind, folder in folders.items() for word in (f"--{kind}", folder)]
+    if not words:
+        assert subspace is not None  # of what was certified
+        words = ["--mode", "fused", "--subspace", subspace]
+        words += [] if args.strength is None else strength_words(args.strength)
+        words += ["--force"] if args.force else []
+    words += ["--certificate", args.out] if args.out else []
+    words += ["--engine", "vllm"] if args.engine == "vllm" else []
+    return Following("eval", [*named, *words], note)
 
 
 if __name__ == "__main__":

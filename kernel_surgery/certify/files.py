@@ -173,7 +173,7 @@ class _Certificate:
         if self.source is not None:
             alone = sorted((there.keys() ^ before.keys()) | (new.keys() ^ old.keys()))
             self.faults += [f"{name} is in only one of the two checkpoints" for name in alone]
-        for name, place in sorted(there.items()):
+        for name, place in progress(sorted(there.items()) if before else (), total=len(there), desc="compare"):
             if name not in ours and name in before and not same_bytes(place, before[name]):
                 self.faults.append(f"{name} {differs}")
         return new, old

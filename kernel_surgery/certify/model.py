@@ -40,7 +40,7 @@ from kernel_surgery.certify.running import (
 )
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import WRITE
-from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.progress import progress_bar, waiting
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import MlpSite, decoder_layers, next_norm, submodule
@@ -347,11 +347,12 @@ def certify_model(
                 )
             run.compare_hidden(index, streams, oracles)
             bar.update()
-        if whole is None:
-            width = torch.finfo(dtype).bits // 8
-            whole = sum(math.prod(entry.shape) * width for _, entry in run.low.filling.places.values()) <= WHOLE
-        given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing, where)
-        decoded, flips = decode(*given) if whole else ({}, {})
+    if whole is None:
+        width = torch.finfo(dtype).bits // 8
+        whole = sum(math.prod(entry.shape) * width for _, entry in run.low.filling.places.values()) <= WHOLE
+    given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing, where)
+    decoded, flips = decode(*given) if whole else ({}, {})
+    with waiting("comparing logits"):
         logits = run.compare_logits(streams, oracles, length, decoded)
     return {
         "dtype": str(dtype).removeprefix("torch."),

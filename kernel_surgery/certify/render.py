@@ -1,5 +1,6 @@
 """Certificates as text: the tables in the terminal, with the verdict in the last line."""
 
+import math
 from typing import Any
 
 from kernel_surgery.certify.tables import (
@@ -11,10 +12,14 @@ from kernel_surgery.certify.tables import (
     counted,
     number,
 )
+from kernel_surgery.models.table import without_number
 
 
 def tensor_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the names of the columns, and one row per edited tensor on disk."""
+    """Return the names of the columns, and one row per edited tensor on disk.
+
+    The experts of a layer share a row: of each figure it has the worst.
+    """
     head = ["layer", "tensor", "dtype", "error/bound", "leak", "floor", "leak/floor", "leak if rounded to bfloat16"]
     keys = [("error_over_bound", ".3f"), ("leak", ".2e"), ("leak_floor", ".2e"), ("leak_over_floor", ".3f")]
     keys.append(("leak_bfloat16", ".2e"))
@@ -22,11 +27,48 @@ def tensor_table(rows: list[dict[str, Any]]) -> Table:
     keys += [(key, ".2e") for key in ("edit_error", "rounding", "requantised")]
     keys.append(("requantised_over_rounding", ".3f"))
     lines = [
-        [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)] for r in rows
+        [str(r["layer"]), r["tensor"], r["dtype"], *(number(r.get(key), form) for key, form in keys)]
+        for r in grouped(rows)
     ]
     # Leave out columns that are empty in every row.
     columns = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in lines)]
     return [head[i] for i in columns], [[row[i] for i in columns] for row in lines]
+
+
+# Figures that belong to one tensor together, each group after the ratio that says which tensor is the worst.
+_TOGETHER = (
+    ("error_over_bound",),
+    ("leak_over_floor", "leak", "leak_floor"),
+    ("leak_bfloat16",),
+    ("requantised_over_rounding", "edit_error", "rounding", "requantised"),
+)
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of tensors with one row for the experts of a layer, in the order of their first ones.
+
+    Its "tensor" has a star for the number and says how many there are. Its figures are the worst expert's.
+    """
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((row["layer"], without_number(row["tensor"]), row["dtype"]), []).append(row)
+    found = []
+    for (layer, name, dtype), group in alike.items():
+        if len(group) == 1:
+            found.append(group[0])
+            continue
+        worst = {"layer": layer, "tensor": f"{name} ({len(group)} experts)", "dtype": dtype}
+        for first, *others in _TOGETHER:
+            figures = max(group, key=lambda row: _severity(row.get(first)))
+            worst |= {key: figures[key] for key in (first, *others) if key in figures}
+        found.append(worst)
+    return found
+
+
+def _severity(value: float | None) -> float:
+    if value is None:
+        return -math.inf
+    return math.inf if math.isnan(value) else value
 
 
 def layer_table(model: dict[str, Any]) -> Table:

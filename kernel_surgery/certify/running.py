@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernel_surgery.certify.routing import Replay
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.names import LANGUAGES, WRITE
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.baked import AFTER_A_NORM, refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
 from kernel_surgery.edit.modes import APPLIERS
@@ -205,7 +206,7 @@ def decode(
         kept = routing["original" if mode == "original" else "edited"]
         replay = Replay(mlp_outputs(running, kept) if kept else {}, kept, len(ids))
         logits, cache, flips[mode] = [], None, 0
-        with edit:
+        with edit, progress_bar(len(spans), f"decode {mode}", unit="step", leave=False) as bar:
             for start, stop in spans:
                 with ExitStack() as stack:
                     counts = replay.step(stack, start, stop)
@@ -213,6 +214,7 @@ def decode(
                 flips[mode] += sum(map(sum, counts))
                 cache = out.past_key_values
                 logits.append(out.logits[:, -1:])
+                bar.update()
         logits_by_mode[mode] = torch.cat(logits, 1)
     return logits_by_mode, flips
 

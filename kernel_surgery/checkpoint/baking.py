@@ -40,8 +40,8 @@ from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress, progress_bar
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files.contents import contents
-from kernel_surgery.files.folder import new_folder
-from kernel_surgery.files.hashing import Follower, sha256
+from kernel_surgery.files.folder import changed_files, new_folder
+from kernel_surgery.files.hashing import Follower
 from kernel_surgery.files.tensorfile import (
     Entry,
     Layout,
@@ -349,12 +349,10 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
             f"that are not known to within a rounding. Use the original, {record['model_id']}, or bake it with "
             "--dequantize, which can be undone."
         )
-    for name, digest in record["sha256"].items():
-        if not (source / name).is_file() or sha256(source / name) != digest:
-            raise CheckpointError(
-                f"{str(source / name)!r} is not the file that was written when this checkpoint was baked. Undoing the "
-                "edit would not restore the original."
-            )
+    if changed := changed_files(source, record["sha256"]):
+        raise CheckpointError(
+            f"{str(source)!r} is not as it was baked: {changed[0]}. Undoing the edit would not restore the original."
+        )
     layouts = stored_layouts(source)
     edits, edited, insides = _read_undo(source, layouts)
     norms: dict[str, tuple[float, float]] = {}

@@ -16,6 +16,7 @@ import torch
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
@@ -126,10 +127,12 @@ def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str
 
     hashes: the hashes that are already known. The others are added to it.
     """
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in hashes:
-            hashes[name] = sha256(file)
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    missing = {name: file for name, file in files.items() if name not in hashes}
+    total = sum(file.stat().st_size for file in missing.values())
+    with progress_bar(total, "hash", unit="B", unit_scale=True, leave=False) as bar:
+        for name, file in missing.items():
+            hashes[name] = sha256(file, bar.update)
     record = record | {"sha256": dict(sorted(hashes.items())), "environment": environment_record()}
     write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

@@ -42,13 +42,17 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, name: str, **kwargs: Any) -> None:
-        as_script = Path(sys.argv[0]).name == SCRIPT
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(f"{SCRIPT} {name}" if as_script else f"python -m {PACKAGE_NAME}.{name}", **kwargs)
+        super().__init__(program(name), **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, None if silent() else f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def program(name: str) -> str:
+    """Return how a command is called, in the way that this one was: as a module, or by the console script."""
+    return f"{SCRIPT} {name}" if Path(sys.argv[0]).name == SCRIPT else f"python -m {PACKAGE_NAME}.{name}"
 
 
 def main(

@@ -129,7 +129,7 @@ def make_bundle(
         **{"environment": environment_record(), "sha256": {file.name: sha256(bundle / file.name) for file in files}},
     }
     write_atomic(bundle / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    say(f"{bundle}: {len(files) + 1} files; check it with python -m kernel_surgery.reproduce --check {bundle}")
+    say(f"{bundle}: {len(files) + 1} files")
     # A broken certificate does not stop the evaluation. The exit status reports it.
     return not json.loads((bundle / "certificate.json").read_text(encoding="utf-8"))["faults"]
 

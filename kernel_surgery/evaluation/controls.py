@@ -25,6 +25,7 @@ from torch import nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.common.progress import progress
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.yardsticks import haar_basis
 from kernel_surgery.edit.modes import applier_of
@@ -93,7 +94,7 @@ def moments(
 
     encoded, batches = encode(tokenizer, prompts, batch_tokens, [chat])
     with reading(model, tokenizer, list(layers), "mlp_out", take) as read:
-        for batch in batches:
+        for batch in progress(batches, total=len(batches), desc="activations"):
             read([encoded[i] for i in batch])
     return found
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.common.progress import progress
 from kernel_surgery.damage.measure import measure_damage
 from kernel_surgery.damage.measure import table as damage_table
 from kernel_surgery.edit.modes import applied
@@ -130,12 +131,13 @@ def probes(states: States, languages: int) -> dict[str, dict[int, float]]:
 
     languages: their number. Chance is 1 / languages.
     """
-    accuracies = {}
-    for site, by_layer in states.items():
-        problems = len(next(iter(by_layer.values()))) // languages
+    accuracies: dict[str, dict[int, float]] = {site: {} for site in states}
+    each = [(site, layer, x) for site, by_layer in states.items() for layer, x in by_layer.items()]
+    for site, layer, x in progress(each, total=len(each), desc="probes"):
+        problems = len(x) // languages
         labels = torch.arange(languages).repeat(problems)
         groups = torch.arange(problems).repeat_interleave(languages)
-        accuracies[site] = {layer: probe_accuracy(x, labels, groups) for layer, x in by_layer.items()}
+        accuracies[site][layer] = probe_accuracy(x, labels, groups)
     return accuracies
 
 

@@ -24,6 +24,7 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.engines.offline import require_vllm
@@ -295,6 +296,7 @@ def evaluate(
     }
     write_cells(samples, cells)
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_report(folder / "report.html", results, cells)
+    with waiting("writing the report"):
+        write_report(folder / "report.html", results, cells)
     ranks.wait()
     return Evaluation(folder, results, cells)

@@ -10,6 +10,7 @@ from kernel_surgery.certify.quantised import same_bytes
 from kernel_surgery.checkpoint.adapter import WEIGHTS, edited_by, unpacked
 from kernel_surgery.checkpoint.record import edits_file, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
+from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.lora import lora_pair
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.folder import changed_files
@@ -64,7 +65,7 @@ def _baked(folder: Path, original: Path, record: dict[str, Any]) -> dict[str, Te
         raise MismatchError(f"{str(folder)!r} was made of another model: its tensors have other names. {_NEXT}")
     edited = parts(layout_in(original), layouts(folder), record["layers"])
     changed = {name for part in edited for name in part.tensors}
-    for name in one:
+    for name in progress(one, total=len(one), desc="compare"):
         shapes = one[name][1].shape, other[name][1].shape
         if shapes[0] != shapes[1] or (name not in changed and not same_bytes(one[name], other[name])):
             raise MismatchError(f"{str(folder)!r} was made of another model: {name} differs. {_NEXT}")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output
-from kernel_surgery.common.progress import progress
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.hashing import sha256
 
@@ -75,9 +75,12 @@ def changed_files(folder: Path, hashes: dict[str, str], record: str = PROVENANCE
     hashes: {file name: SHA-256}. record: the name of the record, for the messages.
     """
     faults = []
-    for name, digest in progress(hashes.items(), total=len(hashes), desc="hash"):
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif sha256(folder / name) != digest:
-            faults.append(f"{name} is not the file that was written (its SHA-256 differs from {record})")
+    there = [name for name in hashes if (folder / name).is_file()]
+    total = sum((folder / name).stat().st_size for name in there)
+    with progress_bar(total, "hash", unit="B", unit_scale=True, leave=False) as bar:
+        for name, digest in hashes.items():
+            if name not in there:
+                faults.append(f"{name} is missing")
+            elif sha256(folder / name, bar.update) != digest:
+                faults.append(f"{name} is not the file that was written (its SHA-256 differs from {record})")
     return faults

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 CHUNK = 16 << 20
@@ -52,7 +53,11 @@ class Follower:
         return self._digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, advance: Callable[[int], object] = lambda n: None) -> str:
+    """Return the hex SHA-256 of a file. advance: called with the number of bytes that were just read."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, max(1, path.stat().st_size))))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            advance(n)
+    return digest.hexdigest()

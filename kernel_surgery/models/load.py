@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
+from kernel_surgery.common.progress import shown, waiting
 from kernel_surgery.common.ranks import current
 from kernel_surgery.files.contents import contents, select
 from kernel_surgery.models.gguf import is_gguf, opened
@@ -56,6 +57,15 @@ def hub_id(name: str | os.PathLike) -> str | None:
         cached = re.fullmatch(r"models--([^/]+)--([^/]+)", path.resolve().parent.parent.name)
         return f"{cached[1]}/{cached[2]}" if cached and path.resolve().parent.name == "snapshots" else None
     return str(name) if _HUB_ID.fullmatch(str(name)) else None
+
+
+def findable(name: str | None) -> str | None:
+    """Return the name that a record gives of a model if --model finds the model by it here, else None."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    there = (path / "config.json").is_file() or (is_gguf(path) and path.is_file())
+    return name if name in ("polyglot", "smollm2") or there or hub_id(name) else None
 
 
 def quiet_transformers() -> None:
@@ -158,6 +168,13 @@ def load_model(
     check_device_map(device_map)
     source = str(local_folder(resolve_model(name)))
     dtype = parse_dtype("auto", device) if dtype is None else dtype
+    with waiting(f"loading {public_name(source)}"):
+        model = _loaded(source, dtype, device_map)
+        return (model if device_map else model.to(device)).eval()
+
+
+def _loaded(source: str, dtype: torch.dtype, device_map: str | None) -> "PreTrainedModel":
+    """Return the model of a folder, on the CPU or as the device map says. Raises UserError as `load_model` does."""
     quiet_transformers()
     from transformers import AutoConfig
 
@@ -183,7 +200,7 @@ def load_model(
         )
     if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
         model.config._commit_hash = folder.name
-    return (model if device_map else model.to(device)).eval()
+    return model
 
 
 def _dequantised_at_once(config: Any) -> None:
@@ -220,11 +237,12 @@ def check_device_map(device_map: str | None) -> None:
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model. Raises UserError if there is none that can be read. name: as in `load_model`."""
     source = str(local_folder(resolve_model(name)))
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with waiting("loading the tokenizer"):
+            quiet_transformers()
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
     # If the files are missing, transformers returns an empty tokenizer of the model's class without a warning.
@@ -276,7 +294,10 @@ def local_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
+    if shown() and are_progress_bars_disabled():  # `quiet_transformers`; a download of gigabytes needs its bar
+        enable_progress_bars()
     info = HfApi().model_info(source, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 

@@ -322,3 +322,8 @@ REFUSED = {
 
 # Fields of config.json that give the number of routed experts.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def without_number(name: str) -> str:
+    """Return a tensor's name with a star for the number of its expert. Experts of a layer then have one name."""
+    return re.sub(r"\[\d+\]$", "[*]", re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", name))

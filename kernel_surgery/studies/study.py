@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.measure import table as damage_table
@@ -130,7 +131,8 @@ def run_study(
         **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
     }
     write_atomic(folder / "study.json", json.dumps(study, indent=2, ensure_ascii=False) + "\n")
-    write_page(study, folder)
+    with waiting("writing the page"):
+        write_page(study, folder)
     ranks.wait()
     return study
 

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernel_surgery.common.names import ERASING
 from kernel_surgery.models.architectures import spans
 
 WIDTH = 100  # columns at most
@@ -130,7 +131,9 @@ def _holds(subspace: Described) -> str:
     ]
     if not shares:
         return "not recorded: there are no singular values beside the basis"
-    return f"{_range(shares, '.3f')} of the language variance, by layer"
+    # An erasing method weighs the means' differences by the covariance: all of them are 1 at its full rank.
+    of = "what the languages' means tell" if (subspace.fit or {}).get("method") in ERASING else "the language variance"
+    return f"{_range(shares, '.3f')} of {of}, by layer"
 
 
 def _range(values: Sequence[float], form: str) -> str:
