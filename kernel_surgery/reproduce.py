@@ -10,7 +10,6 @@ figure again. See `evaluation.bundle` for the contents.
 
 import argparse
 import json
-import shlex
 from importlib import import_module
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from kernel_surgery.common.ending import (
     wrote,
 )
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.common.progress import waiting
 
 
@@ -95,18 +95,20 @@ def run(argv: list[str] | None = None) -> int:
 
 def _again(bundle: Path) -> Following:
     """Return the command that makes a bundle again, in another folder: it computes what a check does not."""
-    from kernel_surgery.evaluation.bundle import MANIFEST
     from kernel_surgery.models.load import findable
 
-    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
-    args = parser().parse_args(shlex.split(manifest["command"])[3:])
-    place = findable(manifest["model"])
-    words: list[Word] = ["--model", place or "DIR", "--out", free(Path("again")), "--mode", args.mode]
-    for name in ("rank", "languages", "problems", "seed", "controls"):
-        if (value := getattr(args, name)) != parser().get_default(name):
-            words += [f"--{name}", value]
-    note = "This makes it again, and with it what no text shows:"
-    return Following("reproduce", words, note if place else f"{note} DIR is the folder of {manifest['model']}.")
+    results = json.loads((bundle / "results.json").read_text(encoding="utf-8"))
+    config, controls, rank = results["config"], results.get("controls"), (results.get("subspace") or {}).get("rank")
+    model, given = config["model"], parser().get_default
+    place = findable(model)
+    words: list[Word] = ["--model", place or "DIR", "--out", free(Path("again")), "--mode", config["mode"]]
+    asked = {"languages": ",".join(config["languages"]), "problems": config["problems"] // 5, "seed": config["seed"]}
+    asked |= {"rank": rank} if rank is not None and rank < len(LANGUAGES) - 1 else {}  # beyond that none is fitted
+    asked |= {"controls": f"{controls['kind']}:{controls['count']}"} if controls else {}
+    for name, value in asked.items():
+        words += [] if value == given(name) else [f"--{name}", value]
+    note = "This makes it again, and with it what no text shows."
+    return Following("reproduce", words, note if place else f"{note} DIR is the folder of {model}.")
 
 
 if __name__ == "__main__":

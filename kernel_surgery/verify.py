@@ -137,7 +137,8 @@ def run(argv: list[str] | None = None) -> int:
     certificate = ({"damage_in_words": damage} if damage else {}) | certificate
     certificate["command"] = command_line("verify", argv)
     if args.out:
-        write(args.out, certificate)
+        with waiting("drawing the plot"):
+            write(args.out, certificate)
     if damage:
         print(damage)
     print(shown(certificate))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernel_surgery.common.names import BATCH_TOKENS
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.damage.neutral import NeutralText, Reading
+from kernel_surgery.damage.neutral import NeutralText, Reading, encoded, tokens_in
 from kernel_surgery.damage.words import (
     BITS4,
     BITS8,
@@ -67,20 +67,18 @@ def measure_damage(
     """
     blocks: dict[str, Block] = {mode: partial(applied, mode, model, subspace, strength, force) for mode in modes}
     names = [PRECISION, BITS8, BITS4, *((HAAR, MATCHED) if controls else ())]
-    # Two passes more: the original, and the activations' moments.
-    with progress_bar(len(blocks) + len(names) + 1, "damage", leave=False) as bar:
-        text = NeutralText(model, tokenizer, languages, split)
-        bar.update()
+    # One pass more: the original.
+    passes, total = len(blocks) + len(names) + 1, tokens_in(encoded(tokenizer, languages, split))
+    with progress_bar(passes * total, "damage", unit="token", unit_scale=True, leave=False) as bar:
+        text = NeutralText(model, tokenizer, languages, split, bar.update)
         yardsticks = {CONSTANT: text.read(text.constant_predictions)}
         for name, block in yardstick_blocks(text, names, subspace, strength, force):
             with block():
                 yardsticks[name] = text.read()
-            bar.update()
         edits: dict[str, dict[str, Reading]] = {}
         for mode, block in blocks.items():
             with block():
                 edits[mode] = text.read()
-            bar.update()
     return {
         **{"split": split, "sentences": text.sentences, "precision": other_precision(model)},
         "neutral": {mode: _figures(by) for mode, by in edits.items()},

@@ -63,11 +63,25 @@ class Reading:
         }
 
 
+Encoded = dict[str, list[list[int]]]  # {language: the token ids of each sentence}
+
+
+def encoded(tokenizer: "PreTrainedTokenizerBase", languages: Sequence[str], split: Split) -> Encoded:
+    """Return the token ids of the neutral text."""
+    texts = neutral(split)
+    return {lang: [tokenizer(text).input_ids for text in texts[lang]] for lang in languages}
+
+
+def tokens_in(text: Encoded) -> int:
+    """Return the number of tokens of a text: what one pass over it reads."""
+    return sum(len(ids) for sentences in text.values() for ids in sentences)
+
+
 class NeutralText:
     """The original's predictions on neutral text, with which every changed model is compared.
 
     model: as it is when this is created, that is unedited. languages: of `problems.neutral`. split: "dev" to choose
-    an edit, "test" to report it.
+    an edit, "test" to report it. advance: called with the number of tokens that the model just read, in every pass.
 
     The original's logits are kept on the CPU in float32, [tokens, vocabulary]: about 450 tokens per language.
     """
@@ -78,10 +92,11 @@ class NeutralText:
         tokenizer: "PreTrainedTokenizerBase",
         languages: Sequence[str],
         split: Split = "test",
+        advance: Callable[[int], object] = lambda tokens: None,
     ):
         self.model, self.tokenizer, self.languages, self.split = model, tokenizer, tuple(languages), split
-        texts = neutral(split)
-        self.encoded = {lang: [tokenizer(text).input_ids for text in texts[lang]] for lang in languages}
+        self.advance = advance
+        self.encoded = encoded(tokenizer, languages, split)
         self._pad = padding_id(model, tokenizer)
         self._logits = {lang: self._sentence_logits(lang) for lang in languages}
 
@@ -101,6 +116,7 @@ class NeutralText:
                 logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
             for index, row, kept in zip(batch, logits, mask.bool(), strict=True):
                 found[index] = row[kept.to(row.device)][:-1].float().cpu()
+            self.advance(sum(len(encoded[i]) for i in batch))
         return [found[index] for index in range(len(encoded))]
 
     def model_predictions(self, language: str) -> Iterator[Tensor]:

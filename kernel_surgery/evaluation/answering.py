@@ -43,8 +43,11 @@ class Asking(Protocol):
     @property
     def chat(self) -> Chat: ...
 
-    def write(self, prompts: Sequence[str], advance: Callable[[int], object]) -> list[Generation]:
-        """Return greedy texts, in the order of `prompts`. advance: called with the number of texts just finished."""
+    def write(self, prompts: Sequence[str], advance: Callable[[float], object]) -> list[Generation]:
+        """Return greedy texts, in the order of `prompts`.
+
+        advance: called with the number of texts just finished, or with fractions of it.
+        """
         ...
 
     def about(self, problems: Sequence[Problem]) -> "Asking":
@@ -71,7 +74,7 @@ class Context:
         """Return the same about other problems."""
         return replace(self, problems=tuple(problems))
 
-    def write(self, prompts: Sequence[str], advance: Callable[[int], object]) -> list[Generation]:
+    def write(self, prompts: Sequence[str], advance: Callable[[float], object]) -> list[Generation]:
         """Generate greedy texts (`evaluation.generate.generate`)."""
         return generate(
             *(self.model, self.tokenizer, prompts),
@@ -98,7 +101,7 @@ def answer_cells(context: Asking, edits: Mapping[str, EditBlock], done: Cells, s
     """
     cells, missing = dict(done), missing_cells(context, list(edits), done)
     decode = text_of(context.tokenizer, context.chat)
-    with progress_bar(len(missing) * len(context.problems), unit="text") as bar:
+    with progress_bar(len(missing) * len(context.problems), unit="text", unit_scale=True) as bar:
         for name in dict.fromkeys(name for name, _ in missing):
             with edits[name]() as records:
                 for language in (lang for which, lang in missing if which == name):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError
+from kernel_surgery.common.progress import shown
 from kernel_surgery.evaluation.judging import Generation, text_of
 from kernel_surgery.models.before import check_positions
 from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.models.padding import padded, padding_id
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -81,6 +82,18 @@ def checkpoint_settings_aside(model: "PreTrainedModel") -> Iterator[None]:
         model.generation_config = own
 
 
+def _reporting(texts: int, max_new_tokens: int, advance: Callable[[float], object]) -> "StoppingCriteriaList":
+    """Return a stopping criterion that never stops: it reports each new token of a batch as a share of its texts."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Reporting(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: object, **more: object) -> torch.Tensor:
+            advance(texts / max_new_tokens)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return StoppingCriteriaList([Reporting()])
+
+
 def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -88,13 +101,13 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    advance: Callable[[int], object] = lambda done: None,
+    advance: Callable[[float], object] = lambda done: None,
     chat: Chat = OFF,
 ) -> list[Generation]:
     """Generate greedy continuations, in the order of `prompts`.
 
-    max_new_tokens: the budget per text. advance: called with the number of prompts that were just finished.
-    chat: how the prompts are put to the model.
+    max_new_tokens: the budget per text. advance: called with the number of prompts that were just finished; on a
+    terminal after every token, with a fraction of it. chat: how the prompts are put to the model.
 
     Prompts are sorted by length, batched and padded on the left. Positions are counted from the attention mask, so a
     text does not depend on its batch, except for floating-point rounding. Rounding can swap two logits that are almost
@@ -121,11 +134,20 @@ def generate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids, mask = padded([encoded[i] for i in batch], pad, "left", model.device)
+            more, reported = {}, 0.0
+
+            def step(share: float) -> None:
+                nonlocal reported
+                reported += share
+                advance(share)
+
+            if shown():
+                more["stopping_criteria"] = _reporting(len(batch), max_new_tokens, step)
             with torch.no_grad():
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **more)
             for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((t for t, token in enumerate(row) if token in ends), None)
                 new_ids = tuple(row if stop is None else row[:stop])
                 done[i] = Generation(new_ids, decode(new_ids), "length" if stop is None else "stop")
-            advance(len(batch))
+            advance(len(batch) - reported)
     return [done[i] for i in range(len(prompts))]

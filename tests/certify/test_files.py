@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from kernel_surgery.certify.checks import broken, check_tensor
 from kernel_surgery.certify.files import verify_checkpoint
 from kernel_surgery.certify.render import shown
-from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight, remove
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.numerics.bounds import leak_floor
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint

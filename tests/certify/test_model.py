@@ -15,10 +15,11 @@ from kernel_surgery.certify import model as certifying
 from kernel_surgery.certify.checks import LogitComparison, check_span, span_rows
 from kernel_surgery.certify.model import LIMITS, _Certifier, certify_model
 from kernel_surgery.certify.running import greedy, prompt_ids
-from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
+from kernel_surgery.checkpoint.baking import bake_checkpoint
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.edit.modes import APPLIERS
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.layerwise import Layerwise
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.numerics.oracle import project_oracle

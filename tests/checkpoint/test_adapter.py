@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from kernel_surgery import Subspace, adapted, baked, lora, verify
 from kernel_surgery.certify.files import verify_adapter
 from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, write_adapter
-from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256
+from kernel_surgery.checkpoint.baking import bake_checkpoint
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight
 from kernel_surgery.edit.lora import add_pair, lora_pair, padded_rank
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.architectures import mlp_outputs
 from kernel_surgery.numerics.bounds import adapter_bound, applied_bound, baked_element_bound, worst_ratio
 from kernel_surgery.numerics.oracle import bake_oracle, exact_output

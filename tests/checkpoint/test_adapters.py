@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from kernel_surgery import Subspace, adapted
 from kernel_surgery.certify.files import verify_adapter
 from kernel_surgery.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, served_modules, write_adapter
-from kernel_surgery.checkpoint.baking import sha256
 from kernel_surgery.common.errors import KernelSurgeryError
 from kernel_surgery.edit.lora import lora_pair
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.written import read_written
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.architectures import layout_named, mlp_outputs
 from kernel_surgery.models.table import ARCHITECTURES
 from kernel_surgery.numerics.bounds import baked_element_bound, worst_ratio

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernel_surgery.checkpoint import baking
-from kernel_surgery.checkpoint.baking import bake_checkpoint, sha256, undo_checkpoint
+from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files import hashing, tensorfile
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.load import load_model
 from kernel_surgery.numerics.bounds import baked_element_bound, leak_floor, undo_bound, worst_ratio
 from kernel_surgery.numerics.oracle import bake_oracle, leak_of_weight
