@@ -68,9 +68,9 @@ def test_a_mixture_prints_a_row_per_layer_and_kind_and_names_the_tensor_at_fault
 
     (file,) = (tmp_path / "baked").glob("model*.safetensors")
     tensors = load_file(file)
-    name = next(name for name in tensors if re.search(r"\.1\.mlp\.experts\.2\.down_proj", name))
+    name = next(name for name in tensors if re.search(r"\.0\.mlp\.experts\.2\.down_proj", name))
     tensors[name].view(-1)[5] += 9
     save_file(tensors, file, metadata={"format": "pt"})
     bad = verify_checkpoint(tmp_path / "baked", tmp_path / "model")
     assert len(bad["tensors"]) == len(good["tensors"])
-    assert "\nfault: layer 1: model.layers.1.mlp.experts.down_proj[2]: " in shown(bad)
+    assert "\nfault: layer 0: model.layers.0.mlp.experts.down_proj[2]: " in shown(bad)
