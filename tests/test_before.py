@@ -102,7 +102,8 @@ def test_activations_and_texts_are_read(before):
     acts = "study/activations-mlp_out-last.safetensors"
     given = ("--activations", acts, "--rank", 2, "--method", "deviations", "--out", "fitted.safetensors")
     status, out, err = call("fit", *given)
-    assert (status, err) == (0, "") and "rank 2, orthogonal, layers 2-5, site mlp_out, model polyglot" in out
+    assert (status, err) == (0, "") and "model  polyglot, layers 2-5 of 8, site mlp_out, d_model 128" in out
+    assert "fit    deviations, rank 2, 5 problems" in out and "edit   orthogonal" in out
     status, out, err = call("score", "bundle/samples.jsonl")
     assert status == 0 and len(out.splitlines()) == 20 and err.startswith("original en: 5/5 right")
 

@@ -130,7 +130,7 @@ def test_a_study_and_a_bundle_say_what_comes_next(tmp_path, monkeypatch):
     name, words = next_of(said)
     assert "a study/chosen.safetensors" in words and (name != "bake" or words[-4:-2] == ["--strength", "2"])
     said = ended("reproduce", "--model", "polyglot", "--out", "all", "--problems", 1)
-    assert said.count("next: ") == 1 and "\nopen: all/bundle/report.html\n" in said
+    assert said.count("next: ") == said.count("open: ") == 1 and "\nopen: all/bundle/report.html\n" in said
     name, words = next_of(said)
     assert (name, words) == ("reproduce", ["--check", "all/bundle"])
     name, words = next_of(ended(name, *words))

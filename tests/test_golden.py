@@ -198,7 +198,8 @@ def records(file: Path) -> str:
 def printed(text: str, *, numbers: bool = True) -> str:
     """What a command said, without times; numbers=False replaces those that are not whole, and what hangs on them."""
     text = with_places(text, package=PACKAGE)
-    text = re.sub(r"\(\d+ s\)", "({seconds} s)", text)
+    text = re.sub(r"^took \d+ s$", "took {seconds} s", text, flags=re.MULTILINE)
+    text = re.sub(r"^(wrote .* )\([\d.]+ (?:bytes|[kMG]B)\)$", r"\1({size})", text, flags=re.MULTILINE)
     text = re.sub(r"about \d+ min", "about {minutes} min", text)
     if not numbers:
         # Which pair of modes lies furthest apart is a matter of roundings too.

@@ -329,7 +329,8 @@ def certify_model(
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
     where = WRITE if subspace.site == WRITE else "mlp_out"
-    run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
+    with waiting("reading the model's files"):
+        run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)

@@ -34,8 +34,9 @@ def wrote(path: Path, names: Sequence[str] = (), file: TextIO | None = None) -> 
 
 
 def read_it(path: Path) -> None:
-    """Print the page that a person opens."""
-    print(f"open: {quoted(path)}")
+    """Print the page that a person opens. Inside a command that runs others, print nothing."""
+    if not _inside:
+        print(f"open: {quoted(path)}")
 
 
 def next_command(following: Following, file: TextIO | None = None) -> None:

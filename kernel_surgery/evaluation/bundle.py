@@ -17,7 +17,7 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import SubspaceError, UserError
 from kernel_surgery.common.files import check_folder, write_atomic
 from kernel_surgery.common.names import LANGUAGES
-from kernel_surgery.common.progress import progress
+from kernel_surgery.common.progress import progress, waiting
 from kernel_surgery.edit.modes import modes_of
 from kernel_surgery.evaluation.controls import compared
 from kernel_surgery.evaluation.judging import Cells, score_again, score_kept
@@ -179,6 +179,15 @@ def check_bundle(folder: Path) -> list[str]:
             )
     if faults:
         return faults
+    with waiting("computing the figures again"):
+        return _recomputed(folder, results, cells, tokenizer)
+
+
+def _recomputed(
+    folder: Path, results: dict[str, Any], cells: Cells, tokenizer: "PreTrainedTokenizerBase | None"
+) -> list[str]:
+    """Compute every figure again from the texts of a bundle. Return faults."""
+    config, faults = results["config"], list[str]()
     budget = config["max_new_tokens"]
     paired = pair(cells, (results["paired"] or [{"margin": 0.05}])[0]["margin"])
     recomputed = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kernel_surgery.checkpoint.source import check_edit
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.engines.offline import EngineOptions, require_vllm
 from kernel_surgery.engines.texts import parse_arguments
@@ -74,10 +75,14 @@ def in_vllm(
 
     def write() -> list[Pair]:
         texts = []
-        with variants(modes, source, subspace, options.strength, force=options.force) as (found, _):
+        with (
+            variants(modes, source, subspace, options.strength, force=options.force) as (found, _),
+            progress_bar(len(modes) * len(prompts), unit="text", leave=False) as bar,
+        ):
             for mode in modes:
+                bar.set_description(mode)
                 with writing(asking, found[mode], engine):
-                    texts.append([one.text for one in asking.write(prompts, lambda done: None)])
+                    texts.append([one.text for one in asking.write(prompts, bar.update)])
         return [Pair(*one) for one in zip(prompts, *texts, strict=True)]
 
     return headline(None, f"{name} gives no logits; without --engine, --damage measures it"), write

@@ -7,8 +7,9 @@ terminal a difference is coloured. Elsewhere, such as in a file, it stands in br
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.generate import generate
 from kernel_surgery.evaluation.pairs import Piece, pieces_of
@@ -57,10 +58,12 @@ def compare_texts(
     Raises what `generate` and the mode's context manager raise. The model is left as it was.
     """
     texts = []
-    for name in ("original", mode):
-        with applied(name, model, subspace, strength, force):
-            made = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat)
-        texts.append([one.text for one in made])
+    with progress_bar(2 * len(prompts), unit="text", unit_scale=True, leave=False) as bar:
+        more: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "advance": bar.update}
+        for name in ("original", mode):
+            bar.set_description(name)
+            with applied(name, model, subspace, strength, force):
+                texts.append([one.text for one in generate(model, tokenizer, prompts, **more)])
     return [Pair(*one) for one in zip(prompts, *texts, strict=True)]
 
 

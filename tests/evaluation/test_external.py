@@ -118,7 +118,8 @@ def test_the_original_and_the_edited_model_are_counted_apart(tmp_path, capsys):
     right = LINES[0] | {"mode": "original"}
     wrong = LINES[0] | {"mode": "fused", "text": "The answer is 391."}
     assert run([str(written(tmp_path, [right, wrong, right, LINES[0]]))]) == 0
-    rows = capsys.readouterr().err.splitlines()
+    *rows, _, following = capsys.readouterr().err.splitlines()
+    assert following.startswith("next: ")
     assert [row.partition(" right,")[0] for row in rows] == ["original en: 2/2", "fused en: 0/1", "en: 1/1"]
 
 
