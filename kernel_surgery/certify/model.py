@@ -40,7 +40,7 @@ from kernel_surgery.certify.running import (
 )
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import WRITE
-from kernel_surgery.common.progress import progress_bar, waiting
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import MlpSite, decoder_layers, next_norm, submodule
@@ -329,8 +329,7 @@ def certify_model(
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
     where = WRITE if subspace.site == WRITE else "mlp_out"
-    with waiting("reading the model's files"):
-        run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
+    run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]
     run.low.check_length(length + new_tokens)
@@ -353,8 +352,7 @@ def certify_model(
         whole = sum(math.prod(entry.shape) * width for _, entry in run.low.filling.places.values()) <= WHOLE
     given = (run.low, run.made, run.edits, strengths, run.modes, ids, length, run.routing, where)
     decoded, flips = decode(*given) if whole else ({}, {})
-    with waiting("comparing logits"):
-        logits = run.compare_logits(streams, oracles, length, decoded)
+    logits = run.compare_logits(streams, oracles, length, decoded)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "oracle": str(run.wide.dtype).removeprefix("torch."),
