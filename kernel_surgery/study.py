@@ -81,10 +81,8 @@ def run(argv: list[str] | None = None) -> int:
     if not ranks.first:
         return 0
     print(shown(study))
-    pages = [name for name in ("report.html",) if (args.out / name).is_file()]
-    wrote(args.out, [*pages, "study.json", "frozen.json", "chosen.safetensors", "every text and trial"])
-    for name in pages:
-        read_it(args.out / name)
+    wrote(args.out, ("report.html", "study.json", "frozen.json", "chosen.safetensors", "every text and trial"))
+    read_it(args.out / "report.html")
     next_command(after_study(grid, args.out, study))
     return 0
 

@@ -137,7 +137,7 @@ def run(argv: list[str] | None = None) -> int:
     certificate = ({"damage_in_words": damage} if damage else {}) | certificate
     certificate["command"] = command_line("verify", argv)
     if args.out:
-        with waiting("drawing the plot"):
+        with waiting("drawing the page"):
             write(args.out, certificate)
     if damage:
         print(damage)

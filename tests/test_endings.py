@@ -77,7 +77,7 @@ def test_an_adapter_leads_to_its_certificate_and_that_to_its_evaluation(tmp_path
     assert "--lora-modules 'edited=an adapter'" in said and wrote(said) == ["'an adapter'"]
     name, words = next_of(said)
     said = ended(name, *words, "--out", "c.json")
-    assert wrote(said) == ["c.json", "c.svg"]
+    assert wrote(said) == ["c.json", "c.svg", "c.html"] and "\nopen: c.html\n" in said
     name, words = next_of(said)
     assert words == ["--model", "polyglot", "--adapter", "an adapter", "--certificate", "c.json"]
     # Of a broken one it says what to look at.
@@ -126,7 +126,7 @@ def test_a_study_and_a_bundle_say_what_comes_next(tmp_path, monkeypatch):
     lines = ["problems = 1", "max_new_tokens = 8", "budget = 8", "[grid]", "rank = [2]", "strength = [2.0]"]
     (tmp_path / "grid.toml").write_text("\n".join(lines))
     said = ended("study", "grid.toml", "--out", "a study")
-    assert wrote(said)[0].startswith("'a study': study.json, frozen.json, chosen.safetensors")
+    assert wrote(said)[0].startswith("'a study': report.html, study.json, frozen.json")
     name, words = next_of(said)
     assert "a study/chosen.safetensors" in words and (name != "bake" or words[-4:-2] == ["--strength", "2"])
     said = ended("reproduce", "--model", "polyglot", "--out", "all", "--problems", 1)

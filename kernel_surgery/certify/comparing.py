@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.certify.checks import LogitComparison
+from kernel_surgery.common.progress import waiting
 from kernel_surgery.models.layerwise import Layerwise
 
 # The original makes about a dozen roundings per layer. An edited layer makes one or two more. So a mode whose error is
@@ -62,6 +63,7 @@ class Compared:
                 self.fault(index, mode, f"the error of the hidden states is {row[mode] / own:.3g} times the original's")
         self.hidden.append(row)
 
+    @waiting("comparing logits")
     def compare_logits(
         self, streams: dict[str, Stream], oracles: dict[str, Tensor], prompt: int, decoded: dict[str, Tensor]
     ) -> dict[str, dict[str, Any]]:

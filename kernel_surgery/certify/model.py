@@ -40,7 +40,7 @@ from kernel_surgery.certify.running import (
 )
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import WRITE
-from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.common.progress import progress_bar, waiting
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
 from kernel_surgery.models.architectures import MlpSite, decoder_layers, next_norm, submodule
@@ -60,6 +60,7 @@ Rows = dict[str, dict[str, Any]]  # {mode: figures}
 class _Certifier(Compared):
     """Collect the figures and faults of one certificate."""
 
+    @waiting("reading the model's files")
     def __init__(
         self,
         source: Path,
