@@ -1,7 +1,7 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help run smollm2 test slow real engines check fix gpu bench docs reproduce
+.PHONY: help run smollm2 test slow real engines check fix gpu bench docs reproduce notebook
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
@@ -14,6 +14,7 @@ help:
 	@echo "make check  ruff, mypy, the import order and the packaging: a minute"
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make docs   the documentation as a site, in site/, with every link checked; make docs SERVE=1 shows it"
+	@echo "make notebook  run examples/first_steps.ipynb and store its outputs: a minute"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them;"
 	@echo "            make gpu DRY=1 runs each part up to its first use of the GPU, on any machine"
 	@echo "make bench  the list of benchmarks; make bench NAME=opcount runs one"
@@ -49,6 +50,9 @@ fix:
 
 docs:
 	$(PYTHON) -m bench.site $(if $(SERVE),--serve)
+
+notebook:
+	$(PYTHON) -m tests.test_notebook --update
 
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(DRY),--dry)

@@ -74,6 +74,8 @@ setup(
             *("gguf>=0.10", "accelerate", "concept-erasure>=0.2.4", "optuna>=4.2", "openai>=2"),
             "compressed-tensors>=0.15",
             *("zensical>=0.0.73", "math-core>=0.9"),
+            # The notebook is run by Jupyter's own client.
+            *("nbclient>=0.10", "ipykernel>=6.29"),
         ],
         # The site of the documentation (`make docs`).
         "docs": ["zensical>=0.0.73", "math-core>=0.9"],

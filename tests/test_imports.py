@@ -217,7 +217,7 @@ def test_every_exported_name_is_what_its_module_defines():
         _ = kernel_surgery.hocked
 
 
-TEXT = {".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".html", ".svg", ".in", ".cfg", ".yml", ""}
+TEXT = {".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".html", ".svg", ".in", ".cfg", ".yml", ".ipynb", ""}
 # Written in two pieces, so that this file does not hold what it looks for.
 PRIVATE = [b"/" + folder + b"/" for folder in (b"work", b"tmp", b"root", b"home")]
 
@@ -227,7 +227,7 @@ LEFT_BY_RUNS = {".json", ".jsonl", ".svg", ".html"}
 
 def private_paths(root: Path) -> list[str]:
     """Files of the project that mention a folder of the machine they were written on."""
-    folders = ("kernels", "kernel_surgery", "bench", "tests", "docs", ".ci")
+    folders = ("kernels", "kernel_surgery", "bench", "tests", "docs", "examples", ".ci")
     files = [
         # Records and pages at the top are what a run left there; git ignores them.
         *(path for path in root.iterdir() if path.is_file() and path.suffix not in LEFT_BY_RUNS),
