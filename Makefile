@@ -1,7 +1,7 @@
 # PYTHON names the interpreter of the environment the project is installed in: make test PYTHON=.venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help run smollm2 test slow real engines check fix gpu bench docs reproduce notebook
+.PHONY: help run smollm2 test slow real engines check fix gpu bench docs reproduce notebook release
 
 help:
 	@echo "make run    evaluate the embedded model, original and fused"
@@ -15,6 +15,7 @@ help:
 	@echo "make fix    apply ruff's automatic fixes"
 	@echo "make docs   the documentation as a site, in site/, with every link checked; make docs SERVE=1 shows it"
 	@echo "make notebook  run examples/first_steps.ipynb and store its outputs: a minute"
+	@echo "make release  build the wheel and the source distribution from the last commit, test both, print the notes"
 	@echo "make gpu    the tests and measurements that need a CUDA GPU; make gpu PARTS=compiled some of them;"
 	@echo "            make gpu DRY=1 runs each part up to its first use of the GPU, on any machine"
 	@echo "make bench  the list of benchmarks; make bench NAME=opcount runs one"
@@ -53,6 +54,9 @@ docs:
 
 notebook:
 	$(PYTHON) -m tests.test_notebook --update
+
+release:
+	$(PYTHON) -m tests.release
 
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(DRY),--dry)

@@ -7,11 +7,57 @@ imports (CONTRIBUTING.md, "The kernels trap"). Packages are therefore listed, no
 
 from setuptools import setup
 
+# A package index shows this page. README.md does not fit: its pictures and links lead to files of the clone.
+DESCRIPTION = """\
+# Kernel Surgery
+
+Kernel Surgery finds the directions in which a multilingual language model's activations change when only the language
+changes. It removes them from the model's MLPs, and it measures exactly what changed.
+
+A small model comes with it, so a first run needs no download and no GPU:
+
+```bash
+pip install kernel-surgery
+kernel-surgery eval --mode fused
+```
+
+It compares that model with and without its language subspace, and writes a report. From Python:
+
+```python
+from kernel_surgery import POLYGLOT_SUBSPACE, Subspace, compare_texts, load_model, load_tokenizer
+
+model, tokenizer = load_model("polyglot"), load_tokenizer("polyglot")
+subspace = Subspace.load(POLYGLOT_SUBSPACE)
+for strength in (1.0, 2.0):  # 1 removes the subspace, 2 reflects it
+    (pair,) = compare_texts(model, tokenizer, ["Work out 238 + 152."], subspace, strength=strength)
+    print(pair)
+```
+
+`kernel-surgery` lists the commands. They collect activations, fit a subspace, write the edit into a checkpoint or as an
+adapter, certify it, and evaluate it. They take most open-weight models. The source distribution holds the documentation
+(`docs/`), a notebook (`examples/`), the tests and the benchmarks.
+
+It is tested on Linux, with Python 3.11 and 3.12.
+"""
+
 setup(
     name="kernel-surgery",
     version="0.1.0",
     description="Measure the language subspace of a multilingual LM, remove it, and prove what that did",
-    license="Apache-2.0",
+    long_description=DESCRIPTION,
+    long_description_content_type="text/markdown",
+    keywords=["interpretability", "language models", "model editing", "concept erasure", "multilinguality"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[

@@ -25,7 +25,7 @@ def test_the_citation_has_what_the_format_asks_for():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert all("name" in author or "family-names" in author for author in citation["authors"])
-    assert citation["license"] == "Apache-2.0" and 'license="Apache-2.0"' in (ROOT / "setup.py").read_text()
+    assert citation["license"] == "Apache-2.0" and 'license_expression="Apache-2.0"' in (ROOT / "setup.py").read_text()
 
 
 def test_every_link_of_the_changelog_leads_to_a_file():

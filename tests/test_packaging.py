@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import venv
@@ -31,11 +30,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kernel_surgery
+from tests.support.distribution import build, copy_of_the_tree, run, unpack
 from tests.support.marks import everyday
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_FILES = "setup.py pyproject.toml zensical.toml MANIFEST.in LICENSE README.md CONTRIBUTING.md Makefile "
-TOP_FILES += "constraints.txt"
 MARKER = "stands for the PyPI package"
 
 # Run by every interpreter under test, as `-c` and as a module under `-m`. Prints one line of JSON.
@@ -64,40 +62,6 @@ if "import" in os.environ["PROBE"]:
     report["imported"] = os.path.realpath(project.__file__)
 print(json.dumps(report))
 """
-
-
-def copy_of_the_tree(target: Path) -> Path:
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial")
-    for name in ("kernels", "kernel_surgery", "tests", "docs", "bench", ".ci"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
-    for name in TOP_FILES.split():
-        if (ROOT / name).is_file():
-            shutil.copy2(ROOT / name, target / name)
-    if (ROOT / "PKG-INFO").is_file() and not (target / "kernel_surgery" / "kernels").exists():
-        # An unpacked source distribution, which cannot hold the link: a clone would have it.
-        (target / "kernel_surgery" / "kernels").symlink_to("../kernels", target_is_directory=True)
-    return target
-
-
-def run(command: list[str], cwd: Path, **variables: str) -> str:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", **variables}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def build(source: Path, *kinds: str) -> dict[str, Path]:
-    """Run setuptools' own build hooks in `source`, as pip does; gives the files made, by kind."""
-    out = source.parent / f"{source.name}-built"
-    out.mkdir(exist_ok=True)
-    code = (
-        "import json; from setuptools import build_meta as b\n"
-        f"print(json.dumps({{kind: getattr(b, 'build_' + kind)({str(out)!r}) for kind in {kinds!r}}}))"
-    )
-    last = run([sys.executable, "-c", code], source).splitlines()[-1]
-    return {kind: out / name for kind, name in json.loads(last).items()}
 
 
 class Places:
@@ -278,9 +242,7 @@ def test_the_source_distribution_holds_kernels_once_and_builds_the_same_wheel(pl
         assert not [name for name in names if name.startswith("kernel_surgery/kernels")]
         assert {"LICENSE", "constraints.txt", "tests/test_packaging.py", ".ci/run"} <= set(names)
         assert {"tests/labelled.jsonl", "docs/retest.toml", "docs/site.css", "zensical.toml"} <= set(names)
-        # Python 3.11 knows filters from 3.11.4 on.
-        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    (unpacked,) = tmp_path.iterdir()
+    unpacked = unpack(places.built["sdist"], tmp_path)
     again = zipfile.ZipFile(build(unpacked, "wheel")["wheel"]).namelist()
     assert sorted(again) == sorted(zipfile.ZipFile(places.built["wheel"]).namelist())
 
