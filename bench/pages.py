@@ -27,8 +27,8 @@ STUDY = ROOT / "docs" / "retest.json"
 END = "<!-- end -->"
 
 
-def answers() -> str:
-    """README.md: the evaluation's table with its command, machine and date."""
+def answers(explained: str = "below") -> str:
+    """The evaluation's table with its command, machine and date. explained: link to what its columns mean."""
     from kernel_surgery.evaluation.tables import strict_table
 
     results = json.loads(ANSWERS.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def answers() -> str:
         f"```text\n{results['damage_in_words']}\n\n{strict_table(results['modes'], results['paired'])}\n```\n\n"
         f"`{command}` took {results['seconds']:.0f} s on {environment['device']}, torch {environment['torch']}, "
         f"commit {environment['commit'][:10]}, {environment['date'][:10]}. FAT: tokens until the right answer is "
-        "complete; Holm p: corrected for all comparisons; the rest: see [below](#how-an-answer-is-judged).\n"
+        f"complete; Holm p: corrected for all comparisons; the rest: see {explained}.\n"
     )
 
 
@@ -103,11 +103,13 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "growth": tables.growth,
         "fields": tables.fields,
     },
+    "docs/cost.md": {"speed": lambda: tables.speed("benchmarks.md")},
     "docs/engines.md": {
         "engines": engines.found,
         "engines-models": engines.architectures,
         "throughput": engines.throughput,
     },
+    "docs/judging.md": {"answers": answers},
     "docs/models.md": {"models": architectures.found, "refused": architectures.refused},
     "docs/api.md": {"api": api.page},
     "docs/errors.md": messages.SECTIONS,

@@ -78,8 +78,11 @@ def opcount(model: str) -> str:
     return out + where(stored[0]) if stored else ""
 
 
-def speed() -> str:
-    """README.md: the counted work in short, then one line for each other ratio, each with where it was measured."""
+def speed(whole: str) -> str:
+    """The counted work in short, then one line for each other ratio, each with where it was measured.
+
+    whole: where the page of all tables is, from the page that this stands on.
+    """
     stored, body = opcount_rows("stack"), []
     dtypes, sizes = (list(dict.fromkeys(r[key] for r in stored)) for key in ("dtype", "M"))
     for name in dict.fromkeys(r["provider"] for r in stored):
@@ -115,7 +118,7 @@ def speed() -> str:
                 f"{where(r)}"
             )
     out = table(["", *head], body) + "\n" + where(stored[0]) + "\n" if stored else ""
-    return out + "".join(lines) + "\nIn full: [docs/benchmarks.md](docs/benchmarks.md).\n"
+    return out + "".join(lines) + f"\nIn full: [docs/benchmarks.md]({whole}).\n"
 
 
 def op_tables(stored: list[dict]) -> str:

@@ -1,0 +1,103 @@
+"""What the pages of docs/ say is so: their commands parse, the options that they name exist, their snippets run."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kernel_surgery.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("docs/**/*.md"))}
+COMMAND = r"(?:python -m |-m )((?:kernel_surgery|bench)[.\w]*)|kernel-surgery (\w+)"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
+PRINTED = re.compile("<!-- measured: .*?<!-- end -->", re.S)  # what commands have written there
+
+
+def module_of(match: re.Match) -> str:
+    """The module whose parser reads a command."""
+    if match[2]:
+        return f"kernel_surgery.{match[2]}"
+    return {"bench": "bench.__main__", "kernel_surgery": "kernel_surgery.__main__"}.get(match[1], match[1])
+
+
+def parser_of(module: str) -> argparse.ArgumentParser:
+    return importlib.import_module(module).parser()
+
+
+def typed(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, words) of every command that a reader can type: in fenced and in indented blocks."""
+    text = PRINTED.sub("", text)
+    blocks = [body for kind, body in FENCE.findall(text) if kind in ("bash", "text", "console")]
+    blocks += [re.sub("^ {4}", "", body, flags=re.M) for body in INDENTED.findall(FENCE.sub("", text))]
+    found = []
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        if (match := re.search(COMMAND, line)) and not line.startswith(("error:", "usage:")):
+            words = shlex.split(re.split(r" (?:&&|\||>|2>) ", line[match.end() :])[0], comments=True)
+            found.append((module_of(match), tuple(word for word in words if word != "...")))
+    return found
+
+
+def mentioned(text: str) -> list[tuple[str, list[str]]]:
+    """(module, options) of every command in a sentence, which may leave out what it needs."""
+    found = []
+    for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        if match := re.match(COMMAND, code):
+            found.append((module_of(match), re.findall(r"(?<!\S)--[\w-]+", code)))
+    return found
+
+
+TYPED = sorted({(page, *command) for page, text in PAGES.items() for command in typed(text)})
+
+
+def test_there_are_commands_to_check():
+    assert {f"kernel_surgery.{name}" for name in COMMANDS} <= {module for _, module, _ in TYPED}
+
+
+@pytest.mark.parametrize("page, module, words", TYPED, ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_every_command_of_a_page_is_one_that_its_parser_takes(page, module, words):
+    if module.endswith("__main__") or "--list-models" in words:  # they print and stop, as --help does
+        assert words in ((), ("--list-models",)) or module == "bench.__main__"
+        return
+    parser_of(module).parse_args(words)
+    with pytest.raises(SystemExit):  # the check can fail
+        parser_of(module).parse_args(["--no-such-option", *words])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_of_a_command_in_a_sentence_exists(page):
+    for module, options in mentioned(PAGES[page]):
+        if not module.endswith("__main__") and options:
+            known = parser_of(module)._option_string_actions
+            assert not [option for option in options if option not in known], module
+
+
+def sections() -> dict[str, str]:
+    """{command: its section} of docs/commands.md."""
+    parts = re.split(r"^## (\w+)\n", PAGES["docs/commands.md"], flags=re.M)
+    return {name: body.partition("\n## ")[0] for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_the_reference_has_a_section_for_each_command():
+    assert [name for name in sections() if name in COMMANDS] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_section_of_the_reference_names_options_of_its_command(name):
+    known = parser_of(f"kernel_surgery.{name}")._option_string_actions
+    words = re.findall(r"`([^`]*)`", FENCE.sub("", sections()[name]))
+    here = [word for word in words if word.startswith("--")]
+    assert not [word for word in here if word.split()[0].split("|")[0] not in known]
+
+
+def test_the_snippets_of_the_page_of_modes_run(capsys):
+    first, second = re.findall(r"<!-- tested: modes -->\n```python\n(.*?)```", PAGES["docs/modes.md"], re.S)
+    names: dict = {}
+    exec(compile(first, "docs/modes.md", "exec"), names)
+    assert "238+152" in capsys.readouterr().out
+    exec(compile(second, "docs/modes.md", "exec"), names)
+    assert capsys.readouterr().out.strip() == str([True] * 3 + [False] + [True] * 4)
