@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from kernel_surgery.__main__ import COMMANDS
+from kernel_surgery.common.errors import ModelError
+from kernel_surgery.evaluation.external import check_labels, label_table, read_lines, scored, summary_table
+from kernel_surgery.files.problems import problem_source
+from kernel_surgery.models.architectures import layout_named
+from kernel_surgery.studies.declaring import read_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("docs/**/*.md"))}
@@ -30,16 +36,24 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 
 
 def typed(text: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(module, words) of every command that a reader can type: in fenced and in indented blocks."""
+    """(module, words) of every command that a reader can type: in fenced and in indented blocks, or printed as next."""
     text = PRINTED.sub("", text)
-    blocks = [body for kind, body in FENCE.findall(text) if kind in ("bash", "text", "console")]
-    blocks += [re.sub("^ {4}", "", body, flags=re.M) for body in INDENTED.findall(FENCE.sub("", text))]
+    lines = [line for kind, body in FENCE.findall(text) if kind in ("bash", "text") for line in lines_of(kind, body)]
+    lines += [line for body in INDENTED.findall(FENCE.sub("", text)) for line in lines_of("bash", body)]
     found = []
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        if (match := re.search(COMMAND, line)) and not line.startswith(("error:", "usage:")):
+    for line in lines:
+        if match := re.search(COMMAND, line):
             words = shlex.split(re.split(r" (?:&&|\||>|2>) ", line[match.end() :])[0], comments=True)
             found.append((module_of(match), tuple(word for word in words if word != "...")))
     return found
+
+
+def lines_of(kind: str, body: str) -> list[str]:
+    """The lines of a block that may hold a command: of what was printed, those that are one."""
+    lines = body.replace("\\\n", " ").splitlines()
+    if kind == "bash":
+        return lines
+    return [] if body.startswith("error:") else [line for line in lines if re.match(rf"(?:next: )?(?:{COMMAND})", line)]
 
 
 def mentioned(text: str) -> list[tuple[str, list[str]]]:
@@ -101,3 +115,37 @@ def test_the_snippets_of_the_page_of_modes_run(capsys):
     assert "238+152" in capsys.readouterr().out
     exec(compile(second, "docs/modes.md", "exec"), names)
     assert capsys.readouterr().out.strip() == str([True] * 3 + [False] + [True] * 4)
+
+
+JUDGE = "docs/how-to/judge-your-own-texts.md"
+
+
+def test_the_verdicts_that_a_page_shows_are_the_scorers(tmp_path):
+    blocks = [body for _, body in FENCE.findall(PAGES[JUDGE])]
+    texts, _, verdicts, summary, labelled, _, table, problems = blocks[:8]
+    (tmp_path / "texts.jsonl").write_text(texts, encoding="utf-8")
+    lines = [scored(line) for line in read_lines(tmp_path / "texts.jsonl")]
+    for line, shown in zip(lines, verdicts.splitlines(), strict=True):
+        held = json.loads(shown.replace("{...,", "{"))
+        assert held.items() <= line.items() and set(held) == {"text", "extracted", "correct", "language_found"}
+    assert summary_table(lines) == summary.strip()
+    (tmp_path / "labelled.jsonl").write_text(labelled, encoding="utf-8")
+    lines = read_lines(tmp_path / "labelled.jsonl")
+    check_labels(tmp_path / "labelled.jsonl", lines)
+    assert label_table(lines) == table.rstrip("\n")
+    (tmp_path / "mine.jsonl").write_text(problems, encoding="utf-8")
+    assert problem_source([str(tmp_path / "mine.jsonl")]).languages() == ("zh", "en")
+
+
+@pytest.mark.parametrize("kind", ["grid", "search"])
+def test_a_declaration_on_a_page_can_be_read(kind, tmp_path):
+    found = [body for language, body in FENCE.findall(PAGES["docs/how-to/run-a-study.md"]) if language == "toml"]
+    (declaration,) = [body for body in found if f"\n[{kind}]" in body]
+    (tmp_path / f"{kind}.toml").write_text(declaration)
+    assert kind in read_grid(tmp_path / f"{kind}.toml")
+
+
+def test_the_architecture_that_a_page_adds_is_refused_as_it_shows():
+    with pytest.raises(ModelError) as refused:
+        layout_named("vaultgemma")
+    assert f"error: {refused.value}\n" in PAGES["docs/how-to/add-an-architecture.md"]
