@@ -15,7 +15,7 @@ SECTIONS = {
     "Measure and fit": ("collect_activations", "collect_moments", "fit_subspace", "Subspace"),
     "Edit a model in memory": ("hooked", "fused", "baked", "adapted", "project"),
     "Edit a checkpoint on disk": ("bake_checkpoint", "write_adapter"),
-    "Check and compare": ("certify_model", "verify_checkpoint", "evaluate"),
+    "Check and compare": ("certify_model", "verify_checkpoint", "evaluate", "measure_damage", "compare_texts"),
     "Errors": ("KernelSurgeryError",),
 }
 # The decorators that change how a name is used.

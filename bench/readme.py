@@ -9,6 +9,7 @@ from kernel_surgery.models.table import ARCHITECTURES
 
 # A method's case on the GPU: (case, sequences, tokens), as the column's head.
 SHOWN = {"prefill, 8 x 2048": ("prefill", 8, 2048), "decode, batch 8": ("decode", 8, 1024)}
+LEFT_OUT = ("fused output", "peft, 16-bit adapter", "nnsight")  # they stand in docs/benchmarks.md
 COUNTED = 64  # tokens of the pass whose bytes are counted
 
 
@@ -20,7 +21,7 @@ def peers() -> str:
         return ""
     timed = [r for r in rows(f"{found[-1]}/model.json") if r["dtype"] == "bfloat16" and not r["left_out"]]
     body = []
-    for name in dict.fromkeys(r["provider"] for r in counted):
+    for name in dict.fromkeys(r["provider"] for r in counted if r["provider"] not in LEFT_OUT):
         cells = [name]
         for key in SHOWN.values():
             mine = [r for r in timed if r["provider"] == name and (r["case"], r["sequences"], r["tokens"]) == key]
