@@ -6,6 +6,7 @@ checked.
 """
 
 import json
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,15 +50,28 @@ def seen(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
-def check_files(folder: Path, record: dict[str, Any]) -> list[str]:
+# What people read and no engine does: who publishes a checkpoint rewrites its card and adds a licence or a certificate.
+DOCUMENT = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|COPYING|CITATION|USE_POLICY)[^/]*|[^/]*\.(md|html|svg|png|pdf)|certificate[^/]*\.json",
+    re.IGNORECASE,
+)
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the files that have changed since they were recorded, are missing, or were never recorded.
 
-    Hidden files are not looked at: a download from the hub adds some.
+    Returns the faults, and remarks on documents at the top of the folder, which change nothing of the model. Hidden
+    files are not looked at: a download from the hub adds some.
     """
-    faults = changed_files(folder, record["sha256"])
-    there = seen(folder)
-    unknown = sorted(there.keys() - record["sha256"].keys() - {PROVENANCE})
-    return faults + [f"{name} was not there when the checkpoint was written" for name in unknown]
+    hashes, names = record["sha256"], seen(folder).keys()
+    documents = {name for name in (*hashes, *names) if DOCUMENT.fullmatch(name)}
+    faults, remarks = (
+        changed_files(folder, {name: digest for name, digest in hashes.items() if (name in documents) == kind})
+        for kind in (False, True)
+    )
+    for name in sorted(names - hashes.keys() - {PROVENANCE}):
+        (remarks if name in documents else faults).append(f"{name} was not there when the checkpoint was written")
+    return faults, remarks
 
 
 def check_others(folder: Path, source: Path | None, rewritten: Container[str] = ()) -> list[str]:
@@ -133,6 +147,7 @@ class _Certificate:
     record: dict[str, Any]
     edits: dict[int, Projection]
     faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -146,7 +161,7 @@ class _Certificate:
     ) -> "_Certificate":
         """Begin a certificate: check the hashes, and read the edits (from `subspace` if it is given)."""
         certificate = cls(kind, folder, source, record, read_edits(folder, record, edits_file(record)))
-        certificate.faults += check_files(folder, record)
+        certificate.faults, certificate.remarks = check_files(folder, record)
         if kind != "adapter":
             rewritten = ("config.json", INDEX) if is_dequantised(record) else ()
             certificate.faults += check_others(folder, source, rewritten)
@@ -209,6 +224,7 @@ class _Certificate:
             "kind": "certificate",
             "of": {self.kind: shareable(self.folder), "model": source},
             **({} if note is None else {"note": note}),
+            **({"remarks": self.remarks} if self.remarks else {}),
             **{key: self.record[key] for key in ("model_id", "strength", "rank")},
             **{"tensors": self.rows, "faults": self.faults, "environment": environment_record()},
         }

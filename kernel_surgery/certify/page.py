@@ -116,6 +116,7 @@ def page(certificate: dict[str, Any]) -> str:
     )
     damage = certificate.get("damage_in_words", "")
     note = f"<p class=note>{html.escape(damage)}</p>" if damage else ""
+    note += "".join(f"<p class=note>{html.escape(remark)}.</p>" for remark in certificate.get("remarks", []))
     rows = worst_checks(certificate)
     top = max([1.0, *(row.high for row in rows)]) * 1.1
     unit = "largest error over its bound, over all layers and checks; a check fails beyond the line"

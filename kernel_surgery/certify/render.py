@@ -179,6 +179,7 @@ def shown(certificate: dict[str, Any]) -> str:
     if across := certificate.get("across_engines"):
         lines += [*across_sampled(across), *aligned(*across_table(across)), *across_legend(across), ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
+    lines += [f"remark: {remark}, and no engine reads it" for remark in certificate.get("remarks", [])]
     lines += [f"fault: {fault}" for fault in faults]
     return "\n".join([*lines, verdict(certificate)])
 

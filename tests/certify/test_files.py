@@ -153,6 +153,25 @@ def test_a_changed_file_is_found_by_its_hash(tmp_path):
     assert faults == ["generation_config.json is missing", "extra.txt was not there when the checkpoint was written"]
 
 
+def test_a_rewritten_card_and_an_added_licence_are_remarks_and_what_a_loader_reads_is_a_fault(tmp_path, capsys):
+    folder = prepared(tmp_path)
+    baked = folder / "baked"
+    (baked / "README.md").write_text("our own words")
+    for name in ("LICENSE", "certificate.json", "picture.svg"):
+        (baked / name).write_text("{}")
+    found = certified(folder, model=False)
+    assert found["faults"] == []
+    assert [remark.split(" ")[0] for remark in found["remarks"]] == [
+        *("README.md", "LICENSE", "certificate.json", "picture.svg")
+    ]
+    assert run(["--baked", str(baked)]) == 0
+    assert "remark: README.md is not the file that was written" in capsys.readouterr().out
+    # What an engine may read is no document, nor is what lies in a folder of its own.
+    for name in ("special_tokens_map.json", "merges.txt", "kernel_surgery/README.md"):
+        (baked / name).write_text("{}")
+        assert any(fault.startswith(name) for fault in certified(folder, model=False)["faults"]), name
+
+
 def test_an_unedited_tensor_that_changed_is_named(tmp_path):
     folder = prepared(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
