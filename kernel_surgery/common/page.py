@@ -76,7 +76,7 @@ mark{background:var(--mark);color:inherit;border-radius:2px}
  h1{font-size:1.3rem}
 }
 @media print{
- :root{LIGHT} body{max-width:none;padding:0;font-size:11pt} nav,.filter{display:none} .card,.panels>div,.pair,tr,
+ :root{LIGHT} body{max-width:none;padding:0;font-size:11pt} nav{display:none} .card,.panels>div,.pair,tr,
  .forest{break-inside:avoid} h2,h3{break-after:avoid} a{color:inherit;text-decoration:none}
  .card,.note,mark,.forest svg{print-color-adjust:exact}
 }

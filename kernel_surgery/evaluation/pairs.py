@@ -24,6 +24,7 @@ STYLE = """
  white-space:pre-wrap;overflow-wrap:anywhere} .pair h4{margin:.5rem 0 .1rem;font-size:.8rem;font-weight:600}
 .pair .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:.25rem 1.5rem}
 .pair .sides>*{min-width:0}
+@media print{.filter{display:none}}
 """
 
 SCRIPT = """
@@ -38,8 +39,7 @@ function show(){const words=find.value.toLowerCase();let shown=0;
  count.textContent=shown+" shown";
  for(const b of kinds)b.setAttribute("aria-pressed",String(b.value===kind))}
 for(const b of kinds)b.onclick=()=>{kind=b.value;show()};
-lang.onchange=find.oninput=show;box.hidden=false;show();
-addEventListener("beforeprint",()=>{kind="all";find.value=lang.value="";show()})})();
+lang.onchange=find.oninput=show;box.hidden=false;show()})();
 """
 
 Piece = tuple[str, bool]  # of a text, and whether it differs from the other text

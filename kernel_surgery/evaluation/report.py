@@ -206,6 +206,9 @@ def title(results: dict) -> str:
 def how(results: dict) -> str:
     """Return the damage as the terminal says it, the command, and the configuration."""
     everything = {k: results[k] for k in ("config", "environment", "model", "subspace", "provider")}
+    # The subspace's figures by layer are drawn in its own section, and would fill pages here.
+    drawn = ("captured", "spectrum")
+    everything["subspace"] = {k: v for k, v in (everything["subspace"] or {}).items() if k not in drawn}
     command, words = results.get("command"), results.get("damage_in_words", "")
     return (
         (f"<p>{html.escape(words)}</p>" if words else "")
