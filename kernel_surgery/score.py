@@ -49,7 +49,9 @@ def run(argv: list[str] | None = None) -> int:
     results = [scored(line) for line in progress(lines, total=len(lines), desc="score")]
     for line in results:
         print(json.dumps(line, ensure_ascii=False))
-    print(summary_table(results), file=sys.stderr)
+    with waiting("counting"):
+        summary = summary_table(results)
+    print(summary, file=sys.stderr)
     note = 'This shows how often the scorer is right, from a copy with what you read in each line ("correct", "value"):'
     copy = args.file.with_name(f"{args.file.stem}-read.jsonl")
     next_command(Following("score", [copy, "--labels"], note), file=sys.stderr)

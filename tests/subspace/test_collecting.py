@@ -115,7 +115,7 @@ def test_what_is_collected_is_what_fit_takes(model):
     assert (record["site"], record["pool"], record["problems"], record["d_model"]) == ("mlp_out", "last", 10, 48)
     assert repr(activations) == "Activations(10 problems, en, sw; 2 layers; d_model=48)"
     subspace = fit_subspace(activations, rank=3, method="deviations")
-    said = "layers=[1, 2], rank=3, d_model=48, site='mlp_out', form='orthogonal', model_id=None"
+    said = "layers=1-2, rank=3, d_model=48, site='mlp_out', form='orthogonal', model_id=None"
     assert repr(subspace) == f"Subspace({said})"
     with hooked(model, subspace):
         pass  # it belongs to the model

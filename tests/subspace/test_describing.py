@@ -92,7 +92,8 @@ def test_one_that_was_converted_from_an_npz_says_what_is_known(tmp_path):
     assert call("fit", "--activations", npz, "--out", out, "--layers", 2, "--rank", 3)[0] == 0
     lines = str(Subspace.load(out, force=True)).split("\n")
     assert len(lines) == 5 and "not stated, layer 2" in lines[0] and "site not stated" in lines[0]
-    assert lines[3].endswith("of the language variance, by layer")
+    assert lines[1].startswith("fit    oblique, rank 3, in ")
+    assert lines[3] == "holds  1.000 of what the languages' means tell, by layer"
 
 
 def test_the_edit_of_a_folder_prints_no_tensor():

@@ -194,7 +194,8 @@ def test_the_command_writes_a_subspace_and_says_what_is_left(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].strip() for line in said[:4]] == ["L2", "L3", "L4", "L5"]
     assert said[4].endswith("another text, another layer or a probe may still tell the language")
-    assert said[5].endswith("rank 1, oblique, layers 2-5, site mlp_out, model polyglot")
+    assert said[5].endswith("polyglot, layers 2-5 of 8, site mlp_out, d_model 128")
+    assert said[6].startswith("fit    oblique, layer by layer, rank 1, ")
     subspace = Subspace.load(out)
     assert subspace.rank == 1 and subspace.fit["split"] == "fit" and set(subspace.fit["tokens"]) == {"en", "zh"}
     assert subspace.fit["command"].startswith("fit --sequential --rank 1 --method oblique")
