@@ -141,7 +141,7 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     # The first screen says the verdict and what it rests on, before the texts.
     first = page.text[: page.text.index("from the original's. What differs is marked")]
     assert "This edit changes the model like rounding its weights to 4 bits; no difference in accuracy shown." in first
-    assert "KL en 0.04, zh 0.0437 nats per token" in first and "8 of 8" in first
+    assert "KL en 0.04, zh 0.0437 nats per token" in first and "1 of 8" in first
     assert "0.50 (original 0.99)" in first, "the lowest accuracy of the probe over the layers"
     for row in whole(made)["paired"]:
         assert row["verdict"].split(" (")[0] in first and row["verdict"] in page.text
