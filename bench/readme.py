@@ -31,7 +31,7 @@ def peers() -> str:
         body.append([*cells, moved, f"{max(r['error_over_bound'] for r in of):.2f}"])
     head = ["bfloat16", *SHOWN, f"bytes added, {COUNTED} tokens", "error/bound"]
     one = next(r for r in timed if r["provider"] == "fused")
-    shapes = f"{one['layers']} layers of Qwen2.5-3B's shapes, random weights, captured"
+    shapes = f"{one['layers']} layers of Qwen2.5-3B's shapes, random weights, replayed as a CUDA graph"
     about = f"Time over the original's with its 95% interval: {shapes}. {where(one)}"
     bytes_said = f"Bytes in sizes of the MLP's output, and error/bound, on a CPU. {where(counted[0])}"
     return f"{table(head, body)}\n{about}{bytes_said}"

@@ -64,10 +64,10 @@ def two_models() -> str:
     if small is None or found is None:
         return ""
     damage, mode = small["damage"], small["config"]["mode"]
-    names = {"deviations": "the first script's, rank {rank}", "oblique": "the default, rank {rank}"}
+    names = {"deviations": "`deviations`, rank {rank}", "oblique": "`oblique` (the default), rank {rank}"}
     body = [
         [
-            *("the embedded one", names["deviations"].format(rank=small["subspace"]["rank"])),
+            *("embedded (knows no everyday text)", names["deviations"].format(rank=small["subspace"]["rank"])),
             *(*_costs(damage["neutral"][mode], damage["yardsticks"][BITS4]), damage["verdict"][mode]["word"]),
         ]
     ]
@@ -83,16 +83,17 @@ def two_models() -> str:
     if study is not None:
         by = study["measured"]["chosen"]
         costs = _costs(by["neutral"], rows["4-bit weights"]["damage"])
-        body.insert(2, ["SmolLM2-135M-Instruct", "found by a search", *costs, by["word"]])
+        body.insert(2, ["SmolLM2-135M-Instruct", "found by a search, with an offset", *costs, by["word"]])
     languages = ", ".join(damage["neutral"][mode])
-    head = ["model", "edit", f"damage ({languages})", f"4-bit weights ({languages})", "in words"]
+    head = ["model", "edit", f"damage ({languages})", "times that of 4-bit weights", "in words"]
     search = " and `python -m kernel_surgery.study docs/search-smollm2.toml --out search`" * (study is not None)
     return tables.table(head, body) + f"\nFrom the command above, `{found['command']}`{search}.\n"
 
 
 def _costs(edit: dict, rounded: dict) -> list[str]:
-    """The mean KL of an edit and of rounding the weights, in every language."""
-    return [", ".join(f"{by[x]['kl_mean']:.2g}" for x in edit) for by in (edit, rounded)]
+    """The mean KL of an edit in every language, and how many times that of rounding the weights."""
+    ratios = [edit[x]["kl_mean"] / rounded[x]["kl_mean"] for x in edit]
+    return [", ".join(f"{by['kl_mean']:.2g}" for by in edit.values()), ", ".join(f"{ratio:.2g}" for ratio in ratios)]
 
 
 def polyglot() -> str:

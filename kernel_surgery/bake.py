@@ -107,7 +107,12 @@ def show(norms: dict[str, tuple[float, float]]) -> None:
     from kernel_surgery.models.table import without_number
 
     alike: dict[str, list[tuple[float, float]]] = {}
-    for name, pair in norms.items():
+
+    def place(name: str) -> list[tuple[bool, int, str]]:
+        """Layer 8 comes before layer 10."""
+        return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
+
+    for name, pair in sorted(norms.items(), key=lambda item: place(item[0])):
         alike.setdefault(without_number(name), []).append(pair)
     for name, pairs in alike.items():
         before, after = (math.hypot(*side) for side in zip(*pairs, strict=True))

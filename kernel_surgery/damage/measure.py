@@ -163,7 +163,7 @@ def named(name: str, damage: Mapping[str, Any]) -> str:
         BITS8: "8-bit weights",
         BITS4: "4-bit weights",
         HAAR: "uniform random edit",
-        MATCHED: "matched random edit",
+        MATCHED: "random edit by covariance",
         CONSTANT: "no context (unigram)",
     }
     return names.get(name, name)

@@ -11,7 +11,7 @@ every ratio has a 95% interval, paired over sentences:
                        worse than a model that ignores the context, although the original does better
 
 A mild word must be shown: the upper end of the interval is compared, and the mildest word that is shown is taken.
-"broken" goes the other way: it is said unless the interval excludes it. A figure that is not finite is "broken".
+"broken" is said whenever the interval cannot rule it out. A figure that is not finite is "broken".
 """
 
 from collections.abc import Mapping, Sequence

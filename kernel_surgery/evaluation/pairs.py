@@ -125,8 +125,12 @@ def changed_texts(texts: Cells, modes: Sequence[str]) -> str:
     languages = "".join(
         f"<option>{html.escape(name)}</option>" for name in dict.fromkeys(entry.language for entry in shown)
     )
-    left = len(every) - len(shown)
-    rest = f" {left} more, most of them unchanged, are in samples.jsonl." if left else ""
+    same, other = (
+        sum(entry.differs == kind for entry in every) - sum(entry.differs == kind for entry in shown)
+        for kind in (False, True)
+    )
+    more = " and ".join(f"{n} {what}" for n, what in ((other, "that differ"), (same, "that do not")) if n)
+    rest = f" Not on this page: {more}; samples.jsonl has them." if more else ""
     return (
         f"<p>{html.escape(in_words(differing(texts, modes)))} from the original's. What differs is marked.{rest}</p>"
         f"<div class=filter hidden>{buttons}<select aria-label=language><option value=''>all languages</option>"

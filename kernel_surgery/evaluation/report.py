@@ -16,17 +16,12 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.intervals import Row, around_zero, forest, of_sizes
 from kernel_surgery.common.page import Card, contents, document, folded, opening
 from kernel_surgery.common.plotting import COLOURS
-from kernel_surgery.damage.words import BELOW, BITS4, BROKEN, EIGHT, FOUR, WORDS, WORSE
+from kernel_surgery.damage.measure import beyond
+from kernel_surgery.damage.words import BELOW, BITS4, BITS8, BROKEN, EIGHT, FOUR, WORDS, WORSE
 from kernel_surgery.evaluation import pairs, sections
 
-# A word for the damage as the end of a sentence that starts with "This edit".
-SENTENCES = {
-    BELOW: "changes the model less than running it in the other precision",
-    EIGHT: "changes the model like rounding its weights to 8 bits",
-    FOUR: "changes the model like rounding its weights to 4 bits",
-    WORSE: "changes the model more than rounding its weights to 4 bits",
-    BROKEN: "breaks the model",
-}
+# What a word for the damage is said beside: the yardstick, and its name in a sentence.
+BESIDE = {EIGHT: (BITS8, "8-bit weights"), FOUR: (BITS4, "4-bit weights"), WORSE: (BITS4, "4-bit weights")}
 TONES = {BELOW: "good", EIGHT: "good", FOUR: "", WORSE: "caution", BROKEN: "bad"}
 SHOWN = 2  # languages whose damage is drawn on the first screen
 
@@ -51,7 +46,22 @@ def sentence(results: dict) -> str:
     word, said = worst_word(results), outcome(results["paired"])
     if word is None:
         return f"{said[0].upper()}{said[1:]}. The damage was not put into words."
-    return f"This edit {SENTENCES[word]}; {said}."
+    return f"This edit {damage_said(results['damage'], word)}; {said}."
+
+
+def damage_said(found: dict, word: str) -> str:
+    """Return the damage as the end of a sentence: how many times that of a known change, in the worst language."""
+    if word == BROKEN:
+        return "breaks the model"
+    if word == BELOW:
+        return "changes the model less than running it in the other precision"
+    yardstick, name = BESIDE[word]
+    verdict = next(verdict for verdict in found["verdict"].values() if verdict["word"] == word)
+    ratio = verdict["languages"][verdict["language"]]["ratios"].get(yardstick)
+    if ratio is None:
+        return f"is {word}"
+    where = f" in {verdict['language']}, its worst language" if len(verdict["languages"]) > 1 else ""
+    return "does {:.2g} times ({:.2g} to {:.2g}) the damage of ".format(*ratio) + name + where
 
 
 def ranges(layers: list[int]) -> str:
@@ -86,7 +96,8 @@ def cards(results: dict) -> Iterator[Card]:
         mode = next(mode for mode, verdict in found["verdict"].items() if verdict["word"] == word)
         kl = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in found["neutral"][mode].items())
         four = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in found["yardsticks"].get(BITS4, {}).items())
-        yield Card("Damage", word, f"KL {kl} nats per token" + f". 4-bit weights: {four}" * bool(four), TONES[word])
+        more = f"KL {kl} nats per token, on {found['sentences']} sentences each"
+        yield Card("Damage", word, more + f". 4-bit weights: {four}" * bool(four), TONES[word])
     if results["paired"]:
         worse = any(r["verdict"] == "worse" for r in results["paired"])
         better = any(r["verdict"] == "improved" for r in results["paired"])
@@ -130,7 +141,7 @@ def probe_card(found: dict) -> Card:
     low = {site: min(by.values()) for site, by in found["probes"][mode].items()}
     before = {site: min(by.values()) for site, by in found["probes"]["original"].items()}
     return Card(
-        "Language, read by a linear probe",
+        "Language, read by a linear probe at the last token",
         f"{low['mlp_out']:.2f} (original {before['mlp_out']:.2f})",
         f"lowest accuracy over layers at the MLP output, chance {found['chance']:.2f}. "
         f"Residual stream: {low['resid_post']:.2f} ({before['resid_post']:.2f})",
@@ -178,7 +189,13 @@ def damage_drawn(results: dict) -> str:
     languages = sorted(largest, key=lambda language: -largest[language])[:SHOWN]
     rows = sections.damage_rows(found, [language for language in largest if language in languages], all_modes=False)
     more = f" (the worst {SHOWN} of {len(largest)} languages)" if len(largest) > SHOWN else ""
-    return f"<div><h3>Damage beside known changes{more}</h3>{forest(rows, of_sizes(rows, sections.KL))}</div>"
+    lost = ", ".join(beyond(found))
+    care = f"The original itself predicts this text worse than without context ({lost}): read its damage with care."
+    return (
+        f"<div><h3>Damage beside known changes{more}</h3>{forest(rows, of_sizes(rows, sections.KL))}"
+        + (f"<p class=small>{care}</p>" if lost else "")
+        + "</div>"
+    )
 
 
 def first_screen(results: dict) -> str:
@@ -200,7 +217,7 @@ def title(results: dict) -> str:
     if not results["paired"]:
         return f"{name}, not edited"
     removed = results["config"].get("strength", 1) == 1
-    return f"{name} " + ("without its language subspace" if removed else "with its language subspace edited")
+    return f"{name}: language subspace " + ("removed from its MLPs" if removed else "edited in its MLPs")
 
 
 def how(results: dict) -> str:

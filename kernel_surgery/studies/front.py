@@ -110,9 +110,12 @@ def pictures(study: Mapping[str, Any]) -> list[str]:
     measured = study["measured"]
     other, (axes,) = figure(WIDTH, 3.8)
     axes.axhline(measured["original"][y], color=COLOURS["original"], lw=1, label="original")
-    for kind, mark, label in (("haar", "x", "uniform random edit"), ("matched", "+", "matched random edit")):
+    for kind, mark, label in (("haar", "x", "uniform random edit"), ("matched", "+", "random edit by covariance")):
         if points := [at(by) for name, by in measured.items() if name.startswith(kind)]:
             axes.plot(*zip(*points, strict=True), mark, ms=7, color=QUIET, label=label)
+    for name in ("baseline", "chosen") if y == "probe" else ():
+        colour = COLOURS["baked"] if name == "baseline" else LIMIT
+        axes.plot([at(measured[name])[0]] * 2, measured[name]["probe_ci95"], lw=1, color=colour)
     _stand_out(axes, at(measured["baseline"]), at(measured["chosen"]))
     _finish(other, axes, f"{study['declared']['model']}, test: beside random edits", y)
     return [svg(made), svg(other)]

@@ -12,7 +12,7 @@ import pytest
 from kernel_surgery.common.page import PANEL, table
 from kernel_surgery.evaluation.controls import MEASURES, compare
 from kernel_surgery.evaluation.pairs import LIMIT, SAME, changed_texts, entries, marked
-from kernel_surgery.evaluation.report import cards, differences, sentence, write_report
+from kernel_surgery.evaluation.report import cards, differences, first_screen, sentence, write_report
 from kernel_surgery.evaluation.report import page as page_of
 from kernel_surgery.evaluation.summary import pair, power, summarize
 from tests.damage.test_words import damage_of, reading
@@ -140,7 +140,10 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     page = parsed(text)
     # The first screen says the verdict and what it rests on, before the texts.
     first = page.text[: page.text.index("from the original's. What differs is marked")]
-    assert "This edit changes the model like rounding its weights to 4 bits; no difference in accuracy shown." in first
+    assert re.search(
+        r"This edit does [\d.]+ times \([\d.]+ to [\d.]+\) the damage of 4-bit weights in \w\w, its worst", first
+    )
+    assert "no difference in accuracy shown." in first
     assert "KL en 0.04, zh 0.0437 nats per token" in first and "1 of 8" in first
     assert "0.50 (original 0.99)" in first, "the lowest accuracy of the probe over the layers"
     for row in whole(made)["paired"]:
@@ -166,17 +169,32 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     ("word", "words", "tone"),
     [
         ("below rounding", "changes the model less than running it in the other precision", "good"),
-        ("worse than 4-bit", "changes the model more than rounding its weights to 4 bits", "caution"),
+        ("like 8-bit", "does 0.75 times (0.5 to 1) the damage of 8-bit weights in zh, its worst language", "good"),
+        ("like 4-bit", "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, its worst language", ""),
+        (
+            "worse than 4-bit",
+            "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, its worst language",
+            "caution",
+        ),
         ("broken", "breaks the model", "bad"),
     ],
 )
-def test_the_verdict_follows_the_damages_word(made, word, words, tone):
+def test_the_verdict_follows_the_damages_word_and_names_the_ratio(made, word, words, tone):
     results = whole(made)
     for verdict in results["damage"]["verdict"].values():
-        verdict["word"] = word
+        verdict |= {"word": word, "language": "zh"}
+        verdict["languages"]["zh"]["ratios"] = {"8-bit": [0.75, 0.5, 1.0], "4-bit": [0.25, 0.2, 0.3]}
     assert sentence(results) == f"This edit {words}; no difference in accuracy shown."
     card = next(card for card in cards(results) if card.label == "Damage")
     assert (card.big, card.tone) == (word, tone)
+
+
+def test_text_that_the_original_cannot_predict_is_said_on_the_first_screen(made):
+    results = whole(made)
+    assert "worse than without context" not in first_screen(results)
+    for by in results["damage"]["yardsticks"]["no context"].values():
+        by["original_perplexity"] = by["perplexity"] + 1
+    assert "The original itself predicts this text worse than without context (en, zh)" in first_screen(results)
 
 
 def test_the_verdict_says_where_accuracy_moved(made):
@@ -240,7 +258,7 @@ def test_a_long_run_shows_every_text_that_differs_up_to_a_limit_and_a_few_that_d
     cell = [{"text": "the same", "correct": True, "prompt": f"p{i}", "answer": 1} for i in range(LIMIT + 50)]
     other = [sample | {"text": "another"} for sample in cell]
     section = changed_texts({("original", "en"): cell, ("fused", "en"): other}, ["original", "fused"])
-    assert section.count("<article") == LIMIT and "50 more, most of them unchanged, are in samples.jsonl" in section
+    assert section.count("<article") == LIMIT and "Not on this page: 50 that differ; samples.jsonl has them." in section
     section = changed_texts({("original", "en"): cell, ("fused", "en"): list(cell)}, ["original", "fused"])
     assert section.count("<article") == SAME and section.count("<pre") == SAME, "an unchanged text is shown once"
 

@@ -69,7 +69,7 @@ def test_the_picture_has_a_panel_of_settings_and_one_of_controls():
     settings, controls = pictures(study())
     for word in ("baseline", "chosen", "damage: KL", "accuracy of a probe", "dev: 4 settings"):
         assert word in settings
-    for word in ("original", "uniform random edit", "matched random edit", "chosen"):
+    for word in ("original", "uniform random edit", "random edit by covariance", "chosen"):
         assert word in controls
 
 
