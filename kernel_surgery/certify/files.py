@@ -58,10 +58,9 @@ DOCUMENT = re.compile(
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the files that have changed since they were recorded, are missing, or were never recorded.
+    """Return faults for files that changed since they were recorded, are missing, or were never recorded, and remarks.
 
-    Returns the faults, and remarks on documents at the top of the folder, which change nothing of the model. Hidden
-    files are not looked at: a download from the hub adds some.
+    Remarks are on documents at the top of the folder. Hidden files are not looked at: the hub's downloads add some.
     """
     hashes, names = record["sha256"], seen(folder).keys()
     documents = {name for name in (*hashes, *names) if DOCUMENT.fullmatch(name)}
