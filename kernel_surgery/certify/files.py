@@ -6,7 +6,6 @@ checked.
 """
 
 import json
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import shareable
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.files.contents import INDEX, PROVENANCE, contents
+from kernel_surgery.files.contents import DOCUMENT, INDEX, PROVENANCE, contents
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened
@@ -48,13 +47,6 @@ def seen(folder: Path) -> dict[str, Path]:
     """Return {name: path} of the files in a folder, without the hidden ones."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
-
-
-# What people read and no engine does: who publishes a checkpoint rewrites its card and adds a licence or a certificate.
-DOCUMENT = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|COPYING|CITATION|USE_POLICY)[^/]*|[^/]*\.(md|html|svg|png|pdf)|certificate[^/]*\.json",
-    re.IGNORECASE,
-)
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> tuple[list[str], list[str]]:

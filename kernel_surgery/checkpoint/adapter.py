@@ -129,7 +129,7 @@ def _refuse_transposed(parts: Iterable[StoredPart]) -> None:
         if part.form.stacked and part.form.transposed:
             raise CheckpointError(
                 f"cannot write an adapter: {part.name} is stacked as [d_ff, d_model], which PEFT takes for its "
-                "transpose. Use bake, or --mode fused."
+                "transpose. Use bake, or the mode fused (vLLM: the plugin)."
             )
 
 

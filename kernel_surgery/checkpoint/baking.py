@@ -39,7 +39,7 @@ from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output, write_atomic
 from kernel_surgery.common.progress import progress, progress_bar
 from kernel_surgery.edit.baked import remove
-from kernel_surgery.files.contents import contents
+from kernel_surgery.files.contents import DOCUMENT, contents
 from kernel_surgery.files.folder import changed_files, new_folder
 from kernel_surgery.files.hashing import Follower
 from kernel_surgery.files.tensorfile import (
@@ -349,7 +349,9 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
             f"that are not known to within a rounding. Use the original, {record['model_id']}, or bake it with "
             "--dequantize, which can be undone."
         )
-    if changed := changed_files(source, record["sha256"]):
+    # A card that was rewritten since changes nothing of the model; it is copied as it is now.
+    read_by_engines = {name: digest for name, digest in record["sha256"].items() if not DOCUMENT.fullmatch(name)}
+    if changed := changed_files(source, read_by_engines):
         raise CheckpointError(
             f"{str(source)!r} is not as it was baked: {changed[0]}. Undoing the edit would not restore the original."
         )

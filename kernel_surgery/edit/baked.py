@@ -72,7 +72,7 @@ def refuse_offset_without_bias(name: str, edit: BasisLike, has_bias: bool) -> No
     if Projection.of(edit).offset is not None and not has_bias:
         raise KernelSurgeryError(
             f"cannot bake {name}: the edit has an offset, and the module has no bias that could hold it. No weight was "
-            "changed. Fit with --method oblique, which has no offset, or use --mode fused."
+            "changed. Fit with --method oblique, which has no offset, or use the mode fused (vLLM: the plugin)."
         )
 
 

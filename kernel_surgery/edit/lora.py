@@ -66,7 +66,7 @@ def refuse_offset(edit: BasisLike) -> None:
     if Projection.of(edit).offset is not None:
         raise KernelSurgeryError(
             "an adapter cannot make an edit with an offset, which adds a constant. Fit with --method oblique, which "
-            "has none, or use bake or --mode fused."
+            "has none, or use the mode fused (vLLM: the plugin), or bake if the layer has a bias."
         )
 
 
@@ -77,7 +77,8 @@ def refuse_bias(name: str, bias: Tensor | None) -> None:
     """
     if bias is not None and bool((bias != 0).any()):
         raise KernelSurgeryError(
-            f"{name} has a bias, which an adapter cannot edit. Use bake or --mode fused, which edit biases too."
+            f"{name} has a bias, which an adapter cannot edit. Use bake or the mode fused (vLLM: the plugin), which "
+            "edit biases too."
         )
 
 

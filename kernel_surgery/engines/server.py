@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 def require_openai() -> None:
     """Raise UserError if the openai client is not installed."""
     if importlib.util.find_spec("openai") is None:
-        raise UserError('--engine openai needs the openai client: pip install "kernel-surgery[openai]".')
+        raise UserError('--engine openai needs the openai client: pip install openai.')
 
 
 def read_served(given: Iterable[str], base_url: str | None) -> dict[str, tuple[str, str]]:

@@ -27,6 +27,11 @@ TEMPLATES = "additional_chat_templates"
 _COPIES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
 # The largest tokenizers have 40 MB. A larger file that no loader reads is data of some other kind.
 SMALL = 100_000_000
+# What people read and no engine does: who publishes a checkpoint rewrites its card and adds a licence or a certificate.
+DOCUMENT = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|COPYING|CITATION|USE_POLICY)[^/]*|[^/]*\.(md|html|svg|png|pdf)|certificate[^/]*\.json",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def require_optuna() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        fix = 'pip install "kernel-surgery[search]"'
+        fix = "pip install optuna"
         raise UserError(f"a [search] needs Optuna, which is not installed: {fix}.") from error
 
 

@@ -81,7 +81,7 @@ def erasing_edit(
     if not 1 <= k <= available:
         raise SubspaceError(
             f"cannot fit rank {k} at {what}: the means of {len(moments.counts)} languages differ in {available} "
-            f"dimensions.\nChoose --rank 1 to {available}, or --method deviations, which takes more."
+            f"dimensions.\nChoose --rank 1 to {available}, or collect with --pool last for --method deviations."
         )
     q = left[:, :k]
     signs = q.gather(0, q.abs().argmax(0, keepdim=True)).sign()

@@ -166,6 +166,9 @@ def test_a_rewritten_card_and_an_added_licence_are_remarks_and_what_a_loader_rea
     ]
     assert run(["--baked", str(baked)]) == 0
     assert "remark: README.md is not the file that was written" in capsys.readouterr().out
+    # Undoing does not depend on them either.
+    undo_checkpoint(baked, folder / "restored")
+    assert (folder / "restored" / "config.json").is_file()
     # What an engine may read is no document, nor is what lies in a folder of its own.
     for name in ("special_tokens_map.json", "merges.txt", "kernel_surgery/README.md"):
         (baked / name).write_text("{}")
