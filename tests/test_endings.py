@@ -81,7 +81,7 @@ def test_an_adapter_leads_to_its_certificate_and_that_to_its_evaluation(tmp_path
     name, words = next_of(said)
     assert words == ["--model", "polyglot", "--adapter", "an adapter", "--certificate", "c.json"]
     # Of a broken one it says what to look at.
-    (tmp_path / "an adapter" / "README.md").write_text("changed")
+    (tmp_path / "an adapter" / "adapter_config.json").write_text("{}")
     said = ended("verify", "--adapter", "an adapter", "--out", "d.json", status=1)
     assert said.endswith('look at: the lines above that begin with "fault:", also in "faults" of d.json\n')
 

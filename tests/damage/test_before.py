@@ -84,4 +84,4 @@ def test_an_evaluation_of_a_broken_model_exits_0_and_says_so_first(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert next(iter(results)) == "damage_in_words" and results["damage"]["verdict"]["hook"]["word"] == "broken"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert page.index("BROKEN: the edited model") < page.index("This page compares")
+    assert page.index("This edit breaks the model") < page.index("<nav>") < page.index("BROKEN: the edited model")
