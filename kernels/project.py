@@ -28,6 +28,9 @@ sums are float32, with one rounding at the store.
 ADD and NORM have a choice of roundings. SEPARATE rounds where separate operations would: y, then h, then h / rms(h),
 then n. Otherwise y and h / rms(h) stay in float32. n is always the norm of h as stored.
 
+A program makes the pieces of U that it needs. The tile form can also read pieces that `prepared` has made once, with
+the same bits; `bench.tune` tries it.
+
 There is no form that splits d for very small M and large U.
 """
 
@@ -73,15 +76,21 @@ def gather(x, u, z, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def spread_pieces(z, u_hi, u_lo):
+    """Return z u, with u as two pieces. The small terms come first."""
+    z_hi = z.to(u_hi.dtype)
+    z_lo = (z - z_hi.to(tl.float32)).to(u_hi.dtype)
+    removed = tl.dot(z_hi, u_lo)
+    removed = tl.dot(z_lo, u_hi, removed)
+    return tl.dot(z_hi, u_hi, removed)
+
+
+@triton.jit
 def spread(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return z u, the part to remove from a chunk: z [..., rows, k], u [..., k, columns] float32. Small terms first."""
+    """Return z u, the part to remove from a chunk: z [..., rows, k], u [..., k, columns] float32."""
     if PIECES is not None:
-        z_hi = z.to(PIECES)
-        z_lo = (z - z_hi.to(tl.float32)).to(PIECES)
         u_hi, u_lo = pieces(u, PIECES)
-        removed = tl.dot(z_hi, u_lo)
-        removed = tl.dot(z_lo, u_hi, removed)
-        return tl.dot(z_hi, u_hi, removed)
+        return spread_pieces(z, u_hi, u_lo)
     else:
         return tl.dot(z, u, input_precision=PRECISION)
 
@@ -287,6 +296,22 @@ def rank_by_columns(at, WARPS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def prepared_ranks(at, d: tl.constexpr, WARPS: tl.constexpr):
+    """Load 8 columns a lane of one piece of U^T [16, d] as two left operands of U^T x^T, each [WARPS, 16, 16]."""
+    u = tl.reshape(tl.join(tl.load(at), tl.load(at + d)), (WARPS, 8, 4, 2, 4, 2))
+    return tl.split(tl.reshape(tl.permute(u, (0, 5, 1, 2, 4, 3)), (WARPS, 16, 16, 2)))
+
+
+@triton.jit
+def prepared_rank(at, WARPS: tl.constexpr):
+    """Load 4 columns a lane of U's pieces [d, 4, 2, 4] as right operands of z U^T: hi and lo, each [WARPS, 16, 32]."""
+    low = tl.join(tl.load(at), tl.load(at + 2 * 32))
+    high = tl.join(tl.load(at + 4 * 32), tl.load(at + 6 * 32))
+    u = tl.permute(tl.reshape(tl.join(low, high), (WARPS, 8, 4, 2, 4, 2, 2)), (0, 2, 4, 6, 5, 1, 3))
+    return tl.split(tl.reshape(u, (WARPS, 16, 32, 2)))
+
+
+@triton.jit
 def columns_by_rows(kept, first: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):
     """Take 2 * TILES pieces of x as right operands of U^T x^T: two of [WARPS, 16, 16 * TILES], 4 columns a lane."""
     if TILES == 1:
@@ -301,24 +326,35 @@ def columns_by_rows(kept, first: tl.constexpr, WARPS: tl.constexpr, TILES: tl.co
 
 @triton.jit
 def inside_products(
-    kept, dual_ptr, chunks: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    kept, dual_ptr, d: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, PRECISION: tl.constexpr, PREPARED: tl.constexpr,
 ):
     """Return each warp's part of B^T x^T, float32 [WARPS, 16, 16 * TILES], from all pieces of x."""
-    lane = tl.arange(0, 32 * WARPS)
-    of_lane = (lane // 32 * 32 + lane % 4 * 8) * BLOCK_K + lane // 4 % 8 * 2
-    u_at = dual_ptr + of_lane[:, None] + tl.arange(0, 2)[None, :]
+    wide: tl.constexpr = 32 * WARPS
+    lane = tl.arange(0, wide)
+    column, rank = lane // 32 * 32 + lane % 4 * 8, lane // 4 % 8 * 2
     z = tl.zeros([WARPS, BLOCK_K, 16 * TILES], tl.float32)
-    for chunk in tl.static_range(chunks):
+    if PREPARED:
+        u_at = dual_ptr + (rank * d + column)[:, None] + tl.arange(0, 8)[None, :]
+    else:
+        u_at = dual_ptr + (column * BLOCK_K + rank)[:, None] + tl.arange(0, 2)[None, :]
+    for chunk in tl.static_range(d // wide):
         x_of = columns_by_rows(kept, chunk * 2 * TILES, WARPS, TILES)
+        if PREPARED:
+            hi_of = prepared_ranks(u_at + chunk * wide, d, WARPS)
+            lo_of = prepared_ranks(u_at + BLOCK_K * d + chunk * wide, d, WARPS)
         for half in tl.static_range(2):
-            u = ranks_by_columns(u_at + (chunk * 32 * WARPS + 4 * half) * BLOCK_K, WARPS, BLOCK_K)
-            if PIECES is not None:
-                u_hi, u_lo = pieces(u, PIECES)
-                z = tl.dot(u_hi, x_of[half], z)
-                z = tl.dot(u_lo, x_of[half], z)
+            if PREPARED:
+                z = tl.dot(hi_of[half], x_of[half], z)
+                z = tl.dot(lo_of[half], x_of[half], z)
             else:
-                z = tl.dot(u, x_of[half].to(tl.float32), z, input_precision=PRECISION)
+                u = ranks_by_columns(u_at + (chunk * wide + 4 * half) * BLOCK_K, WARPS, BLOCK_K)
+                if PIECES is not None:
+                    u_hi, u_lo = pieces(u, PIECES)
+                    z = tl.dot(u_hi, x_of[half], z)
+                    z = tl.dot(u_lo, x_of[half], z)
+                else:
+                    z = tl.dot(u, x_of[half].to(tl.float32), z, input_precision=PRECISION)
     return z
 
 
@@ -351,11 +387,10 @@ def rows_by_ranks(z, WARPS: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def products(z, u, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return z u for z [WARPS, 16, 16] and u [WARPS, 16, 32], as two pieces of rows [lanes, 8]."""
-    both = spread(z, u, PIECES, PRECISION)
-    both = tl.permute(tl.reshape(both, (u.shape[0], 2, 8, 2, 2, 4, 2)), (0, 2, 5, 3, 4, 6, 1))
-    return tl.split(tl.reshape(both, (u.shape[0] * 32, 8, 2)))
+def by_halves(removed, WARPS: tl.constexpr):
+    """Take z u, of shape [WARPS, 16, 32], as two pieces of rows [lanes, 8]."""
+    removed = tl.permute(tl.reshape(removed, (WARPS, 2, 8, 2, 2, 4, 2)), (0, 2, 5, 3, 4, 6, 1))
+    return tl.split(tl.reshape(removed, (WARPS * 32, 8, 2)))
 
 
 @triton.jit
@@ -372,11 +407,12 @@ def _project_tile_kernel(
     strength, eps, rows, d: tl.constexpr, stride_x, stride_residual,
     WARPS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, KEEP: tl.constexpr,
     PER_ROW: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, SEPARATE: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr, DUAL: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, DUAL: tl.constexpr, OFFSET: tl.constexpr, PREPARED: tl.constexpr,
 ):
     """16 * TILES rows per program, read once and kept in registers. 32 * WARPS divides d, U is packed, BLOCK_K is 16.
 
-    KEEP: h stays in registers until the norm; otherwise it is read again. Neither KEEP nor TILES changes a bit.
+    KEEP: h stays in registers until the norm; otherwise it is read again. PREPARED: A and B come as pieces that
+    `prepared` has made, instead of float32; the program then makes none. KEEP, TILES and PREPARED change no bit.
     """
     kind: tl.constexpr = y_ptr.dtype.element_ty
     wide: tl.constexpr = 32 * WARPS
@@ -393,7 +429,7 @@ def _project_tile_kernel(
         for i in tl.static_range(parts):
             at = x_first + 8 * i * stride_x.to(tl.int64) + chunk * wide
             kept += (tl.load(at, mask=(quad + 8 * i < left)[:, None], other=0.0),)
-    z = inside_products(kept, dual_ptr, chunks, WARPS, TILES, BLOCK_K, PIECES, PRECISION)
+    z = inside_products(kept, dual_ptr, d, WARPS, TILES, BLOCK_K, PIECES, PRECISION, PREPARED)
     a = strength
     if PER_ROW:
         row = start + tl.arange(0, BLOCK_M)
@@ -402,18 +438,27 @@ def _project_tile_kernel(
     rank = 2 * (slot % 8) + slot // 8  # in the order of `ranks_by_columns`
     z = less_offset(over_warps(z, WARPS, BLOCK_M), offset_ptr, rank[:, None], BLOCK_K, OFFSET)
     z_of = rows_by_ranks(scaled(z, a), WARPS, TILES)
-    of_lane = (warp * 32 + quad // 2 * 8 + quad % 2) * BLOCK_K + inner * 4
-    u_by_columns = basis_ptr + of_lane[:, None] + tl.arange(0, 4)[None, :]
+    column = warp * 32 + quad // 2 * 8 + quad % 2
+    if PREPARED:
+        u_by_columns = basis_ptr + (column * 2 * BLOCK_K + inner * 8)[:, None] + tl.arange(0, 8)[None, :]
+    else:
+        u_by_columns = basis_ptr + (column * BLOCK_K + inner * 4)[:, None] + tl.arange(0, 4)[None, :]
     residual_first = residual_ptr + first[:, None] * stride_residual + across
     y_first = y_ptr + first[:, None] * d + across
     squares, made = (), ()
     for _ in tl.static_range(parts):
         squares += (tl.zeros([wide], tl.float32),)
     for chunk in tl.static_range(chunks):
-        u = rank_by_columns(u_by_columns + chunk * wide * BLOCK_K, WARPS, BLOCK_K)
+        if PREPARED:
+            u_hi, u_lo = prepared_rank(u_by_columns + chunk * wide * 2 * BLOCK_K, WARPS)
+        else:
+            u = rank_by_columns(u_by_columns + chunk * wide * BLOCK_K, WARPS, BLOCK_K)
         added = ()
         for tile in tl.static_range(TILES):
-            removed_of = products(z_of[tile], u, PIECES, PRECISION)
+            if PREPARED:
+                removed_of = by_halves(spread_pieces(z_of[tile], u_hi, u_lo), WARPS)
+            else:
+                removed_of = by_halves(spread(z_of[tile], u, PIECES, PRECISION), WARPS)
             for half in tl.static_range(2):
                 below = 16 * tile + 8 * half
                 inside = (quad + below < left)[:, None]
@@ -519,11 +564,26 @@ def launch_options(
         options = {name: value for name, value in options.items() if name != "BLOCK_D"}
         options |= {"WARPS": warps, "num_warps": warps, "maxnreg": max(128, 640 // warps)}
         few = d <= 128 * warps
-        options |= {"TILES": 2 if rows >= 8192 and few and not add else 1, "KEEP": norm and few} | overrides
+        options |= {"TILES": 2 if rows >= 8192 and few and not add else 1, "KEEP": norm and few, "PREPARED": False}
+        options |= overrides
         options["BLOCK_M"] = 16 * options["TILES"]
     elif pieces is not None:
         options |= {"BLOCK_M": 32 if rows > 4096 and block_k <= 32 else 16, "BLOCK_D": 64, "num_warps": 8}
     return options | overrides
+
+
+def prepared(matrix: torch.Tensor, piece: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split a packed matrix [d, 16] float32 into pieces once, as the tile form reads them with PREPARED.
+
+    Returns (hi and lo lying across [2, 16, d], hi and lo of four ranks after one another [d, 4, 2, 4]), both of dtype
+    `piece`: bfloat16 or float16. They have the bits that the kernel's own `pieces` makes. The kernel reads the first
+    of a dual (B) and the second of a basis (A).
+    """
+    below = 16 if piece == torch.bfloat16 else 13
+    bits = (matrix.contiguous().view(torch.int32) + (1 << (below - 1))) & -(1 << below)
+    high = bits.view(torch.float32)
+    both = torch.stack([high.to(piece), (matrix - high).to(piece)])
+    return both.transpose(1, 2).contiguous(), both.unflatten(2, (4, 4)).permute(1, 2, 0, 3).contiguous()
 
 
 def project(
@@ -539,6 +599,7 @@ def project(
     invariant: bool = False,
     dual: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
+    split: tuple[torch.Tensor, torch.Tensor] | None = None,
     **overrides,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch a kernel. Return new contiguous (y, None), or with `weight` (h, n), each [M, d] of x's dtype.
@@ -549,8 +610,9 @@ def project(
     row_strength: [M] float32 contiguous, multiplied by `strength`. residual: like x; it is added.
     weight: [d] contiguous of x's dtype, only with a residual. separate: SEPARATE above.
     invariant: a row has the same bits in any batch. form: a kernel instead of `form_of`'s choice. overrides: replace
-    launch options. The caller checks shapes. Raises ValueError for a shape that the tile form cannot take, and for a
-    dual that lies in memory in another way than the basis.
+    launch options. split: for the tile form, the pieces of B across and those of A, from `prepared`, which are then
+    read instead of A and B. The caller checks shapes. Raises ValueError for a shape that the tile form cannot take, for
+    a split that it cannot, and for a dual that lies in memory in another way than the basis.
     """
     rows, d = x.shape
     k = basis.shape[1]
@@ -564,10 +626,15 @@ def project(
     options = launch_options(x.dtype, choice, d, k, form, *what, **overrides)
     if form == "tile" and (basis.stride() != (k, 1) or k != 16 or d % (32 * options["WARPS"])):
         raise ValueError(f"the tile form takes a packed basis [128 n, 16]: {tuple(basis.shape)} is not")
+    if split is not None:
+        if form != "tile" or options["PIECES"] is None or [t.shape for t in split] != [(2, k, d), (d, 4, 2, 4)]:
+            raise ValueError(f"only the tile form in 16 bits takes prepared pieces, those of a basis {(d, k)}")
+        options["PREPARED"] = True
     if dual is not None and (dual.shape, dual.stride()) != (basis.shape, basis.stride()):
         raise ValueError(f"the dual {tuple(dual.shape)} must lie in memory as the basis {tuple(basis.shape)} does")
     # Pointers that a form does not read are given x instead of nothing.
-    pointers = [x, basis, basis if dual is None else dual]
+    of_b, of_a = split or (basis if dual is None else dual, basis)
+    pointers = [x, of_a, of_b]
     pointers += [x if t is None else t for t in (offset, residual, weight, row_strength)]
     pointers += [y, x if n is None else n]
     sizes = [strength, eps, rows, d]

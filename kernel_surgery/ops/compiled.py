@@ -11,6 +11,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,8 @@ import torch
 from kernel_surgery.kernels import project
 from kernel_surgery.kernels.project import KERNELS, form_of, launch_options
 from kernel_surgery.numerics.precision import STORED
+from kernel_surgery.ops.occupancy import SHARED_LIMIT, blocks_by, limit
 
-# Shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities 8.0 and 9.0).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# What sm_80 and sm_90 share among the blocks of a multiprocessor: registers, threads, and shared memory with the
-# kilobyte that the system takes for each block.
-REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 * 1024, 90: 228 * 1024}
 # Bytes that may spill: a few registers, stored once and read once. Two tiles of rows a program spill 8, and are 12%
 # faster than one tile that spills nothing (H100, 16384 x 2048).
 MAY_SPILL = 16
@@ -47,13 +44,54 @@ OPERATIONS = {
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """Launch options that let at least two blocks share a multiprocessor, where those that ship let one.
+
+    They spill nothing on sm_90, and change no bit of a row beside the other options of their form but for the order of
+    a sum. None is measured: `bench.tune` times them on a GPU. shape: (rows, d, k padded).
+    """
+
+    form: str
+    shape: tuple[int, int, int]
+    operations: tuple[str, ...]
+    options: dict[str, Any]
+
+    def compiled(self) -> Iterator["Compiled"]:
+        """Compile it for sm_90 and bfloat16, once for each operation."""
+        for operation in self.operations:
+            yield compile_project(90, "bfloat16", *self.shape, operation, form=self.form, **self.options)
+
+
+def tile_candidate(d: int, warps: int, operations: tuple[str, ...], **options: Any) -> Candidate:
+    """Return a candidate of the tile form: 16 rows per block, and the registers of two blocks."""
+    launch = {"WARPS": warps, "num_warps": warps, "TILES": 1, "maxnreg": min(255, 1024 // warps)}
+    return Candidate("tile", (16384, d, 16), operations, launch | {"KEEP": False} | options)
+
+
+# The norm at d = 2560 has none: eight warps spill 156 bytes.
+CANDIDATES = (
+    *(tile_candidate(d, 8, ("project", "project_add"), PREPARED=True) for d in (2048, 2560)),
+    *(tile_candidate(d, 8, ("project",)) for d in (2048, 2560)),
+    tile_candidate(2048, 4, ("project", "project_add"), PREPARED=True),
+    tile_candidate(2048, 8, ("project_add",)),
+    tile_candidate(2048, 4, ("project_add_rmsnorm",)),
+    *(
+        Candidate("two-pass", (16384, 2048, 32), ("project_add_rmsnorm",), options)
+        for options in ({"BLOCK_M": 16}, {"BLOCK_M": 16, "num_stages": 3}, {"num_warps": 4})
+    ),
+    Candidate("row", (1, 2048, 16), ("project", "project_add_rmsnorm"), {"BLOCK_D": 1024, "num_warps": 4}),
+)
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What one compiled kernel needs: registers per thread, bytes spilled, bytes of shared memory per block.
 
     narrow: number of 32-bit products of a row number, a size or a stride. It must be 0, because M * d may pass 2^31.
     late_loads: number of loads after the first barrier, when the program has already waited once.
-    blocks: number of blocks that fit on a multiprocessor at once. With one, nothing is loaded while it stores.
-    in_flight: bytes of x that these blocks ask for before the first of them waits.
+    warps: per block. blocks_by: how many blocks each resource allows at once (see `occupancy`). blocks: the fewest of
+    these, which are resident at once. limit: the resource that allows the fewest.
+    in_flight: bytes that the resident blocks have asked for when they first wait for memory (see `asked_at_once`).
     """
 
     sm: int
@@ -69,7 +107,10 @@ class Compiled:
     shared: int
     narrow: int
     late_loads: int
+    warps: int
+    blocks_by: dict[str, int]
     blocks: int
+    limit: str
     in_flight: int
 
     def faults(self) -> list[str]:
@@ -113,13 +154,14 @@ def compile_project(
     oblique: bool = False,
     per_row: bool = True,
     separate: bool = True,
+    across: bool = False,
     **overrides: Any,
 ) -> Compiled:
     """Compile `kernels/project.py` for compute capability `sm` (80 or 90), as it would be launched for x [rows, d].
 
     Every tensor is taken to begin at a multiple of 16 bytes. operation: a key of OPERATIONS. oblique: with a dual and
-    an offset. form, overrides: replace the choice of kernel and its launch options. Raises what Triton raises for a
-    kernel that does not compile.
+    an offset. across: the basis is stored column by column. form, overrides: replace the choice of kernel and its
+    launch options. Raises what Triton raises for a kernel that does not compile.
     """
     import triton
     from triton import knobs
@@ -135,18 +177,22 @@ def compile_project(
     constants = options | OPERATIONS[operation] | {"PER_ROW": per_row, "SEPARATE": separate}
     constants |= {"DUAL": oblique, "OFFSET": oblique}
     # A row-major basis has stride_basis_k = 1, for which Triton compiles a special kernel at launch. So does this.
-    constants |= {"d": d} if form == "tile" else {"stride_basis_k": 1}
+    if form == "tile":
+        constants["d"] = d
+    else:
+        constants["stride_basis_d" if across else "stride_basis_k"] = 1
     signature = {
         **{f"{name}_ptr": f"*{element}" for name in ("x", "residual", "weight", "y", "n")},
-        **{f"{name}_ptr": "*fp32" for name in ("basis", "dual", "offset", "row_strength")},
+        **{f"{name}_ptr": "*fp32" for name in ("offset", "row_strength")},
+        **{f"{name}_ptr": f"*{element}" if options.get("PREPARED") else "*fp32" for name in ("basis", "dual")},
         **{"strength": "fp32", "eps": "fp32", "rows": "i32", "d": "i32", "k": "i32"},
-        **{name: "i32" for name in ("stride_x", "stride_residual", "stride_basis_d")},
+        **{name: "i32" for name in ("stride_x", "stride_residual", "stride_basis_d", "stride_basis_k")},
         **dict.fromkeys(constants, "constexpr"),
     }
     # In the order of the kernel's own parameters.
     signature = {name: signature[name] for name in KERNELS[form].arg_names}
     # What Triton specialises at launch: aligned pointers, and sizes and strides that are multiples of 16.
-    even = {"d": d, "stride_x": d, "stride_residual": d, "rows": rows, "k": k, "stride_basis_d": k}
+    even = {"d": d, "stride_x": d, "stride_residual": d, "rows": rows, "k": k, "stride_basis_d": k, "stride_basis_k": d}
     aligned = [n for n in signature if n not in constants and (n.endswith("_ptr") or even.get(n, 1) % 16 == 0)]
     attrs = {(list(signature).index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(KERNELS[form], signature=signature, constexprs=constants, attrs=attrs)
@@ -160,26 +206,40 @@ def compile_project(
         assert target is not None  # every PTX names it
         words = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", file, "-o", Path(folder) / "kernel.cubin"]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        words = [knobs.nvidia.nvdisasm.path, "-c", Path(folder) / "kernel.cubin"]
+        code = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     used = re.search(r"Used (\d+) registers", said)
     assert used is not None, said  # ptxas -v says so
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
     late = ptx.partition("bar.sync")[2].count("ld.global")
     needs = int(used[1]), spilled, done.metadata.shared, narrow_products(done.asm["ttir"]), late
-    blocks = blocks_that_fit(sm, needs[0], needs[2], 32 * launch["num_warps"])
-    columns = d if form != "two-pass" else options["BLOCK_D"] * launch["num_stages"]
-    if form == "row" and not options["WHOLE"]:
-        columns = options["BLOCK_D"]
-    asked = blocks * options.get("BLOCK_M", 1) * columns * kind.itemsize
-    return Compiled(sm, operation, form, dtype, rows, d, k, oblique, *needs, blocks, asked)
+    allowed = blocks_by(sm, needs[0], needs[2], launch["num_warps"])
+    asked = asked_at_once(form, options | OPERATIONS[operation] | launch, d, kind.itemsize, done.asm["ttgir"], code)
+    blocks = min(allowed.values())
+    fits = launch["num_warps"], allowed, blocks, limit(allowed), blocks * asked
+    return Compiled(sm, operation, form, dtype, rows, d, k, oblique, *needs, *fits)
 
 
-def blocks_that_fit(sm: int, registers: int, shared: int, threads: int) -> int:
-    """Return how many blocks a multiprocessor holds at once. Registers are given out by eights for a thread.
+def asked_at_once(form: str, options: dict, d: int, size: int, ttgir: str, code: str) -> int:
+    """Return how many bytes a block has asked for when it first waits for memory. U is not counted: it is in the cache.
 
-    Source: CUDA programming guide, technical specifications of compute capabilities 8.0 and 9.0.
+    options: the form's constants and launch options. size: bytes of an element of x. ttgir: the kernel in Triton's IR
+    for GPUs. code: in machine code, as nvdisasm prints it.
+
+    row         x, and with ADD the residual, if the row is read whole; else one chunk of x
+    tile        the loads of x that the machine code has before the first product. The compiler moves some behind it
+    two-pass    a pipelined loop has a buffer of [BLOCK_M, BLOCK_D] for each load that may be outstanding: one less than
+                num_stages. Elements that cannot be copied past the registers (rows that begin at odd multiples of 2
+                bytes) are not pipelined, and one load is outstanding
     """
-    for_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    return min(for_registers, THREADS // threads, SHARED[sm] // (shared + 1024))
+    if form == "tile":  # x alone is read under a predicate there: the last rows may be missing
+        loads = re.findall(r"@!?U?P\d+ LDG\S*\.(64|128)\b", code.partition("HMMA")[0])
+        return sum(map(int, loads)) // 8 * 32 * options["num_warps"]
+    if form == "row":
+        return (d * (2 if options["ADD"] else 1) if options["WHOLE"] else options["BLOCK_D"]) * size
+    shape = f"{options['BLOCK_M']}x{options['BLOCK_D']}x"
+    buffers = re.findall(rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{shape}", ttgir)
+    return max(map(int, buffers), default=1) * options["BLOCK_M"] * options["BLOCK_D"] * size
 
 
 def kernel_sha256() -> str:
