@@ -47,7 +47,7 @@ def seeming_gpu(module: ModuleType) -> Iterator[None]:
             "torch.cuda.get_device_name": name,
             "torch.cuda._lazy_init": {"side_effect": _reach},  # torch calls it before anything is done on the device
             "bench.timing.copy_bandwidth": {"return_value": 1.0},  # measured first, before any input is made
-            "bench.tune.warm_all": {"return_value": None},  # processes that compile on the GPU
+            "bench.tune.warm_all": {"return_value": []},  # processes that compile on the GPU
             "bench.per_request.lacking": {"return_value": None},
             "kernel_surgery.engines.offline.require_vllm": name,
             "kernel_surgery.engines.offline.started": {"side_effect": _reach},

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import api, architectures, cost, engines, messages, readme, reals, tables
+from bench import api, architectures, blocks, cost, engines, messages, readme, reals, tables
 from bench.parsing import bench_parser
 from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
@@ -93,6 +93,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "opcount": lambda: tables.opcount("stack"),
         "opcount-polyglot": lambda: tables.opcount("polyglot"),
         "gpu": tables.on_gpu,
+        "blocks": blocks.found,
         "models": tables.models,
         "op": tables.op,
         "collect": tables.collect,

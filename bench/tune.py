@@ -2,19 +2,26 @@
 
 At Qwen2.5-3B's width it tries every form that suits a number of rows, with other block sizes, warps and stages than
 `launch_options` chooses. The row form is tried with a packed basis and with a basis stored column by column ("across").
+The candidates of `kernel_surgery.ops.compiled` are tried too: they let more blocks share a multiprocessor. Some of them
+are for another width or rank, which is then timed as well. PREPARED in the options: U comes in pieces made before the
+timing.
+
 An option set is timed only if its output meets the bound. Times are of replayed graphs, interleaved with the options
 that the package ships. The benchmark changes nothing: edit `launch_options` and `form_of` by hand, and commit the file
 of results with the edit.
+
+Everything is compiled first, by several processes, and in the order of importance. Two thirds of --seconds are for
+this; what is not compiled then is left out, and named.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,85 +35,142 @@ from kernel_surgery.common.files import write_atomic
 D, K = 2048, 10
 CASES = ("project", "project_add_rmsnorm")
 ROWS = (1, 16384, 64, 8, 256, 2048)  # the most important first
+OTHERS = ((16384, 2560, 16), (16384, 2048, 32))  # (rows, d, k): what only candidates are tried for
 SHIPPED = "as shipped"
 FLOOR = "floor"  # a copy, or the addition and the norm alone
-LATE = "no time left"
-TRIED = {
+LATE, NOT_COMPILED = "no time left", "not compiled in time"
+FOR_COMPILING = 2 / 3  # of the time
+TRIED: dict[str, dict[str, tuple]] = {
     "row": {"BLOCK_D": (1024, 2048), "num_warps": (8, 16, 32)},
-    "tile": {"WARPS": (8, 16), "TILES": (1, 2), "KEEP": (False, True)},
+    "tile": {"TILES": (1, 2), "KEEP": (False, True), "PREPARED": (False, True)},
     "two-pass": {"BLOCK_M": (32, 64), "BLOCK_D": (64, 128), "num_warps": (4, 8), "num_stages": (3,)},
 }
+Shape = tuple[int, int, int]  # rows, d, k
+Key = tuple[str, str, str]  # form, layout of the basis, options as text
 
 
-def candidates(rows: int, forms) -> Iterator[tuple[str, str, dict]]:
-    """(form, layout of the basis, options) of everything to try for this number of rows."""
+def candidates(case: str, shape: Shape, forms: Collection[str]) -> Iterator[tuple[str, str, dict]]:
+    """(form, layout of the basis, options) of everything to try for a case and a shape."""
     from kernel_surgery.kernels.project import FEW_ROWS
+    from kernel_surgery.ops.compiled import CANDIDATES
 
-    for form in forms:
-        axes = TRIED[form]
-        if (form == "row") != (rows <= FEW_ROWS) and not FEW_ROWS <= rows <= 16 * FEW_ROWS:
-            continue  # all forms are tried only around FEW_ROWS, where the choice of form changes
-        for values in itertools.product(*axes.values()):
+    rows, d, k = shape
+    able = [form for form in forms if (form == "row") == (rows <= FEW_ROWS) or FEW_ROWS <= rows <= 16 * FEW_ROWS]
+    for form in able:  # all forms only around FEW_ROWS, where the choice of form changes
+        for made in CANDIDATES:
+            if (made.form, *made.shape[1:]) == (form, d, k + -k % 16) and case in made.operations:
+                yield form, "packed", made.options
+        axes = TRIED[form] if (d, k) == (D, K) else {}
+        for values in itertools.product(*axes.values()) if axes else ():
             options = dict(zip(axes, values, strict=True))
-            if form == "tile":
-                options["num_warps"] = options["WARPS"]
             for layout in ("packed", "across") if form == "row" else ("packed",):
                 yield form, layout, options
 
 
-def calls(case: str, t: dict, forms=tuple(TRIED)) -> dict:
+def as_text(options: dict) -> str:
+    """Options as they stand in the results."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def kernel(case: str, shape: Shape, key: Key) -> tuple:
+    """What tells the compiled kernel of a call from others: Triton compiles one for 1 row, one for multiples of 16, and
+    one for other numbers of rows. What ships depends on the number itself."""
+    rows, *width = shape
+    return (case, key, rows if key[0] == SHIPPED else (rows == 1, rows % 16 == 0), *width)
+
+
+def calls(case: str, t: dict, forms: Collection[str] = tuple(TRIED)) -> dict[Key, Callable]:
     """{(form, layout, options as text): call}. The floor and the options that ship come first."""
     from bench import baselines
+    from kernel_surgery.kernels.project import prepared
     from kernel_surgery.kernels.project import project as launch
     from kernel_surgery.ops.library import packed
 
     more = {} if case == "project" else {"residual": t["residual"], "weight": t["weight"], "eps": EPS}
     bases = {"packed": packed(t["basis"]), "across": t["basis"].T.contiguous().T}
+    split = prepared(bases["packed"]) if bases["packed"].shape[1] == 16 else None
 
-    def result(basis, **options):
-        outputs = launch(t["x"], basis, 1.0, **more, **options)
+    def result(basis, PREPARED=False, **options):
+        outputs = launch(t["x"], basis, 1.0, **more, **options, **({"split": split} if PREPARED else {}))
         return outputs[0] if case == "project" else outputs
 
     x, residual, weight = t["x"], t["residual"], t["weight"]
     floor = x.clone if case == "project" else partial(baselines.add_rmsnorm, x, residual, weight, EPS)
     calls = {(FLOOR, "", ""): floor, (SHIPPED, "packed", ""): partial(result, bases["packed"])}
-    for form, layout, options in candidates(len(t["x"]), forms):
-        text = " ".join(f"{name}={value}" for name, value in options.items())
-        calls[form, layout, text] = partial(result, bases[layout], form=form, **options)
+    shape = (*x.shape, t["basis"].shape[1])
+    for form, layout, options in candidates(case, shape, forms):
+        calls[form, layout, as_text(options)] = partial(result, bases[layout], form=form, **options)
     return calls
 
 
-def warm(case: str, rows: int, part: int, parts: int, forms) -> None:
-    """Run every `parts`-th call of a case once, so that Triton compiles it and keeps the result on disk."""
+@functools.lru_cache(1)
+def inputs_on_gpu(shape: Shape) -> dict:
+    """The inputs of a shape. A process that compiles needs those of one shape after another."""
     import torch
 
-    t = inputs(rows, D, K, torch.bfloat16, torch.device("cuda"))
-    for number, call in enumerate(calls(case, t, forms).values()):
-        if number % parts == part:
-            with contextlib.suppress(Exception):  # `measure` says why an option set fails
-                call()
+    return inputs(*shape, torch.bfloat16, torch.device("cuda"))
 
 
-def warm_all(workers: int, every_rows, forms) -> None:
-    """Compile all candidates in processes of their own. Compiling takes far longer than timing."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        tasks = [(case, rows, part, 4, forms) for rows in every_rows for case in CASES for part in range(4)]
-        list(pool.map(warm, *zip(*tasks, strict=True)))
+def warm(task: tuple[str, Shape, tuple, Key]) -> tuple:
+    """Run one call once, so that Triton compiles it and keeps the result on disk. Returns the task."""
+    case, shape, forms, key = task
+    with contextlib.suppress(Exception):  # `measure` says why an option set fails
+        calls(case, inputs_on_gpu(shape), forms)[key]()
+    return task
 
 
-def measure(case: str, rows: int, device, rounds: int, until: float, forms) -> list[dict]:
-    """Result rows for one case and number of rows, fastest first. Options that fail or break their bound come last."""
+def tasks(shapes: Collection[Shape], forms: tuple) -> list[tuple]:
+    """Every kernel to compile, once each: (case, shape, forms, key), the most important first."""
+    found: dict[tuple, tuple] = {}
+    for shape in shapes:
+        for case in CASES:
+            keys = [(form, layout, as_text(options)) for form, layout, options in candidates(case, shape, forms)]
+            for key in [(SHIPPED, "packed", ""), *keys]:
+                found.setdefault(kernel(case, shape, key), (case, shape, forms, key))
+    return list(found.values())
+
+
+def warm_all(workers: int, todo: list, until: float, work: Callable = warm) -> list:
+    """Do tasks in processes of their own, and return those that are done at time `until`. The others are given up.
+
+    Compiling takes far longer than timing, and a single kernel may take a minute. work: what does a task.
+    """
+    done: list = []
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving it ends its processes
+        results = pool.imap_unordered(work, todo)
+        try:
+            while len(done) < len(todo):
+                done.append(results.next(timeout=max(0.0, until - time.monotonic())))
+        except multiprocessing.TimeoutError:
+            print(f"{len(todo) - len(done)} of {len(todo)} kernels are not compiled in time", flush=True)
+    return done
+
+
+def measure(
+    case: str,
+    shape: Shape,
+    device,
+    rounds: int,
+    until: float,
+    forms: Collection[str],
+    compiled: Collection[tuple] | None = None,
+) -> list[dict]:
+    """Result rows for one case and shape, fastest first. Options that fail or break their bound come last.
+
+    compiled: `kernel` of what `warm_all` has compiled; None is everything. The rest is left out, but for what ships.
+    """
     import torch
 
-    t = inputs(rows, D, K, torch.bfloat16, device)
+    t = inputs(*shape, torch.bfloat16, device)
     able, left_out = {}, []
     for key, call in calls(case, t, forms).items():
-        about = {"case": case, "M": rows, "d": D, "k": K, "dtype": "bfloat16"} | dict(
-            zip(("form", "layout", "options"), key, strict=True)
-        )
+        about = dict(zip(("case", "M", "d", "k", "dtype"), (case, *shape, "bfloat16"), strict=True))
+        about |= dict(zip(("form", "layout", "options"), key, strict=True))
         if time.monotonic() > until:
             left_out.append(about | {"left_out": LATE})
+            continue
+        if compiled is not None and key[0] not in (SHIPPED, FLOOR) and kernel(case, shape, key) not in compiled:
+            left_out.append(about | {"left_out": NOT_COMPILED})
             continue
         try:
             name = "" if key[0] != FLOOR else "copy" if case == "project" else "add + rmsnorm"
@@ -152,15 +216,20 @@ def run(argv: list[str] | None = None) -> int:
     device, results = torch.device("cuda"), []
     about, until = stamp(device), time.monotonic() + args.seconds
     broken = False
-    warm_all(max(1, min(12, (os.cpu_count() or 2) - 2)), args.rows, args.forms)
-    print(f"compiled after {time.monotonic() - until + args.seconds:.0f} s", flush=True)
-    for rows in args.rows:
+    shapes = [*((rows, D, K) for rows in args.rows), *(shape for shape in OTHERS if shape[0] in args.rows)]
+    todo = tasks(shapes, tuple(args.forms))
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    done = warm_all(workers, todo, until - args.seconds * (1 - FOR_COMPILING))
+    compiled = {kernel(case, shape, key) for case, shape, _, key in done}
+    print(f"compiled {len(done)} kernels in {time.monotonic() - until + args.seconds:.0f} s", flush=True)
+    for shape in shapes:
         for case in CASES:
-            measured = measure(case, rows, device, args.rounds, until, args.forms)
+            measured = measure(case, shape, device, args.rounds, until, args.forms, compiled)
             results += [row | about for row in measured]
             timed = [row for row in measured if not row["left_out"]]
             broken = broken or any(row["form"] == SHIPPED and row["left_out"] not in (None, LATE) for row in measured)
-            print(f"{case}, {rows} x {D}: {len(timed)} timed, {len(measured) - len(timed)} left out")
+            size = "{} x {}, k = {}".format(*shape)
+            print(f"{case}, {size}: {len(timed)} timed, {len(measured) - len(timed)} left out")
             for row in [r for r in timed if r["form"] in (SHIPPED, FLOOR)] + timed[: args.show]:
                 print(
                     f"  {row['us_p50']:>9.2f} us  {row['of_floor'] or 0:.3f} of the floor's  {row['form']:<10} "

@@ -149,12 +149,13 @@ def test_aot_and_dequantize_say_what_comes_next(tmp_path, monkeypatch):
     said = ended("dequantize", "smollm2")
     assert next_of(said) == ("collect", ["--model", "smollm2", "--out", "acts.safetensors"])
     fields = {"sm": 90, "form": "whole", "dtype": "float16", "rows": 1, "d": 2, "k": 1}
-    for name in ("CASES", "OBLIQUE_CASES"):
+    for name in ("CASES", "OBLIQUE_CASES", "CANDIDATES"):
         monkeypatch.setattr(compiled, name, getattr(compiled, name)[:1] if name == "CASES" else ())
     faulty = []
 
     class Made:
-        form, registers, spilled, late_loads, blocks, in_flight, shared = "whole", 1, 0, 0, 1, 1, 1
+        sm, operation, form, dtype, rows, d, k, oblique = 90, "project", "whole", "float16", 1, 2, 1, False
+        registers, spilled, late_loads, blocks, limit, in_flight, shared = 1, 0, 0, 1, "registers", 1, 1
 
         def faults(self):
             return ["spills"] if faulty else []

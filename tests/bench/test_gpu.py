@@ -1,5 +1,6 @@
 """What runs on a GPU, tested without one: the GPU command, the Triton baselines, the launches and the tuning."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -78,6 +79,70 @@ def test_the_commands_of_the_gpu_parts_parse_and_their_reserved_time_is_under_ni
     with pytest.raises(UserError, match="--parts: 'speed' is not a part; the parts are kernels, memcheck"):
         gpu.chosen(parts, "op,speed")
     assert all(part.reserved <= part.at_most for part in parts)
+
+
+def test_the_gpu_parts_collect_every_gpu_test_and_only_files_that_import_on_the_device(tmp_path):
+    """Files beside them may import what only another machine has: nbclient, optuna or zensical, say."""
+    from bench import gpu
+
+    marked = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "tests").rglob("*.py")
+        if any("mark" in (word := ast.unparse(node)) and "gpu" in word.split(".") for node in decorators(file))
+    }
+    found = {gpu.KERNEL_TESTS, *gpu.gpu_tests()}
+    assert found == marked and len(found) > 3
+    every = {p.name: p.command for p in gpu.parts(tmp_path)}
+    collected = {word for name in ("kernels", "models") for word in every[name] if word.startswith("tests/")}
+    assert collected == found
+    # What they import at their heads, and what those import of ours, is there.
+    done, todo = set(), [ROOT / name for name in found] + list(ROOT.glob("tests/**/conftest.py"))
+    foreign = set()
+    while todo:
+        file = todo.pop()
+        if file in done or not file.is_file():
+            continue
+        done.add(file)
+        for name in heads(file):
+            top, path = name.split(".")[0], ROOT.joinpath(*name.split("."))
+            if top in ("bench", "kernel_surgery", "tests"):
+                todo += [path.with_suffix(".py"), path / "__init__.py"]
+            elif top not in sys.stdlib_module_names:
+                foreign.add(top)
+    assert foreign <= ON_THE_DEVICE, foreign - ON_THE_DEVICE
+    assert "torch" in foreign
+    # Without the choice of files, others would be imported that do not suit.
+    others = {name.split(".")[0] for file in ROOT.glob("tests/**/test_*.py") for name in heads(file)}
+    assert others - ON_THE_DEVICE - {"bench", "kernel_surgery", "tests"} - set(sys.stdlib_module_names)
+
+
+# What tests may import at their heads there: the packages that the machine with the GPU has.
+ON_THE_DEVICE = {
+    *("torch", "triton", "transformers", "numpy", "einops", "safetensors", "tokenizers", "scipy", "tqdm"),
+    *("pytest", "hypothesis", "matplotlib", "peft", "accelerate", "packaging"),
+}
+
+
+def decorators(file):
+    """The decorators in a source, and what is given to `pytestmark`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        yield from getattr(node, "decorator_list", ())
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            yield node.value
+
+
+def heads(file):
+    """The full names of what a source imports outside of functions."""
+    todo = list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef) and ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING":
+            todo += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
 
 
 def gpu_run(out, outcomes=None, absent=(), **changes):
@@ -179,6 +244,42 @@ def test_every_kernel_is_launched_once_for_the_sanitizer(monkeypatch):
         smoke.run(["--device", "cpu"])
 
 
+def test_every_candidate_with_two_blocks_is_compiled_and_timed_by_tune():
+    from bench import tune
+    from kernel_surgery.ops.compiled import CANDIDATES
+
+    shapes = [*((rows, tune.D, tune.K) for rows in tune.ROWS), *tune.OTHERS]
+    todo = tune.tasks(shapes, tuple(tune.TRIED))
+    names = [tune.kernel(case, shape, key) for case, shape, _, key in todo]
+    assert len(names) == len(set(names))  # no kernel is compiled twice
+    timed = {(case, *shape[:1], *shape[1:], key) for case, shape, _, key in todo}
+    for one in CANDIDATES:
+        rows, d, k = one.shape
+        for operation in set(one.operations) & set(tune.CASES):
+            key = one.form, "packed", tune.as_text(one.options)
+            padded = {(case, m, width, -(-rank // 16) * 16, name) for case, m, width, rank, name in timed}
+            assert (operation, rows, d, k, key) in padded
+    # What ships comes first for each shape: everything else is compared with it.
+    assert todo[0][3][0] == tune.SHIPPED
+    assert {shape for _, shape, _, key in todo if key[0] == tune.SHIPPED} == set(shapes)
+
+
+@pytest.mark.slow
+def test_kernels_that_take_too_long_to_compile_are_given_up():
+    from bench import tune
+
+    began = time.monotonic()
+    done = tune.warm_all(2, [0.0, 600.0, 0.01, 600.0, 600.0], began + 5, work=time.sleep)
+    assert len(done) == 2 and time.monotonic() - began < 15
+    assert len(tune.warm_all(2, [0.0, 0.01], began + 60, work=time.sleep)) == 2
+    # All that tune does ends before its part is stopped: compiling, then timing until --seconds.
+    from bench.gpu import parts
+
+    part = next(part for part in parts(ROOT) if part.name == "tune")
+    seconds = tune.parser().parse_args(part.command[part.command.index("bench.tune") + 1 :]).seconds
+    assert 0 < tune.FOR_COMPILING < 1 and seconds + 30 <= part.at_most
+
+
 @pytest.mark.slow
 def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
     from bench import baselines, tune
@@ -214,7 +315,7 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
     monkeypatch.setattr(baselines, "add_rmsnorm", add_rmsnorm)
     forms = tuple(tune.TRIED)
     for case in ("project", "project_add_rmsnorm"):
-        made = tune.measure(case, 256, torch.device("cpu"), 2, time.monotonic() + 60, forms)
+        made = tune.measure(case, (256, tune.D, tune.K), torch.device("cpu"), 2, time.monotonic() + 60, forms)
         timed = [row for row in made if not row["left_out"]]
         assert [row["us_p50"] for row in timed] == sorted(row["us_p50"] for row in timed)
         assert [row["of_shipped"] for row in timed if row["form"] == tune.SHIPPED] == [1]
@@ -224,12 +325,20 @@ def test_tuning_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch,
         assert "num_warps=16" in reasons["RuntimeError: out of resource"]
         assert "BLOCK_D=128" in reasons["exceeds its bound"]
         assert [row["of_floor"] for row in timed if row["form"] == tune.FLOOR] == [1]
-        assert len(made) == 2 + len(list(tune.candidates(256, forms)))
+        assert len(made) == 2 + len(list(tune.candidates(case, (256, tune.D, tune.K), forms)))
+        assert any("PREPARED=True" in row["options"] for row in timed)
     # Every candidate is one that the launcher takes: all forms, and the row form with the basis either way.
     assert {form for form, _ in accepted} == {"row", "tile", "two-pass"}
     assert ("row", (16, 1)) in accepted and ("row", (1, tune.D)) in accepted
-    late = tune.measure("project", 8, torch.device("cpu"), 2, time.monotonic() - 1, forms)
+    shape, device = (8, tune.D, tune.K), torch.device("cpu")
+    late = tune.measure("project", shape, device, 2, time.monotonic() - 1, forms)
     assert {row["left_out"] for row in late} == {tune.LATE}
+    # What is not compiled in time is named, and only what ships is compiled while timing.
+    one = next(task for task in tune.tasks([shape], forms) if task[3][0] == "row")
+    compiled = {tune.kernel(*one[:2], one[3])}
+    made = tune.measure("project", shape, device, 2, time.monotonic() + 60, forms, compiled)
+    assert sorted(r["form"] for r in made if not r["left_out"]) == ["as shipped", "floor", "row"]
+    assert {r["left_out"] for r in made} == {None, tune.NOT_COMPILED}
     with pytest.raises(UserError, match="no CUDA device here: nothing was run and nothing was written"):
         tune.run(["--out", str(tmp_path / "tune.json")])
     assert not list(tmp_path.iterdir())

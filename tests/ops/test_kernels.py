@@ -40,7 +40,7 @@ def interpret(*words):
 @pytest.mark.parametrize(
     "paths, cases",
     [
-        (("float32", "float16 tile pieces", "float32 tile", "float16 row"), 50),
+        (("float32", "float16 tile pieces", "float16 tile prepared", "float32 tile", "float16 row"), 50),
         (("float16 pieces", "float16", "float32 row", "float32 row chunks"), 46),
     ],
     ids=["wide", "many"],
@@ -201,7 +201,19 @@ MUTATIONS = {
         "    return tl.reshape(a + b, (16, BLOCK_M))",
         "    return tl.reshape(a, (16, BLOCK_M))",
     ),
-    "tile: z of the first tile for both": ("products(z_of[tile],", "products(z_of[0],"),
+    "tile: z of the first tile for both": ("spread(z_of[tile], u,", "spread(z_of[0], u,"),
+    "tile: prepared: halves of the columns swapped": ("tl.dot(hi_of[half],", "tl.dot(hi_of[1 - half],"),
+    "tile: prepared: low piece lost in z": ("z = tl.dot(lo_of[half], x_of[half], z)", "z = z"),
+    "tile: prepared: columns out of order": (
+        "at + 4 * 32), tl.load(at + 6 * 32)",
+        "at + 6 * 32), tl.load(at + 4 * 32)",
+    ),
+    "tile: prepared: pieces of the first chunk": ("u_by_columns + chunk * wide * 2 * BLOCK_K", "u_by_columns"),
+    "tile: prepared: nothing left for the low piece": (
+        "(1 << (below - 1))) & -(1 << below)\n    high",
+        "0) & -1\n    high",
+    ),
+    "tile: prepared: pieces of the basis for the dual": ("pointers = [x, of_a, of_b]", "pointers = [x, of_a, of_a]"),
     "tile: strength of another row": (
         "tl.load(row_strength_ptr + row, mask=row < rows, other=0.0)[None, :]",
         "tl.load(row_strength_ptr + row * 0, mask=row < rows, other=0.0)[None, :]",
@@ -270,6 +282,7 @@ FIRST_PATHS = {
     "tile: low piece of the basis lost in z": "float16 tile pieces",
     "tile: z of the first tile for both": "float16 tile pieces, two",
 }
+PREPARED = "float16 tile prepared"
 
 
 def mutated_form(mutation):
@@ -281,7 +294,7 @@ def first_path(mutation):
     """The path or form whose cases are tried first, so that the mutation is found soon."""
     if mutation.startswith("row: chunks"):
         return "float32 row chunks"
-    return FIRST_PATHS.get(mutation, mutated_form(mutation))
+    return PREPARED if "prepared: " in mutation else FIRST_PATHS.get(mutation, mutated_form(mutation))
 
 
 # Words of a mutation's name: the group of cases that shows it at once. Any other is shown by the first case of a form.
@@ -381,6 +394,27 @@ def test_the_choice_of_a_form_is_by_shape_alone():
             assert options[257]["WARPS"] == options[16384]["WARPS"]  # they decide the order of the sum
 
 
+def test_the_prepared_pieces_are_those_that_the_kernels_make():
+    from kernel_surgery.kernels.project import prepared
+    from kernel_surgery.kernels.project import project as launch
+
+    u = basis(256, 16)
+    high = ((u.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).bfloat16()  # as in `emulated`
+    low = (u - high.float()).bfloat16()
+    across, by_columns = prepared(u)
+    assert torch.equal(across, torch.stack([high.T, low.T]))
+    for number, piece in enumerate((high, low)):
+        assert torch.equal(by_columns[:, :, number].reshape(256, 16), piece)
+    x = torch.randn(3, 256).bfloat16()
+    for form, dtype, split in (
+        ("two-pass", torch.bfloat16, (across, by_columns)),
+        ("tile", torch.float32, (across, by_columns)),
+        ("tile", torch.bfloat16, (by_columns, across)),
+    ):
+        with pytest.raises(ValueError, match="only the tile form in 16 bits takes prepared pieces"):
+            launch(x.to(dtype), u, 1.0, form=form, split=split)
+
+
 def table_of_compiled_kernels():
     return json.loads((ROOT / "bench" / "results" / "aot.json").read_text(encoding="utf-8"))
 
@@ -393,7 +427,7 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
     made it. So the table is believed for the rest, above all for the tile form, which takes up to ten seconds."""
     import triton
 
-    from kernel_surgery.ops.compiled import CASES, OBLIQUE_CASES, compile_project
+    from kernel_surgery.ops.compiled import CANDIDATES, CASES, OBLIQUE_CASES, compile_project
 
     table, seen = table_of_compiled_kernels(), set()
     cases = [(False, *case) for case in CASES] + [(True, *case) for case in OBLIQUE_CASES]
@@ -410,10 +444,17 @@ def test_it_compiles_without_spills_within_shared_memory_and_with_64_bit_offsets
         assert made in table["rows"] or table["triton"] != triton.__version__, made
         seen.add((c.form, operation != "project_add_rmsnorm"))
     assert seen == set(itertools.product(FORMS, (False, True)))
+    # Of the candidates one of each form, the tile form at both widths. The others take up to a minute.
+    for number, one in enumerate(CANDIDATES if sm == 90 else ()):
+        if one.form == "tile" and not (one.options.get("PREPARED") and one.options["WARPS"] == 8):
+            continue
+        made = dataclasses.asdict(next(one.compiled())) | {"options": one.options, "faults": []}
+        assert made in table["candidates"] or table["triton"] != triton.__version__, (number, made)
 
 
 def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
-    from kernel_surgery.ops.compiled import CASES, MAY_SPILL, OBLIQUE_CASES, OPERATIONS, SHARED_LIMIT, kernel_sha256
+    from kernel_surgery.ops.compiled import CANDIDATES, CASES, MAY_SPILL, OBLIQUE_CASES, OPERATIONS, kernel_sha256
+    from kernel_surgery.ops.occupancy import SHARED_LIMIT
 
     table = table_of_compiled_kernels()
     remedy = "run: python -m kernel_surgery.aot --out bench/results/aot.json --overwrite"
@@ -429,6 +470,19 @@ def test_the_table_of_compiled_kernels_is_of_this_source_and_has_no_fault():
     }, remedy
     assert [r for r in table["rows"] if r["faults"] or r["spilled"] > MAY_SPILL or r["narrow"]] == []
     assert [r for r in table["rows"] if r["blocks"] < 1 or r["in_flight"] < 1] == []
+    # The candidates: no spill at all, and two blocks or more where what ships has one.
+    ships = {(r["operation"], r["rows"], r["d"], r["k"]): r for r in table["rows"] if of_qwen(r)}
+    listed = {(one.form, *one.shape, o, str(one.options)) for one in CANDIDATES for o in one.operations}
+    found = {(*(r[n] for n in ("form", "rows", "d", "k", "operation")), str(r["options"])) for r in table["candidates"]}
+    assert found == listed and len(found) == len(table["candidates"]), remedy
+    for r in table["candidates"]:
+        assert r["faults"] == [] and r["spilled"] == 0 and r["blocks"] >= 2
+        assert ships[r["operation"], r["rows"], r["d"], r["k"]]["blocks"] == 1
+
+
+def of_qwen(row):
+    """Whether a row of the table is of an orthogonal edit in bfloat16 on sm_90, as the candidates are."""
+    return (row["sm"], row["dtype"], row["oblique"]) == (90, "bfloat16", False)
 
 
 @pytest.mark.parametrize("operation", ["project", "project_add_rmsnorm"])
@@ -444,7 +498,8 @@ def test_a_whole_row_is_asked_for_before_anything_is_waited_for(operation):
 
 @pytest.mark.slow
 def test_the_ahead_of_time_check_can_fail():
-    from kernel_surgery.ops.compiled import SHARED_LIMIT, compile_project
+    from kernel_surgery.ops.compiled import compile_project
+    from kernel_surgery.ops.occupancy import SHARED_LIMIT
 
     (spills,) = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=128, num_warps=4).faults()
     large = compile_project(90, "bfloat16", 16384, 2048, 64, BLOCK_M=128, BLOCK_D=256)

@@ -43,6 +43,7 @@ PATHS = {
     "float32 tile": (torch.float32, {"form": "tile"}),
     "float16 tile pieces": (torch.float16, {"form": "tile", "PIECES": tl.float16}),
     "float16 tile pieces, two": (torch.float16, {"form": "tile", "PIECES": tl.float16, "TILES": 2, "KEEP": True}),
+    "float16 tile prepared": (torch.float16, {"form": "tile", "PIECES": tl.float16, "PREPARED": True}),
 }
 # Every size of rows {0, 1, 3, 17, 199}, d {64, 129, 2048, 2049, 3584, 8192} and k {1, 10, 16, 33, 64} is here, many
 # rows beside a small d: the interpreter takes a minute where the compiled kernel takes a microsecond. The row form
@@ -171,6 +172,11 @@ def shapes(path, sizes=(*SHAPES, *TILE_SHAPES)):
             y, _ = project(inside, u, 1.0, **options)
             ratio = worst_ratio(leak(y, u), leak_bound(y, inside, u))
             yield {"case": f"{path} {m}x{d} k={k} leak", "over_bound": {"leak": ratio}}
+        if "prepared" in path:
+            x, r = torch.randn(m, d).to(dtype), torch.randn(m, d).to(dtype)
+            more = options | {"residual": r, "weight": torch.rand(d).to(dtype), "eps": EPS}
+            both = zip(project(x, u, 0.7, **more), project(x, u, 0.7, **more | {"PREPARED": False}), strict=True)
+            yield {"case": f"{path} {m}x{d} as not prepared", "same_bits": all(torch.equal(*pair) for pair in both)}
 
 
 def memory(path):
@@ -276,6 +282,18 @@ def batches(path):
             yield {"case": f"{path} invariant={invariant}", "same_bits": all(same) == invariant}
 
 
+def preparing(module):
+    """`module.project`, with the pieces of its basis and dual made before a launch with PREPARED."""
+
+    def launch(x, u, *given, PREPARED=False, **options):
+        if PREPARED:
+            of_b = u if options.get("dual") is None else options["dual"]
+            options["split"] = module.prepared(of_b, x.dtype)[0], module.prepared(u, x.dtype)[1]
+        return module.project(x, u, *given, **options)
+
+    return launch
+
+
 def broken(result):
     """What a case breaks, as text; empty if nothing."""
     found = [
@@ -298,13 +316,13 @@ def guarded():
         guards.append(made[shape[0] :])
         return made[: shape[0]]
 
-    return SimpleNamespace(empty=empty, **{n: getattr(torch, n) for n in DTYPES}), guards
+    return SimpleNamespace(empty=empty, **{n: getattr(torch, n) for n in (*DTYPES, "int32", "stack")}), guards
 
 
 def results(module, groups, paths):
     """Every case of some groups and paths, of the kernels in `module`."""
     global project
-    project = module.project
+    project = preparing(module)
     module.torch, guards = guarded()
     for path, group in itertools.product(paths, groups):
         torch.manual_seed(0)  # the same cases whatever runs before them
