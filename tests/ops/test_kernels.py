@@ -86,7 +86,7 @@ MUTATIONS = {
     "sign": ("x.to(tl.float32) - removed", "x.to(tl.float32) + removed"),
     "strength ignored": ("tl.where(a == 0.0, 0.0, a * z)", "tl.where(a == 0.0, 0.0, z)"),
     "strength 0 computed": ("tl.where(a == 0.0, 0.0, a * z)", "a * z"),
-    "z in one piece": ("z_lo = (z - z_hi.to(tl.float32)).to(PIECES)", "z_lo = z_hi * 0.0"),
+    "z in one piece": ("z_lo = (z - z_hi.to(tl.float32)).to(u_hi.dtype)", "z_lo = z_hi * 0.0"),
     "low piece of the basis lost": ("removed = tl.dot(z_hi, u_lo)", "removed = tl.dot(z_hi, u_lo) * 0.0"),
     "basis taken for row-major": (
         "column[:, None].to(tl.int64) * stride_d + column_k[None, :] * stride_k",
