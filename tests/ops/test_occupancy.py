@@ -41,6 +41,7 @@ def resident(sm, registers, shared, warps):
         (90, 128, 8192, 8, 2, "registers"),
         (90, 129, 8192, 8, 1, "registers"),  # 136 for each thread: given out by eights
         (90, 104, 0, 3, 5, "registers"),  # 4 warps in each part: whole registers / (104 * 96) would be 6
+        (90, 40, 0, 4, 12, "registers"),  # 5 units for each warp
         (90, 255, 0, 4, 2, "registers"),
         (90, 32, 113 * 1024, 4, 2, "shared memory"),
         (90, 32, 113 * 1024 + 1, 4, 1, "shared memory"),
@@ -64,6 +65,7 @@ def test_the_stored_blocks_are_recomputed_by_placing_them():
     rows = TABLE["rows"] + TABLE["candidates"]
     for r in rows:
         assert r["blocks"] == resident(r["sm"], r["registers"], r["shared"], r["warps"]), r
+        assert r["blocks_by"] == blocks_by(r["sm"], r["registers"], r["shared"], r["warps"]), r
         assert r["blocks_by"][r["limit"]] == r["blocks"] == min(r["blocks_by"].values()), r
     assert {r["limit"] for r in rows} >= {"registers"} and len({r["blocks"] for r in rows}) > 3
     for r in TABLE["rows"]:  # the warps are those that are launched
