@@ -573,6 +573,24 @@ def test_on_a_gpu_a_captured_graph_replays_the_same_bits(rows, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
+def test_on_a_gpu_pieces_prepared_once_give_the_same_bits():
+    """With eight warps, as in the candidates. What each candidate gives is checked again by `bench.tune`."""
+    from kernel_surgery.kernels.project import prepared
+    from kernel_surgery.kernels.project import project as launch
+
+    edit = oblique(2048, 16, offset=True).to("cuda")
+    x, r = (torch.randn(300, 2048, device="cuda").bfloat16() for _ in range(2))
+    split = prepared(edit.dual)[0], prepared(edit.basis)[1]
+    how = {"form": "tile", "WARPS": 8, "num_warps": 8, "TILES": 1, "maxnreg": 128}
+    more = how | {"residual": r, "dual": edit.dual, "offset": edit.offset}
+    h = launch(x, edit.basis, 0.7, split=split, **more)[0]
+    assert torch.equal(h, launch(x, edit.basis, 0.7, **more)[0])
+    off = (h.double() - (r.double() + project_oracle(x, edit, 0.7))).abs()
+    assert worst_ratio(off, add_bound(x, r, edit, 0.7, True)) <= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_right():
     """One form after the other: each takes 20 GB."""
     from kernel_surgery.kernels.project import project as launch
