@@ -162,7 +162,7 @@ def test_every_benchmark_is_listed_and_can_be_run_by_name(capsys):
 
     files = {p.stem for p in (ROOT / "bench").glob("*.py")}
     helpers = {"__init__", "__main__", "parsing", "store", "timing", "shapes", "methods", "baselines"}
-    helpers |= {"logits", "tables", "plots", "reals", "architectures", "mathml", "api", "messages", "readme"}
+    helpers |= {"logits", "tables", "plots", "reals", "architectures", "mathml", "api", "messages", "readme", "blocks"}
     assert set(every.BENCHES) == files - helpers
     assert every.run([]) == 0
     said = capsys.readouterr().out
