@@ -11,7 +11,6 @@ A screenshot carries the SHA-256 of the page that it shows, so the check needs n
 import argparse
 import hashlib
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -100,8 +99,9 @@ def screenshot(page: str, scheme: str, file: Path) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
+    from tests.support.browser import found
+
+    if (browser := found()) is None:
         raise UserError("the screenshots need Chromium, which was not found. The other pictures were not changed.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "page.html").write_text(page, encoding="utf-8")

@@ -87,7 +87,8 @@ def two_models() -> str:
     languages = ", ".join(damage["neutral"][mode])
     head = ["model", "edit", f"damage ({languages})", "times that of 4-bit weights", "in words"]
     search = " and `python -m kernel_surgery.study docs/search-smollm2.toml --out search`" * (study is not None)
-    return tables.table(head, body) + f"\nFrom the command above, `{found['command']}`{search}.\n"
+    source = "SmolLM2 is read from a file whose linear layers have four bits a weight."
+    return tables.table(head, body) + f"\nFrom the command above, `{found['command']}`{search}. {source}\n"
 
 
 def _costs(edit: dict, rounded: dict) -> list[str]:

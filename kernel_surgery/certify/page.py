@@ -13,17 +13,23 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.intervals import Axis, Row, forest
 from kernel_surgery.common.page import Card, contents, document, folded, opening, panels, paragraphs, table
 from kernel_surgery.common.plotting import standalone
+from kernel_surgery.models.architectures import spans
 
 
 def body(certificate: dict[str, Any]) -> str:
     """Return the verdict, the faults, the plots and the folded figures."""
-    faults = "".join(f"<li class=bad>{html.escape(fault)}</li>" for fault in certificate["faults"])
     return (
         f"<p><strong>{html.escape(render.verdict(certificate))}</strong></p>"
-        + f"<ul>{faults}</ul>" * bool(faults)
+        + faults(certificate)
         + plots(certificate)
         + folded("Figures", figures(certificate))
     )
+
+
+def faults(certificate: dict[str, Any]) -> str:
+    """Return the faults as a list, or nothing."""
+    listed = "".join(f"<li class=bad>{html.escape(fault)}</li>" for fault in certificate["faults"])
+    return f"<ul>{listed}</ul>" if listed else ""
 
 
 def plots(certificate: dict[str, Any]) -> str:
@@ -53,13 +59,14 @@ def figures(certificate: dict[str, Any]) -> str:
 
 def engine_modes(across: dict[str, Any]) -> str:
     """Return how far each mode of an engine is from the exact edit, in yardsticks, with the limit."""
-    rows = [
-        Row(mode, 0.0, row["rms_of_original"], row["rms_of_original"], f"{row['rms_of_original']:.3g}", "fused", True)
-        for mode, row in across["modes"].items()
-    ]
+    rows = []
+    for mode, row in across["modes"].items():
+        rms, largest = row["rms_of_original"], row["max_of_original"]
+        ends = min(rms, largest), rms, max(rms, largest)
+        rows.append(Row(mode, *ends, f"{rms:.3g}, largest {largest:.3g}", "fused", True))
     reach = 1.1 * max([across["limit"], *(row.high for row in rows)])
-    axis = Axis(0.0, reach, f"error of log probabilities, in yardsticks; line: limit {across['limit']:g}")
-    return forest(rows, _with_limit(axis, across["limit"]))
+    unit = "error of log probabilities, in yardsticks: root mean square, largest; a check fails beyond the line"
+    return forest(rows, Axis(0.0, reach, unit, zero=across["limit"]))
 
 
 def worst_checks(certificate: dict[str, Any]) -> list[Row]:
@@ -73,10 +80,6 @@ def worst_checks(certificate: dict[str, Any]) -> list[Row]:
         worst["files" if certificate["tensors"] else "baked weights"] = max(errors)
     colours = {"files": "baked", "baked weights": "baked"}
     return [Row(name, 0.0, v, v, f"{v:.3f}", colours.get(name, name), True) for name, v in worst.items()]
-
-
-def _with_limit(axis: Axis, limit: float) -> Axis:
-    return Axis(axis.low, axis.high, axis.unit, zero=limit)
 
 
 def _cards(certificate: dict[str, Any]) -> Iterator[Card]:
@@ -102,17 +105,16 @@ def _cards(certificate: dict[str, Any]) -> Iterator[Card]:
 
 def page(certificate: dict[str, Any]) -> str:
     """Return a certificate as a page of its own."""
-    model, faults = certificate.get("model"), certificate["faults"]
-    edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
+    model, count = certificate.get("model"), len(certificate["faults"])
     name = str(certificate.get("model_id") or "an edited model")
     facts = [
-        *[("layers", ", ".join(map(str, sorted(edited))))],
+        ("layers", spans(render.edited_layers(certificate))),
         *((key, f"{certificate[key]:g}") for key in ("rank", "strength") if certificate.get(key) is not None),
         *((key, str((model or {}).get(key, ""))) for key in ("dtype", "device")),
         ("modes", ", ".join((model or {}).get("modes", []))),
     ]
     words = (
-        "The edit was made exactly: every check holds." if not faults else f"{counted(len(faults), 'check')} failed."
+        "The edit was made exactly: every check holds." if not count else f"{counted(count, 'check')} failed."
     )
     damage = certificate.get("damage_in_words", "")
     note = f"<p class=note>{html.escape(damage)}</p>" if damage else ""
@@ -121,7 +123,6 @@ def page(certificate: dict[str, Any]) -> str:
     top = max([1.0, *(row.high for row in rows)]) * 1.1
     unit = "largest error over its bound, over all layers and checks; a check fails beyond the line"
     drawn = forest(rows, Axis(0.0, top, unit, zero=1.0)) if rows else ""
-    listed = "".join(f"<li class=bad>{html.escape(fault)}</li>" for fault in faults)
     first = opening("Kernel Surgery · certificate", name, facts, words, list(_cards(certificate)))
     command = certificate.get("command")
     about = {k: v for k, v in certificate.items() if k not in ("tensors", "model", "across_engines", "faults")}
@@ -129,7 +130,7 @@ def page(certificate: dict[str, Any]) -> str:
         "Record", f"<pre>{html.escape(json.dumps(about, indent=2, ensure_ascii=False))}</pre>"
     )
     sections = [
-        ("Faults", f"<ul>{listed}</ul>" if listed else ""),
+        ("Faults", faults(certificate)),
         ("By layer", plots(certificate)),
         ("Figures", figures(certificate)),
         ("How it was run", how),

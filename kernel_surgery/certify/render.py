@@ -184,10 +184,15 @@ def shown(certificate: dict[str, Any]) -> str:
     return "\n".join([*lines, verdict(certificate)])
 
 
+def edited_layers(certificate: dict[str, Any]) -> list[int]:
+    """Return the layers that a certificate is about, in order."""
+    rows = [*certificate["tensors"], *(certificate.get("model") or {}).get("layers", [])]
+    return sorted({row["layer"] for row in rows})
+
+
 def verdict(certificate: dict[str, Any]) -> str:
     """Return what was checked and the result, in one line."""
-    faults, model = certificate["faults"], certificate.get("model")
-    edited = {row["layer"] for row in certificate["tensors"]} | {r["layer"] for r in (model or {}).get("layers", [])}
-    what = counted(len(edited), "edited layer") + (f" ({', '.join(map(str, sorted(edited)))})" if edited else "")
+    faults, edited = certificate["faults"], edited_layers(certificate)
+    what = counted(len(edited), "edited layer") + (f" ({', '.join(map(str, edited))})" if edited else "")
     what += "".join(f", {key} {certificate[key]:g}" for key in ("rank", "strength") if certificate.get(key) is not None)
     return f"{what}: " + (counted(len(faults), "fault") if faults else "everything holds")

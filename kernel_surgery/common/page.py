@@ -88,21 +88,20 @@ addEventListener("beforeprint",()=>document.querySelectorAll("details").forEach(
 """
 
 
-def document(title: str, body: str, *, style: str = "", script: str = "", folder: str = "") -> str:
+def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
     """Return a whole page.
 
     title: plain text. body: HTML. style, script: more CSS and JavaScript of the page's own; both may not be closed by
-    anything in them. folder: said in the page's last line, where its data lies.
+    anything in them.
     """
     script = SCRIPT + script
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
-    end = f"<p class=small>{html.escape(folder)}</p>" if folder else ""
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv=content-security-policy content="{policy}">'
         '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>\n{body}\n{end}"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>\n{body}\n"
         f"<script>{script}</script></body></html>\n"
     )
 

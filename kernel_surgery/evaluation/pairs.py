@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kernel_surgery.evaluation.summary import POOLED
+
 LIMIT, SAME = 300, 30
 
 STYLE = """
@@ -80,17 +82,13 @@ def entries(texts: Cells, modes: Sequence[str]) -> Iterator[Entry]:
                 yield Entry(language, tuple(names), before, cells[names[0]][at])
 
 
-def differing(texts: Cells, modes: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return {mode: (texts that differ from the original's, texts)}, over all languages."""
-    found = {}
-    for mode in modes[1:]:
-        pairs = [
-            (a["text"], b["text"])
-            for (name, language), cell in texts.items()
-            if name == mode and (modes[0], language) in texts
-            for a, b in zip(texts[modes[0], language], cell, strict=True)
-        ]
-        found[mode] = sum(a != b for a, b in pairs), len(pairs)
+def changed(paired: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Return {mode: (texts that differ from the original's, texts)}, over all languages. paired: of results.json."""
+    found: dict[str, tuple[int, int]] = {}
+    for r in paired:
+        if r["language"] != POOLED:
+            count, of = found.get(r["mode"], (0, 0))
+            found[r["mode"]] = count + r["n"] - r["same_text"], of + r["n"]
     return found
 
 
@@ -102,8 +100,11 @@ def in_words(found: dict[str, tuple[int, int]]) -> str:
     return "texts that differ: " + ", ".join(f"{mode} {count} of {of}" for mode, (count, of) in found.items())
 
 
-def changed_texts(texts: Cells, modes: Sequence[str]) -> str:
-    """Return the section of the texts as HTML, or nothing if no edited model was asked. modes: the original's first."""
+def changed_texts(texts: Cells, modes: Sequence[str], counts: dict[str, tuple[int, int]]) -> str:
+    """Return the section of the texts as HTML, or nothing if no edited model was asked.
+
+    modes: the original's first. counts: a result of `changed`.
+    """
     every = list(entries(texts, modes))
     if not every:
         return ""
@@ -119,7 +120,7 @@ def changed_texts(texts: Cells, modes: Sequence[str]) -> str:
         "all": len(shown),
     }
     buttons = "".join(
-        f'<button value={kind} aria-pressed=false title="{_TITLES[kind]}">{_NAMES[kind]} ({count})</button>'
+        f'<button value={kind} aria-pressed=false title="{_TITLES[kind]}">{kind} ({count})</button>'
         for kind, count in kinds.items()
     )
     languages = "".join(
@@ -132,7 +133,7 @@ def changed_texts(texts: Cells, modes: Sequence[str]) -> str:
     more = " and ".join(f"{n} {what}" for n, what in ((other, "that differ"), (same, "that do not")) if n)
     rest = f" Not on this page: {more}; samples.jsonl has them." if more else ""
     return (
-        f"<p>{html.escape(in_words(differing(texts, modes)))} from the original's. What differs is marked.{rest}</p>"
+        f"<p>{html.escape(in_words(counts))} from the original's. What differs is marked.{rest}</p>"
         f"<div class=filter hidden>{buttons}<select aria-label=language><option value=''>all languages</option>"
         f"{languages}"
         "</select><input type=search placeholder='search prompts and texts' aria-label=search><output></output></div>"
@@ -140,7 +141,6 @@ def changed_texts(texts: Cells, modes: Sequence[str]) -> str:
     )
 
 
-_NAMES = {"differ": "differ", "lost": "lost", "gained": "gained", "all": "all"}
 _TITLES = {
     "differ": "the texts differ",
     "lost": "only the original is right",

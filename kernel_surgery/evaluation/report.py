@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.certify import page as certificate_page
 from kernel_surgery.common.files import write_atomic
@@ -19,6 +20,8 @@ from kernel_surgery.common.plotting import COLOURS
 from kernel_surgery.damage.measure import beyond
 from kernel_surgery.damage.words import BELOW, BITS4, BITS8, BROKEN, EIGHT, FOUR, WORDS, WORSE
 from kernel_surgery.evaluation import pairs, sections
+from kernel_surgery.evaluation.summary import POOLED
+from kernel_surgery.models.architectures import spans
 
 # What a word for the damage is said beside: the yardstick, and its name in a sentence.
 BESIDE = {EIGHT: (BITS8, "8-bit weights"), FOUR: (BITS4, "4-bit weights"), WORSE: (BITS4, "4-bit weights")}
@@ -26,7 +29,7 @@ TONES = {BELOW: "good", EIGHT: "good", FOUR: "", WORSE: "caution", BROKEN: "bad"
 SHOWN = 2  # languages whose damage is drawn on the first screen
 
 
-def worst_word(results: dict) -> str | None:
+def worst_word(results: Mapping[str, Any]) -> str | None:
     """Return the most severe word of all modes, or None if the damage was not put into words."""
     verdicts = (results.get("damage") or {}).get("verdict") or {}
     return max((verdict["word"] for verdict in verdicts.values()), key=WORDS.index, default=None)
@@ -50,25 +53,19 @@ def sentence(results: dict) -> str:
 
 
 def damage_said(found: dict, word: str) -> str:
-    """Return the damage as the end of a sentence: how many times that of a known change, in the worst language."""
+    """Return the damage as the end of a sentence: how many times that of a known change, where that is the most."""
     if word == BROKEN:
         return "breaks the model"
     if word == BELOW:
         return "changes the model less than running it in the other precision"
     yardstick, name = BESIDE[word]
     verdict = next(verdict for verdict in found["verdict"].values() if verdict["word"] == word)
-    ratio = verdict["languages"][verdict["language"]]["ratios"].get(yardstick)
-    if ratio is None:
+    by = {language: r["ratios"][yardstick] for language, r in verdict["languages"].items() if yardstick in r["ratios"]}
+    if not by:
         return f"is {word}"
-    where = f" in {verdict['language']}, its worst language" if len(verdict["languages"]) > 1 else ""
-    return "does {:.2g} times ({:.2g} to {:.2g}) the damage of ".format(*ratio) + name + where
-
-
-def ranges(layers: list[int]) -> str:
-    """Return layers as "2 to 5", or as a list if there are gaps."""
-    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(map(str, layers))
+    language = max(by, key=lambda language: by[language][0])
+    where = f" in {language}, where it is the largest" if len(by) > 1 else ""
+    return "does {:.2g} times ({:.2g} to {:.2g}) the damage of ".format(*by[language]) + name + where
 
 
 def facts(results: dict) -> list[tuple[str, str]]:
@@ -78,7 +75,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
     counts = sorted({r["n"] for by in results["modes"].values() for r in by.values()})
     asked = f"{' to '.join(map(str, counts))} in each of {', '.join(config['languages'])}"
     edited = [
-        ("layers", (ranges(space["layers"]) if space.get("layers") else "") + (f" of {of}" if of else "")),
+        ("layers", spans(space.get("layers") or []) + (f" of {of}" if of else "")),
         ("rank", str(space.get("rank", "")) if space else ""),
         ("method", str((space.get("fit") or {}).get("method", ""))),
         ("strength", f"{config.get('strength', 1):g}"),
@@ -115,7 +112,7 @@ def cards(results: dict) -> Iterator[Card]:
         )
     if "probes" in found:
         yield probe_card(found)
-    if changed := texts_changed(results["paired"]):
+    if changed := pairs.changed(results["paired"]):
         mode, (count, of) = max(changed.items(), key=lambda item: item[1][0])
         more = f"in mode {mode}, which changed the most" if len(set(changed.values())) > 1 else "in at least a word"
         yield Card("Texts that changed", f"{count} of {of}", more)
@@ -123,16 +120,6 @@ def cards(results: dict) -> Iterator[Card]:
         faults = certificate["faults"]
         more, tone = (faults[0], "bad") if faults else ("the edit was made within its bounds", "good")
         yield Card("Certificate", f"{len(faults)} failed" if faults else "everything holds", more, tone)
-
-
-def texts_changed(paired: list[dict]) -> dict[str, tuple[int, int]]:
-    """Return {mode: (texts that differ from the original's, texts)}, over all languages."""
-    found: dict[str, tuple[int, int]] = {}
-    for r in paired:
-        if r["language"] != "all":
-            count, of = found.get(r["mode"], (0, 0))
-            found[r["mode"]] = count + r["n"] - r["same_text"], of + r["n"]
-    return found
 
 
 def probe_card(found: dict) -> Card:
@@ -172,7 +159,7 @@ def _difference(r: dict, modes: list[str], names: Mapping[str, str]) -> Row:
     words = f"{r['delta']:+.3f} {r['verdict'].split(' (')[0]}"
     own = modes[0] if len(modes) == 1 and modes[0] in COLOURS else "fused"
     colour = {"worse": "limit", "improved": "good"}.get(r["verdict"], own)
-    group, together = "; ".join(names.get(mode, mode) for mode in modes), r["language"] == "all"
+    group, together = "; ".join(names.get(mode, mode) for mode in modes), r["language"] == POOLED
     where = "all together" if together else r["language"]
     return Row(where, r["ci95"][0], r["delta"], r["ci95"][1], words, colour, not together, group)
 
@@ -238,7 +225,7 @@ def page(results: dict, texts: pairs.Cells) -> str:
     """Return the report as HTML. texts: {(mode, language): samples}."""
     certificate = results.get("certificate")
     parts = [
-        ("Texts", pairs.changed_texts(texts, list(results["modes"]))),
+        ("Texts", pairs.changed_texts(texts, list(results["modes"]), pairs.changed(results["paired"]))),
         ("Damage", sections.damage(results)),
         ("Erasure", sections.erasure(results)),
         ("Answers", sections.answers(results)),

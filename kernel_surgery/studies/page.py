@@ -9,9 +9,9 @@ from typing import Any
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.intervals import Axis, Row, around_zero, forest
 from kernel_surgery.common.page import Card, contents, document, folded, opening, panels, table
-from kernel_surgery.damage.words import RULE, WORDS
+from kernel_surgery.damage.words import RULE
 from kernel_surgery.evaluation import sections
-from kernel_surgery.evaluation.report import TONES, differences, outcome
+from kernel_surgery.evaluation.report import TONES, differences, outcome, worst_word
 from kernel_surgery.studies.front import difference_in_words, pictures
 
 REPORT = "report.html"
@@ -50,12 +50,9 @@ def facts(study: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _damage_card(study: Mapping[str, Any]) -> list[Card]:
-    found = study.get("damage") or {}
-    verdicts = (found.get("verdict") or {}).values()
-    word = max((verdict["word"] for verdict in verdicts), key=WORDS.index, default=None)
-    if word is None:
+    if (word := worst_word(study)) is None:
         return []
-    figures = max(found["neutral"].values(), key=lambda by: max(r["kl_mean"] for r in by.values()))
+    figures = max(study["damage"]["neutral"].values(), key=lambda by: max(r["kl_mean"] for r in by.values()))
     kl = ", ".join(f"{language} {r['kl_mean']:.3g}" for language, r in figures.items())
     return [Card("Damage of the choice", word, f"KL {kl} nats per token", TONES[word])]
 

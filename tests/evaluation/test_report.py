@@ -11,7 +11,7 @@ import pytest
 
 from kernel_surgery.common.page import PANEL, table
 from kernel_surgery.evaluation.controls import MEASURES, compare
-from kernel_surgery.evaluation.pairs import LIMIT, SAME, changed_texts, entries, marked
+from kernel_surgery.evaluation.pairs import LIMIT, SAME, changed, changed_texts, entries, marked
 from kernel_surgery.evaluation.report import cards, differences, first_screen, sentence, write_report
 from kernel_surgery.evaluation.report import page as page_of
 from kernel_surgery.evaluation.summary import pair, power, summarize
@@ -141,7 +141,7 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     # The first screen says the verdict and what it rests on, before the texts.
     first = page.text[: page.text.index("from the original's. What differs is marked")]
     assert re.search(
-        r"This edit does [\d.]+ times \([\d.]+ to [\d.]+\) the damage of 4-bit weights in \w\w, its worst", first
+        r"This edit does [\d.]+ times \([\d.]+ to [\d.]+\) the damage of 4-bit weights in \w\w, where it is", first
     )
     assert "no difference in accuracy shown." in first
     assert "KL en 0.04, zh 0.0437 nats per token" in first and "1 of 8" in first
@@ -169,11 +169,11 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     ("word", "words", "tone"),
     [
         ("below rounding", "changes the model less than running it in the other precision", "good"),
-        ("like 8-bit", "does 0.75 times (0.5 to 1) the damage of 8-bit weights in zh, its worst language", "good"),
-        ("like 4-bit", "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, its worst language", ""),
+        ("like 8-bit", "does 0.75 times (0.5 to 1) the damage of 8-bit weights in zh, where it is the largest", "good"),
+        ("like 4-bit", "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, where it is the largest", ""),
         (
             "worse than 4-bit",
-            "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, its worst language",
+            "does 0.25 times (0.2 to 0.3) the damage of 4-bit weights in zh, where it is the largest",
             "caution",
         ),
         ("broken", "breaks the model", "bad"),
@@ -182,7 +182,9 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
 def test_the_verdict_follows_the_damages_word_and_names_the_ratio(made, word, words, tone):
     results = whole(made)
     for verdict in results["damage"]["verdict"].values():
-        verdict |= {"word": word, "language": "zh"}
+        verdict |= {"word": word, "language": "en"}
+        # The language with the largest KL need not be the one that lost the most beside the yardstick.
+        verdict["languages"]["en"]["ratios"] = {"8-bit": [0.5, 0.4, 0.6], "4-bit": [0.125, 0.1, 0.2]}
         verdict["languages"]["zh"]["ratios"] = {"8-bit": [0.75, 0.5, 1.0], "4-bit": [0.25, 0.2, 0.3]}
     assert sentence(results) == f"This edit {words}; no difference in accuracy shown."
     card = next(card for card in cards(results) if card.label == "Damage")
@@ -248,18 +250,22 @@ def test_the_texts_that_differ_come_first_and_modes_with_the_same_text_share_an_
     assert len(found) == 8 and all(entry.modes == ("fused", "hook") for entry in found)
     outcomes = [entry.outcome for entry in found if entry.language == "ar"]
     assert outcomes == ["right", "gained", "right", "lost"]
-    section = changed_texts(every, ["original", "fused", "hook"])
+    section = changed_texts(every, ["original", "fused", "hook"], changed(pair(every)))
     assert section.count("<article") == 8 and section.index("· lost") < section.index("· gained")
     assert '<article class=pair lang="ar" data-kinds="differ lost">' in section
-    assert changed_texts({key: cell for key, cell in made.items() if key[0] == "original"}, ["original"]) == ""
+    assert changed_texts({key: cell for key, cell in made.items() if key[0] == "original"}, ["original"], {}) == ""
 
 
 def test_a_long_run_shows_every_text_that_differs_up_to_a_limit_and_a_few_that_do_not():
     cell = [{"text": "the same", "correct": True, "prompt": f"p{i}", "answer": 1} for i in range(LIMIT + 50)]
     other = [sample | {"text": "another"} for sample in cell]
-    section = changed_texts({("original", "en"): cell, ("fused", "en"): other}, ["original", "fused"])
+    section = changed_texts(
+        {("original", "en"): cell, ("fused", "en"): other}, ["original", "fused"], {"fused": (0, 0)}
+    )
     assert section.count("<article") == LIMIT and "Not on this page: 50 that differ; samples.jsonl has them." in section
-    section = changed_texts({("original", "en"): cell, ("fused", "en"): list(cell)}, ["original", "fused"])
+    section = changed_texts(
+        {("original", "en"): cell, ("fused", "en"): list(cell)}, ["original", "fused"], {"fused": (0, 0)}
+    )
     assert section.count("<article") == SAME and section.count("<pre") == SAME, "an unchanged text is shown once"
 
 
