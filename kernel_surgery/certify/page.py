@@ -105,17 +105,15 @@ def _cards(certificate: dict[str, Any]) -> Iterator[Card]:
 
 def page(certificate: dict[str, Any]) -> str:
     """Return a certificate as a page of its own."""
-    model, count = certificate.get("model"), len(certificate["faults"])
+    count, ran = len(certificate["faults"]), certificate.get("model") or certificate.get("across_engines") or {}
     name = str(certificate.get("model_id") or "an edited model")
     facts = [
         ("layers", spans(render.edited_layers(certificate))),
         *((key, f"{certificate[key]:g}") for key in ("rank", "strength") if certificate.get(key) is not None),
-        *((key, str((model or {}).get(key, ""))) for key in ("dtype", "device")),
-        ("modes", ", ".join((model or {}).get("modes", []))),
+        *((key, str(ran.get(key, ""))) for key in ("engine", "dtype", "device")),
+        ("modes", ", ".join(ran.get("modes", []))),
     ]
-    words = (
-        "The edit was made exactly: every check holds." if not count else f"{counted(count, 'check')} failed."
-    )
+    words = "The edit was made exactly: every check holds." if not count else f"{counted(count, 'check')} failed."
     damage = certificate.get("damage_in_words", "")
     note = f"<p class=note>{html.escape(damage)}</p>" if damage else ""
     note += "".join(f"<p class=note>{html.escape(remark)}.</p>" for remark in certificate.get("remarks", []))
@@ -131,7 +129,7 @@ def page(certificate: dict[str, Any]) -> str:
     )
     sections = [
         ("Faults", faults(certificate)),
-        ("By layer", plots(certificate)),
+        ("By mode" if "across_engines" in certificate else "By layer", plots(certificate)),
         ("Figures", figures(certificate)),
         ("How it was run", how),
     ]

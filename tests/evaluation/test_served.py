@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernel_surgery.certify.page import body
+from kernel_surgery.certify.page import body, page
 from kernel_surgery.certify.render import shown
 from kernel_surgery.certify.tables import across_plot
 from kernel_surgery.evaluation.sections import damage
@@ -49,3 +49,6 @@ def test_a_certificate_across_engines_is_printed_drawn_and_in_the_report():
         for words in ("float32, tensor parallel 2", "lora left out: an offset", "baked-fused 0.321", "5e+05", "1.250"):
             assert words in text, words
     assert "yardsticks" in across_plot(across)
+    # Its own page names the engine, and draws the largest error, which may be beyond the limit where the mean is not.
+    text = page(certificate | {"model_id": "polyglot"})
+    assert "<dd>vLLM 0</dd>" in text and "1, largest 1.25" in text and "<h2>By mode</h2>" in text
