@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pool", choices=(*POOLS, TOKENS), default=TOKENS, help=more)
     more = "with --pool tokens, count each prompt's first token too (default: it is left out as an attention sink)"
     p.add_argument("--keep-first", action="store_true", help=more)
-    more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
+    more = f"comma-separated, or all: {','.join(LANGUAGES)}, or what a file of --problems is in (default: all)"
     p.add_argument("--languages", default="all", help=more)
     p.add_argument("--layers", default="all", help='such as "9-26" or "2,3,5-7" (default: all)')
     p.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
@@ -96,7 +96,7 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.subspace.partial import check_partial, partial_folder, refuse_other_launch, resuming
 
     asked = problem_source(args.problems, seed=args.seed)
-    languages = asked.languages(args.languages)
+    languages = asked.languages(args.languages, judged=False)
     _check_options(args, languages)
     chosen = asked.split(args.split)
     check_output(args.out, overwrite=args.overwrite)

@@ -64,7 +64,7 @@ def _add_sequential(p: argparse.ArgumentParser) -> None:
     more = "fit each layer on the model with the edits before it; leace or oblique"
     group.add_argument("--sequential", action="store_true", help=more)
     group.add_argument("--model", help='"polyglot" (the embedded model), a folder, or a Hugging Face id')
-    more = f"comma-separated, or all: {','.join(LANGUAGES)} (default: all)"
+    more = f"comma-separated, or all: {','.join(LANGUAGES)}, or what a file of --problems is in (default: all)"
     group.add_argument("--languages", default="all", help=more)
     group.add_argument("--split", choices=SPLITS, default="fit", help="which problems (default: fit); eval uses test")
     add_problems(group, "default 40")
@@ -176,7 +176,7 @@ def _sequential(args: argparse.Namespace) -> int:
         from kernel_surgery.subspace.sequential import fit_sequentially
 
     asked = problem_source(args.problems, seed=args.seed)
-    shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), asked.languages(args.languages)
+    shrinkage, languages = parse_shrinkage(args.shrinkage, args.method), asked.languages(args.languages, judged=False)
     if len(languages) < 2:
         raise UserError("a language subspace needs at least two languages; --languages names one.")
     chosen, device = asked.split(args.split), parse_device(args.device)

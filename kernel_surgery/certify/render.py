@@ -1,6 +1,7 @@
 """Certificates as text: the tables in the terminal, with the verdict in the last line."""
 
 import math
+import re
 from typing import Any
 
 from kernel_surgery.certify.tables import (
@@ -13,6 +14,8 @@ from kernel_surgery.certify.tables import (
     number,
 )
 from kernel_surgery.models.table import without_number
+
+ALIKE = 3  # faults of a kind that are printed; the JSON has every one
 
 
 def tensor_table(rows: list[dict[str, Any]]) -> Table:
@@ -180,8 +183,20 @@ def shown(certificate: dict[str, Any]) -> str:
         lines += [*across_sampled(across), *aligned(*across_table(across)), *across_legend(across), ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
     lines += [f"remark: {remark}, and no engine reads it" for remark in certificate.get("remarks", [])]
-    lines += [f"fault: {fault}" for fault in faults]
+    lines += [f"fault: {fault}" for fault in few(faults)]
     return "\n".join([*lines, verdict(certificate)])
+
+
+def few(faults: list[str]) -> list[str]:
+    """Return the faults. Of those that differ in names and figures alone, the first few and how many more there are."""
+    alike: dict[str, list[str]] = {}
+    for fault in faults:
+        alike.setdefault(re.sub(r"\S*[\d._]\S*", "", fault), []).append(fault)
+    lines = []
+    for same in alike.values():
+        more = len(same) - ALIKE
+        lines += [*same[:ALIKE], f"{more} more like these"] if more > 1 else same
+    return lines
 
 
 def edited_layers(certificate: dict[str, Any]) -> list[int]:

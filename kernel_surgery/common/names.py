@@ -3,6 +3,7 @@
 # The version of this package, a string.
 VERSION = "0.1.0"
 LANGUAGES = ("zh", "en", "es", "ar", "ja", "ko", "sw")
+LANGUAGE_TAG = r"[A-Za-z]{2,8}(?:-[A-Za-z0-9]{1,8})*"  # of any language, as in BCP 47: de, pt-BR, zh-Hans
 SPLITS = ("fit", "dev", "test")
 DTYPES = ("float32", "bfloat16", "float16")
 SITES = ("mlp_out", "resid_post", "mlp_write")

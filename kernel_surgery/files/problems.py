@@ -6,6 +6,9 @@
     DIR, or TSV files    files named NAME_{lang}.tsv, as MGSM has them: a line is a question, a tab and the answer.
                          Line n is the same problem in every language.
 
+A language is a tag, such as de or pt-BR. `collect` and `fit` read any. Answers are judged in seven languages alone
+(`scoring`), so `eval` asks in those.
+
 The prompts are asked as they stand. An answer is one number as `scoring` reads it: 18, "1,234", 2.5 or "3/4".
 
 A file has no splits, so a hash of each problem's id makes them: 20% test, 20% dev and 60% fit. A problem is thus in the
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_surgery.common.errors import MissingFileError, UserError
-from kernel_surgery.common.names import LANGUAGES, SPLITS
+from kernel_surgery.common.names import LANGUAGE_TAG, LANGUAGES, SPLITS
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.problems.generator import Problem, parse_languages, problems
 from kernel_surgery.scoring.answers import exact
@@ -46,16 +49,18 @@ class Source:
     own: tuple[tuple[str, Problem], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
-    def languages(self, text: str = "all") -> tuple[str, ...]:
+    def languages(self, text: str = "all", *, judged: bool = True) -> tuple[str, ...]:
         """Parse languages as `parse_languages` does; "all" of a file are those that it has.
 
-        Raises UserError for an unknown language, and for a problem of a file that lacks one.
+        judged: answers in them are judged, which is known for `LANGUAGES` alone; else any language of a file will do.
+        Raises UserError for an unknown language, for a file in none that is known, and for a problem that lacks one.
         """
         if not self.own:
-            return parse_languages(text)
-        held = {language for _, problem in self.own for language in problem.prompts}
-        every = text.strip() == "all"
-        chosen = tuple(name for name in LANGUAGES if name in held) if every else parse_languages(text)
+            try:
+                return parse_languages(text)
+            except UserError as error:
+                raise UserError(str(error) if judged else f"{error} A file of --problems may be in others.") from error
+        chosen = self._judged(text) if judged else self._any(text)
         for place, problem in self.own:
             if missing := [language for language in chosen if language not in problem.prompts]:
                 raise UserError(
@@ -63,6 +68,36 @@ class Source:
                     f"of {', '.join(chosen)}; --languages chooses fewer."
                 )
         return chosen
+
+    def _held(self) -> list[str]:
+        """The languages of a file: first the known ones, in their order."""
+        held = dict.fromkeys(language for _, problem in self.own for language in problem.prompts)
+        return [name for name in LANGUAGES if name in held] + [name for name in held if name not in LANGUAGES]
+
+    def _judged(self, text: str) -> tuple[str, ...]:
+        if text.strip() != "all":
+            return parse_languages(text)
+        if not (known := tuple(name for name in self._held() if name in LANGUAGES)):
+            raise UserError(
+                f"{self.record['problems_file']} is in {', '.join(self._held())}. Answers are judged in "
+                f"{', '.join(LANGUAGES)} alone. `collect` and `fit` read any language."
+            )
+        return known
+
+    def _any(self, text: str) -> tuple[str, ...]:
+        held = self._held()
+        names = held if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+        for name in names:
+            if name not in held:
+                raise UserError(
+                    f"{self.record['problems_file']} has no prompts in {name!r}: --languages chooses from "
+                    f"{', '.join(held)}, or all."
+                )
+            if not re.fullmatch(LANGUAGE_TAG, name):
+                raise UserError(
+                    f"{self.record['problems_file']} has prompts in {name!r}. A language is a tag, such as de or pt-BR."
+                )
+        return tuple(dict.fromkeys(names))
 
     def split(self, name: str) -> list[Problem]:
         """Return the problems of a split. Raises UserError for one without any, and what `problems` raises."""
@@ -196,12 +231,10 @@ def _read_jsonl(path: Path) -> list[tuple[str, Problem]]:
 
 
 def _read_tsv(files: Sequence[Path]) -> list[tuple[str, Problem]]:
-    """Return the problems of files NAME_{lang}.tsv; those in other languages than the seven are passed over."""
-    named = {match[2]: path for path in files if (match := _TSV.fullmatch(path.name)) and match[2] in LANGUAGES}
-    if len(named) < len([path for path in files if path.name[-6:-4] in LANGUAGES]):
+    """Return the problems of files NAME_{lang}.tsv."""
+    named = {match[2]: path for path in files if (match := _TSV.fullmatch(path.name))}
+    if len(named) < len(files):
         raise UserError(f"{', '.join(path.name for path in files)}: there are two files of one language.")
-    if not named:
-        raise UserError(f"{str(files[0])!r}: no file is in a known language; known: {', '.join(LANGUAGES)}.")
     tables = {language: _lines(path) for language, path in named.items()}
     first = next(iter(tables))
     for language, lines in tables.items():

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernel_surgery.common.errors import MissingFileError, SubspaceError
 from kernel_surgery.common.files import mistaken, replacing
-from kernel_surgery.common.names import SITES
+from kernel_surgery.common.names import LANGUAGE_TAG, SITES
 from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.subspace.fingerprint import check_provenance
 
@@ -52,7 +52,7 @@ class Activations:
             save_tensors(tensors, partial, metadata=metadata)
 
 
-_KEY = re.compile(r"([a-z]{2,3})_L(\d+)")
+_KEY = re.compile(rf"({LANGUAGE_TAG})_L(\d+)")
 
 
 def load_activations(path: Path, model_id: str | None = None, site: str | None = None) -> Activations:

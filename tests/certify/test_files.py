@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from kernel_surgery.certify.checks import broken, check_tensor
 from kernel_surgery.certify.files import verify_checkpoint
-from kernel_surgery.certify.render import shown
+from kernel_surgery.certify.render import few, shown
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import bake_weight, remove
@@ -191,6 +191,22 @@ def test_an_unedited_tensor_that_changed_is_named(tmp_path):
 
     rewritten(folder, drop)
     assert certified(folder)["faults"] == [f"{name} is in only one of the two checkpoints"]
+
+
+def test_another_model_is_a_few_lines_and_not_one_for_each_tensor(tmp_path):
+    folder = prepared(tmp_path)
+
+    def change(t, old, bases):
+        for tensor in t.values():
+            tensor += 1
+
+    rewritten(folder, change)
+    faults = (found := certified(folder))["faults"]
+    others = sum(fault.endswith("should not have been edited, but differs from the original") for fault in faults)
+    assert f"{others} of {others} tensors that are not edited differ: is it another model?" in faults and others > 20
+    lines = [line for line in shown(found).splitlines() if line.startswith("fault: ")]
+    assert f"fault: {others - 3} more like these" in lines and len(lines) < len(faults) / 3
+    assert few(faults[:1]) == faults[:1] and few(["a.1 is", "a.2 is", "a.3 is", "a.4 is"])[3] == "a.4 is"
 
 
 def test_a_certificate_is_of_the_subspace_that_was_asked_for(tmp_path):

@@ -55,14 +55,16 @@ def test_a_file_has_three_splits_that_share_nothing(tmp_path):
 
 def test_mgsm_files_are_parallel_by_line(tmp_path):
     folder = tsv(tmp_path / "mgsm", en=["How many?\t1,234", "And \tnow?\t2.5"], zh=["多少？\t1234", "现在呢？\t2.50"])
-    tsv(tmp_path / "mgsm", fr=["Combien ?\t1234"])  # of a language that is not asked
+    tsv(tmp_path / "mgsm", fr=["Combien ?\t1234", "Et là ?\t2.5"])  # in a language that is not judged
     source = problem_source([str(folder)])
     (_, first), (_, second) = source.own
-    assert first.prompts == {"en": "How many?", "zh": "多少？"} and first.answer == 1234 and first.id == "toy-0001"
+    assert first.prompts == {"en": "How many?", "fr": "Combien ?", "zh": "多少？"}
+    assert first.answer == 1234 and first.id == "toy-0001"
     assert second.prompts["en"] == "And \tnow?" and second.answer == "2.5"
-    assert source.languages() == ("zh", "en") and source.record["problems_file"] == "toy_*.tsv"
+    assert source.languages() == ("zh", "en") and source.languages(judged=False) == ("zh", "en", "fr")
+    assert source.record["problems_file"] == "toy_*.tsv"
     files = [str(folder / f"toy_{language}.tsv") for language in ("en", "zh")]
-    assert problem_source(files).own == source.own
+    assert problem_source(files).own[1][1].prompts == {"en": "And \tnow?", "zh": "现在呢？"}
 
 
 @pytest.mark.parametrize(("text", "right"), [("It is 2.5.", True), ("It is 5/2.", True), ("It is 25.", False)])
@@ -106,7 +108,6 @@ def test_bad_tables_too(tmp_path):
         ("uneven", {"en": ["a\t1"], "zh": ["甲\t1", "乙\t2"]}, r"has 2 problems, but toy_en\.tsv has 1\. Line n must"),
         ("other", {"en": ["a\t1", "b\t2"], "zh": ["甲\t1", "乙\t3"]}, r"line 2: the answer is 3, but 2 in toy_en\.tsv"),
         ("tabless", {"en": ["a 1"]}, r"line 1: expected a question, a tab and the answer"),
-        ("foreign", {"fr": ["a\t1"]}, r"no file is in a known language"),
     ):
         with pytest.raises(UserError, match=said):
             problem_source([str(tsv(tmp_path / name, **tables))])
@@ -120,6 +121,43 @@ def test_bad_tables_too(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             problem_source(given)
+
+
+def foreign(path, *languages):
+    """A file of problems in these languages; what it says does not matter."""
+    prompts = [{language: f"{language}: {n} + 2 =" for language in languages} for n in range(40)]
+    return jsonl(path, [row(n, prompts=texts) for n, texts in enumerate(prompts)])
+
+
+def test_any_language_of_a_file_is_collected_and_seven_are_judged(tmp_path):
+    path, acts = foreign(tmp_path / "own.jsonl", "pt-BR", "de", "en"), tmp_path / "acts.safetensors"
+    source = problem_source(path)
+    assert source.languages() == ("en",) and source.languages("de, en,de", judged=False) == ("de", "en")
+    with one_thread():
+        given = ("--problems", path, "--layers", "2-5", "--device", "cpu", "--overwrite")
+        for pool, languages, more in (
+            ("tokens", ["en", "pt-BR", "de"], ()),
+            ("last", ["de", "en", "pt-BR"], ("--method", "deviations")),  # as the names in the file are sorted
+        ):
+            assert call("collect", *given, "--pool", pool, "--out", acts)[0] == 0
+            status, out, error = call("fit", "--activations", acts, *more, "--out", tmp_path / pool)
+            assert status == 0, error
+            assert Subspace.load(tmp_path / pool).fit["languages"] == languages, out
+            assert "in " + " ".join(languages) in str(Subspace.load(tmp_path / pool))
+        words = ("--sequential", "--model", "polyglot", *given, "--languages", "pt-BR,de", "--out", tmp_path / "one")
+        status, _, error = call("fit", *words)
+        assert status == 0, error
+    assert Subspace.load(tmp_path / "one").rank == 1
+    own, odd = foreign(tmp_path / "neither.jsonl", "de", "fr"), foreign(tmp_path / "odd.jsonl", "en", "de/at")
+    for command, words, said in (
+        ("collect", ("--problems", path, "--languages", "en,fr"), "own.jsonl has no prompts in 'fr': --languages"),
+        ("collect", ("--problems", odd), "prompts in 'de/at'. A language is a tag"),
+        ("collect", ("--languages", "en,fr"), "A file of --problems may be in others."),
+        ("eval", ("--problems", own, "--languages", "all"), "neither.jsonl is in de, fr. Answers are judged in"),
+        ("eval", ("--problems", path, "--languages", "en,de"), "unknown language 'de': choose from zh, en,"),
+    ):
+        status, _, error = call(command, *words, "--out", tmp_path / "none")
+        assert status == 2 and said in error and not (tmp_path / "none").exists(), error
 
 
 def test_a_fit_on_the_problems_that_are_asked_is_refused():
