@@ -182,7 +182,8 @@ class _Certificate:
         others = [(name, place) for name, place in sorted(there.items()) if name not in ours and name in before]
         changed = [name for name, place in progress(others, desc="compare") if not same_bytes(place, before[name])]
         if 2 * len(changed) > len(others):
-            self.faults.append(f"{len(changed)} of {len(others)} tensors that are not edited differ: is it another model?")
+            what = f"{len(changed)} of {len(others)} tensors that are not edited differ"
+            self.faults.append(f"{what}: is it another model?")
         self.faults += [f"{name} {differs}" for name in changed]
         return new, old
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import (
-    base_model_line,
     damage_lines,
     edit_record,
+    header_lines,
     write_edits,
     write_provenance,
 )
@@ -285,7 +285,7 @@ def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the adapter does."""
     model, layers = record["model_id"], record["layers"]
     lines = [
-        *("---", *base_model_line(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
+        *("---", *header_lines(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed: an adapter", "", *damage_lines(record)),
         f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
         f"{_edited_in_words(record)} acts as W - a A_e (B_e^T W),",

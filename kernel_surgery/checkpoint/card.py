@@ -6,8 +6,8 @@ from typing import Any
 from kernel_surgery.checkpoint.record import (
     BASE_CARD,
     UNDO,
-    base_model_line,
     damage_lines,
+    header_lines,
     is_dequantised,
     is_requantised,
 )
@@ -32,7 +32,7 @@ def card_of(record: dict[str, Any], site: str, changed: str) -> str:
     """
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
-        *("---", *base_model_line(record), "tags: [kernel-surgery]", "---", ""),
+        *("---", *header_lines(record), "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
         f"every matrix W that writes into the output of `{site}` became W - a A (B^T W): {changed}.",

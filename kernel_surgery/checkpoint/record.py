@@ -29,6 +29,7 @@ from kernel_surgery.subspace.artifact import Subspace, check_projections
 BASES = Path(OURS) / "subspace.safetensors"
 UNDO = Path(OURS) / "undo.safetensors"
 BASE_CARD = "README.base.md"
+LICENCE = ("license", "license_name", "license_link")  # in the header of a card on the hub
 
 
 def edit_tensors(edits: Mapping[int, Projection]) -> dict[str, torch.Tensor]:
@@ -105,6 +106,7 @@ def edit_record(
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
         **{"site": subspace.site, "revision": revision, "note": subspace.note_on(layout_in(source))},
         **{"fit": subspace.fit},
+        **({"licence": licence} if (licence := licence_of(source)) else {}),
         **({} if damage is None else {"damage": damage}),
         "command": command,
     }
@@ -116,10 +118,26 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
     return [f"**{words[0].upper()}{words[1:]}.**", ""]
 
 
-def base_model_line(record: dict[str, Any]) -> list[str]:
-    """Return the line of a card's header that names the base model: only a hub id means the same elsewhere."""
+def licence_of(source: Path) -> dict[str, str]:
+    """Return what the header of a model's card says of its licence, as it stands there. {} if it says nothing."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        held = metadata_load(source / "README.md") or {}
+    except (OSError, ValueError, YAMLError):  # no card, or none that can be read: then nothing is known
+        return {}
+    return {key: held[key] for key in LICENCE if isinstance(held.get(key), str)}
+
+
+def header_lines(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a card's header about the original: its name and its licence.
+
+    Only a hub id means the same elsewhere, so a folder's name is left out.
+    """
     base = hub_id(record["model_id"])
-    return [f"base_model: {json.dumps(base)}"] if base else []
+    known = ({"base_model": base} if base else {}) | record.get("licence", {})
+    return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
 
 
 def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str]) -> None:

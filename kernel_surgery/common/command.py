@@ -14,12 +14,13 @@ traceback. This module imports neither torch nor transformers, so `--help` is fa
 """
 
 import argparse
+import difflib
 import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +46,18 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(program(name), **kwargs)
+
+    def parse_known_args(  # type: ignore[override]  # argparse overloads it by the type of the namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse as argparse does, but name a misspelt option first: argparse names the one that it then misses."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words[: words.index("--")] if "--" in words else words:
+            name = word.partition("=")[0]
+            if re.fullmatch(r"--[a-z][a-z0-9-]*", name) and name not in (known := self._option_string_actions):
+                close = difflib.get_close_matches(name, known, 1)
+                self.error(f"unrecognized arguments: {name}" + "".join(f"; did you mean {other}?" for other in close))
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, None if silent() else f"error: {' '.join(message.split())} (see {self.prog} --help)\n")

@@ -16,9 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 
 from kernel_surgery.checkpoint import baking
+from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files import hashing, tensorfile
@@ -198,6 +200,28 @@ def test_the_same_weights_are_not_baked_twice_even_without_provenance(source, tm
     bake_checkpoint(tmp_path / "once", subspace, tmp_path / "half", strength=0.5, force=True)
     other = Subspace(bases={i: basis(48, 4, 10 + i) for i in (1, 2)}, site="mlp_out")
     bake_checkpoint(tmp_path / "once", other, tmp_path / "other", force=True)
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: other\nlicense_name: a-licence\ntags: [x]\n---\n# m", ["other", "a-licence"]),
+        ("---\nlicense: [a, b]\n---\n", []),  # not as the hub has it
+        ("---\nlicense: [\n---\n", []),  # no YAML
+        ("---\n- a\n---\n", []),
+        ("# no header", []),
+        (None, []),
+    ],
+)
+def test_the_card_has_the_licence_of_the_original(card, expected, source, tmp_path):
+    if card is not None:
+        (source / "README.md").write_text(card)
+    bake_checkpoint(source, space(source), tmp_path / "baked", model_id="org/model")
+    write_adapter(source, space(source), tmp_path / "adapter", model_id="org/model")
+    keys = ["base_model", "license", "license_name"]
+    for folder in ("baked", "adapter"):
+        header = metadata_load(tmp_path / folder / "README.md")
+        assert [header[key] for key in keys if key in header] == ["org/model", *expected]
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0, -0.5])

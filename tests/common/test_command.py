@@ -136,7 +136,9 @@ def parser():
         (["--mode", "vanilla"], "error: argument --mode: invalid choice: 'vanilla'"),
         ([], "error: the following arguments are required: --mode"),
         (["--mode", "fused", "--wibble"], "error: unrecognized arguments: --wibble"),
-        (["--mode", "fused", "--lang", "en"], "error: unrecognized arguments: --lang en"),
+        (["--mode", "fused", "--lang", "en"], "error: unrecognized arguments: --lang; did you mean --languages?"),
+        (["--mod=fused", "--no-such"], "error: unrecognized arguments: --mod; did you mean --mode?"),
+        (["--mode", "fused", "--", "--subspce"], "error: unrecognized arguments: -- --subspce"),
         (
             ["--mode", "fused", "--languages", "en,tlh"],
             "error: argument --languages: unknown language 'tlh': choose from zh, en, es, ar, ja, ko, sw, or all.",
