@@ -14,10 +14,11 @@ import pytest
 
 from kernel_surgery.models.load import SMOLLM2_FOLDER
 from tests.support.calls import call
+from tests.support.neutral import fewer_sentences
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not rerun: [^>]* -->\n)?^```(\w+)\n(.*?)^```", re.M | re.S)
-SMALLER = {"--problems 5": "--problems 2"}  # two fifths of the tokens
+SMALLER = {"--problems 5": "--problems 1", "--max-new-tokens 24": "--max-new-tokens 8"}
 NUMBER = re.compile(r"\b[0-9a-f]{16}\b|[-+]?\d[\d.]*(?:e[-+]\d+)?")
 
 
@@ -72,6 +73,7 @@ def typed(kind: str, body: str) -> str:
 def test_the_commands_of_the_tutorial_print_what_it_shows(tmp_path, monkeypatch):
     assert (SMOLLM2_FOLDER / "config.json").is_file(), "fetch the model first: make smollm2"
     monkeypatch.chdir(tmp_path)
+    fewer_sentences(monkeypatch, 4)
     assert len(steps()) == 10
     for kind, body, shown in steps():
         printed = typed(kind, body)

@@ -18,6 +18,7 @@ from kernel_surgery.subspace.collecting import pool_states, prompt_states
 from kernel_surgery.subspace.fitting import fit_subspace
 from kernel_surgery.subspace.moments import load_moments
 from tests.support.calls import call
+from tests.support.neutral import fewer_sentences
 
 pytestmark = pytest.mark.real
 
@@ -72,14 +73,15 @@ def test_the_certificate_holds(collected, folder, method, dtype, modes):
     assert found["faults"] == [] and found["modes"] == modes and worst > 0
 
 
-def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_breaks_it(folder, tmp_path):
+def test_the_default_edit_leaves_the_model_whole_and_that_of_the_first_script_breaks_it(folder, tmp_path, monkeypatch):
     """The commands' defaults against `--method deviations --rank 10`, in the words that users read."""
     model, tokenizer = load_model("smollm2", torch.float32), load_tokenizer("smollm2")
+    fewer_sentences(monkeypatch, 6)
     text = NeutralText(model, tokenizer, ("en", "zh"))
     yardsticks, found = yardstick_readings(text), {}
     for name, collected, more in (
-        ("default", ["--problems", "3"], []),
-        ("deviations", ["--problems", "2", "--pool", "last"], ["--method", "deviations", "--rank", "10"]),
+        ("default", ["--problems", "2"], []),
+        ("deviations", ["--problems", "1", "--pool", "last"], ["--method", "deviations", "--rank", "10"]),
     ):
         acts, out = tmp_path / f"{name}-acts", tmp_path / name
         given = ["--model", "smollm2", "--layers", "8-21", *collected, "--out", acts]
