@@ -44,7 +44,7 @@ def rows(heading: str) -> dict[str, set[str]]:
         path = ""
         for name in re.findall(r"`([^`]+)`", first):
             path = path.rpartition(".")[0] + name if name.startswith(".") else name
-            found[path] = set(re.findall(r"`(\w+)`", re.sub(r"languages\.LANG\.ratios\.YARDSTICK", "languages", meaning)))
+            found[path] = set(re.findall(r"`(\w+)[`.]", meaning))
     return found
 
 

@@ -143,7 +143,7 @@ def test_processes_that_do_not_share_the_folder_are_told(context, tmp_path):
     assert "must share the folder --out" in message
 
 
-ASKED = ("--problems", "1", "--max-new-tokens", "100", "--batch-size", "4", "--no-damage", "--controls", "haar:1")
+ASKED = ("--problems", "1", "--max-new-tokens", "50", "--batch-size", "4", "--no-damage", "--controls", "haar:1")
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def polyglot():
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_give_one_processs_verdicts(tmp_path, polyglot):
     """On the embedded model. Texts may differ by near ties alone, which are counted."""
-    options = {"problems": ["1"], "max_new_tokens": 100, "batch_size": 4, "no_damage": True, "controls": "haar:1"}
+    options = {"problems": ["1"], "max_new_tokens": 50, "batch_size": 4, "no_damage": True, "controls": "haar:1"}
     one = evaluate(mode="fused", out=tmp_path / "one", device="cpu", **options)
     out = tmp_path / "two"
     shares = [share_file(out / "samples.jsonl", Ranks(rank, 2)) for rank in (0, 1)]
