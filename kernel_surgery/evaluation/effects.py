@@ -6,12 +6,13 @@ residual stream, which attention still writes to. What the edit did to the predi
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.common.names import BATCH_TOKENS, LANGUAGES
 from kernel_surgery.common.progress import progress
 from kernel_surgery.damage.measure import measure_damage
 from kernel_surgery.damage.measure import table as damage_table
@@ -23,7 +24,8 @@ from kernel_surgery.models.chat import OFF, Chat
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import Problem, problems
 from kernel_surgery.subspace.artifact import Subspace
-from kernel_surgery.subspace.collecting import prompt_states
+from kernel_surgery.subspace.collecting import encode, in_order, pool_states
+from kernel_surgery.subspace.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,16 +116,25 @@ def last_states(
     languages: Sequence[str],
     chat: Chat = OFF,
 ) -> States:
-    """Return the states at the last prompt token, of the model as it is now.
+    """Return the states at the last prompt token, of the model as it is now, from one pass over the prompts.
 
     {"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force, "mlp_out" is read
     after the edit. chat: how the prompts are put to the model.
     """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
-    return {
-        site: prompt_states(model, tokenizer, prompts, layers, site=site, desc=f"probe {site}", chat=chat)
-        for site in ("mlp_out", "resid_post")
-    }
+    encoded, batches = encode(tokenizer, prompts, BATCH_TOKENS, [chat])
+    d = model.config.get_text_config().hidden_size
+    rows = {site: {layer: torch.empty(len(prompts), d) for layer in layers} for site in ("mlp_out", "resid_post")}
+    batch: list[int] = []  # the one that runs
+
+    def keep(site: str, layer: int, states: Tensor, mask: Tensor) -> None:
+        rows[site][layer][batch] = pool_states(states, mask, "last").cpu()
+
+    mlp, resid = (partial(keep, site) for site in rows)
+    with reading(model, tokenizer, layers, "mlp_out", mlp, {"resid_post": resid}) as read:
+        for _, batch in in_order(encoded, batches, 0, "read for the probes"):
+            read([encoded[i] for i in batch])
+    return rows
 
 
 def probes(states: States, languages: int) -> dict[str, dict[int, float]]:

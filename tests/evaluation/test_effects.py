@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_surgery import Subspace, fused
-from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.common.names import LANGUAGES, MODES
+from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.effects import (
     RIDGE,
     last_states,
@@ -18,6 +19,7 @@ from kernel_surgery.evaluation.effects import (
 from kernel_surgery.models.load import POLYGLOT, load_model, load_tokenizer
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.generator import problems
+from kernel_surgery.subspace.collecting import prompt_states
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,17 @@ def test_probes_read_both_sites_with_the_edit_in_force(polyglot):
     assert list(leak["mlp_out"]) == list(subspace.layers) and max(leak["mlp_out"].values()) < 1e-6
     assert min(leak["resid_post"].values()) > 0.1
     assert leaks(states, states, projections)["mlp_out"] == dict.fromkeys(subspace.layers, 1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_pass_gives_the_bits_of_a_pass_for_each_site(mode, polyglot):
+    model, tokenizer, subspace = polyglot
+    asked, languages = problems("dev", 1), ("en", "zh")
+    prompts = [problem.prompts[language] for problem in asked for language in languages]
+    with applied(mode, model, subspace, 1.0):
+        for site, rows in last_states(model, tokenizer, asked, languages).items():
+            alone = prompt_states(model, tokenizer, prompts, range(8), site=site)
+            assert rows.keys() == alone.keys() and all(torch.equal(rows[i], alone[i]) for i in rows)
 
 
 def test_the_table_names_the_worst_layer():
