@@ -130,7 +130,8 @@ def disagreements(given, folder):
             theirs = [sample[key] for key in ("accuracy", "coverage", "language_fidelity") if key in sample]
             if ours != theirs:
                 found.append(f"{sample['doc']['id']} in {language}: lm-eval {theirs}, score {ours}")
-        figures, shown = given["results"][name], summary.getvalue().strip().splitlines()[-1]
+        figures, said = given["results"][name], summary.getvalue().splitlines()
+        (shown,) = [row for row in said if row.startswith(f"{language}: ")]
         n, accuracy, coverage = len(samples), figures["accuracy,none"], figures["coverage,none"]
         fidelity = figures.get("language_fidelity,none")
         fidelity = "-" if fidelity is None else f"{fidelity:.3f}"
