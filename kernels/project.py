@@ -387,10 +387,31 @@ def rows_by_ranks(z, WARPS: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def by_halves(removed, WARPS: tl.constexpr):
-    """Take z u, of shape [WARPS, 16, 32], as two pieces of rows [lanes, 8]."""
-    removed = tl.permute(tl.reshape(removed, (WARPS, 2, 8, 2, 2, 4, 2)), (0, 2, 5, 3, 4, 6, 1))
-    return tl.split(tl.reshape(removed, (WARPS * 32, 8, 2)))
+def columns_of_lane(basis_ptr, warp, quad, inner, BLOCK_K: tl.constexpr, PREPARED: tl.constexpr):
+    """Return where `loaded_columns` reads in the first chunk, for each lane."""
+    column = warp * 32 + quad // 2 * 8 + quad % 2
+    if PREPARED:
+        return basis_ptr + (column * 2 * BLOCK_K + inner * 8)[:, None] + tl.arange(0, 8)[None, :]
+    else:
+        return basis_ptr + (column * BLOCK_K + inner * 4)[:, None] + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def loaded_columns(at, column: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr, PREPARED: tl.constexpr):
+    """Load U^T of the chunk from `column` on for `products`: its two pieces, or twice the same float32."""
+    if PREPARED:
+        return prepared_rank(at + column * 2 * BLOCK_K, WARPS)
+    else:
+        u = rank_by_columns(at + column * BLOCK_K, WARPS, BLOCK_K)
+        return u, u
+
+
+@triton.jit
+def products(z, u, WARPS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, PREPARED: tl.constexpr):
+    """Return z u for z [WARPS, 16, 16] and u of `loaded_columns`, as two pieces of rows [lanes, 8]."""
+    both = spread_pieces(z, u[0], u[1]) if PREPARED else spread(z, u[0], PIECES, PRECISION)
+    both = tl.permute(tl.reshape(both, (WARPS, 2, 8, 2, 2, 4, 2)), (0, 2, 5, 3, 4, 6, 1))
+    return tl.split(tl.reshape(both, (WARPS * 32, 8, 2)))
 
 
 @triton.jit
@@ -438,27 +459,17 @@ def _project_tile_kernel(
     rank = 2 * (slot % 8) + slot // 8  # in the order of `ranks_by_columns`
     z = less_offset(over_warps(z, WARPS, BLOCK_M), offset_ptr, rank[:, None], BLOCK_K, OFFSET)
     z_of = rows_by_ranks(scaled(z, a), WARPS, TILES)
-    column = warp * 32 + quad // 2 * 8 + quad % 2
-    if PREPARED:
-        u_by_columns = basis_ptr + (column * 2 * BLOCK_K + inner * 8)[:, None] + tl.arange(0, 8)[None, :]
-    else:
-        u_by_columns = basis_ptr + (column * BLOCK_K + inner * 4)[:, None] + tl.arange(0, 4)[None, :]
+    u_by_columns = columns_of_lane(basis_ptr, warp, quad, inner, BLOCK_K, PREPARED)
     residual_first = residual_ptr + first[:, None] * stride_residual + across
     y_first = y_ptr + first[:, None] * d + across
     squares, made = (), ()
     for _ in tl.static_range(parts):
         squares += (tl.zeros([wide], tl.float32),)
     for chunk in tl.static_range(chunks):
-        if PREPARED:
-            u_hi, u_lo = prepared_rank(u_by_columns + chunk * wide * 2 * BLOCK_K, WARPS)
-        else:
-            u = rank_by_columns(u_by_columns + chunk * wide * BLOCK_K, WARPS, BLOCK_K)
+        u = loaded_columns(u_by_columns, chunk * wide, WARPS, BLOCK_K, PREPARED)
         added = ()
         for tile in tl.static_range(TILES):
-            if PREPARED:
-                removed_of = by_halves(spread_pieces(z_of[tile], u_hi, u_lo), WARPS)
-            else:
-                removed_of = by_halves(spread(z_of[tile], u, PIECES, PRECISION), WARPS)
+            removed_of = products(z_of[tile], u, WARPS, PIECES, PRECISION, PREPARED)
             for half in tl.static_range(2):
                 below = 16 * tile + 8 * half
                 inside = (quad + below < left)[:, None]

@@ -195,19 +195,19 @@ MUTATIONS = {
         "at + 6 * BLOCK_K), tl.load(at + 4 * BLOCK_K)",
     ),
     "tile: ranks of z out of order": ("(2, 8, 16 * TILES)), (2, 1, 0)", "(2, 8, 16 * TILES)), (2, 0, 1)"),
-    "tile: basis of the first chunk": ("u_by_columns + chunk * wide * BLOCK_K", "u_by_columns"),
+    "tile: basis of the first chunk": ("at + column * BLOCK_K, WARPS", "at, WARPS"),
     "tile: half of the warps left out": (
         "    return tl.reshape(a + b, (16, BLOCK_M))",
         "    return tl.reshape(a, (16, BLOCK_M))",
     ),
-    "tile: z of the first tile for both": ("spread(z_of[tile], u,", "spread(z_of[0], u,"),
+    "tile: z of the first tile for both": ("products(z_of[tile],", "products(z_of[0],"),
     "tile: prepared: halves of the columns swapped": ("tl.dot(hi_of[half],", "tl.dot(hi_of[1 - half],"),
     "tile: prepared: low piece lost in z": ("z = tl.dot(lo_of[half], x_of[half], z)", "z = z"),
     "tile: prepared: columns out of order": (
         "at + 4 * 32), tl.load(at + 6 * 32)",
         "at + 6 * 32), tl.load(at + 4 * 32)",
     ),
-    "tile: prepared: pieces of the first chunk": ("u_by_columns + chunk * wide * 2 * BLOCK_K", "u_by_columns"),
+    "tile: prepared: pieces of the first chunk": ("at + column * 2 * BLOCK_K, WARPS", "at, WARPS"),
     "tile: prepared: nothing left for the low piece": (
         "(1 << (below - 1))) & -(1 << below)\n    high",
         "0) & -1\n    high",
