@@ -1,6 +1,7 @@
 """These tests need what `make engines` installs. `-m engines` asks for them by name: then they may not be skipped."""
 
 import functools
+import gc
 import os
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,22 @@ def pytest_runtest_setup(item):
         return
     if missing := [name for name in ("lm_eval", "vllm") if find_spec(name) is None]:
         pytest.skip(f"no {' and no '.join(missing)} here; `make engines` has them")
+
+
+@pytest.fixture(autouse=True)
+def little_garbage_to_look_through(request, monkeypatch):
+    """vLLM lets the garbage collector go through every object several times as an engine starts and stops: half of the
+    time of an engine that is as small as these. What is left after a test, above all modules, is not looked at again.
+    """
+    if request.node.get_closest_marker("engines") is None:
+        yield
+        return
+    freeze = gc.freeze
+    for name in ("freeze", "unfreeze"):  # vLLM's own: a frozen engine would never be given back
+        monkeypatch.setattr(gc, name, lambda: None)
+    yield
+    gc.collect()
+    freeze()
 
 
 @pytest.fixture(scope="module")
