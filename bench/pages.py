@@ -121,6 +121,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "search": reals.search,
         "sources": reals.sources,
         "curve": reals.curve,
+        "streams": reals.streams,
         "texts": reals.texts,
         "polyglot": reals.polyglot,
     },

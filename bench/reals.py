@@ -191,6 +191,29 @@ def curve() -> str:
     return tables.table([*head, "probe on unseen MGSM", "means left", "in words"], body)
 
 
+def streams() -> str:
+    """What a probe reads of the language in unseen prompts, where an edit is made and in the residual stream."""
+    stored = held(SOURCES)
+    if stored is None or not stored.get("streams"):
+        return ""
+    edited = set(stored["angles"]["read"])
+
+    def between(by: dict) -> str:
+        read = [value for layer, value in by.items() if layer in edited]
+        return f"{min(read):.3f} to {max(read):.3f}"
+
+    body = []
+    for name, found in stored["streams"]["probes"].items():
+        for tokens, sites in found.items():
+            stream = sites["resid_post"]
+            last = f"{stream[max(stream, key=int)]:.3f}"
+            body.append([name, tokens, between(sites["mlp_out"]), between(stream), last])
+    head = ["edit", "probe reads", "MLPs' outputs, edited layers", "residual stream, edited layers", "last layer"]
+    own, languages = stored["streams"]["run"], stored["rows"][THEIRS]["languages"]
+    how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}."
+    return tables.table(head, body) + f"\n{how} Commit {own['commit'][:10]}, {own['date'][:10]}.\n"
+
+
 def texts() -> str:
     """Texts of the original and the edited models, one block per prompt."""
     stored = held(TEXTS)

@@ -9,8 +9,14 @@ what they read (B) and what they write (A), layer by layer, beside those of rand
 
 Then a learning curve: the edit fitted on the first problems of the files, on more and more of them, at every rank, and
 layer by layer. Rows are stored one by one; --resume goes on with those that are missing.
+
+At last, what a probe reads of unseen prompts of the files, at the MLPs' outputs and in the residual stream: of every
+token, as above, and of the last one alone, as `eval` does. Of the original, and with the edits that were fitted on all
+of the files' problems.
 """
 
+import contextlib
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -20,6 +26,8 @@ from kernel_surgery.common.command import Parser, main
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 
+ORIGINAL, ALONE, IN_ORDER = "original", "one by one", "layer by layer"
+EVERY, LAST = "every token", "last token"
 OURS, FEWER, THEIRS = "our problems", "our problems, the files' languages", "the files' problems"
 
 
@@ -81,6 +89,7 @@ class Sources:
         self.fits = {OURS: (ours, LANGUAGES), FEWER: (ours, theirs), THEIRS: (source.split("fit"), theirs)}
         # Both in the languages of the files, so that no edit is asked about a language that it was not fitted on.
         asked = {OURS: (problems("test", 4), theirs), THEIRS: (first_problems(source.split("test"), 20), theirs)}
+        self.unseen = source.split("test")
         self.moments: dict = {}  # {(source, problems): what was collected}
         about = (self.layers, "hook", "test")
         self.measuring = {
@@ -105,6 +114,46 @@ class Sources:
             layers = f"{self.layers[0]}-{self.layers[-1]}"
             self.moments[key] = collect_moments(self.model, self.tokenizer, chosen[:count], languages, layers)
         return fit_subspace(self.moments[key], rank)
+
+    def probes(self, subspace) -> dict[str, dict[str, dict[int, float]]]:
+        """{which tokens: {site: {layer: a probe's accuracy}}} on the files' test problems. subspace: or None."""
+        from kernel_surgery.edit.modes import applied
+        from kernel_surgery.evaluation.effects import last_states, probes
+
+        languages = self.fits[THEIRS][1]
+        with contextlib.nullcontext() if subspace is None else applied("hook", self.model, subspace, 1.0):
+            last = probes(last_states(self.model, self.tokenizer, self.unseen, languages), len(languages))
+            return {EVERY: self.of_tokens(), LAST: last}
+
+    def of_tokens(self) -> dict[str, dict[int, float]]:
+        """{site: {layer: a probe's accuracy}} over all tokens but the first of the prompts that `Measuring` asks, at
+        the first, the middle and the last edited layer, and at the model's last."""
+        import torch
+
+        from kernel_surgery.evaluation.effects import probe_accuracy
+        from kernel_surgery.subspace.reading import reading
+
+        asked, languages = self.measuring[THEIRS].asked, self.fits[THEIRS][1]
+        edited, last = self.layers, self.model.config.num_hidden_layers - 1
+        layers = sorted({edited[0], edited[len(edited) // 2], edited[-1], last})
+        rows: dict = {site: {layer: [] for layer in layers} for site in ("mlp_out", "resid_post")}
+        labels, groups = [], []
+
+        def keep(site: str, layer: int, states, mask) -> None:
+            rows[site][layer].append(states[0, 1:].float())
+
+        takes = [functools.partial(keep, site) for site in rows]
+        with reading(self.model, self.tokenizer, layers, "mlp_out", takes[0], {"resid_post": takes[1]}) as read:
+            for group, problem in enumerate(asked):
+                for label, language in enumerate(languages):
+                    ids = self.tokenizer(problem.prompts[language]).input_ids
+                    read([ids])
+                    labels += [label] * (len(ids) - 1)
+                    groups += [group] * (len(ids) - 1)
+        which = torch.tensor(labels), torch.tensor(groups)
+        return {
+            site: {i: probe_accuracy(torch.cat(x), *which) for i, x in by.items()} for site, by in rows.items()
+        }
 
     def row(self, subspace, where: tuple[str, ...]) -> dict:
         """What is measured of a subspace on the given sources."""
@@ -170,6 +219,11 @@ def run(argv: list[str] | None = None) -> int:
         if name not in result["curve"]:
             subspace = sources.fit(THEIRS, count, rank, sequential)
             keep("curve", name, sources.row(subspace, (THEIRS,)) | {"sequential": sequential})
+    probed = result.setdefault("streams", {"problems": len(sources.unseen), "probes": {}})["probes"]
+    for name, sequential in ((ORIGINAL, None), (ALONE, False), (IN_ORDER, True)):
+        if name not in probed:
+            probed[name] = sources.probes(None if sequential is None else sources.fit(THEIRS, sequential=sequential))
+            keep("streams", "run", {})  # the stamp of what is new
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0

@@ -15,6 +15,7 @@ Exit status: 0 if everything holds; 1 if a check fails, with the layer named; 2 
 """
 
 import argparse
+import time
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_overwrite, check_finite_strength, command_line, main
@@ -102,6 +103,8 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.certify.whole import verify_model
         from kernel_surgery.checkpoint.record import read_provenance
         from kernel_surgery.engines.texts import parse_arguments
+        from kernel_surgery.files.contents import PROVENANCE
+        from kernel_surgery.files.hashing import sha256
         from kernel_surgery.models.load import POLYGLOT_SUBSPACE, findable, local_folder, public_name, resolve_model
         from kernel_surgery.models.threads import choose_threads
 
@@ -136,6 +139,11 @@ def run(argv: list[str] | None = None) -> int:
         certificate = verify_checkpoint(args.baked, source, subspace)
     certificate = ({"damage_in_words": damage} if damage else {}) | certificate
     certificate["command"] = command_line("verify", argv)
+    # What ties it to what was certified.
+    tied = [("record_sha256", folder / PROVENANCE) for folder in folders.values()]
+    tied += [("subspace_sha256", subspace)] if subspace else []
+    certificate["of"] |= {name: sha256(file) for name, file in tied}
+    certificate["environment"] |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if args.out:
         with waiting("drawing the page"):
             write(args.out, certificate)

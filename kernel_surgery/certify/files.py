@@ -68,8 +68,8 @@ def check_files(folder: Path, record: dict[str, Any]) -> tuple[list[str], list[s
 def check_others(folder: Path, source: Path | None, rewritten: Container[str] = ()) -> list[str]:
     """Check the files beside the weights of a baked or restored folder.
 
-    Each must be byte for byte the original's, or one of ours. Without `source` only the safetensors files are checked.
-    rewritten: those that may differ from the original's. Returns faults.
+    Each must be byte for byte the original's, one of ours, or a document. Without `source` only the safetensors files
+    are checked. rewritten: those that may differ from the original's. Returns faults.
     """
     weights, there = set(contents(folder).weights), seen(folder)
     faults = [
@@ -82,6 +82,8 @@ def check_others(folder: Path, source: Path | None, rewritten: Container[str] = 
     own = weights | {PROVENANCE, "README.md", BASE_CARD, UNDO.as_posix(), BASES.as_posix()}
     along = {name: source / name for name in contents(source).along}
     for name in sorted(there.keys() - own | (along.keys() - {"README.md"})):
+        if DOCUMENT.fullmatch(name):
+            continue  # `check_files` has a remark on it
         if name not in along:
             faults.append(f"{name} is not in the original")
         elif name not in there:
@@ -183,7 +185,7 @@ class _Certificate:
         changed = [name for name, place in progress(others, desc="compare") if not same_bytes(place, before[name])]
         if 2 * len(changed) > len(others):
             what = f"{len(changed)} of {len(others)} tensors that are not edited differ"
-            self.faults.append(f"{what}: is it another model?")
+            self.faults.insert(0, f"{what}: is it another model?")
         self.faults += [f"{name} {differs}" for name in changed]
         return new, old
 

@@ -155,6 +155,14 @@ def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str
     write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+def is_restored(folder: Path) -> bool:
+    """Return whether a folder holds what `bake --undo` wrote."""
+    try:
+        return bool(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["kind"] == "restored")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def is_requantised(record: dict[str, Any]) -> bool:
     """Return whether a baked checkpoint's edited matrices were quantised again. Then it keeps nothing to undo them."""
     return dict(record.get("quantisation") or {}).get("how") == "requantised"

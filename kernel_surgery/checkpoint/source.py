@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernel_surgery.checkpoint.record import read_provenance
+from kernel_surgery.checkpoint.record import is_restored, read_provenance
 from kernel_surgery.common.errors import CheckpointError, KernelSurgeryError, ModelError
 from kernel_surgery.common.names import DTYPES, WRITE
 from kernel_surgery.edit.baked import AFTER_A_NORM, refuse_offset_without_bias
@@ -101,9 +101,9 @@ def refuse_after_norm(subspace: Subspace, modes: Iterable[str]) -> None:
 def original_layouts(source: Path) -> list[Layout]:
     """Return the headers of the weight files of an original checkpoint.
 
-    Raises CheckpointError for a checkpoint that was already baked.
+    Raises CheckpointError for a checkpoint that was already baked. One that was restored from it has no edit.
     """
-    if (source / PROVENANCE).exists():
+    if (source / PROVENANCE).exists() and not is_restored(source):
         raise CheckpointError(
             f"{str(source)!r} was baked before: it holds {PROVENANCE}. A second edit removes nothing more at strength "
             "1, and adds to the first at any other. Use the original checkpoint."

@@ -43,6 +43,7 @@ from kernel_surgery.evaluation.shares import answer_together, refuse_other_share
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.evaluation.written import read_written
 from kernel_surgery.files.contents import PROVENANCE
+from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.chat import OFF, Chat, choose_chat
 from kernel_surgery.models.load import (
@@ -99,6 +100,25 @@ def read_certificate(path: Path | None) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is not a certificate from python -m kernel_surgery.verify.") from error
     return certificate
+
+
+def check_certificate(
+    path: Path, certificate: dict[str, Any], options: Options, config: dict[str, Any], subspace: Subspace
+) -> None:
+    """Raise UserError for a certificate of another edit than the one that is evaluated.
+
+    What an older certificate does not say is not compared.
+    """
+    folder, of = options.baked or options.adapter, certificate.get("of") or {}
+    ours = {"strength": config["strength"], "rank": subspace.rank, "subspace_sha256": config["subspace"]}
+    ours |= {"record_sha256": None if folder is None else sha256(folder / PROVENANCE)}
+    theirs = {name: certificate.get(name, of.get(name)) for name in ours}
+    for name, value in ours.items():
+        if None not in (value, theirs[name]) and value != theirs[name]:
+            raise UserError(
+                f"{str(path)!r} certifies another edit: its {name} is {theirs[name]}, and here it is {value}. Make one "
+                "of this edit: python -m kernel_surgery.verify."
+            )
 
 
 def configuration(
@@ -267,6 +287,8 @@ def evaluate(
     subspace, subspace_path = subspace_of(options)
     check_held_out(subspace, options, asked)
     config = configuration(options, asked, (dtype, device), subspace_path, environment)
+    if options.certificate is not None and certificate is not None and subspace is not None:
+        check_certificate(options.certificate, certificate, options, config, subspace)
     chat = _chat_of(options, source, config)
 
     samples = folder / "samples.jsonl"

@@ -12,7 +12,7 @@ from kernel_surgery.checkpoint.record import edits_file, read_edits, read_proven
 from kernel_surgery.common.errors import CheckpointError, MismatchError
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.lora import lora_pair
-from kernel_surgery.files.contents import PROVENANCE
+from kernel_surgery.files.contents import DOCUMENT, PROVENANCE
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.tensorfile import opened
 from kernel_surgery.models.before import check_config
@@ -30,7 +30,8 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     of another model: a tensor that the edit does not concern differs, or the adapter does not follow from the weights.
     """
     record = read_provenance(folder, kind)
-    if faults := changed_files(folder, record["sha256"], PROVENANCE):
+    read = {name: digest for name, digest in record["sha256"].items() if not DOCUMENT.fullmatch(name)}
+    if faults := changed_files(folder, read, PROVENANCE):
         raise CheckpointError(f"{str(folder)!r} is not as it was made: {faults[0]}. Make it again.")
     check_config(original)
     ours = parts(layout_in(original), layouts(original), record["layers"])
@@ -47,9 +48,12 @@ def read_written(folder: Path, kind: str, original: Path) -> Written:
     )
     if kind == "adapter":
         for part in (part for part in ours if not part.form.bias):
-            module = part.name.removesuffix(".weight")
-            a = lora_pair(part.mapped(), edits[part.layer], made.strength_at(part.layer, record["strength"])).a
-            held = tensors[f"{module}.lora_A"][: len(a)]
+            module, weight, edit = part.name.removesuffix(".weight"), part.mapped(), edits[part.layer]
+            held = tensors.get(f"{module}.lora_A")
+            if held is None or (len(weight), weight.shape[1]) != (len(edit.basis), held.shape[1]):
+                raise MismatchError(f"{str(folder)!r} was made of another model: {module} has another shape. {_NEXT}")
+            a = lora_pair(weight, edit, made.strength_at(part.layer, record["strength"])).a
+            held = held[: len(a)]
             if not torch.allclose(a, held, rtol=1e-3, atol=1e-3 * float(a.abs().max())):
                 raise MismatchError(f"{str(folder)!r} was made of another model: {module} has other weights. {_NEXT}")
     return made

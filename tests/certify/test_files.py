@@ -166,6 +166,8 @@ def test_a_rewritten_card_and_an_added_licence_are_remarks_and_what_a_loader_rea
     ]
     assert run(["--baked", str(baked)]) == 0
     assert "remark: README.md is not the file that was written" in capsys.readouterr().out
+    beside = certified(folder)
+    assert beside["faults"] == [] and beside["remarks"] == found["remarks"]  # nor beside the original
     # Undoing does not depend on them either.
     undo_checkpoint(baked, folder / "restored")
     assert (folder / "restored" / "config.json").is_file()

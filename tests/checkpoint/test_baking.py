@@ -114,6 +114,9 @@ def test_refusals_leave_nothing_behind(source, tmp_path):
     bake_checkpoint(source, good, tmp_path / "once")
     refused(source, tmp_path / "once", good, FileExistsError, "already exists. Choose another --out")
     refused(tmp_path / "once", tmp_path / "twice", good, ValueError, "was baked before")
+    undo_checkpoint(tmp_path / "once", tmp_path / "restored")
+    bake_checkpoint(tmp_path / "restored", good, tmp_path / "again", force=True)  # it has no edit
+    assert json.loads((tmp_path / "again" / "provenance.json").read_text())["kind"] == "baked"
     (tmp_path / "once" / "provenance.json").unlink()
     refused(tmp_path / "once", tmp_path / "twice", good, ValueError, "measured on other weights")
     out_of_range = space(source, (1, 40))

@@ -12,8 +12,10 @@ from kernel_surgery.common.errors import CheckpointError, MismatchError, UserErr
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.options import Options
 from kernel_surgery.evaluation.written import read_written
-from kernel_surgery.models.load import POLYGLOT, load_model
+from kernel_surgery.files.hashing import sha256
+from kernel_surgery.models.load import POLYGLOT, POLYGLOT_SUBSPACE, load_model
 from tests.support.calls import call, one_thread
+from tests.support.models import pico
 from tests.test_golden import SHIPPED, changed_model
 
 DOWN = "model.layers.3.mlp.down_proj"
@@ -74,9 +76,14 @@ def test_a_folder_of_another_model_or_changed_since_is_refused(folders, tmp_path
     small = changed_model(tmp_path / "small")
     with pytest.raises(MismatchError, match="was made of another model"):
         read_written(folders / "baked", "baked", small)
+    pico("qwen2", num_hidden_layers=8, hidden_size=64).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(MismatchError, match=r"adapter' was made of another model: model\.layers\.2.* another shape"):
+        read_written(folders / "adapter", "adapter", tmp_path / "narrow")
     shutil.copytree(folders / "baked", tmp_path / "changed")
     (tmp_path / "changed" / "README.md").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"is not as it was made: README\.md is not the file"):
+    read_written(tmp_path / "changed", "baked", POLYGLOT)  # a card is read by nobody here
+    (tmp_path / "changed" / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is not as it was made: generation_config\.json is not the file"):
         read_written(tmp_path / "changed", "baked", POLYGLOT)
     with pytest.raises(CheckpointError, match="is not a checkpoint from"):
         read_written(folders / "adapter", "baked", POLYGLOT)
@@ -107,3 +114,28 @@ def test_the_command(folders, tmp_path, kind, mode, what):
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert list(results["modes"]) == ["original", mode] and results["config"]["strength"] == 0.5
     assert str(folders) not in json.dumps(results)
+
+
+def test_a_certificate_of_another_edit_is_refused(folders, tmp_path):
+    """A certificate names what it certified: the record of a folder, the subspace, the strength."""
+    mine, small = tmp_path / "mine.json", ("--prompts", 1, "--new-tokens", 0, "--device", "cpu")
+    with one_thread():
+        assert call("verify", "--baked", folders / "baked", "--out", mine)[0] == 1  # the changed number
+        assert call("verify", "--model", "polyglot", *small, "--out", tmp_path / "of the model.json")[0] == 0
+    held = json.loads(mine.read_text())
+    assert held["of"]["record_sha256"] == sha256(folders / "baked" / "provenance.json")
+    assert held["environment"]["date"][:2] == "20"
+    other = json.loads((tmp_path / "of the model.json").read_text())["of"]
+    assert other["subspace_sha256"] == sha256(POLYGLOT_SUBSPACE) and "record_sha256" not in other
+    strength = held["strength"]
+    for name, change, said in (
+        ("strength", {"strength": strength + 1}, f"its strength is {strength + 1}, and here it is {strength}"),
+        ("rank", {"rank": 99}, "its rank is 99, and here it is"),
+        ("folder", {"of": {"record_sha256": "0" * 64}}, f"its record_sha256 is {'0' * 64}, and here"),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(held | change))
+        words = ("--baked", folders / "baked", "--mode", "baked", "--certificate", file, "--device", "cpu")
+        status, _, error = call("eval", *words, "--out", tmp_path / name)
+        assert status == 2 and "certifies another edit" in error and said in error, error
+        assert "Nothing was written." in error and not (tmp_path / name / "results.json").exists()
