@@ -101,7 +101,7 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.certify.page import write
         from kernel_surgery.certify.render import shown
         from kernel_surgery.certify.whole import verify_model
-        from kernel_surgery.checkpoint.record import read_provenance
+        from kernel_surgery.checkpoint.record import is_restored, read_provenance
         from kernel_surgery.engines.texts import parse_arguments
         from kernel_surgery.files.contents import PROVENANCE
         from kernel_surgery.files.hashing import sha256
@@ -112,6 +112,11 @@ def run(argv: list[str] | None = None) -> int:
     if subspace is None and args.model == "polyglot" and (not folders or args.engine == "vllm"):
         subspace = POLYGLOT_SUBSPACE
     source = None if args.model is None else local_folder(resolve_model(args.model))
+    if source is not None and (source / PROVENANCE).is_file() and not is_restored(source):
+        raise UserError(
+            f"--model {public_name(args.model)} was baked itself: it holds {PROVENANCE}. Compare with the original "
+            "that it was made of."
+        )
     damage = "damage: not measured here: a certificate says how exactly an edit was made, eval what it did to the model"
     for kind, folder in folders.items():
         record = read_provenance(folder, kind)

@@ -115,10 +115,10 @@ CASES = {
     **{f"{c}: name not UTF-8": (words(c, out=ODD), "cannot be a file's name here: it is not UTF-8") for c in WRITERS},
     **{f"{c}: name too long": (words(c, out=300 * "x"), r"cannot be a file's name here \(File name") for c in WRITERS},
     **{
-        f"{command}: {FULL}": (words(command), r"needs \d\.\d\d GB, but .* has only 0\.00 GB left")
+        f"{command}: {FULL}": (words(command), r"needs [\d.]+ [MkB]+, but .* has only 1\.0 kB left")
         for command in ("collect", "bake", "lora", "reproduce")
     },
-    "undo: " + FULL: (words("undo"), r"needs \d\.\d\d GB, but .* has only 0\.00 GB left"),
+    "undo: " + FULL: (words("undo"), r"needs [\d.]+ [MkB]+, but .* has only 1\.0 kB left"),
     # The model: architecture, files, positions.
     **{f"{c}: architecture": (words(c, "odd"), UNKNOWN) for c in LOADERS},
     "study: architecture": (words("study", more="odd"), UNKNOWN),
@@ -159,7 +159,7 @@ CASES = {
         words("collect", more="--pool last --keep-first"),
         "--keep-first is for --pool tokens",
     ),
-    "collect: moments and a " + FULL: (words("collect", more="--pool tokens"), r"needs \d\.\d\d GB, but .* has only"),
+    "collect: moments and a " + FULL: (words("collect", more="--pool tokens"), r"needs [\d.]+ [MkB]+, but .* has only"),
     "collect: begun with another seed": (words("collect", out="begun"), r"other options: seed is 3 there, 0 here"),
     "collect: begun with other layers": (
         words("collect", out="begun", more="--seed 3 --layers 2-5"),

@@ -261,9 +261,8 @@ def test_controls_and_damage_stand_beside_the_real_subspace_and_go_on_after_a_ki
     run = tmp_path / "run"
     words = ("--problems", 2, "--max-new-tokens", 16, "--out", run, "--mode", "hook", "--strength", 2)
     certificate = tmp_path / "c.json"
-    assert (
-        call("verify", capsys, "--model", "polyglot", "--out", certificate, "--prompts", 2, "--new-tokens", 1)[0] == 0
-    )
+    small = ("--prompts", 2, "--new-tokens", 1, "--strength", 2)
+    assert call("verify", capsys, "--model", "polyglot", "--out", certificate, *small)[0] == 0
     status, out, err = call("eval", capsys, *words, "--controls", "energy:3", "--certificate", certificate)
     assert status == 0 and err == ""
     assert out.startswith("controls: 3 energy x 2 languages x 10 problems, 60 texts to generate, about 1 min")

@@ -177,8 +177,8 @@ def normal(value, key: str = "", *, numbers: bool = True):
         return {name: normal(made, name, numbers=numbers) for name, made in value.items()}
     if isinstance(value, list):
         return [normal(made, numbers=numbers) for made in value]
-    if key == "seconds":
-        return "{seconds}"
+    if key == "seconds" or key == "record_sha256":  # of a record with its environment
+        return f"{{{key}}}"
     if isinstance(value, float):
         # Six digits: far finer than what is compared, and an update changes no line for nothing.
         return (float(f"{value:.6g}") if math.isfinite(value) else value) if numbers else "number"

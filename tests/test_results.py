@@ -19,9 +19,9 @@ MEASURE = r"accuracy|fat_tokens|language_fidelity|mean_tokens|repetition"
 
 
 def paths(value: object, at: str = "") -> set[str]:
-    """The paths of all values, with the page's words for what varies. Of a list, those of its first row."""
+    """The paths of all values, with the page's words for what varies. Of a list, those of all its rows."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return paths(value[0], f"{at}[]")
+        return set().union(*(paths(row, f"{at}[]") for row in value))
     if not isinstance(value, dict) or not value:
         return {at}
     found = set()

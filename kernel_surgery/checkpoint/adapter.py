@@ -27,6 +27,7 @@ from kernel_surgery.checkpoint.record import (
     damage_lines,
     edit_record,
     header_lines,
+    spans,
     write_edits,
     write_provenance,
 )
@@ -290,7 +291,7 @@ def _card(record: dict[str, Any]) -> str:
         f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
         f"{_edited_in_words(record)} acts as W - a A_e (B_e^T W),",
         f"with A_e and B_e of rank {record['rank']} and a = {record['strength']:g}.",
-        "A_e spans the language subspace: the directions in which activations of one problem differ between languages.",
+        *spans(record, "A_e", "B_e"),
         "",
         "A = a B_e^T W and B = -A_e, with the edit's basis A_e and dual B_e. For an orthogonal edit, A_e = B_e.",
         f"Both are padded with zeros to rank {record['padded_rank']}. alpha = r, so the scaling is 1.",

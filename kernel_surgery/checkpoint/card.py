@@ -10,6 +10,7 @@ from kernel_surgery.checkpoint.record import (
     header_lines,
     is_dequantised,
     is_requantised,
+    spans,
 )
 from kernel_surgery.files.contents import PROVENANCE
 
@@ -32,12 +33,12 @@ def card_of(record: dict[str, Any], site: str, changed: str) -> str:
     """
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
-        *("---", *header_lines(record), "tags: [kernel-surgery]", "---", ""),
+        *("---", *header_lines(record), "library_name: transformers", "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
         f"every matrix W that writes into the output of `{site}` became W - a A (B^T W): {changed}.",
         f"A and B have rank {record['rank']}, and a = {a:g}. For an orthogonal edit, A = B.",
-        "A spans the language subspace: the directions in which activations of one problem differ between languages.",
+        *spans(record, "A", "B"),
         _KEPT[is_dequantised(record)],
         "",
         *([record["note"] + ".", ""] if record["note"] else []),

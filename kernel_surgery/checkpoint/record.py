@@ -140,6 +140,14 @@ def header_lines(record: dict[str, Any]) -> list[str]:
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
 
 
+def spans(record: dict[str, Any], written: str, read: str) -> list[str]:
+    """Return the line of a card that says what the edit's factors are."""
+    if record["form"] == "orthogonal":
+        about = "activations of one problem differ between languages"
+        return [f"{written} spans the language subspace: the directions in which {about}."]
+    return [f"{read} reads what the languages' means tell of the language, and {written} is what the edit changes."]
+
+
 def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str]) -> None:
     """Write provenance.json: the record, the environment, and the SHA-256 of every file in the folder.
 
@@ -202,6 +210,7 @@ def read_provenance(folder: Path, kind: str = "baked") -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what, writer = _WRITER[kind]
         raise CheckpointError(
-            f"{str(folder)!r} is not {what} from python -m {writer}: its {PROVENANCE} is missing or of another kind."
+            f"{str(folder)!r} is not {what} from python -m {writer}: its {PROVENANCE} is missing or of another kind. "
+            "verify takes --baked, --restored or --adapter."
         ) from error
     return record

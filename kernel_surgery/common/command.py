@@ -32,6 +32,7 @@ from kernel_surgery.common.ranks import ALONE, Ranks, StoppedElsewhere, close, c
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PACKAGE_NAME = "kernel_surgery"
+RESUMES = "Give the same command again: what can go on does, eval with --resume."
 SCRIPT = "kernel-surgery"
 _ADDRESS = re.compile(r"https?://[^\s\"'<>]+")
 
@@ -94,7 +95,7 @@ def main(
     except StoppedElsewhere:
         status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: nothing is left half written. " + RESUMES, file=sys.stderr)
         status = 130
     except BrokenPipeError:
         # The reader (`| head`) has closed the pipe. Python flushes stdout again on exit, so point it at /dev/null.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kernel_surgery.common.command import program
+from kernel_surgery.common.files import in_bytes
 
 Word = str | Path | int
 _inside = False  # within a command that runs others: its own ending is the one that counts
@@ -95,11 +96,3 @@ def size_of(path: Path) -> int:
     if not path.is_dir():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def in_bytes(size: int) -> str:
-    """Return a number of bytes in the unit that people read, such as "1.1 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}" if size < 100 * scale else f"{size / scale:.0f} {unit}"
-    return f"{size} bytes"

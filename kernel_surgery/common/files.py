@@ -57,11 +57,19 @@ def _there(path: Path, where: str) -> bool:
     return True
 
 
+def in_bytes(size: int) -> str:
+    """Return a number of bytes in the unit that people read, such as "1.1 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}" if size < 100 * scale else f"{size / scale:.0f} {unit}"
+    return f"{size} bytes"
+
+
 def _check_room(parent: Path, where: str, size: int) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{where} cannot be written: {str(parent)!r} is not a folder that you may write to.")
     if (free := shutil.disk_usage(parent).free) < size:
-        raise UserError(f"{where} needs {size / 1e9:.2f} GB, but {str(parent)!r} has only {free / 1e9:.2f} GB left.")
+        raise UserError(f"{where} needs {in_bytes(size)}, but {str(parent)!r} has only {in_bytes(free)} left.")
 
 
 def mistaken(path: str | os.PathLike) -> str | None:

@@ -52,7 +52,7 @@ def table(found: dict[str, Any]) -> str:
         if mode == "original":
             continue
         for site in after:
-            layer, least = min(after[site].items(), key=lambda item: item[1])
+            layer, least = min(reached(found, mode, after[site], site).items(), key=lambda item: item[1])
             words = read_by_probe(least, chance, n)
             lines.append(
                 f"{mode}: a linear probe at {site} {words}: lowest accuracy {least:.3f}, at layer {layer} (original "
@@ -64,6 +64,17 @@ def table(found: dict[str, Any]) -> str:
             f"{mode}: leak (share of the part inside the subspace that is left), largest over the layers: {largest}"
         )
     return "\n".join(lines)
+
+
+def reached(found: dict[str, Any], mode: str, by: Mapping[Any, float], site: str) -> dict[Any, float]:
+    """Return the layers where an edit can change what a probe reads: at its site the edited ones, and in the residual
+    stream those from the first edited one on. All, if it is not known which are edited."""
+    edited = [int(layer) for layer in found.get("leak", {}).get(mode, {}).get("mlp_out", ())]
+    if site == "mlp_out":
+        own = {layer: value for layer, value in by.items() if int(layer) in edited}
+    else:
+        own = {layer: value for layer, value in by.items() if edited and int(layer) >= min(edited)}
+    return own or dict(by)
 
 
 def read_by_probe(accuracy: float, chance: float, n: int) -> str:

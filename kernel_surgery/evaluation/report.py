@@ -20,6 +20,7 @@ from kernel_surgery.common.plotting import COLOURS
 from kernel_surgery.damage.measure import beyond
 from kernel_surgery.damage.words import BELOW, BITS4, BITS8, BROKEN, EIGHT, FOUR, WORDS, WORSE
 from kernel_surgery.evaluation import pairs, sections
+from kernel_surgery.evaluation.effects import reached
 from kernel_surgery.evaluation.summary import POOLED
 from kernel_surgery.models.architectures import spans
 
@@ -48,7 +49,7 @@ def sentence(results: dict) -> str:
         return "No edited model was compared."
     word, said = worst_word(results), outcome(results["paired"])
     if word is None:
-        return f"{said[0].upper()}{said[1:]}. The damage was not put into words."
+        return f"{said[0].upper()}{said[1:]}. The damage was not measured."
     return f"This edit {damage_said(results['damage'], word)}; {said}."
 
 
@@ -64,7 +65,7 @@ def damage_said(found: dict, word: str) -> str:
     if not by:
         return f"is {word}"
     language = max(by, key=lambda language: by[language][0])
-    where = f" in {language}, where it is the largest" if len(by) > 1 else ""
+    where = f" in {language}, where the ratio is the largest" if len(by) > 1 else ""
     return "does {:.2g} times ({:.2g} to {:.2g}) the damage of ".format(*by[language]) + name + where
 
 
@@ -125,12 +126,14 @@ def cards(results: dict) -> Iterator[Card]:
 def probe_card(found: dict) -> Card:
     """Return what a linear probe still reads, at the MLP outputs and in the residual stream: the lowest by layer."""
     mode = next(name for name in found["probes"] if name != "original")
-    low = {site: min(by.values()) for site, by in found["probes"][mode].items()}
-    before = {site: min(by.values()) for site, by in found["probes"]["original"].items()}
+    low, before = (
+        {site: min(reached(found, mode, by, site).values()) for site, by in found["probes"][name].items()}
+        for name in (mode, "original")
+    )
     return Card(
         "Language, read by a linear probe at the last token",
         f"{low['mlp_out']:.2f} (original {before['mlp_out']:.2f})",
-        f"lowest accuracy over layers at the MLP output, chance {found['chance']:.2f}. "
+        f"lowest accuracy over the edited layers at the MLP output, chance {found['chance']:.2f}. "
         f"Residual stream: {low['resid_post']:.2f} ({before['resid_post']:.2f})",
     )
 

@@ -75,12 +75,13 @@ class Source:
         return [name for name in LANGUAGES if name in held] + [name for name in held if name not in LANGUAGES]
 
     def _judged(self, text: str) -> tuple[str, ...]:
-        if text.strip() != "all":
+        if (known := tuple(name for name in self._held() if name in LANGUAGES)) and text.strip() != "all":
             return parse_languages(text)
-        if not (known := tuple(name for name in self._held() if name in LANGUAGES)):
+        if not known:
             raise UserError(
                 f"{self.record['problems_file']} is in {', '.join(self._held())}. Answers are judged in "
-                f"{', '.join(LANGUAGES)} alone. `collect` and `fit` read any language."
+                f"{', '.join(LANGUAGES)} alone. `collect` and `fit` read any language; without --problems, `eval` asks "
+                "generated problems."
             )
         return known
 

@@ -16,7 +16,7 @@ import pytest
 from kernel_surgery import __main__ as listing
 from kernel_surgery import __version__
 from kernel_surgery.common import environment
-from kernel_surgery.common.command import Parser, main
+from kernel_surgery.common.command import RESUMES, Parser, main
 from kernel_surgery.common.environment import _git_state, environment_record
 from kernel_surgery.common.errors import (
     CheckpointError,
@@ -104,7 +104,8 @@ def test_the_traceback_can_be_asked_for(monkeypatch):
 
 
 def test_ctrl_c_is_130(capsys):
-    assert outcome(raising(KeyboardInterrupt()), capsys) == (130, "", "interrupted\n")
+    status, out, err = outcome(raising(KeyboardInterrupt()), capsys)
+    assert (status, out) == (130, "") and err == f"interrupted: nothing is left half written. {RESUMES}\n"
 
 
 def test_a_closed_pipe_is_quiet():

@@ -139,3 +139,8 @@ def test_a_certificate_of_another_edit_is_refused(folders, tmp_path):
         status, _, error = call("eval", *words, "--out", tmp_path / name)
         assert status == 2 and "certifies another edit" in error and said in error, error
         assert "Nothing was written." in error and not (tmp_path / name / "results.json").exists()
+
+
+def test_a_baked_folder_is_no_original_to_compare_with(folders):
+    status, _, error = call("verify", "--baked", folders / "baked", "--model", folders / "baked")
+    assert status == 2 and "was baked itself: it holds provenance.json" in error
