@@ -108,7 +108,7 @@ def cards(results: dict) -> Iterator[Card]:
         yield Card(
             "Accuracy",
             said + " shown" * said.startswith("no "),
-            f"smallest difference that can be shown: {could}",
+            f"{accuracies(results)}. Smallest difference that can be shown: {could}",
             tone,
         )
     if "probes" in found:
@@ -121,6 +121,15 @@ def cards(results: dict) -> Iterator[Card]:
         faults = certificate["faults"]
         more, tone = (faults[0], "bad") if faults else ("the edit was made within its bounds", "good")
         yield Card("Certificate", f"{len(faults)} failed" if faults else "everything holds", more, tone)
+
+
+def accuracies(results: dict) -> str:
+    """Return the original's accuracy and the edited model's, by language: of the mode that differs most."""
+    rows = [r for r in results["paired"] if r["language"] != POOLED]
+    mode = max(rows, key=lambda r: abs(r["delta"]))["mode"]
+    before, after = results["modes"]["original"], results["modes"][mode]
+    each = ((language, before[language]["accuracy"], after[language]["accuracy"]) for language in after)
+    return "; ".join(f"{language} {was:.3f}, edited {now:.3f}" for language, was, now in each)
 
 
 def probe_card(found: dict) -> Card:

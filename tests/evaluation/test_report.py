@@ -149,7 +149,10 @@ def test_every_section_is_there_with_its_picture_and_the_words_follow(tmp_path, 
     for row in whole(made)["paired"]:
         assert row["verdict"].split(" (")[0] in first and row["verdict"] in page.text
         assert f"{row['delta']:+.3f}" in first
-    assert "smallest difference that can be shown: ar none" in first
+    assert "Smallest difference that can be shown: ar none" in first
+    cells = whole(made)["modes"]
+    was, *edited = (cells[mode]["ar"]["accuracy"] for mode in cells)
+    assert any(f"ar {was:.3f}, edited {now:.3f}" in first for now in edited)
     assert "3 random subspaces (haar) of the same rank" in page.text and "0.0437 (" in page.text
     # No picture is wider than a phone: it would be shrunk until nobody can read it.
     widths = [float(width) for width in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
