@@ -123,6 +123,16 @@ def test_the_table_names_the_worst_layer():
     assert "at resid_post still reads the language: lowest accuracy 0.900, at layer 1" in said
     assert "fused: leak (share of the part inside the subspace that is left)" in said
     assert "largest over the layers: mlp_out 2e-07" in said
+    # Only where the edit can have changed it: at its layers, and in the stream from the first of them on.
+    for by in found["probes"].values():
+        for site in by.values():
+            site |= {2: 0.97, 3: 0.98, 4: 0.96}
+    assert "at mlp_out still reads the language: lowest accuracy 0.970, at layer 2" in table(found)
+    assert "at resid_post still reads the language: lowest accuracy 0.960, at layer 4" in table(found)
+    for by in found["probes"].values():
+        for site in by.values():
+            for layer in (2, 3, 4):
+                del site[layer]
     # Words follow numbers: at chance, or above it by no more than 140 texts may show, nothing is read.
     found["probes"]["fused"]["mlp_out"][1] = 1 / 7
     assert "at mlp_out is not shown to read the language: lowest accuracy 0.143, at layer 1" in table(found)
