@@ -198,9 +198,24 @@ def _loaded(source: str, dtype: torch.dtype, device_map: str | None) -> "PreTrai
             f"the weights in {source!r} are incomplete. Missing tensors: {len(missing)} (first: {missing[0]}). "
             "Fetch the model again."
         )
+    _in_one_dtype(model, config, dtype)
     if (folder := Path(source)).parent.name == "snapshots":  # the hub's cache: the folder's name is the commit
         model.config._commit_hash = folder.name
     return model
+
+
+def _in_one_dtype(model: "PreTrainedModel", config: Any, dtype: torch.dtype) -> None:
+    """Widen what transformers 5.23 leaves in 16 bits of a float8 checkpoint that is loaded in float32.
+
+    It gives the linear layers the dtype that was asked, and embeddings and norms their own: the first product fails.
+    Parameters alone: a buffer is computed in the dtype that it needs. Widening is exact.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if method == "fp8" and dtype == torch.float32:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 def _dequantised_at_once(config: Any) -> None:

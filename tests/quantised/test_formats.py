@@ -120,6 +120,20 @@ def test_transformers_loads_an_fp8_checkpoint_with_the_same_numbers(tmp_path):
         assert torch.equal(model.get_parameter(tensor), matrix.dequantised().bfloat16())
 
 
+def test_an_fp8_checkpoint_runs_in_float32_which_is_the_default_on_a_cpu(tmp_path):
+    from kernel_surgery.models.load import load_model
+
+    save_quantised(tmp_path, "fp8-block", scale=torch.bfloat16)
+    ids = torch.arange(6)[None]
+    model, narrow = load_model(str(tmp_path)), load_model(str(tmp_path), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} == {model.dtype}
+    for tensor, matrix in matrices(tmp_path).items():
+        assert torch.equal(model.get_parameter(tensor), matrix.dequantised())
+    with torch.no_grad():
+        made, near = model(input_ids=ids).logits, narrow(input_ids=ids).logits
+    assert made.dtype == torch.float32 and float((made - near).norm() / made.norm()) < 0.05
+
+
 def test_experts_that_lie_one_by_one_are_parts_of_their_layer(tmp_path):
     save_quantised(tmp_path, "fp8-block", "qwen3_moe")
     found = parts(layout_in(tmp_path), layouts(tmp_path), [0, 1])
