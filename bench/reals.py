@@ -203,15 +203,17 @@ def streams() -> str:
         return f"{min(read):.3f} to {max(read):.3f}"
 
     body = []
-    for name, found in stored["streams"]["probes"].items():
-        for tokens, sites in found.items():
+    for name, row in stored["streams"].items():
+        for tokens, sites in row["read"].items():
             stream = sites["resid_post"]
             last = f"{stream[max(stream, key=int)]:.3f}"
-            body.append([name, tokens, between(sites["mlp_out"]), between(stream), last])
-    head = ["edit", "probe reads", "MLPs' outputs, edited layers", "residual stream, edited layers", "last layer"]
-    own, languages = stored["streams"]["run"], stored["rows"][THEIRS]["languages"]
-    how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}."
-    return tables.table(head, body) + f"\n{how} Commit {own['commit'][:10]}, {own['date'][:10]}.\n"
+            count = str(row["problems"][tokens])
+            body.append([name, tokens, count, between(sites["mlp_out"]), between(stream), last])
+    head = ["edit", "probe reads", "problems", "MLPs' outputs, edited layers", "residual stream, edited layers", "last layer"]
+    languages = stored["rows"][THEIRS]["languages"]
+    how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}. Commit "
+    how += f"{row['commit'][:10]}, {row['date'][:10]}."
+    return tables.table(head, body) + f"\n{how}\n"
 
 
 def texts() -> str:

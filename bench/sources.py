@@ -15,8 +15,6 @@ token, as above, and of the last one alone, as `eval` does. Of the original, and
 of the files' problems.
 """
 
-import contextlib
-import functools
 import json
 import statistics
 from pathlib import Path
@@ -116,44 +114,22 @@ class Sources:
         return fit_subspace(self.moments[key], rank)
 
     def probes(self, subspace) -> dict[str, dict[str, dict[int, float]]]:
-        """{which tokens: {site: {layer: a probe's accuracy}}} on the files' test problems. subspace: or None."""
+        """{which tokens: {site: {layer: a probe's accuracy}}} on the files' test problems. subspace: or None.
+
+        Of every token, at the first, the middle and the last edited layer and the model's last.
+        """
         from kernel_surgery.edit.modes import applied
-        from kernel_surgery.evaluation.effects import last_states, probes
+        from kernel_surgery.evaluation.effects import last_states, probe_accuracy, probes
 
-        languages = self.fits[THEIRS][1]
-        with contextlib.nullcontext() if subspace is None else applied("hook", self.model, subspace, 1.0):
+        measuring, languages, edited = self.measuring[THEIRS], self.fits[THEIRS][1], self.layers
+        layers = [edited[0], edited[len(edited) // 2], edited[-1], self.model.config.num_hidden_layers - 1]
+        every: dict = {"mlp_out": {}, "resid_post": {}}
+        with applied("original" if subspace is None else "hook", self.model, subspace, 1.0):
             last = probes(last_states(self.model, self.tokenizer, self.unseen, languages), len(languages))
-            return {EVERY: self.of_tokens(), LAST: last}
-
-    def of_tokens(self) -> dict[str, dict[int, float]]:
-        """{site: {layer: a probe's accuracy}} over all tokens but the first of the prompts that `Measuring` asks, at
-        the first, the middle and the last edited layer, and at the model's last."""
-        import torch
-
-        from kernel_surgery.evaluation.effects import probe_accuracy
-        from kernel_surgery.subspace.reading import reading
-
-        asked, languages = self.measuring[THEIRS].asked, self.fits[THEIRS][1]
-        edited, last = self.layers, self.model.config.num_hidden_layers - 1
-        layers = sorted({edited[0], edited[len(edited) // 2], edited[-1], last})
-        rows: dict = {site: {layer: [] for layer in layers} for site in ("mlp_out", "resid_post")}
-        labels, groups = [], []
-
-        def keep(site: str, layer: int, states, mask) -> None:
-            rows[site][layer].append(states[0, 1:].float())
-
-        takes = [functools.partial(keep, site) for site in rows]
-        with reading(self.model, self.tokenizer, layers, "mlp_out", takes[0], {"resid_post": takes[1]}) as read:
-            for group, problem in enumerate(asked):
-                for label, language in enumerate(languages):
-                    ids = self.tokenizer(problem.prompts[language]).input_ids
-                    read([ids])
-                    labels += [label] * (len(ids) - 1)
-                    groups += [group] * (len(ids) - 1)
-        which = torch.tensor(labels), torch.tensor(groups)
-        return {
-            site: {i: probe_accuracy(torch.cat(x), *which) for i, x in by.items()} for site, by in rows.items()
-        }
+            for site, found in every.items():
+                rows, groups, labels = measuring.tokens_at(layers, site)
+                found |= {layer: probe_accuracy(x, labels, groups) for layer, x in rows.items()}
+        return {EVERY: every, LAST: last}
 
     def row(self, subspace, where: tuple[str, ...]) -> dict:
         """What is measured of a subspace on the given sources."""
@@ -176,9 +152,9 @@ def run(argv: list[str] | None = None) -> int:
     from kernel_surgery.models.threads import choose_threads
 
     choose_threads(args.model)
-    result: dict = {"rows": {}, "curve": {}}
+    result: dict = {"rows": {}, "curve": {}, "streams": {}}
     if args.resume and args.out and args.out.is_file():
-        result = json.loads(args.out.read_text(encoding="utf-8"))
+        result |= json.loads(args.out.read_text(encoding="utf-8"))
     sources = Sources(args.model, args.problems, tuple(args.languages.split(",")), args.count)
     about = {"model": args.model, "problems_file": sources.file, "spoken": args.languages, "count": args.count}
     for name, value in about.items():
@@ -219,11 +195,11 @@ def run(argv: list[str] | None = None) -> int:
         if name not in result["curve"]:
             subspace = sources.fit(THEIRS, count, rank, sequential)
             keep("curve", name, sources.row(subspace, (THEIRS,)) | {"sequential": sequential})
-    probed = result.setdefault("streams", {"problems": len(sources.unseen), "probes": {}})["probes"]
     for name, sequential in ((ORIGINAL, None), (ALONE, False), (IN_ORDER, True)):
-        if name not in probed:
-            probed[name] = sources.probes(None if sequential is None else sources.fit(THEIRS, sequential=sequential))
-            keep("streams", "run", {})  # the stamp of what is new
+        if name not in result["streams"]:
+            subspace = None if sequential is None else sources.fit(THEIRS, sequential=sequential)
+            counts = {EVERY: len(sources.measuring[THEIRS].asked), LAST: len(sources.unseen)}
+            keep("streams", name, {"problems": counts, "read": sources.probes(subspace)})
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0

@@ -188,14 +188,12 @@ class Measuring:
         counts = np.array([len(ids) - 1 for ids in self._encoded], dtype=np.float64)
         return counts.reshape(len(self.asked), len(self.probed)).sum(1)
 
-    def _probe(self, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
-        """Return the tokens that a probe reads right, {layer: [problems]}, and the norm of the tokens' covariance with
-        the language label, {layer: norm}.
+    def tokens_at(self, layers: Sequence[int], site: str = "mlp_out") -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """Return the states of the tokens that the probe is asked, {layer: [tokens, d_model] float32}, of the model as
+        it is now; and of each token its problem and its language, [tokens] whole numbers.
 
         The first token of a prompt is left out: it is the same in every language, or an attention sink.
         """
-        if not layers:
-            return {}, {}
         prompts = [(g, label) for g in range(len(self.asked)) for label in range(len(self.probed))]
         encoded = self._encoded
         rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -204,15 +202,23 @@ class Measuring:
             rows[layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
 
         order: list[int] = []  # the prompt of every row
-        with reading(self.model, self.tokenizer, layers, "mlp_out", take) as read:
+        with reading(self.model, self.tokenizer, layers, site, take) as read:
             for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
                 read([encoded[i] for i in batch])
                 order += [i for i in batch for _ in encoded[i][1:]]
         groups, labels = torch.tensor(prompts)[order].T
+        return {layer: torch.cat(rows.pop(layer)) for layer in layers}, groups, labels
+
+    def _probe(self, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
+        """Return the tokens that a probe reads right, {layer: [problems]}, and the norm of the tokens' covariance with
+        the language label, {layer: norm}."""
+        if not layers:
+            return {}, {}
+        rows, groups, labels = self.tokens_at(layers)
         count = len(self.asked)
         hits, norms = {}, {}
         for layer in layers:
-            x = torch.cat(rows.pop(layer))
+            x = rows.pop(layer)
             right = groups[probe_hits(x, labels, groups)]
             hits[layer] = torch.bincount(right, minlength=count).double().numpy()
             moments = Moments.empty(len(self.probed), x.shape[1])
