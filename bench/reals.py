@@ -209,7 +209,8 @@ def streams() -> str:
             last = f"{stream[max(stream, key=int)]:.3f}"
             count = str(row["problems"][tokens])
             body.append([name, tokens, count, between(sites["mlp_out"]), between(stream), last])
-    head = ["edit", "probe reads", "problems", "MLPs' outputs, edited layers", "residual stream, edited layers", "last layer"]
+    head = ["edit", "probe reads", "problems", "MLPs' outputs, edited layers"]
+    head += ["residual stream, edited layers", "residual stream, last layer"]
     languages = stored["rows"][THEIRS]["languages"]
     how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}. Commit "
     how += f"{row['commit'][:10]}, {row['date'][:10]}."

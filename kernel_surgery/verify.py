@@ -15,7 +15,6 @@ Exit status: 0 if everything holds; 1 if a check fails, with the layer named; 2 
 """
 
 import argparse
-import time
 from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_overwrite, check_finite_strength, command_line, main
@@ -101,7 +100,9 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.certify.page import write
         from kernel_surgery.certify.render import shown
         from kernel_surgery.certify.whole import verify_model
-        from kernel_surgery.checkpoint.record import is_restored, read_provenance
+        from kernel_surgery.checkpoint.record import read_provenance
+        from kernel_surgery.checkpoint.source import refuse_baked
+        from kernel_surgery.common.environment import now
         from kernel_surgery.engines.texts import parse_arguments
         from kernel_surgery.files.contents import PROVENANCE
         from kernel_surgery.files.hashing import sha256
@@ -112,11 +113,8 @@ def run(argv: list[str] | None = None) -> int:
     if subspace is None and args.model == "polyglot" and (not folders or args.engine == "vllm"):
         subspace = POLYGLOT_SUBSPACE
     source = None if args.model is None else local_folder(resolve_model(args.model))
-    if source is not None and (source / PROVENANCE).is_file() and not is_restored(source):
-        raise UserError(
-            f"--model {public_name(args.model)} was baked itself: it holds {PROVENANCE}. Compare with the original "
-            "that it was made of."
-        )
+    if source is not None:
+        refuse_baked(source, "An edit is compared with what it was made of.")
     damage = "damage: not measured here: a certificate says how exactly an edit was made, eval what it did to the model"
     for kind, folder in folders.items():
         record = read_provenance(folder, kind)
@@ -148,7 +146,7 @@ def run(argv: list[str] | None = None) -> int:
     tied = [("record_sha256", folder / PROVENANCE) for folder in folders.values()]
     tied += [("subspace_sha256", subspace)] if subspace else []
     certificate["of"] |= {name: sha256(file) for name, file in tied}
-    certificate["environment"] |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    certificate["environment"] |= {"date": now()}
     if args.out:
         with waiting("drawing the page"):
             write(args.out, certificate)

@@ -98,16 +98,17 @@ def refuse_after_norm(subspace: Subspace, modes: Iterable[str]) -> None:
         raise KernelSurgeryError(f"mode {wrong[0]} cannot make this edit: {AFTER_A_NORM}")
 
 
-def original_layouts(source: Path) -> list[Layout]:
-    """Return the headers of the weight files of an original checkpoint.
-
-    Raises CheckpointError for a checkpoint that was already baked. One that was restored from it has no edit.
-    """
+def refuse_baked(source: Path, why: str) -> None:
+    """Raise CheckpointError for a checkpoint that was baked. why: a sentence. One that was restored has no edit."""
     if (source / PROVENANCE).exists() and not is_restored(source):
         raise CheckpointError(
-            f"{str(source)!r} was baked before: it holds {PROVENANCE}. A second edit removes nothing more at strength "
-            "1, and adds to the first at any other. Use the original checkpoint."
+            f"{str(source)!r} was baked before: it holds {PROVENANCE}. {why} Use the original checkpoint."
         )
+
+
+def original_layouts(source: Path) -> list[Layout]:
+    """Return the headers of the weight files of an original checkpoint. Raises CheckpointError for a baked one."""
+    refuse_baked(source, "A second edit removes nothing more at strength 1, and adds to the first at any other.")
     return stored_layouts(source)
 
 

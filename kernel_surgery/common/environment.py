@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 from kernel_surgery.common.names import VERSION
 
 PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def now() -> str:
+    """Return the date and the time as records have them, with the time zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def environment_record(device: "torch.device | str | None" = None) -> dict[str, str | bool | None]:

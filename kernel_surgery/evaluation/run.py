@@ -8,7 +8,6 @@ one of two protocols:
              only to continue its figures
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from kernel_surgery.checkpoint.source import check_edit
-from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.environment import environment_record, now
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import BEFORE_CHAT
@@ -103,7 +102,7 @@ def read_certificate(path: Path | None) -> dict[str, Any] | None:
 
 
 def check_certificate(
-    path: Path, certificate: dict[str, Any], options: Options, config: dict[str, Any], subspace: Subspace
+    certificate: dict[str, Any], options: Options, config: dict[str, Any], subspace: Subspace
 ) -> None:
     """Raise UserError for a certificate of another edit than the one that is evaluated.
 
@@ -116,8 +115,8 @@ def check_certificate(
     for name, value in ours.items():
         if None not in (value, theirs[name]) and value != theirs[name]:
             raise UserError(
-                f"{str(path)!r} certifies another edit: its {name} is {theirs[name]}, and here it is {value}. Make one "
-                "of this edit: python -m kernel_surgery.verify."
+                f"{str(options.certificate)!r} certifies another edit: its {name} is {theirs[name]}, and here "
+                f"it is {value}. Make one of this edit: python -m kernel_surgery.verify."
             )
 
 
@@ -146,7 +145,7 @@ def configuration(
         "max_new_tokens": options.budget,
         "dtype": name_of(dtype) if options.engine != SERVER else "dtype of the server",
         "device": device.type if options.engine != SERVER else "server",
-        "subspace": hashlib.sha256(subspace_path.read_bytes()).hexdigest() if subspace_path else None,
+        "subspace": sha256(subspace_path) if subspace_path else None,
         "prompts": digest([[p.id, p.prompts[lang]] for p in asked.problems for lang in asked.languages]),
         "versions": {name: environment[name] for name in ("kernel_surgery", "torch", "transformers")},
     }
@@ -287,8 +286,8 @@ def evaluate(
     subspace, subspace_path = subspace_of(options)
     check_held_out(subspace, options, asked)
     config = configuration(options, asked, (dtype, device), subspace_path, environment)
-    if options.certificate is not None and certificate is not None and subspace is not None:
-        check_certificate(options.certificate, certificate, options, config, subspace)
+    if certificate is not None and subspace is not None:
+        check_certificate(certificate, options, config, subspace)
     chat = _chat_of(options, source, config)
 
     samples = folder / "samples.jsonl"
@@ -303,7 +302,7 @@ def evaluate(
         "damage_in_words": ran.pop("damage_in_words"),
         "schema": 1,
         "config": config,
-        "environment": environment | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | ranks.record(),
+        "environment": environment | {"date": now()} | ranks.record(),
         "model": ran.pop("model"),
         "subspace": describe_subspace(subspace, subspace_path, config["subspace"]),
         "certificate": certificate,

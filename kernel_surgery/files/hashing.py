@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CHUNK = 16 << 20
-BLOCK = 1 << 18  # enough to read at the disk's speed, and nothing beside what an edit holds
+BLOCK = 1 << 18  # as hashlib.file_digest reads, which cannot show how far it is
 
 
 class Follower:

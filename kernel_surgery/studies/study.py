@@ -16,13 +16,12 @@ The first one fits, draws, chooses and writes; the others are given its subspace
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_surgery.common.environment import environment_record
+from kernel_surgery.common.environment import environment_record, now
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import waiting
@@ -124,7 +123,7 @@ def run_study(
         "notes": under_way.notes(),
         **{"schema": 1, "command": command, "declared": under_way.named},
         "environment": environment_record(under_way.device)
-        | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        | {"date": now()}
         | ranks.record(),
         **found,
         "test": under_way.figures(texts, ["original", *settings]),

@@ -111,8 +111,8 @@ ACCELERATE += ["--num_machines", "1", "--main_process_port", "0"]
     ("launcher", "who"),
     [
         (torchrun(), "1"),
-        *(pytest.param(torchrun(), who, marks=pytest.mark.slow) for who in ("all", "none")),
-        pytest.param(ACCELERATE, "1", marks=pytest.mark.slow),
+        *(pytest.param(torchrun(), who, marks=pytest.mark.slow) for who in ("0", "all", "none")),
+        *(pytest.param(ACCELERATE, who, marks=pytest.mark.slow) for who in ("1", "none")),
     ],
 )
 def test_two_real_processes_end_together_with_one_message(tmp_path, launcher, who):

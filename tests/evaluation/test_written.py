@@ -143,4 +143,4 @@ def test_a_certificate_of_another_edit_is_refused(folders, tmp_path):
 
 def test_a_baked_folder_is_no_original_to_compare_with(folders):
     status, _, error = call("verify", "--baked", folders / "baked", "--model", folders / "baked")
-    assert status == 2 and "was baked itself: it holds provenance.json" in error
+    assert status == 2 and "was baked before: it holds provenance.json. An edit is compared with" in error

@@ -161,8 +161,9 @@ def test_another_number_of_processes_is_refused_and_restart_begins_again(tmp_pat
 
 
 @pytest.mark.slow
-def test_two_real_processes_killed_and_started_again_write_what_one_does(tmp_path):
-    options = ["--problems", "8", "--layers", "2-5", "--batch-tokens", "128", "--languages", "en,zh,sw"]
+@pytest.mark.parametrize("pool", ["last", "tokens"])
+def test_two_real_processes_killed_and_started_again_write_what_one_does(tmp_path, pool):
+    options = ["--pool", pool, "--problems", "8", "--layers", "2-5", "--batch-tokens", "128", "--languages", "en,zh,sw"]
 
     def words(out: Path) -> list[str]:
         return torchrun("-m", "kernel_surgery.collect", *options, "--out", str(out))
@@ -178,6 +179,11 @@ def test_two_real_processes_killed_and_started_again_write_what_one_does(tmp_pat
     assert not any(folder.exists() for folder in folders)
     with one_thread():
         assert call("collect", *options, "--out", tmp_path / "one")[0] == 0
+    if pool == "last":
+        assert out.read_bytes() == (tmp_path / "one").read_bytes()
+        return
+    assert run(words(tmp_path / "again"), cwd=tmp_path).returncode == 0
+    assert out.read_bytes() == (tmp_path / "again").read_bytes()
     many, one = (load_moments(file).by_layer for file in (out, tmp_path / "one"))
     for layer, there in one.items():
         # As above; by Cauchy and Schwarz, sum |x_i x_j| is at most the root of sum x_i^2 times that of sum x_j^2.
