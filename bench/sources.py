@@ -126,9 +126,9 @@ class Sources:
         every: dict = {"mlp_out": {}, "resid_post": {}}
         with applied("original" if subspace is None else "hook", self.model, subspace, 1.0):
             last = probes(last_states(self.model, self.tokenizer, self.unseen, languages), len(languages))
-            for site, found in every.items():
-                rows, groups, labels = measuring.tokens_at(layers, site)
-                found |= {layer: probe_accuracy(x, labels, groups) for layer, x in rows.items()}
+            rows, groups, labels = measuring.tokens_at(dict.fromkeys(every, layers))
+        for site, found in every.items():
+            found |= {layer: probe_accuracy(x, labels, groups) for layer, x in rows[site].items()}
         return {EVERY: every, LAST: last}
 
     def row(self, subspace, where: tuple[str, ...]) -> dict:

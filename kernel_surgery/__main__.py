@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from kernel_surgery.common.command import main
+from kernel_surgery.common.command import did_you_mean, main
 from kernel_surgery.common.errors import UserError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "lora": "write the edit as a LoRA adapter",
     "verify": "check that an edit was made exactly",
     "eval": "compare the original and the edited model on maths problems",
+    "probe": "measure what is still read of the language, beside random edits",
     "compare": "read what the original and the edited model write, side by side",
     "score": "score texts that any engine generated",
     "study": "choose a setting on the dev problems, freeze it, report it on the test problems",
@@ -24,6 +25,7 @@ COMMANDS = {
     "dequantize": "make a checkpoint of a GGUF file, or fetch SmolLM2",
     "aot": "compile the Triton kernels ahead of time, without a GPU",
 }
+SHARED = ("collect", "eval", "probe", "study")  # several processes may share their work
 
 
 def listing() -> str:
@@ -44,13 +46,14 @@ def run(argv: list[str] | None = None) -> int | None:
         print(listing())
         return 0
     if words[0] not in COMMANDS:
-        raise UserError(f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}.")
+        names = f": choose from {', '.join(COMMANDS)}."
+        raise UserError(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS) or names}")
     return import_module(f"kernel_surgery.{words[0]}").run(words[1:])
 
 
 def script() -> NoReturn:
     """Run the console script `kernel-surgery`."""
-    main(run, shared=sys.argv[1:2] in (["collect"], ["eval"]))
+    main(run, shared=sys.argv[1:2] in ([name] for name in SHARED))
 
 
 if __name__ == "__main__":

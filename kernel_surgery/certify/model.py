@@ -39,7 +39,6 @@ from kernel_surgery.certify.running import (
     refusals,
 )
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.names import WRITE
 from kernel_surgery.common.progress import progress_bar, waiting
 from kernel_surgery.edit.modes import APPLIERS
 from kernel_surgery.edit.plan import Edit
@@ -329,7 +328,7 @@ def certify_model(
     """
     tokenizer = load_tokenizer(str(source)) if (Path(source) / "tokenizer.json").is_file() else None
     strengths = {layer: subspace.strength_at(layer, strength) for layer in subspace.layers}
-    where = WRITE if subspace.site == WRITE else "mlp_out"
+    where = subspace.edited_site
     run = _Certifier(source, subspace.projections, strengths, dtype, device, made, where)
     ids, description = prompt_ids(tokenizer, prompts, seed, run.low.config.vocab_size)
     length = ids.shape[1]

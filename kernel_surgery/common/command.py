@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,12 +56,16 @@ class Parser(argparse.ArgumentParser):
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
             if re.fullmatch(r"--[a-z][a-z0-9-]*", name) and name not in (known := self._option_string_actions):
-                close = difflib.get_close_matches(name, known, 1)
-                self.error(f"unrecognized arguments: {name}" + "".join(f"; did you mean {other}?" for other in close))
+                self.error(f"unrecognized arguments: {name}{did_you_mean(name, known)}")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, None if silent() else f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name that is most like a misspelt one, or nothing."""
+    return "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
 
 
 def program(name: str) -> str:

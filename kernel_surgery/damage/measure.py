@@ -31,7 +31,6 @@ from kernel_surgery.damage.yardsticks import (
 )
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.models.padding import token_batches
-from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.problems.neutral import Split
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
@@ -115,24 +114,25 @@ def yardstick_blocks(
         if name in rounding:
             yield name, rounding[name]
             continue
-        edits = subspace.projections
-        drawn = random_edits(text, edits, name)
-        yield name, partial(applied, "hook", model, subspace.with_edits(drawn), strength, force)
+        yield name, partial(applied, "hook", model, random_edits(text, subspace, name), strength, force)
 
 
-def random_edits(text: NeutralText, edits: Mapping[int, Projection], kind: str, seed: int = 0) -> dict[int, Projection]:
-    """Return random edits beside `edits`. kind: HAAR or MATCHED, of `damage.words`. text: what they are matched to."""
-    moments = None
-    if kind == MATCHED or any(edit.offset is not None for edit in edits.values()):
-        moments = neutral_moments(text, tuple(edits))
+def random_edits(text: NeutralText, subspace: Subspace, kind: str, seed: int = 0) -> Subspace:
+    """Return random edits of the same rank, form, layers and strengths as the subspace's.
+
+    kind: HAAR or MATCHED, of `damage.words`. text: what they are matched to.
+    """
+    edits, moments = subspace.projections, None
+    if kind == MATCHED or subspace.offsets:
+        moments = neutral_moments(text, subspace)
     if kind == HAAR:
-        return haar_edits(edits, seed, moments)
+        return subspace.with_edits(haar_edits(edits, seed, moments))
     assert moments is not None
-    return matched_edits(edits, moments, seed)
+    return subspace.with_edits(matched_edits(edits, moments, seed))
 
 
-def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Moments]:
-    """Return the moments of the MLPs' outputs at `layers`, over the tokens of the text but for each first one.
+def neutral_moments(text: NeutralText, subspace: Subspace) -> dict[int, Moments]:
+    """Return the moments of the activations that are edited, over the tokens of the text but for each first one.
 
     The first token is an attention sink in many models: its activations are tens of times larger than all others.
     """
@@ -142,7 +142,7 @@ def neutral_moments(text: NeutralText, layers: Sequence[int]) -> dict[int, Momen
         counted = states[(mask * mask.cumsum(-1)) > 1]
         found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(counted, 0)
 
-    with reading(text.model, text.tokenizer, layers, "mlp_out", take) as read:
+    with reading(text.model, text.tokenizer, subspace.layers, subspace.edited_site, take) as read:
         for encoded in text.encoded.values():
             for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
                 read([encoded[i] for i in batch])

@@ -4,7 +4,7 @@ Two figures per token: KL(original || changed) in nats, and the loss (the negati
 follows). Both are kept as sums over sentences, because sentences are the units that intervals resample.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +63,15 @@ class Reading:
         }
 
 
+Texts = Mapping[str, Sequence[str]]
 Encoded = dict[str, list[list[int]]]  # {language: the token ids of each sentence}
 
 
-def encoded(tokenizer: "PreTrainedTokenizerBase", languages: Sequence[str], split: Split) -> Encoded:
-    """Return the token ids of the neutral text."""
-    texts = neutral(split)
+def encoded(
+    tokenizer: "PreTrainedTokenizerBase", languages: Sequence[str], split: Split, texts: Texts | None = None
+) -> Encoded:
+    """Return the token ids of the neutral text, or of `texts`."""
+    texts = neutral(split) if texts is None else texts
     return {lang: [tokenizer(text).input_ids for text in texts[lang]] for lang in languages}
 
 
@@ -82,6 +85,7 @@ class NeutralText:
 
     model: as it is when this is created, that is unedited. languages: of `problems.neutral`. split: "dev" to choose
     an edit, "test" to report it. advance: called with the number of tokens that the model just read, in every pass.
+    texts: {language: sentences}, another text than the neutral one, such as the prompts that are asked.
 
     The original's logits are kept on the CPU in float32, [tokens, vocabulary]: about 450 tokens per language.
     """
@@ -93,10 +97,11 @@ class NeutralText:
         languages: Sequence[str],
         split: Split = "test",
         advance: Callable[[int], object] = lambda tokens: None,
+        texts: Texts | None = None,
     ):
         self.model, self.tokenizer, self.languages, self.split = model, tokenizer, tuple(languages), split
         self.advance = advance
-        self.encoded = encoded(tokenizer, languages, split)
+        self.encoded = encoded(tokenizer, languages, split, texts)
         self._pad = padding_id(model, tokenizer)
         self._logits = {lang: self._sentence_logits(lang) for lang in languages}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_surgery.common.errors import KernelSurgeryError, MismatchError, ModelError
-from kernel_surgery.common.names import LARGEST_STRENGTH, WRITE
+from kernel_surgery.common.names import LARGEST_STRENGTH
 from kernel_surgery.edit.marks import marked, refuse_copy
 from kernel_surgery.models.architectures import MlpSite, layout_of, mlp_outputs
 from kernel_surgery.models.states import on_states
@@ -144,7 +144,7 @@ def plan_edit(
         schedule = dict(subspace.strengths)
         edits, origin = subspace.projections, f"fitted on {subspace.model_id or 'an unnamed model'}, {subspace.site}"
         note = subspace.note_on(layout_of(model))
-        where = WRITE if subspace.site == WRITE else where
+        where = subspace.edited_site
     elif isinstance(subspace, Mapping):
         edits, origin = check_projections(subspace), "a plain mapping"
     else:

@@ -96,7 +96,7 @@ class Loaded:
 
     def for_controls(self) -> dict[str, Any]:
         assert self.subspace is not None  # `Options.check`
-        return in_model(self.asking, self.options.mode, self.subspace.layers)
+        return in_model(self.asking, self.options.mode, self.subspace)
 
     def effects(self) -> dict[str, Any] | None:
         options = self.options

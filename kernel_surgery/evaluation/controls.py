@@ -55,12 +55,13 @@ PROBLEMS = 20  # per category, at most
 class Control:
     """One random subspace.
 
-    name: such as "haar:03". bases: {layer: U [d_model, k]}. strengths: {layer: a}.
+    name: such as "haar:03". bases: {layer: U [d_model, k]}. strengths: {layer: a}. site: where it is made.
     """
 
     name: str
     bases: dict[int, torch.Tensor]
     strengths: dict[int, float]
+    site: str = "mlp_out"
 
 
 def parse_controls(text: str | None) -> tuple[str, int] | None:
@@ -80,10 +81,11 @@ def moments(
     layers: Iterable[int],
     batch_tokens: int = BATCH_TOKENS,
     chat: Chat = OFF,
+    site: str = "mlp_out",
 ) -> dict[int, Moments]:
     """Return {layer: Moments} over every token of the prompts, without padding.
 
-    chat: how the prompts are put to the model.
+    chat: how the prompts are put to the model. site: where the activations are read.
 
     Numerics: sums in float64.
     """
@@ -93,7 +95,7 @@ def moments(
         found.setdefault(layer, Moments.empty(1, states.shape[-1], states.device)).add(states[mask.bool()], 0)
 
     encoded, batches = encode(tokenizer, prompts, batch_tokens, [chat])
-    with reading(model, tokenizer, list(layers), "mlp_out", take) as read:
+    with reading(model, tokenizer, list(layers), site, take) as read:
         for batch in progress(batches, total=len(batches), desc="activations"):
             read([encoded[i] for i in batch])
     return found
@@ -146,7 +148,7 @@ def draw(
             if kind == "energy":
                 strengths[layer] *= (known[layer].energy(edit) / known[layer].energy(Projection(u))) ** 0.5
             bases[layer] = u.float().contiguous()
-        controls.append(Control(name, bases, strengths))
+        controls.append(Control(name, bases, strengths, subspace.edited_site))
     return controls
 
 
@@ -161,7 +163,10 @@ def controlled(
     """
     with ExitStack() as stack:
         edits = [
-            stack.enter_context(applier(model, {layer: basis}, control.strengths[layer]))
+            # It belongs to no model, so there is no fingerprint to check.
+            stack.enter_context(
+                applier(model, Subspace({layer: basis}, site=control.site), control.strengths[layer], force=True)
+            )
             for layer, basis in control.bases.items()
         ]
         yield edits
@@ -231,16 +236,18 @@ def table(controls: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def in_model(context: Context, mode: str, layers: Iterable[int]) -> dict[str, Any]:
+def in_model(context: Context, mode: str, subspace: Subspace) -> dict[str, Any]:
     """Return the last arguments of `run_controls` for a loaded model: how it is edited, and how it is read.
 
-    mode: how the edit is made; "all" means fused. layers: of the subspace.
+    mode: how the edit is made; "all" means fused.
     """
     applier = applier_of("fused" if mode == "all" else mode)
     return {
         "block_of": lambda control: partial(controlled, applier, context.model, control),
         "activations_of": lambda prompts: moments(
-            context.model, context.tokenizer, prompts, layers, chat=context.chat
+            *(context.model, context.tokenizer, prompts, subspace.layers),
+            chat=context.chat,
+            site=subspace.edited_site,
         ),
     }
 

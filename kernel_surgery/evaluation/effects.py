@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # {site: {layer: [problems * languages, d_model]}}.
 States = dict[str, dict[int, Tensor]]
+STREAM = "resid_post"
 RIDGE = 1e-3  # in units of the probe's mean squared feature
 
 
@@ -69,8 +70,8 @@ def table(found: dict[str, Any]) -> str:
 def reached(found: dict[str, Any], mode: str, by: Mapping[Any, float], site: str) -> dict[Any, float]:
     """Return the layers where an edit can change what a probe reads: at its site the edited ones, and in the residual
     stream those from the first edited one on. All, if it is not known which are edited."""
-    edited = [int(layer) for layer in found.get("leak", {}).get(mode, {}).get("mlp_out", ())]
-    if site == "mlp_out":
+    edited = [int(layer) for by_site in found.get("leak", {}).get(mode, {}).values() for layer in by_site]
+    if site != STREAM:
         own = {layer: value for layer, value in by.items() if int(layer) in edited}
     else:
         own = {layer: value for layer, value in by.items() if edited and int(layer) >= min(edited)}
@@ -126,23 +127,24 @@ def last_states(
     problems: Sequence[Problem],
     languages: Sequence[str],
     chat: Chat = OFF,
+    site: str = "mlp_out",
 ) -> States:
     """Return the states at the last prompt token, of the model as it is now, from one pass over the prompts.
 
-    {"mlp_out": {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force, "mlp_out" is read
+    {site: {layer: [problems * languages, d_model]}, "resid_post": {...}}. With an edit in force at the site, it is read
     after the edit. chat: how the prompts are put to the model.
     """
     layers, prompts = range(len(decoder_layers(model))), [p.prompts[lang] for p in problems for lang in languages]
     encoded, batches = encode(tokenizer, prompts, BATCH_TOKENS, [chat])
     d = model.config.get_text_config().hidden_size
-    rows = {site: {layer: torch.empty(len(prompts), d) for layer in layers} for site in ("mlp_out", "resid_post")}
+    rows = {site: {layer: torch.empty(len(prompts), d) for layer in layers} for site in (site, STREAM)}
     batch: list[int] = []  # the one that runs
 
     def keep(site: str, layer: int, states: Tensor, mask: Tensor) -> None:
         rows[site][layer][batch] = pool_states(states, mask, "last").cpu()
 
-    mlp, resid = (partial(keep, site) for site in rows)
-    with reading(model, tokenizer, layers, "mlp_out", mlp, {"resid_post": resid}) as read:
+    own, stream = (partial(keep, name) for name in rows)
+    with reading(model, tokenizer, layers, site, own, {STREAM: stream}) as read:
         for _, batch in in_order(encoded, batches, 0, "read for the probes"):
             read([encoded[i] for i in batch])
     return rows
@@ -167,8 +169,8 @@ def leaks(before: States, after: States, edits: Mapping[int, Projection]) -> dic
     """Return {site: {edited layer: leak}} for two results of `last_states`.
 
     The leak is norm(B^T y - c) / norm(B^T x - c) over the rows; 0 means that the edit reads nothing any more. At
-    mlp_out it is the part of the layer's own output that the edit left. In the residual stream it is all that the
-    subspace still holds, most of it written by attention and by other layers.
+    the edited site it is the part of the layer's own output that the edit left. In the residual stream it is all that
+    the subspace still holds, most of it written by attention and by other layers.
     """
     leak_of: dict[str, dict[int, float]] = {}
     for site in before:
@@ -198,18 +200,20 @@ def measure_effects(
     model, tokenizer, edited_modes = context.model, context.tokenizer, [mode for mode in modes if mode != "original"]
     effects: dict[str, Any] = {"neutral": {}}
     if subspace is not None:
-        about = (model, tokenizer, context.languages, edited_modes, subspace)
-        effects = measure_damage(*about, strength=strength, force=force, controls=probed)
+        edits = (model, tokenizer, context.languages, edited_modes, subspace)
+        effects = measure_damage(*edits, strength=strength, force=force, controls=probed)
     if not probed:
         return effects
     dev_problems = problems("dev", 20, seed=seed)
-    states = last_states(model, tokenizer, dev_problems, LANGUAGES, context.chat)
+    site = "mlp_out" if subspace is None else subspace.edited_site
+    about = model, tokenizer, dev_problems, LANGUAGES, context.chat, site
+    states = last_states(*about)
     effects |= {"leak": {}, "chance": 1 / len(LANGUAGES), "probed": len(dev_problems) * len(LANGUAGES)}
     effects["probes"] = {"original": probes(states, len(LANGUAGES))}
     for mode in edited_modes[:1]:
         assert subspace is not None  # the mode edits
         with applied(mode, model, subspace, strength, force):
-            edited = last_states(model, tokenizer, dev_problems, LANGUAGES, context.chat)
+            edited = last_states(*about)
         effects["probes"][mode] = probes(edited, len(LANGUAGES))
         effects["leak"][mode] = leaks(states, edited, subspace.projections)
     return effects

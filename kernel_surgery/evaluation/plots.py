@@ -58,7 +58,9 @@ def spectrum(captured: dict[str, float], values: dict[str, Sequence[float]], ran
 def probes(found: dict) -> list[str]:
     """Plot the probes' held-out accuracy by layer and mode, at the site and in the residual stream."""
     pictures = []
-    for site, title in (("mlp_out", "MLP output (edited here)"), ("resid_post", "residual stream")):
+    names = {"mlp_out": "MLP output (edited here)", "mlp_write": "after the MLP block's norm (edited here)"}
+    for site in found["probes"]["original"]:
+        title = names.get(site, "residual stream")
         fig, (axes,) = figure(PANEL, 2.8)
         for mode, sites in found["probes"].items():
             layers = sorted(sites[site], key=int)

@@ -20,7 +20,7 @@ from kernel_surgery.common.plotting import COLOURS
 from kernel_surgery.damage.measure import beyond
 from kernel_surgery.damage.words import BELOW, BITS4, BITS8, BROKEN, EIGHT, FOUR, WORDS, WORSE
 from kernel_surgery.evaluation import pairs, sections
-from kernel_surgery.evaluation.effects import reached
+from kernel_surgery.evaluation.effects import STREAM, reached
 from kernel_surgery.evaluation.summary import POOLED
 from kernel_surgery.models.architectures import spans
 
@@ -139,11 +139,13 @@ def probe_card(found: dict) -> Card:
         {site: min(reached(found, mode, by, site).values()) for site, by in found["probes"][name].items()}
         for name in (mode, "original")
     )
+    site = next(name for name in low if name != STREAM)
+    where = "at the MLP output" if site == "mlp_out" else "after the MLP block's norm"
     return Card(
         "Language, read by a linear probe at the last token",
-        f"{low['mlp_out']:.2f} (original {before['mlp_out']:.2f})",
-        f"lowest accuracy over the edited layers at the MLP output, chance {found['chance']:.2f}. "
-        f"Residual stream: {low['resid_post']:.2f} ({before['resid_post']:.2f})",
+        f"{low[site]:.2f} (original {before[site]:.2f})",
+        f"lowest accuracy over the edited layers {where}, chance {found['chance']:.2f}. "
+        f"Residual stream: {low[STREAM]:.2f} ({before[STREAM]:.2f})",
     )
 
 

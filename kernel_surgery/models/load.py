@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from kernel_surgery.common.command import did_you_mean
 from kernel_surgery.common.environment import PACKAGE
 from kernel_surgery.common.errors import ModelError, UserError
 from kernel_surgery.common.names import DTYPES
@@ -106,7 +107,7 @@ def resolve_model(name: str) -> str:
     if _HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
         return _resolve_hub_id(name)
     raise UserError(
-        f"no model at {name!r}: there is no such folder. "
+        f"no model at {name!r}: there is no such folder{did_you_mean(name, ('polyglot', 'smollm2')) or '.'} "
         'Give "polyglot" (the embedded model), a folder with config.json and weights, a GGUF file, or a hub id.'
     )
 

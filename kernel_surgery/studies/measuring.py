@@ -6,11 +6,13 @@ Several processes (`common.ranks`) share a measurement: each reads some of the l
 of the layers. Batches stay whole, so the figures are one process's.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import yardstick_readings
-from kernel_surgery.damage.neutral import NeutralText, Reading
+from kernel_surgery.damage.neutral import NeutralText, Reading, Texts
 from kernel_surgery.damage.words import judged, ratio_interval, with_intervals
 from kernel_surgery.edit.modes import applied
 from kernel_surgery.evaluation.controls import first_of_each_category
@@ -37,6 +41,10 @@ from kernel_surgery.subspace.reading import reading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+STREAM = "resid_post"
+Hits = dict[str, dict[int, np.ndarray]]
+Norms = dict[int, float]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -44,12 +52,14 @@ class Measured:
 
     kl: {language: `Reading`}. hits: {layer: tokens that the probe reads right, [problems]}. tokens: [problems], those
     that it was asked. left: {layer: norm of the covariance with the language label, over that of the original}.
+    streams: as hits, in the residual stream after a layer.
     """
 
     kl: Mapping[str, Reading]
     hits: Mapping[int, np.ndarray]
     tokens: np.ndarray
     left: Mapping[int, float]
+    streams: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def damage(self) -> float:
@@ -64,7 +74,14 @@ class Measured:
 
     def by_layer(self) -> dict[int, float]:
         """Return {layer: the probe's accuracy}."""
-        return {layer: float(hits.sum() / self.tokens.sum()) for layer, hits in self.hits.items()}
+        return self._rates(self.hits)
+
+    def by_stream(self) -> dict[int, float]:
+        """Return {layer: the probe's accuracy in the residual stream after it}."""
+        return self._rates(self.streams)
+
+    def _rates(self, hits: Mapping[int, np.ndarray]) -> dict[int, float]:
+        return {layer: float(found.sum() / self.tokens.sum()) for layer, found in hits.items()}
 
     @property
     def all_hits(self) -> np.ndarray:
@@ -80,7 +97,8 @@ class Measured:
         """Return the figures that decide, as JSON."""
         languages = {language: reading.kl_mean for language, reading in self.kl.items()}
         found: dict[str, Any] = {"damage": self.damage, "probe": self.probe, "means": self.means, "kl": languages}
-        return found | {"probes": self.by_layer(), "left": dict(self.left)}
+        found |= {"probes": self.by_layer(), "left": dict(self.left)}
+        return found | ({"streams": self.by_stream()} if self.streams else {})
 
     def whole(self) -> dict[str, Any]:
         """Return everything as JSON, for `of`."""
@@ -88,12 +106,9 @@ class Measured:
             language: {name: np.asarray(value).tolist() for name, value in vars(reading).items()}
             for language, reading in self.kl.items()
         }
-        return {
-            "kl": readings,
-            "hits": {layer: hits.tolist() for layer, hits in self.hits.items()},
-            "tokens": self.tokens.tolist(),
-            "left": dict(self.left),
-        }
+        hits, streams = ({layer: found.tolist() for layer, found in by.items()} for by in (self.hits, self.streams))
+        whole = {"kl": readings, "hits": hits, "tokens": self.tokens.tolist(), "left": dict(self.left)}
+        return whole | ({"streams": streams} if streams else {})
 
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> "Measured":
@@ -102,8 +117,12 @@ class Measured:
         for language, by in held["kl"].items():
             tokens, sums, loss, original = (np.array(by[name]) for name in ("tokens", "kl", "loss", "original_loss"))
             kl[language] = Reading(tokens, sums, loss, original, by["kl_p99"])
-        hits = {int(layer): np.array(found) for layer, found in held["hits"].items()}
-        return cls(kl, hits, np.array(held["tokens"]), {int(layer): x for layer, x in held["left"].items()})
+        hits, streams = (
+            {int(layer): np.array(found) for layer, found in by.items()}
+            for by in (held["hits"], held.get("streams", {}))
+        )
+        left = {int(layer): x for layer, x in held["left"].items()}
+        return cls(kl, hits, np.array(held["tokens"]), left, streams)
 
 
 @dataclass(frozen=True)
@@ -111,8 +130,11 @@ class Measuring:
     """Measures edits of one model on one split.
 
     model: unedited when this is made. languages: of the neutral text. asked: the problems whose prompts the probe
-    reads, in `probed` languages. layers: where it reads, at the MLPs' outputs. mode: how edits are made. ranks: the
-    processes that share a measurement; all call `measure` with the same edits, one after the other.
+    reads, in `probed` languages. layers: where it reads, at `site`. mode: how edits are made. ranks: the
+    processes that share a measurement; all call `measure` with the same edits, one after the other. streams: the layers
+    after which a probe reads the residual stream too. texts: {language: sentences} on which the damage is measured, in
+    place of the neutral text. site: where the edits are made and the probe reads, "mlp_out" or "mlp_write". force: as
+    for the mode.
     """
 
     model: "PreTrainedModel"
@@ -125,11 +147,15 @@ class Measuring:
     split: Split
     chat: Chat = OFF
     ranks: Ranks = ALONE
+    streams: Sequence[int] = ()
+    texts: Texts | None = None
+    site: str = "mlp_out"
+    force: bool = False
 
     @cached_property
     def text(self) -> NeutralText:
         """The original's predictions."""
-        return NeutralText(self.model, self.tokenizer, self.languages, self.split)
+        return NeutralText(self.model, self.tokenizer, self.languages, self.split, texts=self.texts)
 
     @cached_property
     def yardsticks(self) -> dict[str, dict[str, Reading]]:
@@ -144,37 +170,40 @@ class Measuring:
         original, before = self._original  # read before there is an edit
         if subspace is None:
             return original
-        kl, hits, norms = self._read(lambda: applied(self.mode, self.model, subspace, 1.0))
+        kl, hits, norms = self._read(lambda: applied(self.mode, self.model, subspace, 1.0, self.force))
         left = {layer: norm / before[layer] for layer, norm in norms.items()}
-        return Measured(kl, hits, original.tokens, left)
+        return Measured(kl, hits[self.site], original.tokens, left, hits[STREAM])
 
     @cached_property
     def _original(self) -> tuple[Measured, dict[int, float]]:
         """The original, and the norm of its covariance with the language label by layer."""
         kl, hits, norms = self._read(nullcontext)
-        return Measured(kl, hits, self._tokens, dict.fromkeys(norms, 1.0)), norms
+        return Measured(kl, hits[self.site], self._tokens, dict.fromkeys(norms, 1.0), hits[STREAM]), norms
 
-    def _read(
-        self, edited: Callable[[], AbstractContextManager[object]]
-    ) -> tuple[dict[str, Reading], dict[int, np.ndarray], dict[int, float]]:
-        """Return the readings of the neutral text, {language: `Reading`}, and what `_probe` returns.
+    def _read(self, edited: Callable[[], AbstractContextManager[object]]) -> tuple[dict[str, Reading], Hits, Norms]:
+        """Return the readings of the text, {language: `Reading`}, and what `_probe` returns.
 
         edited: edits the model. Each process does its languages and its layers.
         """
         text = self.text  # of the original, so made before the edit
-        languages, layers = self.ranks.share(self.languages), self.ranks.share(self.layers)
+        languages, places = self.ranks.share(self.languages), {self.site: self.layers, STREAM: self.streams}
 
-        def own() -> tuple[dict[str, Reading], dict[int, np.ndarray], dict[int, float]]:
+        def own() -> tuple[dict[str, Reading], Hits, Norms]:
             with edited():
-                return text.read(languages=languages), *self._probe(layers)
+                return text.read(languages=languages), *self._probe(
+                    {site: self.ranks.share(layers) for site, layers in places.items()}
+                )
 
         parts = self.ranks.parts(own)
         kl = {language: found for by, _, _ in parts for language, found in by.items()}
-        hits = {layer: found for _, by, _ in parts for layer, found in by.items()}
         norms = {layer: found for _, _, by in parts for layer, found in by.items()}
         # In the order that one process has.
-        ordered = {layer: hits[layer] for layer in self.layers}, {layer: norms[layer] for layer in self.layers}
-        return {language: kl[language] for language in self.languages}, *ordered
+        hits = {
+            site: {layer: next(by[site][layer] for _, by, _ in parts if layer in by[site]) for layer in layers}
+            for site, layers in places.items()
+        }
+        kl, norms = {lang: kl[lang] for lang in self.languages}, {layer: norms[layer] for layer in self.layers}
+        return kl, hits, norms
 
     @cached_property
     def _encoded(self) -> list[list[int]]:
@@ -188,42 +217,52 @@ class Measuring:
         counts = np.array([len(ids) - 1 for ids in self._encoded], dtype=np.float64)
         return counts.reshape(len(self.asked), len(self.probed)).sum(1)
 
-    def tokens_at(self, layers: Sequence[int], site: str = "mlp_out") -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        """Return the states of the tokens that the probe is asked, {layer: [tokens, d_model] float32}, of the model as
-        it is now; and of each token its problem and its language, [tokens] whole numbers.
+    def tokens_at(self, places: Mapping[str, Sequence[int]]) -> tuple[dict[str, dict[int, Tensor]], Tensor, Tensor]:
+        """Return the states of the tokens that the probe is asked, {site: {layer: [tokens, d_model] float32}}, of the
+        model as it is now; and of each token its problem and its language, [tokens] whole numbers.
 
-        The first token of a prompt is left out: it is the same in every language, or an attention sink.
+        places: {site: layers}. The first token of a prompt is left out: it is the same in every language, or an
+        attention sink.
         """
         prompts = [(g, label) for g in range(len(self.asked)) for label in range(len(self.probed))]
         encoded = self._encoded
-        rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        rows: dict[str, dict[int, list[Tensor]]] = {
+            site: {layer: [] for layer in layers} for site, layers in places.items()
+        }
 
-        def take(layer: int, states: Tensor, mask: Tensor) -> None:
-            rows[layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
+        def take(site: str, layer: int, states: Tensor, mask: Tensor) -> None:
+            if layer in rows[site]:
+                rows[site][layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
 
+        layers = sorted({layer for by in places.values() for layer in by})
+        (first, one), *others = ((site, partial(take, site)) for site, by in places.items() if by)
         order: list[int] = []  # the prompt of every row
-        with reading(self.model, self.tokenizer, layers, site, take) as read:
+        with reading(self.model, self.tokenizer, layers, first, one, dict(others)) as read:
             for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
                 read([encoded[i] for i in batch])
                 order += [i for i in batch for _ in encoded[i][1:]]
         groups, labels = torch.tensor(prompts)[order].T
-        return {layer: torch.cat(rows.pop(layer)) for layer in layers}, groups, labels
+        whole = {site: {layer: torch.cat(by.pop(layer)) for layer in places[site]} for site, by in rows.items()}
+        return whole, groups, labels
 
-    def _probe(self, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
-        """Return the tokens that a probe reads right, {layer: [problems]}, and the norm of the tokens' covariance with
-        the language label, {layer: norm}."""
-        if not layers:
-            return {}, {}
-        rows, groups, labels = self.tokens_at(layers)
-        count = len(self.asked)
-        hits, norms = {}, {}
-        for layer in layers:
-            x = rows.pop(layer)
-            right = groups[probe_hits(x, labels, groups)]
-            hits[layer] = torch.bincount(right, minlength=count).double().numpy()
-            moments = Moments.empty(len(self.probed), x.shape[1])
-            moments.add(x, labels)
-            norms[layer] = float(moments.label_covariance.norm())
+    def _probe(self, places: Mapping[str, Sequence[int]]) -> tuple[Hits, Norms]:
+        """Return the tokens that a probe reads right, {site: {layer: [problems]}}, and the norm of the covariance of
+        the tokens at `site` with the language label, {layer: norm}."""
+        hits: Hits = {site: {} for site in places}
+        norms: Norms = {}
+        if not any(places.values()):
+            return hits, norms
+        rows, groups, labels = self.tokens_at(places)
+        for site, layers in places.items():
+            for layer in layers:
+                x = rows[site].pop(layer)
+                right = groups[probe_hits(x, labels, groups)]
+                hits[site][layer] = torch.bincount(right, minlength=len(self.asked)).double().numpy()
+                if site != self.site:
+                    continue
+                moments = Moments.empty(len(self.probed), x.shape[1])
+                moments.add(x, labels)
+                norms[layer] = float(moments.label_covariance.norm())
         return hits, norms
 
     def asked_of(self) -> dict[str, Any]:
@@ -239,6 +278,29 @@ class Measuring:
             "word": judged(found.kl, self.yardsticks)["word"],
             "probe_ci95": list(ratio_interval(found.all_hits, found.tokens * len(found.hits))),
         }
+
+    def all_of(self, edits: Mapping[str, Callable[[], Subspace | None]], file: Path, of: str) -> dict[str, Measured]:
+        """Measure several edits, by name. What is finished is kept in a file, so a killed run does not do it again.
+
+        edits: {name: a function that returns the edit}. It is called in process 0 alone, for the edits that are
+        missing. of: what the file is about; one that is about something else is begun again. All processes must call
+        this; process 0 writes.
+        """
+        kept = self.ranks.by_first(lambda: _kept(file, of))
+        kept = {name: found for name, found in kept.items() if name in edits}
+        with progress_bar(len(edits), "edits", initial=len(kept)) as bar:
+            for name, make in edits.items():
+                if name not in kept:
+                    kept[name] = self.measure(self.ranks.by_first(make)).whole()
+                    if self.ranks.first:
+                        write_atomic(file, json.dumps({"of": of, "edits": kept}) + "\n")
+                    bar.update()
+        return {name: Measured.of(kept[name]) for name in edits}
+
+
+def _kept(file: Path, of: str) -> dict[str, Any]:
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return held["edits"] if held.get("of") == of else {}
 
 
 def first_problems(asked: Sequence[Problem], count: int) -> list[Problem]:

@@ -108,7 +108,7 @@ class Study:
     def for_controls(self, asking: Context | EngineAsking, subspace: Subspace) -> dict[str, Any]:
         """Return the last arguments of `run_controls`. asking: of `ask`, perhaps at another budget."""
         if isinstance(asking, Context):
-            return in_model(asking, self.declared["mode"], subspace.layers)
+            return in_model(asking, self.declared["mode"], subspace)
         assert self.engine is not None  # `asking` is an engine's
         return in_engine(partial(writing, asking, engine=self.engine), self.checkpoint)
 

@@ -1,17 +1,14 @@
 """What a study reports of its choice on the test half: beside the baseline, the original and random edits."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import random_edits
 from kernel_surgery.damage.words import HAAR, MATCHED
-from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
+from kernel_surgery.studies.measuring import Measuring, difference, first_problems
 from kernel_surgery.studies.opening import Study
 from kernel_surgery.studies.settings import Setting
 from kernel_surgery.studies.space import BASELINE, Search
@@ -62,27 +59,13 @@ class Reporting:
         for seed in range(self.controls):
             for kind in (HAAR, MATCHED):
                 edits[f"{kind}:{seed}"] = lambda k=kind, s=seed: self._random(chosen, k, s)  # type: ignore[misc]
-        file, kept = self.folder / MEASURED, self.ranks.by_first(lambda: self._kept(name))
-        with progress_bar(len(edits), "test", initial=len(kept)) as bar:
-            for edit, make in edits.items():
-                if edit not in kept:
-                    kept[edit] = self.test.measure(self.ranks.by_first(make)).whole()
-                    if self.ranks.first:
-                        write_atomic(file, json.dumps({"of": name, "edits": kept}) + "\n")
-                    bar.update()
-        found = {edit: Measured.of(kept[edit]) for edit in edits}
+        found = self.test.all_of(edits, self.folder / MEASURED, name)
         return {
             "probed": {split: m.asked_of() for split, m in (("dev", self.dev), ("test", self.test))},
             "measured": self.ranks.by_first(lambda: {edit: self.test.figures(by) for edit, by in found.items()}),
             "difference": difference(found[CHOSEN], found[BASELINE]),
         }
 
-    def _kept(self, name: str) -> dict[str, Any]:
-        """Return the measurements that a killed study has left."""
-        file = self.folder / MEASURED
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return held["edits"] if held.get("of") == name else {}
-
     def _random(self, subspace: Subspace, kind: str, seed: int) -> Subspace:
         """Return a random edit of the same rank, layers and strengths."""
-        return subspace.with_edits(random_edits(self.test.text, subspace.projections, kind, seed))
+        return random_edits(self.test.text, subspace, kind, seed)

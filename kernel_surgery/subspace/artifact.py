@@ -113,6 +113,10 @@ class Subspace:
         """Return the strength of one layer, as the schedule makes it."""
         return strength * self.strengths.get(layer, 1.0)
 
+    def at_strength(self, strength: float) -> "Subspace":
+        """Return the same edits with every layer's strength multiplied."""
+        return replace(self, strengths={layer: self.strength_at(layer, strength) for layer in self.layers})
+
     @property
     def form(self) -> str:
         """Return "orthogonal", "oblique" or "affine" (oblique or orthogonal with an offset)."""
@@ -132,6 +136,11 @@ class Subspace:
     def rank(self) -> int:
         """The number of columns of every basis, k."""
         return next(iter(self.bases.values())).shape[1]
+
+    @property
+    def edited_site(self) -> str:
+        """The site where the edit is made: mlp_write if it was fitted there, else mlp_out."""
+        return WRITE if self.site == WRITE else "mlp_out"
 
     @property
     def note(self) -> str | None:

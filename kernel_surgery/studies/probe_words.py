@@ -1,0 +1,155 @@
+"""What `probe` says in words and as the terminal's table, made from probe.json alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kernel_surgery.damage.words import BITS4
+from kernel_surgery.models.architectures import spans
+from kernel_surgery.studies.randoms import KINDS
+
+ORIGINAL, EDIT = "original", "edit"
+MORE, NO_MORE, NOTHING = "hides more", "hides no more", "hides nothing"
+SHOWN_P = 0.05
+
+
+def subject(found: Mapping[str, Any]) -> str:
+    """Return where the probe reads, as the subject of a sentence."""
+    return f"a linear probe at layers {spans(found['asked']['layers'])}"
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """Return the verdict: whether the edit hides more of the language than random edits do."""
+    n = found["beside"]["all"]["probe"]["n"]
+    beside = f"{n} random edits" if n > 1 else "the random edit"
+    if found["verdict"] == NOTHING:
+        return "This edit is not shown to hide anything of the language from a linear probe."
+    if found["verdict"] == NO_MORE:
+        return f"This edit is not shown to hide more of the language than {beside} of the same rank."
+    each = f"each of {beside}" if n > 1 else beside
+    return f"This edit hides more of the language than {each} of the same rank: it is about the language."
+
+
+def read_words(found: Mapping[str, Any]) -> str:
+    """Return what the probe reads at the edited layers: after the edit, before it, and after random edits."""
+    edit, original, beside = found["measured"][EDIT], found["measured"][ORIGINAL], found["beside"]["all"]["probe"]
+    low, high = edit["probe_ci95"]
+    return (
+        f"{subject(found)} reads the language of {edit['probe']:.3f} ({low:.3f} to {high:.3f}) of the tokens; without "
+        f"the edit {original['probe']:.3f}, after random edits {beside['low']:.3f} to {beside['high']:.3f}, by chance "
+        f"{found['asked']['chance']:.3f}"
+    )
+
+
+def stream_words(found: Mapping[str, Any]) -> str:
+    """Return what the probe reads in the residual stream, by layer."""
+    edit, original = found["measured"][EDIT], found["measured"][ORIGINAL]
+    each = "; ".join(
+        f"after layer {layer} {value:.3f} (without the edit {original['streams'][layer]:.3f})"
+        for layer, value in edit["streams"].items()
+    )
+    return f"in the residual stream: {each}"
+
+
+def damage_words(found: Mapping[str, Any]) -> str:
+    """Return the damage in the worst language, beside that of random edits and of 4-bit weights."""
+    edit, beside = found["measured"][EDIT], found["beside"]["all"]["damage"]
+    language = max(edit["kl"], key=lambda name: edit["kl"][name])
+    four = found["yardsticks"].get(BITS4, {}).get(language)
+    return (
+        f"{edit['word']}: KL {edit['damage']:.3g} nats per token in {language}, the worst of {len(edit['kl'])} "
+        f"languages; random edits {beside['low']:.3g} to {beside['high']:.3g}"
+        + (f", 4-bit weights {four:.3g}" if four is not None else "")
+    )
+
+
+def rank_words(found: Mapping[str, Any]) -> str:
+    """Return what the numbers of random edits allow: the p-value of each kind, and how many would show less."""
+    kinds = [(kind, by["probe"]) for kind, by in found["beside"].items() if kind != "all"]
+    each = ", ".join(f"{KINDS[kind]} {by['as_low']} of {by['n']} (p = {by['p']:.2f})" for kind, by in kinds)
+    needed = round(1 / SHOWN_P) - 1
+    few = [by["n"] for _, by in kinds if by["n"] < needed]
+    more = f"; it takes {needed} of a kind to show p = {SHOWN_P:g}" if few else ""
+    return f"random edits after which the probe reads as little: {each}{more}"
+
+
+def text_words(found: Mapping[str, Any]) -> str:
+    """Return what was measured on."""
+    asked = found["asked"]
+    text = "neutral sentences" if asked["text"] == "neutral" else "prompts"
+    return (
+        f"the probe: {asked['tokens']} tokens of {asked['problems']} test problems in {len(asked['languages'])} "
+        f"languages ({', '.join(asked['languages'])}); the damage: {asked['sentences']} {text} in each"
+    )
+
+
+def name_of(name: str) -> str:
+    """Return an edit's name as it is shown."""
+    kind, _, number = name.partition(":")
+    return f"random {KINDS[kind]} {number}" if number else "fitted edit" if name == EDIT else name
+
+
+def summary(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the head and a row for the original, the fitted edit and every kind of random edits, with their range."""
+    layers = list(found["measured"][EDIT]["streams"])
+    head = ["", "KL, worst language", "probe", "means left", *(f"stream after {layer}" for layer in layers), "in words"]
+    rows = [head]
+    for name in (ORIGINAL, EDIT):
+        by = found["measured"][name]
+        low, high = by["probe_ci95"]
+        rows.append(
+            [
+                *(name_of(name), f"{by['damage']:.3g}", f"{by['probe']:.3f} ({low:.3f} to {high:.3f})"),
+                *(f"{by['means']:.3f}", *(f"{by['streams'][layer]:.3f}" for layer in layers)),
+                by["word"] if name == EDIT else "",
+            ]
+        )
+    for kind, by in found["beside"].items():
+        if kind == "all":
+            continue
+        ranges = (f"{by[name]['low']:.3f} to {by[name]['high']:.3f}" for name in by if name != "damage")
+        said = dict.fromkeys(r["word"] for name, r in found["measured"].items() if name.startswith(f"{kind}:"))
+        kl = f"{by['damage']['low']:.3g} to {by['damage']['high']:.3g}"
+        rows.append([f"{by['probe']['n']} random {KINDS[kind]}", kl, *ranges, ", ".join(said)])
+    return rows
+
+
+def layer_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the head and a row for every layer: what the probe reads, and what is left of the means."""
+    measured = found["measured"]
+    random = [by for name, by in measured.items() if name not in (ORIGINAL, EDIT)]
+    rows = [["layer", "probe, original", "fitted", "random", "means left, fitted", "random"]]
+    for layer, before in measured[ORIGINAL]["probes"].items():
+        edit = measured[EDIT]
+        probes, left = ([by[name][layer] for by in random] for name in ("probes", "left"))
+        rows.append(
+            [
+                *(layer, f"{before:.3f}", f"{edit['probes'][layer]:.3f}", f"{min(probes):.3f} to {max(probes):.3f}"),
+                *(f"{edit['left'][layer]:.3f}", f"{min(left):.3f} to {max(left):.3f}"),
+            ]
+        )
+    return rows
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    """Return the text that the command prints."""
+    return "\n".join(
+        [
+            sentence(found),
+            *found["notes"],
+            text_words(found),
+            read_words(found),
+            stream_words(found),
+            f"damage: {damage_words(found)}",
+            rank_words(found),
+            _aligned(summary(found)),
+            "by layer:",
+            _aligned(layer_rows(found)),
+        ]
+    )
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
