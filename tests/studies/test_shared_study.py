@@ -76,7 +76,7 @@ def launched(size, work):
 
 def measuring(ranks):
     about = ("en", "zh"), problems("dev", 1), LANGUAGES, [2, 3, 4, 5], "hook", "dev"
-    return Measuring(polyglot(ranks.rank), tokenizer(), *about, ranks=ranks)
+    return Measuring(polyglot(ranks.rank), tokenizer(), *about, ranks=ranks, streams=[5, 7])
 
 
 def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
@@ -91,9 +91,9 @@ def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
     for rank in range(size):
         polyglot(rank)
 
-    def probed(self, layers):
-        shares.append((self.ranks, layers))
-        return probe(self, layers)
+    def probed(self, places):
+        shares.append((self.ranks, list(places.values())))
+        return probe(self, places)
 
     probe, shares = Measuring._probe, []
     monkeypatch.setattr(Measuring, "_probe", probed)
@@ -103,8 +103,10 @@ def test_a_measurement_is_shared_and_one_processs_bit_for_bit(monkeypatch):
     assert found == [one] * size
     by_rank = [[share for ranks, share in shares if ranks.rank == rank] for rank in range(size)]
     # Of the original, and of the edit. Put together as they come, layer 5 would be the second.
-    assert by_rank == [[["en"], [2, 5]] * 2, [["zh"], [3]] * 2, [[], [4]] * 2]
-    assert measuring(ALONE)._probe([]) == ({}, {})  # of more processes than layers
+    own = [[["en"], [[2, 5], [5]]], [["zh"], [[3], [7]]], [[], [[4], []]]]
+    assert by_rank == [share * 2 for share in own]
+    nothing = {"mlp_out": [], "resid_post": []}
+    assert measuring(ALONE)._probe(nothing) == ({"mlp_out": {}, "resid_post": {}}, {})  # of more processes than layers
     # In the same order too: JSON keeps it.
     assert [json.dumps(by) for by in found[-1]] == [json.dumps(by) for by in one]
     assert one[0] != one[1]
