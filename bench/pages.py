@@ -4,6 +4,7 @@
     --results DIR      first store the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
     --study DIR        first store a finished study (docs/retest.md), or a search (docs/real.md)
     --controls DIR...  first store the controls of finished evaluations (docs/retest.md)
+    --probes DIR...    first store finished runs of `kernel_surgery.probe` (docs/real.md)
 
 A table stands between two marks on its page: <!-- measured: NAME --> and <!-- end -->. Nobody types a figure there.
 The reference of the public names (docs/api.md) and the messages of docs/errors.md are written in the same way.
@@ -122,6 +123,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sources": reals.sources,
         "curve": reals.curve,
         "streams": reals.streams,
+        "probes": reals.probes,
         "texts": reals.texts,
         "polyglot": reals.polyglot,
     },
@@ -155,6 +157,7 @@ def parser() -> Parser:
     p.add_argument("--results", type=Path, help="first store the figures of this finished evaluation for README.md")
     p.add_argument("--study", type=Path, help="first store this finished study")
     p.add_argument("--controls", type=Path, nargs="+", help="first store the controls of these evaluations")
+    p.add_argument("--probes", type=Path, nargs="+", help="first store these finished runs of probe")
     return p
 
 
@@ -175,6 +178,9 @@ def store_inputs(args: argparse.Namespace) -> None:
             about = {"commit": r["environment"]["commit"], "date": r["environment"]["date"], "command": r["command"]}
             stored.append(about | {"controls": r["controls"]})
         write_atomic(CONTROLS, json.dumps(stored) + "\n")
+    if args.probes:
+        runs = [reals.of_probe(finished(folder, "probe.json")) for folder in args.probes]
+        write_atomic(reals.PROBES, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
 
 
 def outdated() -> dict[str, str]:
@@ -204,8 +210,8 @@ def run(argv: list[str] | None = None) -> int:
     """Store what is given, then write the pages and plots that are not up to date. With --check only list them."""
     args = parser().parse_args(argv)
     if args.check:
-        if args.results or args.study or args.controls:
-            raise UserError("--check writes nothing: leave out --results, --study and --controls.")
+        if args.results or args.study or args.controls or args.probes:
+            raise UserError("--check writes nothing: leave out --results, --study, --controls and --probes.")
         files = outdated()
         for name in files:
             print(f"{name} is not up to date. Run python -m bench.pages")

@@ -3,17 +3,19 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from bench import tables
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SMOLLM2, POLYGLOT = DOCS / "real-smollm2.json", DOCS / "real-polyglot.json"
 SEARCH, SOURCES, TEXTS = DOCS / "search-smollm2.json", DOCS / "real-sources.json", DOCS / "real-texts.json"
+PROBES = DOCS / "real-probes.json"
 ANSWERS = tables.RESULTS / "eval-polyglot.json"
 OURS, THEIRS = "our problems", "the files' problems"  # as `bench.sources` names them
 
 
-def held(file: Path) -> dict | None:
+def held(file: Path) -> Any:
     """The contents of a file, or None if nothing is stored."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -215,6 +217,59 @@ def streams() -> str:
     how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}. Commit "
     how += f"{row['commit'][:10]}, {row['date'][:10]}."
     return tables.table(head, body) + f"\n{how}\n"
+
+
+def of_probe(found: dict) -> dict:
+    """What is stored of a run of `kernel_surgery.probe`: without the figures that no table or picture shows."""
+    kept = ("command", "config", "environment", "model", "notes", "asked", "controls", "yardsticks", "beside")
+    stored = {name: found[name] for name in (*kept, "difference", "verdict")}
+    stored["subspace"] = {name: found["subspace"][name] for name in ("rank", "layers", "site", "fit")}
+    return stored | {
+        "measured": {
+            name: {key: value for key, value in by.items() if key != "neutral"}
+            for name, by in found["measured"].items()
+        }
+    }
+
+
+def probes() -> str:
+    """What a probe reads of the language after a fitted edit, and after random ones of the same rank."""
+    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, ranged
+    from kernel_surgery.studies.randoms import KINDS
+
+    stored = held(PROBES) or []
+    kinds = list(dict.fromkeys(kind for found in stored for kind in found["controls"]))
+    head = ["model", "edit, and the text it was fitted on", "read without an edit", "after the edit", "hidden"]
+    head += [f"after random {KINDS[kind]}" for kind in kinds]
+    head += ["means left", "random", "stream, last layer", "KL, worst language", "in words", "more than random"]
+    body, stamps = [], []
+    for found in stored:
+        edit, before, fit = found["measured"][EDIT], found["measured"][ORIGINAL], found["subspace"]["fit"]
+        last = list(edit["streams"])[-1]
+        order, where = ", layer by layer" * ("sequential" in fit), fit.get("problems_file", "our templates")
+        more = "yes" if found["verdict"] == MORE else "not shown"
+        low, high = edit["probe_ci95"]
+        beside = [found["beside"].get(kind) for kind in kinds]
+        language = max(edit["kl"], key=lambda name: edit["kl"][name])
+        body.append(
+            [
+                found["model"]["id"],
+                f"{fit['method']}{order}, rank {found['subspace']['rank']}; {where}",
+                *(f"{before['probe']:.3f}", f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})"),
+                f"{100 * hidden(found):.2g}%",
+                *(ranged(by["probe"]) if by else "-" for by in beside),
+                *(f"{edit['means']:.2f}", ranged(found["beside"]["all"]["means"], ".2f")),
+                f"{edit['streams'][last]:.3f} (before {before['streams'][last]:.3f})",
+                *(f"{edit['damage']:.3g} ({language})", edit["word"], more),
+            ]
+        )
+        environment = found["environment"]
+        stamps.append((found["command"], environment["device"], environment["commit"][:10], environment["date"][:10]))
+    if not stored:
+        return ""
+    commands = "".join(f"    {command}\n" for command, *_ in stamps)
+    others = dict.fromkeys(f"{device}, commit {commit}, {date}" for _, device, commit, date in stamps)
+    return f"{tables.table(head, body)}\n{commands}\n{'; '.join(others)}.\n"
 
 
 def texts() -> str:

@@ -114,9 +114,11 @@ def run(argv: list[str] | None = None) -> int:
     layers = parse_layers(args.layers, n_layers) if args.layers else default_layers(n_layers)
     options = {"method": args.method, "layers": list(layers), "shrinkage": shrinkage, "command": _command(args)}
     subspace = fit_subspace(activations, args.rank, **options)
-    for layer in subspace.layers:
-        captured = variance_captured(subspace.spectrum[layer], subspace.rank)
-        print(f"  L{layer}: lang variance captured = {captured:.3f}")
+    shares = {layer: variance_captured(subspace.spectrum[layer], subspace.rank) for layer in subspace.layers}
+    # At full rank an erasing edit holds all, by construction.
+    if args.method not in ERASING or min(shares.values()) < 0.9995:
+        for layer, captured in shares.items():
+            print(f"  L{layer}: lang variance captured = {captured:.3f}")
     subspace.save(args.out)
     _end(args.out, subspace, None)
     return 0
@@ -133,9 +135,11 @@ def _command(args: argparse.Namespace) -> str:
 def _end(out: Path, subspace: "Subspace", model: str | None) -> None:
     """Say what was fitted and written, and how to see what the edit does. model: as given to --model, if it was."""
     from kernel_surgery.models.load import findable
-    from kernel_surgery.subspace.describing import described
+    from kernel_surgery.subspace.describing import described, few_tokens
 
     print(*described(subspace)[:-1], sep="\n")
+    if note := few_tokens(subspace):
+        print(note)
     wrote(out)
     place = model or findable(subspace.model_id)
     note = "" if place else f"DIR is the folder of {subspace.model_id or 'the model that was measured'}."

@@ -23,7 +23,7 @@ from kernel_surgery.problems.generator import problems
 
 STAGES = (
     *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "dequantize"),
-    *("compare", "polyglot.train", "polyglot.card"),
+    *("compare", "probe", "polyglot.train", "polyglot.card"),
 )
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from kernel_surgery.common import ending
 from kernel_surgery.common.ending import Following, free, in_bytes, next_command, one_of_several, quoted, strength_words
+from kernel_surgery.evaluation.following import after_evaluation
+from kernel_surgery.evaluation.options import Options
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, findable
 from tests.support.calls import call
 
@@ -121,6 +123,20 @@ def test_a_wrecked_edit_leads_to_a_milder_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verdict", "note"),
+    [
+        ("worse", "The edited model solves fewer problems (en, zh). To keep it all the same:"),
+        ("no difference shown (n=5)", ""),
+        ("improved", ""),
+    ],
+)
+def test_an_edit_after_which_fewer_problems_are_solved_is_not_recommended_in_silence(verdict, note):
+    rows = [{"language": language, "verdict": verdict} for language in ("en", "zh", "zh")]
+    following = after_evaluation(Options(), {"paired": rows, "damage": None})
+    assert following.name == "bake" and following.note == note
+
+
 def test_a_study_and_a_bundle_say_what_comes_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = ["problems = 1", "max_new_tokens = 8", "budget = 8", "[grid]", "rank = [2]", "strength = [2.0]"]

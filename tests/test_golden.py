@@ -2,7 +2,7 @@
 
     tests/golden/help/         --help of every command
     tests/golden/errors.json   bad input to every command: the exit status and the message
-    tests/golden/run/          a fixed small run of eval, bake, lora, verify, collect, fit and study
+    tests/golden/run/          a fixed small run of eval, bake, lora, verify, collect, fit, probe and study
 
 python -m tests.test_golden --update writes them all again, after a change that was meant.
 
@@ -42,7 +42,7 @@ POLYGLOT = PACKAGE / "polyglot" / "model"
 SHIPPED = POLYGLOT.parent / "subspace.safetensors"
 STAGES = (
     *("collect", "fit", "aot", "bake", "lora", "verify", "eval", "score", "study", "reproduce", "dequantize"),
-    *("compare", "polyglot.train", "polyglot.card"),
+    *("compare", "probe", "polyglot.train", "polyglot.card"),
 )
 UPDATE = "run python -m tests.test_golden --update if the change was meant"
 RELATIVE, ABSOLUTE = 1e-3, 1e-6
@@ -482,6 +482,11 @@ CASES = {
     "eval: results without a run": "eval --device cpu --out {tmp}/started",
     "eval: a run that cannot be read": "eval --device cpu --resume --out {tmp}/unreadable",
     "eval: a chat without a template": f"eval --chat on --device cpu {_OUT}",
+    # probe.
+    "probe: no output": "probe",
+    "probe: controls that are none": f"probe --controls haar {_OUT}",
+    "probe: one language": f"probe --languages en {_OUT}",
+    "probe: no subspace for a model": f"probe --model {{package}}/polyglot/model {_OUT}",
     # More of collect.
     "collect: no output": "collect",
     "collect: unknown site": f"collect --site attn {_OUT}",
@@ -757,11 +762,14 @@ def small_run(folder: Path) -> dict[str, str]:
             about = normal(provenance(folder / name / file))
             made[f"{name}/provenance.json"] = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
             made[f"{name}/tensors.json"] = json.dumps(shapes(folder / name / file), indent=1) + "\n"
+        words = ("--controls", "haar:1,energy:1", "--probed", 5, "--languages", "en,zh", "--device", "cpu")
+        done("probe", "probe", *words, "--out", "probe", numbers=False)  # another CPU may turn a token or two
+        keep("probe", "probe.json", numbers=False)
         Path("grid.toml").write_text(GRID, encoding="utf-8")
         done("study", "study", "grid.toml", "--out", "study")
         for file in ("config.json", "study.json", "frozen.json", "dev.jsonl", "test.jsonl"):
             keep("study", file)
-        for name in ("eval", "baked", "adapter", "certificate", "study"):
+        for name in ("eval", "baked", "adapter", "certificate", "probe", "study"):
             listing(name)
     return made
 

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "tests" / "golden" / "run" / "eval"
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+MEASURE = r"accuracy|fat_tokens|language_fidelity|mean_tokens|repetition"
 VARIES = {
     "MODE": r"original|hook|baked|fused|lora",
     "LANG": r"en|zh|unknown",
@@ -15,7 +16,13 @@ VARIES = {
     "CATEGORY": r"arithmetic|combinatorics|modular|geometry|sequences",
     "YARDSTICK": r"other precision|[48]-bit|haar|matched|no context",
 }
-MEASURE = r"accuracy|fat_tokens|language_fidelity|mean_tokens|repetition"
+# Of probe.json, below these names.
+VARIES_THERE = {
+    "measured.": {"EDIT": r"original|edit|\w+:\d+"},
+    "difference.": {"EDIT": r"original|edit|\w+:\d+"},
+    "beside.": {"KIND": r"haar|matched|energy|pca|all", "FIGURE": r"probe|means|damage|stream \d+"},
+    "controls.": {"MEASURE": MEASURE, "KIND": r"haar|matched|energy|pca"},
+}
 
 
 def paths(value: object, at: str = "") -> set[str]:
@@ -26,7 +33,8 @@ def paths(value: object, at: str = "") -> set[str]:
         return {at}
     found = set()
     for name, held in value.items():
-        varies = VARIES | ({"MEASURE": MEASURE} if at.startswith("controls.") else {})
+        there = (held for start, held in VARIES_THERE.items() if f"{at}.".startswith(start))
+        varies = next(there, {}) | VARIES
         word = next((word for word, form in varies.items() if re.fullmatch(form, name)), name)
         if f"{at}.{word}" == "controls.MODE":
             word = "original"
@@ -74,6 +82,15 @@ def test_the_page_names_every_field_of_a_run_and_no_other():
     assert fields == set(named)
     for name in ("config.json", "controls.jsonl", "results.json", "samples.jsonl", "report.html"):
         assert name in PAGE
+
+
+def test_the_page_names_every_field_of_a_probe_and_no_other():
+    """The first fields are those of results.json, and the first part of the page has them."""
+    made = json.loads((RUN.parent / "probe" / "probe.json").read_text(encoding="utf-8"))
+    shared = ("schema", "command", "config", "environment", "model", "subspace", "notes")
+    assert set(shared) <= set(made)
+    found = paths({name: held for name, held in made.items() if name not in shared})
+    assert not unnamed(found, rows("probe.json")) and not absent(found, rows("probe.json"))
 
 
 def test_a_field_that_is_not_named_and_a_name_of_nothing_are_found():

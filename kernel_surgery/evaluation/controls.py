@@ -311,6 +311,7 @@ def run_controls(
 
     texts_of = answer_together(ranks, asking, done, path, answer, rescore)
     header = {"kind": kind, "count": count, "mode": mode, "problems": len(problem_list), "seed": seed}
+    header["strengths"] = {control.name: control.strengths for control in control_list}
     ids = {problem.id for problem in problem_list}
     return header | compared(texts_of, cells, kind, count, mode, languages, ids, asking.budget)
 

@@ -1,7 +1,7 @@
 """What may come after an edit was measured: keep it, or, where it breaks the model, another one."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,12 @@ def after_evaluation(options: Options, results: dict[str, Any]) -> Following:
         return Following("eval", ["--mode", "original", "--model", model], "The same model without the edit:")
     mode = "fused" if options.mode == "all" else options.mode
     file = options.subspace or POLYGLOT_SUBSPACE
-    return Measured(model, file, mode, options.strength, results["damage"], options.force).following()
+    following = Measured(model, file, mode, options.strength, results["damage"], options.force).following()
+    worse = dict.fromkeys(row["language"] for row in results["paired"] if row["verdict"] == "worse")
+    if worse and not following.note:
+        where = ", ".join(worse)
+        return replace(following, note=f"The edited model solves fewer problems ({where}). To keep it all the same:")
+    return following
 
 
 def after_study(declared: dict[str, Any], folder: Path, study: dict[str, Any]) -> Following:

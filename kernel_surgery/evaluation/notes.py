@@ -1,5 +1,6 @@
 """The notes that every output of an evaluation shows beside its figures: what a reader must know of its origin."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kernel_surgery.common.errors import UserError
@@ -84,6 +85,22 @@ def text_notes(options: Options, cells: Cells) -> list[str]:
         own = [(cell, cells["original", lang]) for (of, lang), cell in cells.items() if of == mode != "original"]
         if own and all(a["text"] == b["text"] for pair in own for a, b in zip(*pair, strict=True)):
             notes.append(f"{mode}: every text is the original's: perhaps its server does not edit")
+    return notes
+
+
+def floor_notes(modes: Mapping[str, Mapping[str, Any]], power: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each language in which the original solves too little for a drop to be shown.
+
+    modes, power: of results.json. An accuracy falls by itself at most.
+    """
+    notes = []
+    for row in power:
+        original, smallest = modes["original"][row["language"]], row["smallest_shown"]
+        if smallest is not None and original["accuracy"] < smallest:
+            notes.append(
+                f"{row['language']}: the original solves {original['correct']} of {original['n']}, so no drop in "
+                f"accuracy could be shown there (at least {smallest:.3f} is needed). Ask easier problems, or more"
+            )
     return notes
 
 

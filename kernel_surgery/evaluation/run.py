@@ -33,7 +33,7 @@ from kernel_surgery.evaluation.backends import Backend, Loaded
 from kernel_surgery.evaluation.controls import run_controls
 from kernel_surgery.evaluation.describing import describe_subspace
 from kernel_surgery.evaluation.judging import Cells, score_again
-from kernel_surgery.evaluation.notes import check_held_out, notes_of, text_notes
+from kernel_surgery.evaluation.notes import check_held_out, floor_notes, notes_of, text_notes
 from kernel_surgery.evaluation.options import LATER, OF_ENGINES, Asked, Options
 from kernel_surgery.evaluation.report import write_report
 from kernel_surgery.evaluation.samples import check_run, digest, open_run, write_cells
@@ -298,6 +298,9 @@ def evaluate(
         return Evaluation(folder, json.loads((folder / "results.json").read_text(encoding="utf-8")), cells)
     paired, seconds = pair(cells, options.margin), ran.pop("seconds")
     modes = dict.fromkeys(mode for mode, _ in cells)
+    by_mode = {m: {lang: summarize(cells[m, lang], options.budget) for lang in languages} for m in modes}
+    shown = power(paired)
+    ran["notes"] += floor_notes(by_mode, shown)
     results = {
         "damage_in_words": ran.pop("damage_in_words"),
         "schema": 1,
@@ -308,9 +311,9 @@ def evaluate(
         "certificate": certificate,
         "command": command,
         **{key: ran.pop(key) for key in ("provider", "edits", "notes")},
-        "modes": {m: {lang: summarize(cells[m, lang], options.budget) for lang in languages} for m in modes},
+        "modes": by_mode,
         "paired": paired,
-        "power": power(paired),
+        "power": shown,
         **ran,
         "expag_metrics": expag_metrics(cells),
         "seconds": seconds,

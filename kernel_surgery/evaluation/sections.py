@@ -174,7 +174,8 @@ def erasure(results: dict) -> str:
         return ""
     return (
         "<p>Accuracy of a linear probe that reads the language at the last prompt token, on held-out problems. An edit "
-        "that hides the language brings it down to chance.</p>"
+        "that hides the language brings it down to chance. <code>python -m kernel_surgery.probe</code> reads every "
+        "token, beside random edits.</p>"
         + panels(probes(found), list(found["probes"]))
         + folded("Leak: what is left inside the subspace", leak_table(found))
     )

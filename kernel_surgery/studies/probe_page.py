@@ -14,10 +14,11 @@ from kernel_surgery.damage.words import RULE
 from kernel_surgery.evaluation.report import TONES
 from kernel_surgery.models.architectures import spans
 from kernel_surgery.studies import probe_words as words
-from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, name_of
+from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, name_of, ranged
 from kernel_surgery.studies.randoms import KINDS
 
 REPORT = "report.html"
+MUCH = 0.5  # of what a probe reads: from here on, the card that says so is green
 MARKS = dict(zip(KINDS, ("x", "+", "1", "2"), strict=True))
 
 
@@ -56,13 +57,13 @@ def screen(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str, list[C
         Card(
             "Language of a token, read by a linear probe at the edited layers",
             f"{edit['probe']:.3f} (original {original['probe']:.3f})",
-            "after random edits {low:.3f} to {high:.3f}; ".format(**beside["probe"]) + f"chance {asked['chance']:.3f}",
-            "good" if found["verdict"] == MORE else "",
+            f"after random edits {ranged(beside['probe'])}; chance {asked['chance']:.3f}",
+            "good" if found["verdict"] == MORE and hidden(found) >= MUCH else "",
         ),
         Card(
             "Covariance with the language that is left there",
             f"{edit['means']:.2f}",
-            "after random edits {low:.2f} to {high:.2f}".format(**beside["means"]),
+            f"after random edits {ranged(beside['means'], '.2f')}",
         ),
         Card(
             f"The same probe in the residual stream, after layer {last}",

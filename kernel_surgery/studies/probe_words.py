@@ -17,16 +17,22 @@ def subject(found: Mapping[str, Any]) -> str:
     return f"a linear probe at layers {spans(found['asked']['layers'])}"
 
 
+def hidden(found: Mapping[str, Any]) -> float:
+    """Return the share that the edit hides of what the probe reads above chance: 0 is nothing, 1 is all."""
+    original, chance = found["measured"][ORIGINAL]["probe"], found["asked"]["chance"]
+    return (original - found["measured"][EDIT]["probe"]) / (original - chance) if original > chance else 0.0
+
+
 def sentence(found: Mapping[str, Any]) -> str:
-    """Return the verdict: whether the edit hides more of the language than random edits do."""
-    n = found["beside"]["all"]["probe"]["n"]
-    beside = f"{n} random edits" if n > 1 else "the random edit"
+    """Return the verdict: how much of the language the edit hides, and whether random edits hide as much."""
+    n, share = found["beside"]["all"]["probe"]["n"], f"{100 * hidden(found):.2g}%"
+    each = f"each of {n} random edits" if n > 1 else "the random edit"
     if found["verdict"] == NOTHING:
         return "This edit is not shown to hide anything of the language from a linear probe."
+    said = f"This edit hides {share} of what a linear probe reads of the language above chance"
     if found["verdict"] == NO_MORE:
-        return f"This edit is not shown to hide more of the language than {beside} of the same rank."
-    each = f"each of {beside}" if n > 1 else beside
-    return f"This edit hides more of the language than {each} of the same rank: it is about the language."
+        return f"{said}. That is not shown to be more than random edits of the same rank hide."
+    return f"{said}, more than {each} of the same rank."
 
 
 def read_words(found: Mapping[str, Any]) -> str:
@@ -35,7 +41,7 @@ def read_words(found: Mapping[str, Any]) -> str:
     low, high = edit["probe_ci95"]
     return (
         f"{subject(found)} reads the language of {edit['probe']:.3f} ({low:.3f} to {high:.3f}) of the tokens; without "
-        f"the edit {original['probe']:.3f}, after random edits {beside['low']:.3f} to {beside['high']:.3f}, by chance "
+        f"the edit {original['probe']:.3f}, after random edits {ranged(beside)}, by chance "
         f"{found['asked']['chance']:.3f}"
     )
 
@@ -57,8 +63,7 @@ def damage_words(found: Mapping[str, Any]) -> str:
     four = found["yardsticks"].get(BITS4, {}).get(language)
     return (
         f"{edit['word']}: KL {edit['damage']:.3g} nats per token in {language}, the worst of {len(edit['kl'])} "
-        f"languages; random edits {beside['low']:.3g} to {beside['high']:.3g}"
-        + (f", 4-bit weights {four:.3g}" if four is not None else "")
+        f"languages; random edits {ranged(beside, '.3g')}" + (f", 4-bit weights {four:.3g}" if four is not None else "")
     )
 
 
@@ -106,11 +111,16 @@ def summary(found: Mapping[str, Any]) -> list[list[str]]:
     for kind, by in found["beside"].items():
         if kind == "all":
             continue
-        ranges = (f"{by[name]['low']:.3f} to {by[name]['high']:.3f}" for name in by if name != "damage")
+        ranges = (ranged(by[name]) for name in by if name != "damage")
         said = dict.fromkeys(r["word"] for name, r in found["measured"].items() if name.startswith(f"{kind}:"))
-        kl = f"{by['damage']['low']:.3g} to {by['damage']['high']:.3g}"
-        rows.append([f"{by['probe']['n']} random {KINDS[kind]}", kl, *ranges, ", ".join(said)])
+        rows.append([f"{by['probe']['n']} random {KINDS[kind]}", ranged(by["damage"], ".3g"), *ranges, ", ".join(said)])
     return rows
+
+
+def ranged(by: Mapping[str, float], form: str = ".3f") -> str:
+    """Return the range of a figure over random edits: one number where they agree."""
+    low, high = (format(by[end], form) for end in ("low", "high"))
+    return low if low == high else f"{low} to {high}"
 
 
 def layer_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -123,8 +133,9 @@ def layer_rows(found: Mapping[str, Any]) -> list[list[str]]:
         probes, left = ([by[name][layer] for by in random] for name in ("probes", "left"))
         rows.append(
             [
-                *(layer, f"{before:.3f}", f"{edit['probes'][layer]:.3f}", f"{min(probes):.3f} to {max(probes):.3f}"),
-                *(f"{edit['left'][layer]:.3f}", f"{min(left):.3f} to {max(left):.3f}"),
+                *(layer, f"{before:.3f}", f"{edit['probes'][layer]:.3f}"),
+                *(ranged({"low": min(probes), "high": max(probes)}), f"{edit['left'][layer]:.3f}"),
+                ranged({"low": min(left), "high": max(left)}),
             ]
         )
     return rows

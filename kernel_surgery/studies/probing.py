@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 MEASURED, RESULTS = "measured.json", "probe.json"
 NEUTRAL, PROMPTS = "neutral", "prompts"
+FEW = 5  # tokens for each feature of a probe
 PROMPT_TOKENS = 450  # per language: as many as the neutral text has
 
 
@@ -141,6 +142,7 @@ def _open(ranks: Ranks, folder: Path, config: dict[str, Any], *, resume: bool) -
 
 def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Write probe.json and its page, in process 0. Return the results as the file has them: layers are words there."""
+    results["notes"] = [*results["notes"], *few_tokens(results["asked"], results["model"]["d_model"])]
     text = json.dumps(results, indent=2, ensure_ascii=False)
     results = json.loads(text)
     if ranks.first:
@@ -149,6 +151,16 @@ def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, A
             write_page(results, folder)
     ranks.wait()
     return results
+
+
+def few_tokens(asked: Mapping[str, Any], d_model: int) -> list[str]:
+    """Return a note if the probe has few tokens to learn from: fewer than `FEW` for each feature."""
+    if asked["tokens"] >= FEW * d_model:
+        return []
+    return [
+        f"the probe has {asked['tokens']} tokens for {d_model} features, so it reads less than there is, of every edit "
+        "alike: --probed asks more problems"
+    ]
 
 
 def asked_of(measuring: Measuring, text: str) -> dict[str, Any]:

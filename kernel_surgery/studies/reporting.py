@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernel_surgery.common.names import WRITE
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.measure import random_edits
 from kernel_surgery.damage.words import HAAR, MATCHED
@@ -38,6 +39,7 @@ class Reporting:
                 *(study.model, study.tokenizer, study.languages, asked, study.source.languages()),
                 *(list(range(base.layers[0], base.layers[1] + 1)), study.declared["mode"], split, study.chat),
                 study.ranks,
+                site=WRITE if base.site == WRITE else "mlp_out",
             )
 
         return cls(measuring("dev"), measuring("test"), study.folder, search.controls, study.ranks)

@@ -9,6 +9,7 @@ from kernel_surgery.common.names import ERASING
 from kernel_surgery.models.architectures import spans
 
 WIDTH = 100  # columns at most
+ENOUGH = 10  # tokens for each dimension: with fewer than about seven, fits on natural text broke a model (docs/real.md)
 _LABELS = ("model", "fit", "edit", "holds", "file")
 
 
@@ -57,6 +58,21 @@ def described(subspace: Described, file: tuple[str, str] | None = None) -> list[
         fifth = f"{shortened(file[0], 50)}, SHA-256 {file[1][:16]}"
     texts = (_model(subspace), _fit(subspace), _edit(subspace), _holds(subspace), fifth)
     return [f"{label:<7}{shortened(text, WIDTH - 7)}" for label, text in zip(_LABELS, texts, strict=True)]
+
+
+def few_tokens(subspace: Described) -> str | None:
+    """Return a note if an erasing edit was fitted on few tokens: its covariance is then estimated badly."""
+    fit = subspace.fit or {}
+    tokens = fit.get("tokens")
+    if fit.get("method") not in ERASING or not isinstance(tokens, dict):
+        return None
+    count = sum(tokens.values())
+    if count >= ENOUGH * subspace.d_model:
+        return None
+    return (
+        f"few tokens: {count} for d_model {subspace.d_model}; {ENOUGH * subspace.d_model} are better. A fit on few can "
+        "break the model (docs/real.md, the learning curve): collect more problems"
+    )
 
 
 def shortened(text: str, columns: int) -> str:

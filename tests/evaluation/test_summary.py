@@ -6,6 +6,7 @@ import pytest
 
 from kernel_surgery.evaluation.generate import Generation
 from kernel_surgery.evaluation.judging import score
+from kernel_surgery.evaluation.notes import floor_notes
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, repetition, summarize
 from kernel_surgery.evaluation.tables import answered_sooner, expag_table, strict_table
 from kernel_surgery.problems.generator import problems
@@ -203,3 +204,11 @@ def test_the_tables_show_what_was_summed_up():
     }
     script = expag_table(metrics, "fused")
     assert "baseline | EN 0/4 FAT= -1.0" in script and "surgery | EN 0/4" in script  # "4." is not "4" to the script
+
+
+def test_where_the_original_solves_too_few_no_drop_could_be_shown_and_a_note_says_so():
+    modes = {"original": {lang: {"correct": k, "n": 20, "accuracy": k / 20} for lang, k in (("en", 5), ("zh", 6))}}
+    power = [{"language": "en", "smallest_shown": 0.3}, {"language": "zh", "smallest_shown": 0.3}]
+    (said,) = floor_notes(modes, power)
+    assert said.startswith("en: the original solves 5 of 20, so no drop in accuracy could be shown there")
+    assert floor_notes(modes, [{"language": "en", "smallest_shown": None}]) == []

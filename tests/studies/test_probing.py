@@ -21,7 +21,7 @@ from kernel_surgery.problems.generator import problems
 from kernel_surgery.studies import probe_words
 from kernel_surgery.studies.measuring import Measuring, first_problems
 from kernel_surgery.studies.probe_page import page
-from kernel_surgery.studies.probing import PROMPT_TOKENS, among, prompt_texts, text_of, verdict
+from kernel_surgery.studies.probing import PROMPT_TOKENS, among, few_tokens, prompt_texts, text_of, verdict
 from kernel_surgery.studies.randoms import DEFAULT, KINDS, SEED, parse_kinds, random_subspaces
 from kernel_surgery.subspace.reading import reading
 from tests.support.browser import found as browser_found
@@ -282,14 +282,41 @@ def test_where_a_figure_lies_among_random_ones():
     assert among(0.5, [0.5, 0.7, 0.3])["as_low"] == 2 and among(0.9, [0.5])["p"] == 1
 
 
+def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, n=3):
+    measured = {"original": {"probe": original}, "edit": {"probe": edit}}
+    return {
+        "measured": measured,
+        "asked": {"chance": chance},
+        "verdict": verdict,
+        "beside": {"all": {"probe": {"n": n}}},
+    }
+
+
+def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
+    assert probe_words.hidden(planted(0.5)) == pytest.approx(0.5) and probe_words.hidden(planted(0.1)) == 1
+    assert probe_words.hidden(planted(0.9)) == 0 == probe_words.hidden(planted(0.05, original=0.1))
+    assert probe_words.sentence(planted(0.892)).startswith("This edit hides 1% of what a linear probe reads of the")
+
+
 def test_every_verdict_has_its_sentence_and_the_few_are_called_few(results):
-    said = {word: probe_words.sentence(results | {"verdict": word}) for word in (probe_words.MORE, probe_words.NO_MORE)}
-    assert "hides more of the language than each of 3 random edits" in said[probe_words.MORE]
-    assert "not shown to hide more of the language than 3 random" in said[probe_words.NO_MORE]
+    said = {word: probe_words.sentence(planted(0.5, verdict=word)) for word in (probe_words.MORE, probe_words.NO_MORE)}
+    assert said[probe_words.MORE].endswith(
+        "50% of what a linear probe reads of the language above chance, more than "
+        "each of 3 random edits of the same rank."
+    )
+    assert "That is not shown to be more than random edits of the same rank hide" in said[probe_words.NO_MORE]
+    assert "more than the random edit of the same rank" in probe_words.sentence(planted(0.5, n=1))
     assert "not shown to hide anything" in probe_words.sentence(results | {"verdict": probe_words.NOTHING})
     assert "it takes 19 of a kind to show p = 0.05" in probe_words.rank_words(results)
     enough = {"probe": {"n": 19, "as_low": 0, "p": 0.05}}
     assert "it takes" not in probe_words.rank_words({"beside": {"all": {}, "haar": enough}})
+
+
+def test_a_probe_that_has_few_tokens_to_learn_from_is_called_so(results):
+    assert few_tokens({"tokens": 500}, 100) == []
+    (said,) = few_tokens({"tokens": 499}, 100)
+    assert "499 tokens for 100 features" in said and "--probed" in said
+    assert results["notes"][-1:] == few_tokens(results["asked"], 128) != []
 
 
 def test_differences_are_from_the_random_edit_of_each_kind_that_hides_most(results, run):
@@ -307,7 +334,7 @@ def test_the_page_is_one_file_that_fetches_nothing(run, results):
     made = (run[0] / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="?https?:', made) and made.count("<svg xmlns") == 3
     assert "Is it the language? polyglot" in made and "than without an edit" in made
-    assert probe_words.sentence(results).split(":")[0] in page(results)
+    assert probe_words.sentence(results) in page(results)
     assert "Each edit, in each language" in made and "random of equal energy 0" in made
 
 

@@ -9,7 +9,7 @@ import torch
 from kernel_surgery import Subspace
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE
 from kernel_surgery.subspace.activations import Activations
-from kernel_surgery.subspace.describing import WIDTH, shortened
+from kernel_surgery.subspace.describing import WIDTH, few_tokens, shortened
 from kernel_surgery.subspace.fitting import fit_subspace
 from kernel_surgery.subspace.written import Written
 from tests.support.calls import call
@@ -104,3 +104,28 @@ def test_the_edit_of_a_folder_prints_no_tensor():
 
 def test_a_long_text_keeps_both_ends():
     assert shortened("a" * 10 + "b" * 10, 9) == "aaaa…bbbb" and shortened("short", 9) == "short"
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "said"),
+    [
+        ("oblique", {"en": 240, "zh": 239}, True),
+        ("leace", {"en": 479}, True),
+        ("oblique", {"en": 240, "zh": 240}, False),
+        ("deviations", {"en": 3}, False),
+        ("oblique", None, False),
+    ],
+)
+def test_an_erasing_fit_on_fewer_than_ten_tokens_a_dimension_says_so(method, tokens, said):
+    note = few_tokens(bare(fit={"method": method, "tokens": tokens}))  # of d_model 48
+    assert (note is not None) == said
+    if said:
+        assert note.startswith(f"few tokens: {sum(tokens.values())} for d_model 48; 480 are better")
+
+
+def test_fit_says_that_the_tokens_are_few_and_leaves_out_what_is_so_by_construction(tmp_path):
+    words = ("--problems", 1, "--languages", "en,zh", "--device", "cpu")
+    assert call("collect", *words, "--out", tmp_path / "few.safetensors")[0] == 0
+    status, out, _ = call("fit", "--activations", tmp_path / "few.safetensors", "--out", tmp_path / "s.safetensors")
+    assert status == 0 and "few tokens: " in out and "for d_model 128; 1280 are better" in out
+    assert "lang variance captured" not in out and "holds  1.000 of what" in out
