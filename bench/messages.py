@@ -16,6 +16,7 @@ CASES = {
     "wrong-path": "wrong model path",
     "not-cached": "eval: a model of the hub, offline",
     "unknown-type": "bake: another architecture",
+    "missing-shard": "eval: a model without a shard",
     "cut-off": "bake: weights cut short",
     "pickled-weights": "eval: pickled weights",
     "no-cuda": "eval: a device that is not there",
@@ -38,11 +39,35 @@ CASES = {
     "integers": "bake: integers",
     "changed": "bake: undo of a changed file",
 }
-# Said where a package is missing, which tests/test_reference.py makes so: {mark: (words, message)}.
+# Said where a package or a server is missing or a disk is full, which tests/test_reference.py makes so: {mark: (words, message)}.
 ELSEWHERE = {
     "gguf": (
         ["eval", "--model", "{tmp}/model.gguf", "--out", "{tmp}/out"],
         ["error: GGUF files need two more packages: pip install gguf accelerate", "Nothing was written."],
+    ),
+    "full-disk": (
+        ["collect", "--device", "cpu", "--out", "{tmp}/acts.safetensors"],
+        [
+            "error: --out '{tmp}/acts.safetensors' needs 2.1 MB, but '{tmp}' has only 1.0 kB left.",
+            "No file was written.",
+        ],
+    ),
+    "no-server": (
+        ["eval", "--engine", "openai", "--mode", "original", "--base-url", "http://127.0.0.1:9/v1"]
+        + ["--served", "original=NAME", "--out", "{tmp}/out"],
+        [
+            "error: no list of models from http://127.0.0.1:9/v1/models: Connection error: All connection attempts "
+            "failed. Is the server running, and is this its address?",
+            "Nothing was written.",
+        ],
+    ),
+    "no-vllm": (
+        ["eval", "--engine", "vllm", "--out", "{tmp}/out"],
+        [
+            "error: --engine vllm needs vLLM, which is not installed here. It pins its own torch, so give it an "
+            "environment of its own: docs/engines.md, Installing.",
+            "Nothing was written.",
+        ],
     ),
 }
 # Where the tests' files lie, and what a user would type. What a machine decides is left out.
@@ -51,6 +76,7 @@ PLACES = {
     "{package}/polyglot/subspace.safetensors": "polyglot.safetensors",
     "{tmp}/before/": "",
     "{tmp}/": "",
+    "'{tmp}'": "'.'",
     "has {number} CUDA": "has 0 CUDA",
     "{number}": "...",
 }

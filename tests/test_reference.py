@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,25 @@ def test_every_message_of_the_page_of_errors_is_one_that_a_test_compares():
     assert all(re.search(r"<!-- end -->\n\n\S", part) for part in parts) and len(parts) == len(messages.SECTIONS)
 
 
+def test_a_full_disk_is_found_before_the_work_as_the_page_says(tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    said_as_on_the_page("full-disk", tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["no-server", "no-vllm"])
+def test_a_server_or_an_engine_that_is_not_there_is_refused_as_the_page_says(mark, tmp_path):
+    said_as_on_the_page(mark, tmp_path)
+
+
+def said_as_on_the_page(mark, tmp):
+    (stage, *words), said = messages.ELSEWHERE[mark]
+    status, out, err = call(stage, *(word.format(tmp=tmp) for word in words))
+    assert (status, out, err.splitlines()) == (2, "", [line.format(tmp=tmp) for line in said])
+
+
 def test_a_gguf_file_without_gguf_is_refused_as_the_page_says(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else found(name, *more))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    (stage, *words), said = messages.ELSEWHERE["gguf"]
-    status, out, err = call(stage, *(word.format(tmp=tmp_path) for word in words))
-    assert (status, out, err.splitlines()) == (2, "", said)
+    said_as_on_the_page("gguf", tmp_path)

@@ -21,7 +21,7 @@ VARIES_THERE = {
     "measured.": {"EDIT": r"original|edit|\w+:\d+"},
     "difference.": {"EDIT": r"original|edit|\w+:\d+"},
     "beside.": {"KIND": r"haar|matched|energy|pca|all", "FIGURE": r"probe|means|damage|stream \d+"},
-    "controls.": {"MEASURE": MEASURE, "KIND": r"haar|matched|energy|pca"},
+    "controls.": {"MEASURE": MEASURE, "CONTROL": r"\w+:\d+", "KIND": r"haar|matched|energy|pca"},
 }
 
 

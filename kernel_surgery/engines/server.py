@@ -255,6 +255,10 @@ _V1 = " Does the address end in /v1?"
 
 
 def _hint(error: Exception) -> str:
+    from openai import APIConnectionError
+
+    if isinstance(error, APIConnectionError):
+        return " Is the server running, and is this its address?"
     status = getattr(error, "status_code", None)
     if status in (401, 403):
         return f" The environment variable {KEY} holds the key that is sent."

@@ -417,6 +417,7 @@ def refusing(body, nth):
     [
         ({"models": ("other",)}, "{url}", "serves no model 'base', only other."),
         ({}, "http://127.0.0.1:1/v1", "no list of models from http://127.0.0.1:1/v1/models: Connection error"),
+        ({}, "http://127.0.0.1:1/v1", "Is the server running, and is this its address?"),
         ({}, "http://127.0.0.1:{port}", "Error code: 404. Does the address end in /v1?"),
         ({"listing": ("<html></html>", 200)}, "{url}", "Does the address end in /v1?"),
         ({"listing": ({"error": {"message": "no"}}, 401)}, "{url}", f"The environment variable {KEY} holds the key"),
