@@ -39,7 +39,7 @@ CASES = {
     "integers": "bake: integers",
     "changed": "bake: undo of a changed file",
 }
-# Said where a package or a server is missing or a disk is full, which tests/test_reference.py makes so: {mark: (words, message)}.
+# Said where a package, a server or room is missing, which tests/test_reference.py makes so: {mark: (words, message)}.
 ELSEWHERE = {
     "gguf": (
         ["eval", "--model", "{tmp}/model.gguf", "--out", "{tmp}/out"],
@@ -53,8 +53,10 @@ ELSEWHERE = {
         ],
     ),
     "no-server": (
-        ["eval", "--engine", "openai", "--mode", "original", "--base-url", "http://127.0.0.1:9/v1"]
-        + ["--served", "original=NAME", "--out", "{tmp}/out"],
+        [
+            *("eval", "--engine", "openai", "--mode", "original", "--base-url", "http://127.0.0.1:9/v1"),
+            *("--served", "original=NAME", "--out", "{tmp}/out"),
+        ],
         [
             "error: no list of models from http://127.0.0.1:9/v1/models: Connection error: All connection attempts "
             "failed. Is the server running, and is this its address?",

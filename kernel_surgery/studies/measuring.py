@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,28 +212,37 @@ class Measuring:
         texts = [problem.prompts[language] for problem in self.asked for language in self.probed]
         return [self.chat.ids(self.tokenizer, text) for text in texts]
 
+    @cached_property
+    def left_out(self) -> int:
+        """The tokens at the beginning of each prompt that the probe is not asked.
+
+        It is all that the prompts have in common there, such as a template: what comes before the first difference is
+        the same in every language. At least the first token, which may be an attention sink.
+        """
+        common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*self._encoded, strict=False)))
+        return max(1, min(common, min(map(len, self._encoded)) - 1))
+
     @property
     def _tokens(self) -> np.ndarray:
-        """The tokens that the probe is asked, [problems]: all but the first one of each prompt."""
-        counts = np.array([len(ids) - 1 for ids in self._encoded], dtype=np.float64)
+        """The tokens that the probe is asked, [problems]."""
+        counts = np.array([len(ids) - self.left_out for ids in self._encoded], dtype=np.float64)
         return counts.reshape(len(self.asked), len(self.probed)).sum(1)
 
     def tokens_at(self, places: Mapping[str, Sequence[int]]) -> tuple[dict[str, dict[int, Tensor]], Tensor, Tensor]:
         """Return the states of the tokens that the probe is asked, {site: {layer: [tokens, d_model] float32}}, of the
         model as it is now; and of each token its problem and its language, [tokens] whole numbers.
 
-        places: {site: layers}. The first token of a prompt is left out: it is the same in every language, or an
-        attention sink.
+        places: {site: layers}.
         """
         prompts = [(g, label) for g in range(len(self.asked)) for label in range(len(self.probed))]
-        encoded = self._encoded
+        encoded, left_out = self._encoded, self.left_out
         rows: dict[str, dict[int, list[Tensor]]] = {
             site: {layer: [] for layer in layers} for site, layers in places.items()
         }
 
         def take(site: str, layer: int, states: Tensor, mask: Tensor) -> None:
             if layer in rows[site]:
-                rows[site][layer].append(states[(mask * mask.cumsum(-1)) > 1].float().cpu())
+                rows[site][layer].append(states[(mask * mask.cumsum(-1)) > left_out].float().cpu())
 
         layers = sorted({layer for by in places.values() for layer in by})
         (first, one), *others = ((site, partial(take, site)) for site, by in places.items() if by)
@@ -240,7 +250,7 @@ class Measuring:
         with reading(self.model, self.tokenizer, layers, first, one, dict(others)) as read:
             for batch in token_batches([len(ids) for ids in encoded], BATCH_TOKENS):
                 read([encoded[i] for i in batch])
-                order += [i for i in batch for _ in encoded[i][1:]]
+                order += [i for i in batch for _ in encoded[i][left_out:]]
         groups, labels = torch.tensor(prompts)[order].T
         whole = {site: {layer: torch.cat(by.pop(layer)) for layer in places[site]} for site, by in rows.items()}
         return whole, groups, labels
@@ -269,6 +279,7 @@ class Measuring:
         """Return what the probe is asked: problems, languages, tokens, the layers, and the accuracy of chance."""
         tokens = int(self.measure(None).tokens.sum())
         about = {"problems": len(self.asked), "languages": list(self.probed), "tokens": tokens}
+        about |= {"left_out": self.left_out}
         return about | {"layers": list(self.layers), "chance": 1 / len(self.probed)}
 
     def figures(self, found: Measured) -> dict[str, Any]:

@@ -30,7 +30,7 @@ false), first_layer, last_layer, strength. The objectives are:
     fidelity   share of all texts that are judged and in the language of the prompt
 
 The first three shall be small, the others large. Probe and means are taken at the baseline's layers, whatever layers a
-setting edits, and averaged over them. In a chat, the template's tokens are among those of a prompt.
+setting edits, and averaged over them. What all prompts begin with, such as a template, is left out.
 """
 
 import math

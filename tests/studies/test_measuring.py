@@ -1,6 +1,7 @@
 """What a search measures is what `eval` and `fit` measure, and the model is unchanged afterwards."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,3 +121,25 @@ def test_the_record_says_what_the_probe_is_asked(measuring, found):
     made = measuring.asked_of()
     assert made["problems"] == 10 and made["layers"] == LAYERS and made["chance"] == 1 / 7
     assert made["tokens"] == found[0].tokens.sum() and made["languages"] == list(LANGUAGES)
+
+
+def test_what_all_prompts_begin_with_is_not_asked(measuring):
+    """A template before the prompt is the same in every language, and so are its states."""
+
+    class Templated:
+        on = False
+
+        def ids(self, tokenizer, prompt):
+            return [*tokenizer("Add 1 and 1.").input_ids, *tokenizer(prompt).input_ids]
+
+    held = {name: getattr(measuring, name) for name in Measuring.__dataclass_fields__}
+    templated = Measuring(**held | {"chat": Templated()})
+    template = len(measuring.tokenizer("Add 1 and 1.").input_ids)
+    assert measuring.left_out == 1 and templated.left_out >= template > 1
+    rows, groups, _ = templated.tokens_at({"mlp_out": [2]})
+    assert len(rows["mlp_out"][2]) == len(groups) == templated.measure(None).tokens.sum()
+    encoded = [ids[templated.left_out :] for ids in templated._encoded]
+    assert len(groups) == sum(map(len, encoded)) and min(map(len, encoded)) > 0
+    # One that is the beginning of all others keeps its last token.
+    short = Measuring(**held | {"asked": [replace(ASKED[0], prompts=dict.fromkeys(LANGUAGES, "Add 1 and 1."))] * 2})
+    assert short.left_out == template - 1
