@@ -23,6 +23,7 @@ kernel_surgery.probe ..., or accelerate launch.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
 from kernel_surgery.common.ending import Following, Word, next_command, read_it, strength_words, wrote
@@ -84,17 +85,21 @@ def run(argv: list[str] | None = None) -> int:
     print(shown(found))
     wrote(args.out, ("probe.json", "report.html", "measured.json"))
     read_it(args.out / "report.html")
-    next_command(_evaluation(args))
+    next_command(_evaluation(args, found["measured"]["edit"]))
     return 0
 
 
-def _evaluation(args: argparse.Namespace) -> Following:
-    """Return the evaluation of the same edit."""
+def _evaluation(args: argparse.Namespace, edit: dict[str, Any]) -> Following:
+    """Return the evaluation of the same edit. edit: its figures."""
     words: list[Word] = ["--mode", "fused", "--model", args.model]
     words += ["--subspace", args.subspace] if args.subspace else []
     words += strength_words(args.strength)
     words += ["--force"] if args.force else []
-    return Following("eval", words, "What the edited model answers is another question. This measures it:")
+    note = "What the edited model answers is another question. This measures it:"
+    if edit["word"] == "broken":
+        where = max(edit["kl"], key=lambda language: edit["kl"][language])
+        note = f"The edit breaks the model ({where}). Try fewer layers or a lower rank (fit --layers, --rank). {note}"
+    return Following("eval", words, note)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from kernel_surgery.evaluation.controls import draw
 from kernel_surgery.evaluation.effects import probe_accuracy
 from kernel_surgery.evaluation.options import Asked
 from kernel_surgery.models.load import load_model, load_tokenizer
+from kernel_surgery.probe import _evaluation, parser
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.studies import probe_words
 from kernel_surgery.studies.measuring import Measuring, first_problems
@@ -136,6 +137,14 @@ def test_what_is_printed_has_the_figures_and_the_next_command(run, results):
     assert "2 random uniform" in said and "1 random of equal energy" in said
     assert "next: python -m kernel_surgery.eval --mode fused --model polyglot --strength 0.5" in said
     assert len(re.findall(r"^  [2-5]  ", said, re.MULTILINE)) == 4, "a row for each edited layer"
+
+
+@pytest.mark.parametrize("word", ["broken", "like 4-bit"])
+def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(word):
+    args = parser().parse_args(["--out", "x", "--strength=-1", "--force"])
+    following = _evaluation(args, {"word": word, "kl": {"en": 0.1, "sw": 2.0, "zh": 0.3}})
+    assert ("The edit breaks the model (sw). Try fewer layers" in following.note) == (word == "broken")
+    assert following.words[-2:] == ["--strength=-1", "--force"]
 
 
 # --- any language ---
