@@ -233,7 +233,33 @@ def test_the_console_script_runs_a_command_and_names_itself(capsys, monkeypatch)
     assert status == 0 and out.startswith("usage: kernel-surgery fit ") and err == ""
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/kernel-surgery", "fitt"])
     status, out, err = outcome(listing.run, capsys)
-    assert (status, out) == (2, "") and err.startswith("error: unknown command 'fitt': choose from collect, fit, ")
+    assert (status, out, err) == (2, "", "error: unknown command 'fitt'; did you mean fit?\n")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/kernel-surgery", "magic"])
+    assert outcome(listing.run, capsys)[2].startswith("error: unknown command 'magic': choose from collect, fit, ")
+
+
+def test_the_console_script_shares_the_work_of_the_commands_that_do(monkeypatch):
+    own = {
+        name
+        for name in listing.COMMANDS
+        if "main(run, shared=True)" in (ROOT / "kernel_surgery" / f"{name}.py").read_text(encoding="utf-8")
+    }
+    assert own == set(listing.SHARED)
+    asked = []
+    monkeypatch.setattr(listing, "main", lambda run, *, shared: asked.append(shared))
+    for name in ("probe", "bake"):
+        monkeypatch.setattr(sys, "argv", ["kernel-surgery", name])
+        listing.script()
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("smolm2", "; did you mean smollm2?"), ("poliglot", "; did you mean polyglot?"), ("x", ".")]
+)
+def test_a_misspelt_model_is_named(name, meant):
+    with pytest.raises(UserError) as raised:
+        resolve_model(name)
+    assert f"there is no such folder{meant} Give " in str(raised.value)
 
 
 # -- models by name
