@@ -234,7 +234,7 @@ def of_probe(found: dict) -> dict:
 
 def probes() -> str:
     """What a probe reads of the language after a fitted edit, and after random ones of the same rank."""
-    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, ranged
+    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, ranged, worst
     from kernel_surgery.studies.randoms import KINDS
 
     stored = held(PROBES) or []
@@ -250,7 +250,6 @@ def probes() -> str:
         more = "yes" if found["verdict"] == MORE else "not shown"
         low, high = edit["probe_ci95"]
         beside = [found["beside"].get(kind) for kind in kinds]
-        language = max(edit["kl"], key=lambda name: edit["kl"][name])
         body.append(
             [
                 found["model"]["id"],
@@ -260,7 +259,7 @@ def probes() -> str:
                 *(ranged(by["probe"]) if by else "-" for by in beside),
                 *(f"{edit['means']:.2f}", ranged(found["beside"]["all"]["means"], ".2f")),
                 f"{edit['streams'][last]:.3f} (before {before['streams'][last]:.3f})",
-                *(f"{edit['damage']:.3g} ({language})", edit["word"], more),
+                *(f"{edit['damage']:.3g} ({worst(found)})", edit["word"], more),
             ]
         )
         environment = found["environment"]

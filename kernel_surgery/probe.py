@@ -23,7 +23,6 @@ kernel_surgery.probe ..., or accelerate launch.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
 from kernel_surgery.common.ending import Following, Word, next_command, read_it, strength_words, wrote
@@ -85,20 +84,19 @@ def run(argv: list[str] | None = None) -> int:
     print(shown(found))
     wrote(args.out, ("probe.json", "report.html", "measured.json"))
     read_it(args.out / "report.html")
-    next_command(_evaluation(args, found["measured"]["edit"]))
+    next_command(_evaluation(args, broken=found["measured"]["edit"]["word"] == "broken"))
     return 0
 
 
-def _evaluation(args: argparse.Namespace, edit: dict[str, Any]) -> Following:
-    """Return the evaluation of the same edit. edit: its figures."""
+def _evaluation(args: argparse.Namespace, *, broken: bool) -> Following:
+    """Return the evaluation of the same edit. broken: whether the edit breaks the model."""
     words: list[Word] = ["--mode", "fused", "--model", args.model]
     words += ["--subspace", args.subspace] if args.subspace else []
     words += strength_words(args.strength)
     words += ["--force"] if args.force else []
     note = "What the edited model answers is another question. This measures it:"
-    if edit["word"] == "broken":
-        where = max(edit["kl"], key=lambda language: edit["kl"][language])
-        note = f"The edit breaks the model ({where}). Try fewer layers or a lower rank (fit --layers, --rank). {note}"
+    if broken:
+        note = f"Try fewer layers or a lower rank (fit --layers, --rank). {note}"
     return Following("eval", words, note)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kernel_surgery.damage.words import BITS4
+from kernel_surgery.damage.words import BITS4, BROKEN
 from kernel_surgery.models.architectures import spans
 from kernel_surgery.studies.randoms import KINDS
 
@@ -24,7 +24,19 @@ def hidden(found: Mapping[str, Any]) -> float:
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """Return the verdict: how much of the language the edit hides, and whether random edits hide as much."""
+    """Return the verdict: how much of the language the edit hides, whether random edits hide as much, and whether it
+    breaks the model."""
+    broken = f" It breaks the model in {worst(found)}." if found["measured"][EDIT]["word"] == BROKEN else ""
+    return _of_the_language(found) + broken
+
+
+def worst(found: Mapping[str, Any]) -> str:
+    """Return the language in which the edit does most damage."""
+    kl = found["measured"][EDIT]["kl"]
+    return max(kl, key=lambda language: kl[language])
+
+
+def _of_the_language(found: Mapping[str, Any]) -> str:
     n, share = found["beside"]["all"]["probe"]["n"], f"{100 * hidden(found):.2g}%"
     each = f"each of {n} random edits" if n > 1 else "the random edit"
     if found["verdict"] == NOTHING:
@@ -58,8 +70,7 @@ def stream_words(found: Mapping[str, Any]) -> str:
 
 def damage_words(found: Mapping[str, Any]) -> str:
     """Return the damage in the worst language, beside that of random edits and of 4-bit weights."""
-    edit, beside = found["measured"][EDIT], found["beside"]["all"]["damage"]
-    language = max(edit["kl"], key=lambda name: edit["kl"][name])
+    edit, beside, language = found["measured"][EDIT], found["beside"]["all"]["damage"], worst(found)
     four = found["yardsticks"].get(BITS4, {}).get(language)
     return (
         f"{edit['word']}: KL {edit['damage']:.3g} nats per token in {language}, the worst of {len(edit['kl'])} "

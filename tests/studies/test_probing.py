@@ -139,12 +139,14 @@ def test_what_is_printed_has_the_figures_and_the_next_command(run, results):
     assert len(re.findall(r"^  [2-5]  ", said, re.MULTILINE)) == 4, "a row for each edited layer"
 
 
-@pytest.mark.parametrize("word", ["broken", "like 4-bit"])
-def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(word):
+@pytest.mark.parametrize("broken", [True, False])
+def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     args = parser().parse_args(["--out", "x", "--strength=-1", "--force"])
-    following = _evaluation(args, {"word": word, "kl": {"en": 0.1, "sw": 2.0, "zh": 0.3}})
-    assert ("The edit breaks the model (sw). Try fewer layers" in following.note) == (word == "broken")
+    following = _evaluation(args, broken=broken)
+    assert following.note.startswith("Try fewer layers or a lower rank") == broken
     assert following.words[-2:] == ["--strength=-1", "--force"]
+    said = probe_words.sentence(planted(0.5, word="broken" if broken else "like 4-bit"))
+    assert said.endswith(" It breaks the model in sw.") == broken
 
 
 # --- any language ---
@@ -291,8 +293,9 @@ def test_where_a_figure_lies_among_random_ones():
     assert among(0.5, [0.5, 0.7, 0.3])["as_low"] == 2 and among(0.9, [0.5])["p"] == 1
 
 
-def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, n=3):
-    measured = {"original": {"probe": original}, "edit": {"probe": edit}}
+def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, n=3, word="like 4-bit"):
+    kl = {"en": 0.1, "sw": 2.0, "zh": 0.3}
+    measured = {"original": {"probe": original}, "edit": {"probe": edit, "kl": kl, "word": word}}
     return {
         "measured": measured,
         "asked": {"chance": chance},
