@@ -194,7 +194,7 @@ def begin(
         chat=chat,
     )
     config["weights"] = digest(fingerprint(model))
-    _open(ranks, folder, config, resume=resume)
+    open_together(ranks, folder, config, resume=resume)
     engine = None
     if served:
         longest = max(len(chat.ids(tokenizer, prompt)) for prompt in prompts)
@@ -204,7 +204,7 @@ def begin(
     return Study(declared, named, folder, model, tokenizer, *about)
 
 
-def _open(ranks: Ranks, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+def open_together(ranks: Ranks, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Open the folder: process 0 writes, when all have seen what was there before. Raises UserError."""
     check_run(folder, config, resume=resume)
     ranks.wait()

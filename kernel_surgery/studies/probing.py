@@ -10,6 +10,7 @@ config.json holds what the figures depend on, measured.json every edit that is f
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from kernel_surgery.evaluation.describing import describe_model, describe_subspa
 from kernel_surgery.evaluation.notes import check_held_out, notes_of
 from kernel_surgery.evaluation.options import Asked, Options
 from kernel_surgery.evaluation.run import subspace_of
-from kernel_surgery.evaluation.samples import check_run, digest, open_run
+from kernel_surgery.evaluation.samples import check_run, digest
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.problems import problem_source
 from kernel_surgery.models.before import load_checked
@@ -39,6 +40,7 @@ from kernel_surgery.models.stored import layout_in
 from kernel_surgery.numerics.precision import name_of
 from kernel_surgery.problems.generator import Problem
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
+from kernel_surgery.studies.opening import open_together
 from kernel_surgery.studies.probe_page import write_page
 from kernel_surgery.studies.probe_words import EDIT, MORE, NO_MORE, NOTHING, ORIGINAL
 from kernel_surgery.studies.randoms import DEFAULT, parse_kinds, random_subspaces
@@ -95,7 +97,7 @@ def run_probe(
     prompts = [problem.prompts[language] for problem in asked.problems for language in asked.languages]
     model, tokenizer = load_checked(options.model, where, prompts, 0, check, chat=chat)
     config["weights"] = digest(fingerprint(model))
-    _open(ranks, options.out, config, resume=options.resume)
+    open_together(ranks, options.out, config, resume=options.resume)
     last = model.config.get_text_config().num_hidden_layers - 1
     measuring = Measuring(
         *(model, tokenizer, asked.languages, asked.problems, asked.languages, subspace.layers, options.mode, "test"),
@@ -117,7 +119,7 @@ def run_probe(
         "notes": notes,
         "asked": asked_of(measuring, text),
         "controls": kinds,
-        **ranks.by_first(lambda: compared(measuring, found)),
+        **ranks.by_first(partial(compared, measuring, found)),
     }
     return _written(results, options.out, ranks)
 
@@ -129,15 +131,6 @@ def _asked(options: Options, probed: int) -> Asked:
     if len(languages) < 2:
         raise UserError("a probe tells languages apart, so it needs at least two; --languages names one.")
     return Asked(tuple(first_problems(source.split("test"), probed)), languages, source.record, source.note("test"))
-
-
-def _open(ranks: Ranks, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Open the folder. Process 0 alone writes, when all have seen what was there before. Raises UserError."""
-    check_run(folder, config, resume=resume)
-    ranks.wait()
-    if ranks.first:
-        open_run(folder, config, resume=resume)
-    ranks.wait()
 
 
 def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -236,12 +229,14 @@ def compared(measuring: Measuring, found: Mapping[str, Measured]) -> dict[str, A
             kinds.setdefault(name.partition(":")[0], {})[name] = by
     randoms = {name: by for group in kinds.values() for name, by in group.items()}
     nearest = [min(group, key=lambda name: randoms[name].probe) for group in kinds.values()]
-    apart = {name: difference(edit, found[name])["probe"] for name in (ORIGINAL, *nearest)}
+    with waiting("comparing the edits"):
+        apart = {name: difference(edit, found[name])["probe"] for name in (ORIGINAL, *nearest)}
+        yardsticks = measuring.yardsticks
+        figures = {name: measuring.figures(by) | stream_intervals(by) for name, by in found.items()}
     return {
-        "measured": {name: measuring.figures(by) | stream_intervals(by) for name, by in found.items()},
+        "measured": figures,
         "yardsticks": {
-            name: {language: reading.kl_mean for language, reading in by.items()}
-            for name, by in measuring.yardsticks.items()
+            name: {language: reading.kl_mean for language, reading in by.items()} for name, by in yardsticks.items()
         },
         "beside": {
             kind: {name: among(of(edit), [of(by) for by in group.values()]) for name, of in measures(edit).items()}

@@ -10,7 +10,7 @@ from kernel_surgery.studies.front import difference_in_words, pictures, record, 
 from kernel_surgery.studies.page import page, varying
 from kernel_surgery.studies.searching import Row, choose
 from kernel_surgery.studies.space import read_search
-from tests.support.browser import found, too_wide
+from tests.support.browser import check_width
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "search-smollm2.json"
 
@@ -94,12 +94,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_names():
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_of_a_real_search_is_not_wider_than_the_screen(tmp_path, width):
     text = page(json.loads(STORED.read_text(encoding="utf-8")))
-    pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
-    assert len(pictures) == 2 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"
-    if (browser := found()) is None:
-        return
-    count, which = too_wide(browser, tmp_path / "page.html", text, width)
-    assert count == 0, which
+    check_width(tmp_path / "page.html", text, width, 2)
 
 
 GRID = STORED.parent / "retest.json"

@@ -25,8 +25,7 @@ from kernel_surgery.studies.probe_page import page
 from kernel_surgery.studies.probing import PROMPT_TOKENS, among, few_tokens, prompt_texts, text_of, verdict
 from kernel_surgery.studies.randoms import DEFAULT, KINDS, SEED, parse_kinds, random_subspaces
 from kernel_surgery.subspace.reading import reading
-from tests.support.browser import found as browser_found
-from tests.support.browser import too_wide
+from tests.support.browser import check_width
 from tests.support.calls import call
 from tests.support.neutral import fewer_sentences
 
@@ -353,9 +352,4 @@ def test_the_page_is_one_file_that_fetches_nothing(run, results):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_is_not_wider_than_the_screen(results, tmp_path, width):
     text = page(results)
-    pictures = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
-    assert len(pictures) == 3 and max(pictures) <= 390 - 2 * 16, "a picture would be scaled down"
-    if (browser := browser_found()) is None:
-        return
-    count, which = too_wide(browser, tmp_path / "page.html", text, width)
-    assert count == 0, which
+    check_width(tmp_path / "page.html", text, width, 3)

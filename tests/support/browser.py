@@ -40,3 +40,12 @@ def too_wide(browser, path, text, width):
     found = re.search(r"<title>(\d+) too wide of (\d+) px:(.*?)</title>", done.stdout, flags=re.DOTALL)
     assert found and int(found[2]) == width, done.stdout[:500]
     return int(found[1]), found[3]
+
+
+def check_width(path, text, width, pictures):
+    """Fail unless a page has so many pictures, each at most a phone's width, and fits a window of this width."""
+    widths = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', text)]
+    assert len(widths) == pictures and max(widths) <= 390 - 2 * 16, "a picture would be scaled down"
+    if (browser := found()) is not None:
+        count, which = too_wide(browser, path, text, width)
+        assert count == 0, which
