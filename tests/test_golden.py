@@ -486,6 +486,8 @@ CASES = {
     "probe: no output": "probe",
     "probe: controls that are none": f"probe --controls haar {_OUT}",
     "probe: one language": f"probe --languages en {_OUT}",
+    "probe: fitted on the problems asked": f"probe --subspace {{tmp}}/leaky.safetensors --device cpu {_OUT}",
+    "probe: a foreign subspace": f"probe --subspace {{tmp}}/foreign.safetensors --device cpu {_OUT}",
     "probe: no subspace for a model": f"probe --model {{package}}/polyglot/model {_OUT}",
     # More of collect.
     "collect: no output": "collect",

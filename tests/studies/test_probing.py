@@ -148,6 +148,24 @@ def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     assert said.endswith(" It breaks the model in sw.") == broken
 
 
+def test_a_subspace_of_unknown_origin_needs_force(shipped, few, tmp_path):
+    Subspace(shipped.bases).save(tmp_path / "bare.safetensors")
+    words = [
+        "--subspace",
+        tmp_path / "bare.safetensors",
+        "--languages",
+        "en,zh",
+        "--probed",
+        "5",
+        "--controls",
+        "haar:1",
+    ]
+    words += ["--device", "cpu", "--out", tmp_path / "run"]
+    status, _, error = call("probe", *words)
+    assert status == 2 and "--force" in error and not (tmp_path / "run").exists()
+    assert call("probe", *words, "--force")[0] == 0
+
+
 # --- any language ---
 
 
