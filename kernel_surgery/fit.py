@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel_surgery.common.command import Parser, add_chat, add_overwrite, add_problems, main, untouched
-from kernel_surgery.common.ending import Following, Word, next_command, wrote
+from kernel_surgery.common.ending import Following, Word, free, next_command, wrote
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import check_output
 from kernel_surgery.common.names import BATCH_TOKENS, DTYPES, ERASING, LANGUAGES, METHOD, METHODS, SPLITS
@@ -145,8 +145,16 @@ def _end(out: Path, subspace: "Subspace", model: str | None) -> None:
     note = "" if place else f"DIR is the folder of {subspace.model_id or 'the model that was measured'}."
     # Only with its fingerprint is a subspace known to belong to the model.
     force = [] if subspace.fingerprint else ["--force"]
-    words: list[Word] = ["--mode", "fused", "--model", place or "DIR", "--subspace", out, *force]
-    next_command(Following("eval", words, note))
+    edit: list[Word] = ["--model", place or "DIR", "--subspace", out, *force]
+    fit = subspace.fit or {}
+    if set(fit.get("languages") or ()) <= set(LANGUAGES):
+        next_command(Following("eval", ["--mode", "fused", *edit], note))
+        return
+    # Answers are judged in no other languages.
+    file = Path(str(fit.get("problems_file", "FILE")))
+    if "*" in file.name:  # several, of which the record has no folder
+        file, note = Path("DIR"), f"{note} DIR is the folder of {file}.".strip()
+    next_command(Following("probe", [*edit, "--problems", file, "--out", free(Path("probe"))], note))
 
 
 def _sequential(args: argparse.Namespace) -> int:

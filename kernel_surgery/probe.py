@@ -12,13 +12,13 @@ measured in the same way, on test problems that no fit has seen:
 
 Any language of a file of --problems will do: nothing is answered, so nothing has to be judged.
 
-`--controls` names the random edits: haar:N are uniform, matched:N lie where the activations vary, energy:N take as much
-of the activations' energy as the fitted edit, pca:N lie among the principal components. The default is five of each of
-the first two. 19 of a kind can show p = .05.
+`--controls` names the random edits: energy:N are uniform and take as much of the activations' energy as the fitted
+edit, matched:N lie where the activations vary, haar:N are uniform at the fitted edit's strength, pca:N lie among the
+principal components. The default is five of each of the first two. 19 of a kind can show p = .05.
 
 DIR has probe.json, report.html and measured.json. A run that was killed goes on with --resume; more random edits may be
-asked for then. Several processes share the layers and the languages: torchrun --nproc-per-node N -m
-kernel_surgery.probe ..., or accelerate launch.
+asked for then, and those that were measured stay. Several processes share the layers and the languages: torchrun
+--nproc-per-node N -m kernel_surgery.probe ..., or accelerate launch.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from kernel_surgery.common.command import Parser, add_chat, add_problems, comman
 from kernel_surgery.common.ending import Following, Word, next_command, read_it, strength_words, wrote
 from kernel_surgery.common.names import DTYPES, LANGUAGES
 from kernel_surgery.common.progress import waiting
+
+PROMPT = "A PROMPT IN YOUR LANGUAGE"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
     p.add_argument("--out", type=Path, required=True, help="folder for the results")
-    more = "random edits beside it: kinds with numbers, of haar, matched, energy and pca (default haar:5,matched:5)"
-    p.add_argument("--controls", default="haar:5,matched:5", help=more)
+    more = "random edits beside it: kinds with numbers, of haar, matched, energy and pca (default energy:5,matched:5)"
+    p.add_argument("--controls", default="energy:5,matched:5", help=more)
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
     add_problems(p, "default 40")
@@ -84,12 +86,14 @@ def run(argv: list[str] | None = None) -> int:
     print(shown(found))
     wrote(args.out, ("probe.json", "report.html", "measured.json"))
     read_it(args.out / "report.html")
-    next_command(_evaluation(args, broken=found["measured"]["edit"]["word"] == "broken"))
+    judged = set(found["asked"]["languages"]) <= set(LANGUAGES)
+    next_command(_following(args, broken=found["measured"]["edit"]["word"] == "broken", judged=judged))
     return 0
 
 
-def _evaluation(args: argparse.Namespace, *, broken: bool) -> Following:
-    """Return the evaluation of the same edit. broken: whether the edit breaks the model."""
+def _following(args: argparse.Namespace, *, broken: bool, judged: bool = True) -> Following:
+    """Return what shows the model's answers. broken: whether the edit breaks the model. judged: whether answers are, in
+    the languages of the edit."""
     words: list[Word] = ["--mode", "fused", "--model", args.model]
     words += ["--subspace", args.subspace] if args.subspace else []
     words += strength_words(args.strength)
@@ -97,6 +101,8 @@ def _evaluation(args: argparse.Namespace, *, broken: bool) -> Following:
     note = "What the edited model answers is another question. This measures it:"
     if broken:
         note = f"Try fewer layers or a lower rank (fit --layers, --rank). {note}"
+    if not judged:
+        return Following("compare", [*words, PROMPT], note.replace("measures", "shows"))
     return Following("eval", words, note)
 
 

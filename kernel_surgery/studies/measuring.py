@@ -275,12 +275,20 @@ class Measuring:
                 norms[layer] = float(moments.label_covariance.norm())
         return hits, norms
 
+    @property
+    def chance(self) -> float:
+        """The accuracy of a probe that knows nothing: it always names the language that has most of the tokens."""
+        counts = np.zeros(len(self.probed))
+        for index, ids in enumerate(self._encoded):
+            counts[index % len(self.probed)] += len(ids) - self.left_out
+        return float(counts.max() / counts.sum())
+
     def asked_of(self) -> dict[str, Any]:
         """Return what the probe is asked: problems, languages, tokens, the layers, and the accuracy of chance."""
         tokens = int(self.measure(None).tokens.sum())
         about = {"problems": len(self.asked), "languages": list(self.probed), "tokens": tokens}
         about |= {"left_out": self.left_out}
-        return about | {"layers": list(self.layers), "chance": 1 / len(self.probed)}
+        return about | {"layers": list(self.layers), "chance": self.chance}
 
     def figures(self, found: Measured) -> dict[str, Any]:
         """Return everything that is reported of an edit, with intervals and its damage in words."""

@@ -9,6 +9,8 @@ from kernel_surgery.studies.randoms import KINDS
 
 ORIGINAL, EDIT = "original", "edit"
 MORE, NO_MORE, NOTHING = "hides more", "hides no more", "hides nothing"
+UNREAD, FEW = "nothing to hide", "too few problems"
+PROBLEMS = 10  # of fewer, an interval that resamples problems is too narrow
 SHOWN_P = 0.05
 
 
@@ -20,7 +22,12 @@ def subject(found: Mapping[str, Any]) -> str:
 def hidden(found: Mapping[str, Any]) -> float:
     """Return the share that the edit hides of what the probe reads above chance: 0 is nothing, 1 is all."""
     original, chance = found["measured"][ORIGINAL]["probe"], found["asked"]["chance"]
-    return (original - found["measured"][EDIT]["probe"]) / (original - chance) if original > chance else 0.0
+    return min((original - found["measured"][EDIT]["probe"]) / (original - chance), 1.0) if original > chance else 0.0
+
+
+def percent(share: float) -> str:
+    """Return a share in percent: of small ones a decimal."""
+    return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.1f}%"
 
 
 def sentence(found: Mapping[str, Any]) -> str:
@@ -37,14 +44,33 @@ def worst(found: Mapping[str, Any]) -> str:
 
 
 def _of_the_language(found: Mapping[str, Any]) -> str:
-    n, share = found["beside"]["all"]["probe"]["n"], f"{100 * hidden(found):.2g}%"
-    each = f"each of {n} random edits" if n > 1 else "the random edit"
+    asked, original = found["asked"], found["measured"][ORIGINAL]
+    if found["verdict"] == UNREAD:
+        return (
+            f"Without an edit the probe reads {original['probe']:.3f} of the tokens, and chance is {asked['chance']:.3f}: "
+            "it is not shown to read the language, so there is nothing to hide."
+        )
+    if found["verdict"] == FEW:
+        return (
+            f"{asked['problems']} problems are too few to say how much of the language the edit hides: a probe needs "
+            f"{PROBLEMS} at least."
+        )
     if found["verdict"] == NOTHING:
         return "This edit is not shown to hide anything of the language from a linear probe."
-    said = f"This edit hides {share} of what a linear probe reads of the language above chance"
-    if found["verdict"] == NO_MORE:
-        return f"{said}. That is not shown to be more than random edits of the same rank hide."
-    return f"{said}, more than {each} of the same rank."
+    said = f"This edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance"
+    more, others = (_counted(found, more) for more in (True, False))
+    if not others:
+        return f"{said}, more than each of the random edits of its rank: {more}."
+    between = f" That is more than random edits hide: {more}; but" if more else " That is"
+    return f"{said}.{between} not shown to be more than random edits hide: {others}."
+
+
+def _counted(found: Mapping[str, Any], more: bool) -> str:
+    """Return the kinds of random edits that the fitted one is, or is not, shown to hide more than, with their p."""
+    kinds = {name.partition(":")[0]: interval for name, interval in found["difference"].items() if name != ORIGINAL}
+    chosen = [kind for kind, (_, _, high) in kinds.items() if (high < 0) == more]
+    rows = ((kind, found["beside"][kind]["probe"]) for kind in chosen)
+    return ", ".join(f"{by['n']} {KINDS[kind]} (p = {by['p']:.2f})" for kind, by in rows)
 
 
 def read_words(found: Mapping[str, Any]) -> str:

@@ -42,8 +42,17 @@ from kernel_surgery.problems.generator import Problem
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
 from kernel_surgery.studies.opening import open_together
 from kernel_surgery.studies.probe_page import write_page
-from kernel_surgery.studies.probe_words import EDIT, MORE, NO_MORE, NOTHING, ORIGINAL
-from kernel_surgery.studies.randoms import DEFAULT, parse_kinds, random_subspaces
+from kernel_surgery.studies.probe_words import (
+    EDIT,
+    FEW,
+    MORE,
+    NO_MORE,
+    NOTHING,
+    ORIGINAL,
+    PROBLEMS,
+    UNREAD,
+)
+from kernel_surgery.studies.randoms import DEFAULT, KINDS, parse_kinds, random_subspaces
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -52,7 +61,7 @@ if TYPE_CHECKING:
 
 MEASURED, RESULTS = "measured.json", "probe.json"
 NEUTRAL, PROMPTS = "neutral", "prompts"
-FEW = 5  # tokens for each feature of a probe
+FEW_TOKENS = 5  # for each feature of a probe
 PROMPT_TOKENS = 450  # per language: as many as the neutral text has
 
 
@@ -109,6 +118,7 @@ def run_probe(
     )
     edit = subspace.at_strength(options.strength)
     edits: dict[str, Callable[[], Subspace | None]] = {ORIGINAL: lambda: None, EDIT: lambda: edit}
+    kinds = ranks.by_first(partial(with_those_before, kinds, options.out / MEASURED))
     edits |= random_subspaces(measuring.text, edit, kinds)
     found = measuring.all_of(edits, options.out / MEASURED, digest(config))
     results = {
@@ -135,7 +145,13 @@ def _asked(options: Options, probed: int) -> Asked:
 
 def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Write probe.json and its page, in process 0. Return the results as the file has them: layers are words there."""
-    results["notes"] = [*results["notes"], *few_tokens(results["asked"], results["model"]["d_model"])]
+    asked = results["asked"]
+    results["notes"] = [*results["notes"], *few_tokens(asked, results["model"]["d_model"])]
+    if asked["text"] == PROMPTS:
+        results["notes"].append(
+            f"the damage is measured on {asked['sentences']} prompts of the problems in each language, not on everyday "
+            "text: the words for it say less"
+        )
     text = json.dumps(results, indent=2, ensure_ascii=False)
     results = json.loads(text)
     if ranks.first:
@@ -147,12 +163,12 @@ def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, A
 
 
 def few_tokens(asked: Mapping[str, Any], d_model: int) -> list[str]:
-    """Return a note if the probe has few tokens to learn from: fewer than `FEW` for each feature."""
-    if asked["tokens"] >= FEW * d_model:
+    """Return a note if the probe has few tokens to learn from: fewer than `FEW_TOKENS` for each feature."""
+    if asked["tokens"] >= FEW_TOKENS * d_model:
         return []
     return [
-        f"the probe has {asked['tokens']} tokens for {d_model} features, so it reads less than there is, of every edit "
-        "alike: --probed asks more problems"
+        f"the probe has {asked['tokens']} tokens to learn from for {d_model} features: it reads less than there is, "
+        "with and without an edit. More problems help (--probed, or a longer file)"
     ]
 
 
@@ -161,6 +177,20 @@ def asked_of(measuring: Measuring, text: str) -> dict[str, Any]:
     read = measuring.asked_of() | {"site": measuring.site, "streams": list(measuring.streams)}
     languages, sentences = list(measuring.languages), measuring.text.sentences
     return read | {"text": text, "sentences": sentences, "damage_languages": languages}
+
+
+def with_those_before(kinds: Mapping[str, int], file: Path) -> dict[str, int]:
+    """Return {kind: number of random edits}: those that are asked for, and those that a run has measured before.
+
+    So no figure is lost, and nobody chooses the random edits by their result.
+    """
+    held = json.loads(file.read_text(encoding="utf-8"))["edits"] if file.is_file() else {}
+    counts = dict(kinds)
+    for name in held:
+        kind, _, number = name.partition(":")
+        if number:
+            counts[kind] = max(counts.get(kind, 0), int(number) + 1)
+    return {kind: counts[kind] for kind in KINDS if kind in counts}
 
 
 def text_of(given: str | None, languages: Sequence[str]) -> str:
@@ -243,7 +273,10 @@ def compared(measuring: Measuring, found: Mapping[str, Measured]) -> dict[str, A
             for kind, group in {"all": randoms, **kinds}.items()
         },
         "difference": apart,
-        "verdict": verdict(apart[ORIGINAL], [apart[name] for name in nearest]),
+        "verdict": verdict(
+            *(apart[ORIGINAL], [apart[name] for name in nearest], len(measuring.asked)),
+            unread=figures[ORIGINAL]["probe_ci95"][0] <= measuring.chance,
+        ),
     }
 
 
@@ -273,10 +306,16 @@ def among(value: float, others: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def verdict(hidden: Sequence[float], apart: Sequence[Sequence[float]]) -> str:
+def verdict(
+    hidden: Sequence[float], apart: Sequence[Sequence[float]], problems: int = PROBLEMS, unread: bool = False
+) -> str:
     """Return what the intervals allow to say of the probe at the edited layers.
 
     hidden: [difference in accuracy from the original, low, high]. apart: the same from the random edit of each kind
-    that hides most. `NOTHING` unless the first interval is below 0, `NO_MORE` unless all others are.
+    that hides most. problems: that the probe was asked. unread: whether it reads nothing without an edit.
+
+    `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0, `NO_MORE` unless all others are.
     """
+    if unread or problems < PROBLEMS:
+        return UNREAD if unread else FEW
     return NOTHING if hidden[2] >= 0 else MORE if all(high < 0 for *_, high in apart) else NO_MORE

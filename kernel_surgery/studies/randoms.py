@@ -25,7 +25,7 @@ from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
 
 KINDS = {HAAR: "uniform", MATCHED: "by covariance", "energy": "of equal energy", "pca": "of the components"}
-DEFAULT = f"{HAAR}:5,{MATCHED}:5"
+DEFAULT = f"energy:5,{MATCHED}:5"
 SEED = 1  # with 0, the bases of one kind would be those of another
 
 

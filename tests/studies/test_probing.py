@@ -17,7 +17,7 @@ from kernel_surgery.evaluation.controls import draw
 from kernel_surgery.evaluation.effects import probe_accuracy
 from kernel_surgery.evaluation.options import Asked
 from kernel_surgery.models.load import load_model, load_tokenizer
-from kernel_surgery.probe import _evaluation, parser
+from kernel_surgery.probe import _following, parser
 from kernel_surgery.problems.generator import problems
 from kernel_surgery.studies import probe_words
 from kernel_surgery.studies.measuring import Measuring, first_problems
@@ -141,7 +141,7 @@ def test_what_is_printed_has_the_figures_and_the_next_command(run, results):
 @pytest.mark.parametrize("broken", [True, False])
 def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     args = parser().parse_args(["--out", "x", "--strength=-1", "--force"])
-    following = _evaluation(args, broken=broken)
+    following = _following(args, broken=broken)
     assert following.note.startswith("Try fewer layers or a lower rank") == broken
     assert following.words[-2:] == ["--strength=-1", "--force"]
     said = probe_words.sentence(planted(0.5, word="broken" if broken else "like 4-bit"))
@@ -298,8 +298,10 @@ def test_an_edit_fitted_on_these_very_tokens_hides_more_than_random_ones_and_a_r
     assert said["fitted"][0] == probe_words.MORE and said["random"][0] != probe_words.MORE
 
 
-def test_a_verdict_needs_intervals_below_zero():
+def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
     below, across, above = [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.0], [0.1, 0.05, 0.2]
+    assert verdict(below, [below], 10) == probe_words.MORE and verdict(below, [below], 9) == probe_words.FEW
+    assert verdict(below, [below], 9, unread=True) == verdict(below, [below], unread=True) == probe_words.UNREAD
     assert verdict(below, [below, below]) == probe_words.MORE
     assert verdict(below, [below, across]) == verdict(below, [above]) == probe_words.NO_MORE
     assert verdict(across, [below]) == verdict(above, [below]) == probe_words.NOTHING
