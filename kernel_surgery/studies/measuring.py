@@ -285,7 +285,7 @@ class Measuring:
 
     def asked_of(self) -> dict[str, Any]:
         """Return what the probe is asked: problems, languages, tokens, the layers, and the accuracy of chance."""
-        tokens = int(self.measure(None).tokens.sum())
+        tokens = int(self._tokens.sum())
         about = {"problems": len(self.asked), "languages": list(self.probed), "tokens": tokens}
         about |= {"left_out": self.left_out}
         return about | {"layers": list(self.layers), "chance": self.chance}

@@ -47,8 +47,8 @@ def _of_the_language(found: Mapping[str, Any]) -> str:
     asked, original = found["asked"], found["measured"][ORIGINAL]
     if found["verdict"] == UNREAD:
         return (
-            f"Without an edit the probe reads {original['probe']:.3f} of the tokens, and chance is {asked['chance']:.3f}: "
-            "it is not shown to read the language, so there is nothing to hide."
+            f"Without an edit the probe reads {original['probe']:.3f} of the tokens, and chance is "
+            f"{asked['chance']:.3f}: it is not shown to read the language, so there is nothing to hide."
         )
     if found["verdict"] == FEW:
         return (

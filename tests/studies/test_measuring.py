@@ -119,8 +119,20 @@ def test_the_same_number_of_every_category_is_probed():
 
 def test_the_record_says_what_the_probe_is_asked(measuring, found):
     made = measuring.asked_of()
-    assert made["problems"] == 10 and made["layers"] == LAYERS and made["chance"] == 1 / 7
+    assert made["problems"] == 10 and made["layers"] == LAYERS and made["left_out"] == 1
     assert made["tokens"] == found[0].tokens.sum() and made["languages"] == list(LANGUAGES)
+
+
+def test_chance_is_always_naming_the_language_with_most_tokens(measuring, found):
+    _, _, labels = measuring.tokens_at({"mlp_out": [2]})
+    counts = torch.bincount(labels)
+    assert (
+        measuring.asked_of()["chance"] == pytest.approx(float(counts.max() / counts.sum()))
+        and counts.max() > counts.min()
+    )
+    # A probe that sees nothing does that.
+    groups = torch.arange(len(labels)) % 10
+    assert probe_accuracy(torch.zeros(len(labels), 4), labels, groups) == pytest.approx(measuring.chance, abs=0.01)
 
 
 def test_what_all_prompts_begin_with_is_not_asked(measuring):

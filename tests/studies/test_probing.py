@@ -119,6 +119,10 @@ def test_a_run_goes_on_and_may_be_asked_for_more_random_edits(run, results, monk
     assert status == 0 and len(counted) == 2, "the original's means, and the new edit alone"
     assert {name: again["measured"][name] for name in results["measured"]} == results["measured"]
     assert set(again["measured"]) - set(results["measured"]) == {"haar:2"}
+    # One that is not asked for again stays: nobody chooses the random edits by their result.
+    assert call("probe", *words[:-1], "energy:1", "--resume")[0] == 0 and len(counted) == 2
+    last = json.loads((out / "probe.json").read_text(encoding="utf-8"))
+    assert list(last["measured"]) == list(again["measured"]) and last["controls"] == {"haar": 3, "energy": 1}
     status, _, error = call("probe", *more, "--seed", "1")
     assert status == 2 and "seed was 0, now 1" in error
 
@@ -187,9 +191,12 @@ def test_languages_without_neutral_text_are_measured_on_the_prompts(foreign, tmp
     assert status == 0, error
     made = json.loads((tmp_path / "run" / "probe.json").read_text(encoding="utf-8"))
     assert made["asked"]["languages"] == ["de", "fr"] and made["asked"]["text"] == "prompts"
-    assert made["asked"]["chance"] == 0.5 and set(made["measured"]["edit"]["kl"]) == {"de", "fr"}
+    assert set(made["measured"]["edit"]["kl"]) == {"de", "fr"}
     assert made["measured"]["edit"]["damage"] > 0 == made["measured"]["original"]["damage"]
     assert made["config"]["problems_file"] == "own.jsonl" and "prompts in each" in said
+    notes = " ".join(made["notes"])
+    assert "prompts of the problems in each language, not on everyday text" in notes and "are worded as those" in notes
+    assert "next: python -m kernel_surgery.compare --mode fused --model polyglot 'A PROMPT IN YOUR LANGUAGE'" in said
     status, _, error = call("probe", *words[:-1], tmp_path / "other", "--text", "neutral")
     assert status == 2 and "there is no neutral text in 'de'" in error and not (tmp_path / "other").exists()
 
@@ -269,9 +276,9 @@ def test_random_edits_of_the_site_after_a_norm_are_drawn_from_what_is_there(toke
 
 @pytest.mark.parametrize("bad", ["", "haar", "haar:0", "haar:x", "gauss:3", "haar:2,haar:3", "haar:2,,"])
 def test_controls_are_kinds_with_numbers(bad):
-    with pytest.raises(UserError, match="--controls takes kinds with numbers, such as haar:5,matched:5"):
+    with pytest.raises(UserError, match="--controls takes kinds with numbers, such as energy:5,matched:5"):
         parse_kinds(bad)
-    assert parse_kinds(DEFAULT) == {"haar": 5, "matched": 5} and parse_kinds("pca:3, energy:1") == {
+    assert parse_kinds(DEFAULT) == {"energy": 5, "matched": 5} and parse_kinds("pca:3, energy:1") == {
         "pca": 3,
         "energy": 1,
     }
@@ -312,41 +319,68 @@ def test_where_a_figure_lies_among_random_ones():
     assert among(0.5, [0.5, 0.7, 0.3])["as_low"] == 2 and among(0.9, [0.5])["p"] == 1
 
 
-def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, n=3, word="like 4-bit"):
+BELOW, ACROSS = [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.1]
+
+
+def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, energy=BELOW, matched=BELOW, word="like 4-bit"):
+    """What is said of: an edit's accuracy, the original's, and intervals beside random edits of two kinds."""
     kl = {"en": 0.1, "sw": 2.0, "zh": 0.3}
     measured = {"original": {"probe": original}, "edit": {"probe": edit, "kl": kl, "word": word}}
+    beside = {"energy": {"probe": {"n": 5, "p": 1 / 6}}, "matched": {"probe": {"n": 4, "p": 0.2}}}
     return {
-        "measured": measured,
-        "asked": {"chance": chance},
-        "verdict": verdict,
-        "beside": {"all": {"probe": {"n": n}}},
+        **{"measured": measured, "asked": {"chance": chance, "problems": 4}, "verdict": verdict, "beside": beside},
+        "difference": {"original": BELOW, "energy:3": energy, "matched:0": matched},
     }
 
 
 def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
     assert probe_words.hidden(planted(0.5)) == pytest.approx(0.5) and probe_words.hidden(planted(0.1)) == 1
     assert probe_words.hidden(planted(0.9)) == 0 == probe_words.hidden(planted(0.05, original=0.1))
-    assert probe_words.sentence(planted(0.892)).startswith("This edit hides 1% of what a linear probe reads of the")
+    assert probe_words.hidden(planted(0.05)) == 1, "below chance, nothing more is hidden"
+    shares = {0.0087: "0.9%", 0.0994: "9.9%", 0.0996: "10%", 1.0: "100%", 0.0: "0.0%"}
+    assert {share: probe_words.percent(share) for share in shares} == shares
 
 
-def test_every_verdict_has_its_sentence_and_the_few_are_called_few(results):
-    said = {word: probe_words.sentence(planted(0.5, verdict=word)) for word in (probe_words.MORE, probe_words.NO_MORE)}
-    assert said[probe_words.MORE].endswith(
-        "50% of what a linear probe reads of the language above chance, more than "
-        "each of 3 random edits of the same rank."
+def test_every_verdict_has_its_sentence_with_the_kinds_of_random_edits_and_their_p():
+    assert probe_words.sentence(planted(0.5)) == (
+        "This edit hides 50% of what a linear probe reads of the language above chance, more than each of the random "
+        "edits of its rank: 5 of equal energy (p = 0.17), 4 by covariance (p = 0.20)."
     )
-    assert "That is not shown to be more than random edits of the same rank hide" in said[probe_words.NO_MORE]
-    assert "more than the random edit of the same rank" in probe_words.sentence(planted(0.5, n=1))
-    assert "not shown to hide anything" in probe_words.sentence(results | {"verdict": probe_words.NOTHING})
+    some, none = (probe_words.sentence(planted(0.5, energy=x, matched=ACROSS)) for x in (BELOW, ACROSS))
+    assert some.endswith(
+        "above chance. That is more than random edits hide: 5 of equal energy (p = 0.17); but not shown to be more "
+        "than random edits hide: 4 by covariance (p = 0.20)."
+    )
+    assert none.endswith(
+        "chance. That is not shown to be more than random edits hide: 5 of equal energy (p = 0.17), 4 by covariance "
+        "(p = 0.20)."
+    )
+    said = {
+        word: probe_words.sentence(planted(0.5, verdict=word))
+        for word in (probe_words.NOTHING, probe_words.UNREAD, probe_words.FEW)
+    }
+    assert said[probe_words.NOTHING] == "This edit is not shown to hide anything of the language from a linear probe."
+    assert said[probe_words.FEW].startswith("4 problems are too few to say how much")
+    assert (
+        "so there is nothing to hide" in said[probe_words.UNREAD] and "and chance is 0.100" in said[probe_words.UNREAD]
+    )
+
+
+def test_random_edits_that_are_too_few_are_called_so(results):
     assert "it takes 19 of a kind to show p = 0.05" in probe_words.rank_words(results)
     enough = {"probe": {"n": 19, "as_low": 0, "p": 0.05}}
     assert "it takes" not in probe_words.rank_words({"beside": {"all": {}, "haar": enough}})
 
 
+def test_a_run_of_few_problems_says_so_first(run, results):
+    assert results["asked"]["problems"] == 5 and results["verdict"] == probe_words.FEW
+    assert run[2][1].startswith("5 problems are too few")
+
+
 def test_a_probe_that_has_few_tokens_to_learn_from_is_called_so(results):
     assert few_tokens({"tokens": 500}, 100) == []
     (said,) = few_tokens({"tokens": 499}, 100)
-    assert "499 tokens for 100 features" in said and "--probed" in said
+    assert "499 tokens to learn from for 100 features" in said and "--probed" in said
     assert results["notes"][-1:] == few_tokens(results["asked"], 128) != []
 
 
