@@ -111,8 +111,9 @@ def curve(stored: dict) -> str:
     panel.margins(x=0.2)
     panel.set_xlabel("tokens of MGSM that the edit was fitted on")
     panel.set_ylabel("accuracy of a probe, unseen MGSM", fontsize=9)
-    chance = 1 / len(whole["languages"])
-    panel.set_title(f"SmolLM2-135M-Instruct, rank {whole['rank']}; chance {chance:.2f}", fontsize=10, loc="left")
+    chance = reals.chance_of_tokens(stored["problems_file"])
+    known = "" if chance is None else f"; chance {chance:.2f}"
+    panel.set_title(f"SmolLM2-135M-Instruct, rank {whole['rank']}{known}", fontsize=10, loc="left")
     return standalone(svg(drawing))
 
 

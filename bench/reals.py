@@ -214,9 +214,17 @@ def streams() -> str:
     head = ["edit", "probe reads", "problems", "MLPs' outputs, edited layers"]
     head += ["residual stream, edited layers", "residual stream, last layer"]
     languages = stored["rows"][THEIRS]["languages"]
-    how = f"Unseen problems of MGSM in {', '.join(languages)}; chance is {1 / len(languages):.3g}. Commit "
+    guessed = "" if (chance := chance_of_tokens(stored["problems_file"])) is None else f"; of every token, {chance:.3f}"
+    how = f"Unseen problems of MGSM in {', '.join(languages)}. By chance: of the last token {1 / len(languages):.3g}"
+    how += f"{guessed} (always naming the language with most of them). Commit " if guessed else ". Commit "
     how += f"{row['commit'][:10]}, {row['date'][:10]}."
     return tables.table(head, body) + f"\n{how}\n"
+
+
+def chance_of_tokens(file: str) -> float | None:
+    """The accuracy of always naming the language that has most tokens of the files' test problems, if it is stored."""
+    runs = held(PROBES) or []
+    return next((run["asked"]["chance"] for run in runs if run["config"].get("problems_file") == file), None)
 
 
 def of_probe(found: dict) -> dict:

@@ -118,7 +118,10 @@ def run(argv: list[str] | None = None) -> int:
     damage = "damage: not measured here: a certificate says how exactly an edit was made, eval what it did to the model"
     for kind, folder in folders.items():
         record = read_provenance(folder, kind)
-        damage = "" if kind == "restored" else record.get("damage", {}).get("in_words", damage)
+        if kind == "restored":
+            damage = ""
+        elif (words := record.get("damage", {}).get("in_words")) is not None:
+            damage = f"as the folder records it, not measured here: {words}"
         recorded_strength = float(record["strength"])
         if args.strength not in (None, recorded_strength):
             raise UserError(

@@ -114,8 +114,16 @@ def edit_record(
 
 def damage_lines(record: dict[str, Any]) -> list[str]:
     """Return the first lines of a card's text: what the edit did to the model."""
-    words = record.get("damage", {}).get("in_words", "damage: not measured")
-    return [f"**{words[0].upper()}{words[1:]}.**", ""]
+    damage = record.get("damage", {})
+    words = damage.get("in_words", "damage: not measured")
+    lines = [f"**{words[0].upper()}{words[1:]}.**", ""]
+    if damage.get("neutral"):
+        lines += [
+            "This was measured on plain everyday text in the languages named. In other languages, and in chats, it may be",
+            "more. That directions were removed does not mean that the model's language cannot be read any more.",
+            "",
+        ]
+    return lines
 
 
 def licence_of(source: Path) -> dict[str, str]:
