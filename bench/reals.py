@@ -242,7 +242,7 @@ def of_probe(found: dict) -> dict:
 
 def probes() -> str:
     """What a probe reads of the language after a fitted edit, and after random ones of the same rank."""
-    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, ranged, worst
+    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, percent, ranged, worst
     from kernel_surgery.studies.randoms import KINDS
 
     stored = held(PROBES) or []
@@ -263,7 +263,7 @@ def probes() -> str:
                 found["model"]["id"],
                 f"{fit['method']}{order}, rank {found['subspace']['rank']}; {where}",
                 *(f"{before['probe']:.3f}", f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})"),
-                f"{100 * hidden(found):.2g}%",
+                percent(hidden(found)),
                 *(ranged(by["probe"]) if by else "-" for by in beside),
                 *(f"{edit['means']:.2f}", ranged(found["beside"]["all"]["means"], ".2f")),
                 f"{edit['streams'][last]:.3f} (before {before['streams'][last]:.3f})",
