@@ -119,7 +119,7 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
     lines = [f"**{words[0].upper()}{words[1:]}.**", ""]
     if damage.get("neutral"):
         lines += [
-            "This was measured on plain everyday text in the languages named. In other languages, and in chats, it may be",
+            "It was measured on plain everyday text in the languages named. In other languages and in chats it may be",
             "more. That directions were removed does not mean that the model's language cannot be read any more.",
             "",
         ]
