@@ -49,7 +49,7 @@ def test_a_harmless_edit_is_written_and_its_card_begins_with_the_damage(command,
     assert first_of_card(out).lower() == f"**{line}.**".lower()
     if command == "bake":
         status, said, _ = call("verify", "--baked", out)
-        assert status == 0 and said.splitlines()[0] == line
+        assert status == 0 and said.splitlines()[0] == f"as the folder records it, not measured here: {line}"
 
 
 def test_what_is_not_measured_is_said_with_the_reason(tmp_path, monkeypatch):
