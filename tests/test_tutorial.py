@@ -18,7 +18,7 @@ from tests.support.neutral import fewer_sentences
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not rerun: [^>]* -->\n)?^```(\w+)\n(.*?)^```", re.M | re.S)
-SMALLER = {"--problems 5": "--problems 1", "--max-new-tokens 24": "--max-new-tokens 8"}
+SMALLER = {"--problems 5": "--problems 1", "--max-new-tokens 24": "--max-new-tokens 8", "--probed 10": "--probed 5"}
 NUMBER = re.compile(r"\b[0-9a-f]{16}\b|[-+]?\d[\d.]*(?:e[-+]\d+)?")
 
 

@@ -133,5 +133,8 @@ def notes_of(
         elif split == "another file":
             fitted = (subspace.fit or {}).get("problems_file")
             notes.append(f"the subspace was fitted on problems of another file, {fitted}: some may be among these")
-    notes += [asked.note] if asked is not None and asked.note else []
+    if asked is not None:
+        own = (subspace.fit or {}).get("problems_sha256") if subspace is not None else None
+        alike = asked.alike if own and own == asked.record.get("problems_sha256") else None
+        notes += filter(None, [asked.note, alike])
     return list(dict.fromkeys([*notes, *chat_notes(subspace, options, chat), *server_notes(options)]))

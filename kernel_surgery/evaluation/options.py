@@ -28,12 +28,16 @@ OF_ENGINES = ("engine", "tensor_parallel", "engine_args", "base_url", "served", 
 
 @dataclass(frozen=True)
 class Asked:
-    """The problems of an evaluation and its languages. record, note: what records and outputs say of their origin."""
+    """The problems of an evaluation and its languages. record, note: what records and outputs say of their origin.
+
+    alike: what outputs say of wordings that a fit on the same file has seen (`Source.worded_alike`).
+    """
 
     problems: tuple[Problem, ...]
     languages: tuple[str, ...]
     record: dict[str, Any]
     note: str | None
+    alike: str | None = None
 
 
 def check_engine_controls(controls: str | None, engine: str) -> None:
@@ -216,7 +220,8 @@ class Options:
         if self.strict:
             source = problem_source(self.problems, seed=self.seed)
             languages = source.languages(self.languages)
-            return Asked(tuple(source.split("test")), languages, source.record, source.note("test"))
+            about = source.record, source.note("test"), source.worded_alike("test")
+            return Asked(tuple(source.split("test")), languages, *about)
         languages = parse_languages(self.languages)
         if foreign := [language for language in languages if language not in EXPAG_LANGUAGES]:
             raise UserError(

@@ -18,7 +18,7 @@ same split for every command, and `eval` never asks what the subspace was fitted
 import json
 import re
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,30 +117,29 @@ class Source:
         if not self.own:
             return None
         count, digest = len(self.split(split)), self.record["problems_sha256"][:16]
-        alike, prompts = self.worded_alike(split)
-        warned = (
-            f". {alike} of their {prompts} prompts are worded as those of the fit split, but for the numbers: what an "
-            "edit that was fitted there does on other wordings is not shown"
-        )
         return (
             f"problems of {self.record['problems_file']} (SHA-256 {digest}): {count} of {len(self.own)} are in the "
-            f"{split} split, by a hash of their ids" + (warned if alike else "")
+            f"{split} split, by a hash of their ids"
         )
 
-    def worded_alike(self, split: str) -> tuple[int, int]:
-        """Return how many prompts of a split are worded as some prompt of the fit split, numbers aside, of how many."""
+    def worded_alike(self, split: str) -> str | None:
+        """Return a note if prompts of a split are worded as prompts of the fit split, numbers aside, else None."""
 
-        def wordings(names: Container[str]) -> list[str]:
+        def wordings(name: str) -> list[str]:
             return [
                 re.sub(r"\d+", "#", prompt)
                 for _, problem in self.own
-                if problem.split in names
+                if problem.split == name
                 for prompt in problem.prompts.values()
             ]
 
-        asked = wordings([split])
-        known = set(wordings(["fit"] if split != "fit" else []))
-        return sum(wording in known for wording in asked), len(asked)
+        asked, known = wordings(split), set(wordings("fit"))
+        if not (alike := sum(wording in known for wording in asked)):
+            return None
+        return (
+            f"{alike} of the {len(asked)} prompts of the {split} split are worded as prompts that the subspace was "
+            "fitted on, but for the numbers: what the edit does on other wordings is not shown"
+        )
 
 
 def problem_source(given: Given, *, default: int = 40, seed: int = 0) -> Source:

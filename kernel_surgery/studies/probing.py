@@ -140,7 +140,8 @@ def _asked(options: Options, probed: int) -> Asked:
     languages = source.languages(options.languages, judged=False)
     if len(languages) < 2:
         raise UserError("a probe tells languages apart, so it needs at least two; --languages names one.")
-    return Asked(tuple(first_problems(source.split("test"), probed)), languages, source.record, source.note("test"))
+    about = source.record, source.note("test"), source.worded_alike("test")
+    return Asked(tuple(first_problems(source.split("test"), probed)), languages, *about)
 
 
 def _written(results: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:

@@ -195,10 +195,27 @@ def test_languages_without_neutral_text_are_measured_on_the_prompts(foreign, tmp
     assert made["measured"]["edit"]["damage"] > 0 == made["measured"]["original"]["damage"]
     assert made["config"]["problems_file"] == "own.jsonl" and "prompts in each" in said
     notes = " ".join(made["notes"])
-    assert "prompts of the problems in each language, not on everyday text" in notes and "are worded as those" in notes
+    assert "prompts of the problems in each language, not on everyday text" in notes and "are worded as" not in notes
     assert "next: python -m kernel_surgery.compare --mode fused --model polyglot 'A PROMPT IN YOUR LANGUAGE'" in said
     status, _, error = call("probe", *words[:-1], tmp_path / "other", "--text", "neutral")
     assert status == 2 and "there is no neutral text in 'de'" in error and not (tmp_path / "other").exists()
+
+
+def test_prompts_that_are_worded_as_those_of_the_fit_are_counted_where_the_fit_is_of_that_file(foreign, tmp_path):
+    for stage, *words in (
+        ("collect", "--problems", foreign, "--out", tmp_path / "acts.safetensors"),
+        ("fit", "--activations", tmp_path / "acts.safetensors", "--out", tmp_path / "own.safetensors"),
+    ):
+        status, out, error = call(stage, *words)
+        assert status == 0, error
+    # Answers are judged in neither language: the next command is not eval.
+    assert "next: python -m kernel_surgery.probe --model polyglot --subspace" in out and "--problems own.jsonl" in out
+    words = ["--problems", foreign, "--subspace", tmp_path / "own.safetensors", "--controls", "haar:1"]
+    assert call("probe", *words, "--device", "cpu", "--out", tmp_path / "run")[0] == 0
+    made = json.loads((tmp_path / "run" / "probe.json").read_text(encoding="utf-8"))
+    prompts = 2 * made["asked"]["problems"]
+    said = f"{prompts} of the {prompts} prompts of the test split are worded as prompts that the subspace was fitted on"
+    assert any(note.startswith(said) for note in made["notes"]), made["notes"]
 
 
 def test_what_the_damage_is_measured_on():
