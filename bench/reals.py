@@ -3,7 +3,6 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 from bench import tables
 
@@ -15,7 +14,7 @@ ANSWERS = tables.RESULTS / "eval-polyglot.json"
 OURS, THEIRS = "our problems", "the files' problems"  # as `bench.sources` names them
 
 
-def held(file: Path) -> Any:
+def held(file: Path) -> dict | None:
     """The contents of a file, or None if nothing is stored."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -223,8 +222,12 @@ def streams() -> str:
 
 def chance_of_tokens(file: str) -> float | None:
     """The accuracy of always naming the language that has most tokens of the files' test problems, if it is stored."""
-    runs = held(PROBES) or []
-    return next((run["asked"]["chance"] for run in runs if run["config"].get("problems_file") == file), None)
+    return next((run["asked"]["chance"] for run in probe_runs() if run["config"].get("problems_file") == file), None)
+
+
+def probe_runs() -> list[dict]:
+    """The stored runs of `kernel_surgery.probe`."""
+    return json.loads(PROBES.read_text(encoding="utf-8")) if PROBES.is_file() else []
 
 
 def of_probe(found: dict) -> dict:
@@ -241,42 +244,48 @@ def of_probe(found: dict) -> dict:
 
 
 def probes() -> str:
-    """What a probe reads of the language after a fitted edit, and after random ones of the same rank."""
+    """What a probe reads of the language after a fitted edit, and after random ones of the same rank.
+
+    A column for each run: there are many figures, and few runs.
+    """
     from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, percent, ranged, worst
     from kernel_surgery.studies.randoms import KINDS
 
-    stored = held(PROBES) or []
-    kinds = list(dict.fromkeys(kind for found in stored for kind in found["controls"]))
-    head = ["model", "edit, and the text it was fitted on", "read without an edit", "after the edit", "hidden"]
-    head += [f"after random {KINDS[kind]}" for kind in kinds]
-    head += ["means left", "random", "stream, last layer", "KL, worst language", "in words", "more than random"]
-    body, stamps = [], []
-    for found in stored:
+    runs = probe_runs()
+    kinds = list(dict.fromkeys(kind for found in runs for kind in found["controls"]))
+    head, columns, commands, stamps = [""], [], "", []
+    for found in runs:
         edit, before, fit = found["measured"][EDIT], found["measured"][ORIGINAL], found["subspace"]["fit"]
         last = list(edit["streams"])[-1]
-        order, where = ", layer by layer" * ("sequential" in fit), fit.get("problems_file", "our templates")
-        more = "yes" if found["verdict"] == MORE else "not shown"
         low, high = edit["probe_ci95"]
-        beside = [found["beside"].get(kind) for kind in kinds]
-        body.append(
-            [
-                found["model"]["id"],
-                f"{fit['method']}{order}, rank {found['subspace']['rank']}; {where}",
-                *(f"{before['probe']:.3f}", f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})"),
-                percent(hidden(found)),
-                *(ranged(by["probe"]) if by else "-" for by in beside),
-                *(f"{edit['means']:.2f}", ranged(found["beside"]["all"]["means"], ".2f")),
-                f"{edit['streams'][last]:.3f} (before {before['streams'][last]:.3f})",
-                *(f"{edit['damage']:.3g} ({worst(found)})", edit["word"], more),
-            ]
+        beside = {kind: found["beside"][kind]["probe"] for kind in found["controls"]}
+        head.append(f"{found['model']['id']}: {fit['method']}{', layer by layer' * ('sequential' in fit)}")
+        columns.append(
+            {
+                "rank": str(found["subspace"]["rank"]),
+                "fitted on": fit.get("problems_file", "our templates"),
+                "languages": ", ".join(found["asked"]["languages"]),
+                "read without an edit": f"{before['probe']:.3f}",
+                "read after the edit": f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})",
+                "by chance": f"{found['asked']['chance']:.3f}",
+                "hidden": percent(hidden(found)),
+                **{f"read after random edits {KINDS[kind]}": ranged(beside[kind]) for kind in kinds},
+                "more than random edits": "yes" if found["verdict"] == MORE else "not shown",
+                "means left": f"{edit['means']:.2f}",
+                "means left, random edits": ranged(found["beside"]["all"]["means"], ".2f"),
+                "read in the residual stream, last layer": f"{edit['streams'][last]:.3f}",
+                "the same without an edit": f"{before['streams'][last]:.3f}",
+                "KL, worst language": f"{edit['damage']:.3g} ({worst(found)})",
+                "in words": edit["word"],
+            }
         )
         environment = found["environment"]
-        stamps.append((found["command"], environment["device"], environment["commit"][:10], environment["date"][:10]))
-    if not stored:
+        commands += f"    {found['command']}\n"
+        stamps.append(f"{environment['device']}, commit {environment['commit'][:10]}, {environment['date'][:10]}")
+    if not columns:
         return ""
-    commands = "".join(f"    {command}\n" for command, *_ in stamps)
-    others = dict.fromkeys(f"{device}, commit {commit}, {date}" for _, device, commit, date in stamps)
-    return f"{tables.table(head, body)}\n{commands}\n{'; '.join(others)}.\n"
+    body = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return f"{tables.table(head, body)}\n{commands}\n{'; '.join(dict.fromkeys(stamps))}.\n"
 
 
 def texts() -> str:

@@ -153,7 +153,7 @@ def _end(out: Path, subspace: "Subspace", model: str | None) -> None:
     # Answers are judged in no other languages.
     file = Path(str(fit.get("problems_file", "FILE")))
     if "*" in file.name:  # several, of which the record has no folder
-        file, note = Path("DIR"), f"{note} DIR is the folder of {file}.".strip()
+        file, note = Path("PROBLEMS"), f"{note} PROBLEMS is the folder of {file}.".strip()
     next_command(Following("probe", [*edit, "--problems", file, "--out", free(Path("probe"))], note))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kernel_surgery.common.command import Parser, add_chat, add_problems, command_line, kept_in, main, untouched
 from kernel_surgery.common.ending import Following, Word, next_command, read_it, strength_words, wrote
-from kernel_surgery.common.names import DTYPES, LANGUAGES
+from kernel_surgery.common.names import DTYPES, LANGUAGES, RANDOM_EDITS
 from kernel_surgery.common.progress import waiting
 
 PROMPT = "A PROMPT IN YOUR LANGUAGE"
@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
     p.add_argument("--out", type=Path, required=True, help="folder for the results")
-    more = "random edits beside it: kinds with numbers, of haar, matched, energy and pca (default energy:5,matched:5)"
-    p.add_argument("--controls", default="energy:5,matched:5", help=more)
+    more = "random edits beside it: kinds with numbers, of haar, matched, energy and pca (default "
+    more += f"{RANDOM_EDITS})"
+    p.add_argument("--controls", default=RANDOM_EDITS, help=more)
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
     add_problems(p, "default 40")

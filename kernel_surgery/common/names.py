@@ -16,6 +16,7 @@ METHODS = ("deviations", "centroids", "leace", "oblique")
 METHOD = "oblique"  # the default: it does the least damage to a real model (docs/real.md)
 ERASING = ("leace", "oblique")  # the methods that fit a dual beside the basis
 RANK = 10  # of the other methods, by default; an erasing one takes as many as there are
+RANDOM_EDITS = "energy:5,matched:5"  # that probe measures beside an edit, by default
 CHATS = ("auto", "on", "off")
 # What a record says that was written before there was a choice.
 BEFORE_CHAT = {"chat": "off", "thinking": False}

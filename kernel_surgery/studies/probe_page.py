@@ -150,9 +150,9 @@ def less_read(found: Mapping[str, Any]) -> str:
 
 def every_edit(found: Mapping[str, Any]) -> str:
     """Return the table of all edits, under what the figures are."""
-    languages, layers = found["asked"]["damage_languages"], list(found["measured"][EDIT]["streams"])
+    languages, layers = found["asked"]["languages"], list(found["measured"][EDIT]["streams"])
     head = ["edit", *(f"KL {language}" for language in languages), "in words", "probe", "95% interval", "means left"]
-    head += [f"stream after {layer}" for layer in layers]
+    head += [f"residual stream after {layer}" for layer in layers]
     body = []
     for name, by in found["measured"].items():
         body.append(
@@ -167,8 +167,8 @@ def every_edit(found: Mapping[str, Any]) -> str:
     said = [words.text_words(found), words.read_words(found), words.stream_words(found), words.rank_words(found)]
     explained = (
         "probe: held-out accuracy of a linear probe for the language of a token, mean over the edited layers, where "
-        "the edit is made. means left: how much of the covariance with the language is left there. stream: the same "
-        f"probe in the residual stream after a layer. {RULE}"
+        "the edit is made. means left: how much of the covariance with the language is left there. residual "
+        f"stream: the same probe after a layer. {RULE}"
     )
     return (
         "".join(f"<p>{html.escape(line[0].upper() + line[1:])}.</p>" for line in said)

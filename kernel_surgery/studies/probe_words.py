@@ -14,11 +14,6 @@ PROBLEMS = 10  # of fewer, an interval that resamples problems is too narrow
 SHOWN_P = 0.05
 
 
-def subject(found: Mapping[str, Any]) -> str:
-    """Return where the probe reads, as the subject of a sentence."""
-    return f"a linear probe at layers {spans(found['asked']['layers'])}"
-
-
 def hidden(found: Mapping[str, Any]) -> float:
     """Return the share that the edit hides of what the probe reads above chance: 0 is nothing, 1 is all."""
     original, chance = found["measured"][ORIGINAL]["probe"], found["asked"]["chance"]
@@ -57,12 +52,10 @@ def _of_the_language(found: Mapping[str, Any]) -> str:
         )
     if found["verdict"] == NOTHING:
         return "This edit is not shown to hide anything of the language from a linear probe."
-    said = f"This edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance"
+    said = f"This edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance."
     more, others = (_counted(found, more) for more in (True, False))
-    if not others:
-        return f"{said}, more than each of the random edits of its rank: {more}."
-    between = f" That is more than random edits hide: {more}; but" if more else " That is"
-    return f"{said}.{between} not shown to be more than random edits hide: {others}."
+    said += f" That is more than these random edits of its rank hide: {more}." if more else ""
+    return said + (f" It is not shown to be more than these hide: {others}." if others else "")
 
 
 def _counted(found: Mapping[str, Any], more: bool) -> str:
@@ -78,9 +71,9 @@ def read_words(found: Mapping[str, Any]) -> str:
     edit, original, beside = found["measured"][EDIT], found["measured"][ORIGINAL], found["beside"]["all"]["probe"]
     low, high = edit["probe_ci95"]
     return (
-        f"{subject(found)} reads the language of {edit['probe']:.3f} ({low:.3f} to {high:.3f}) of the tokens; without "
-        f"the edit {original['probe']:.3f}, after random edits {ranged(beside)}, by chance "
-        f"{found['asked']['chance']:.3f}"
+        f"a linear probe at layers {spans(found['asked']['layers'])} reads the language of {edit['probe']:.3f} "
+        f"({low:.3f} to {high:.3f}) of the tokens; without the edit {original['probe']:.3f}, after random edits "
+        f"{ranged(beside)}, by chance {found['asked']['chance']:.3f}"
     )
 
 
@@ -133,7 +126,8 @@ def name_of(name: str) -> str:
 def summary(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the head and a row for the original, the fitted edit and every kind of random edits, with their range."""
     layers = list(found["measured"][EDIT]["streams"])
-    head = ["", "KL, worst language", "probe", "means left", *(f"stream after {layer}" for layer in layers), "in words"]
+    head = ["", "KL, worst language", "probe", "means left", *(f"residual stream after {layer}" for layer in layers)]
+    head += ["in words"]
     rows = [head]
     for name in (ORIGINAL, EDIT):
         by = found["measured"][name]

@@ -2,8 +2,8 @@
 
 Every edit is measured in the same way, on test problems, which no fit has seen (`Measuring`): how many tokens a linear
 probe reads right at the edited layers, how much the languages' means still differ there, what a probe reads in the
-residual stream after the last edited layer and after the model's last one, and the damage. If random edits of the same
-rank hide as much, the fitted one is not about the language.
+residual stream after the last edited layer and after the model's last one, and the damage. Where random edits of the
+same rank hide as much, nothing shows that the fitted one is about the language.
 
 config.json holds what the figures depend on, measured.json every edit that is finished, probe.json everything.
 """
@@ -22,7 +22,7 @@ from kernel_surgery.common.command import check_finite_strength
 from kernel_surgery.common.environment import environment_record, now
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.common.names import LANGUAGES, RANDOM_EDITS
 from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.damage.words import ratio_interval
@@ -42,17 +42,8 @@ from kernel_surgery.problems.generator import Problem
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
 from kernel_surgery.studies.opening import open_together
 from kernel_surgery.studies.probe_page import write_page
-from kernel_surgery.studies.probe_words import (
-    EDIT,
-    FEW,
-    MORE,
-    NO_MORE,
-    NOTHING,
-    ORIGINAL,
-    PROBLEMS,
-    UNREAD,
-)
-from kernel_surgery.studies.randoms import DEFAULT, KINDS, parse_kinds, random_subspaces
+from kernel_surgery.studies.probe_words import EDIT, FEW, MORE, NO_MORE, NOTHING, ORIGINAL, PROBLEMS, UNREAD
+from kernel_surgery.studies.randoms import KINDS, parse_kinds, random_subspaces
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -69,7 +60,7 @@ def run_probe(
     options: Options,
     *,
     probed: int = 20,
-    controls: str = DEFAULT,
+    controls: str = RANDOM_EDITS,
     text: str | None = None,
     command: str | None = None,
     ranks: Ranks = ALONE,
@@ -77,7 +68,7 @@ def run_probe(
     """Measure an edit beside random ones. Return the contents of probe.json, which is written with its page.
 
     options: of an evaluation, with `out`; those that say how texts are made do not count. languages: "all", or names.
-    probed: problems whose tokens the probe reads, at most. controls: such as "haar:5,matched:5".
+    probed: problems whose tokens the probe reads, at most. controls: such as "energy:5,matched:5".
     text: what the damage is measured on, "neutral" or "prompts"; None: the neutral text where it has all languages.
     command: the command line, for the record.
     ranks: the processes that share the measuring. All call this; process 0 draws and writes.
@@ -176,8 +167,7 @@ def few_tokens(asked: Mapping[str, Any], d_model: int) -> list[str]:
 def asked_of(measuring: Measuring, text: str) -> dict[str, Any]:
     """Return what was measured, and where. text: `NEUTRAL` or `PROMPTS`."""
     read = measuring.asked_of() | {"site": measuring.site, "streams": list(measuring.streams)}
-    languages, sentences = list(measuring.languages), measuring.text.sentences
-    return read | {"text": text, "sentences": sentences, "damage_languages": languages}
+    return read | {"text": text, "sentences": measuring.text.sentences}
 
 
 def with_those_before(kinds: Mapping[str, int], file: Path) -> dict[str, int]:
@@ -307,9 +297,7 @@ def among(value: float, others: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def verdict(
-    hidden: Sequence[float], apart: Sequence[Sequence[float]], problems: int = PROBLEMS, unread: bool = False
-) -> str:
+def verdict(hidden: Sequence[float], apart: Sequence[Sequence[float]], problems: int, *, unread: bool = False) -> str:
     """Return what the intervals allow to say of the probe at the edited layers.
 
     hidden: [difference in accuracy from the original, low, high]. apart: the same from the random edit of each kind
@@ -317,6 +305,8 @@ def verdict(
 
     `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0, `NO_MORE` unless all others are.
     """
-    if unread or problems < PROBLEMS:
-        return UNREAD if unread else FEW
+    if unread:
+        return UNREAD
+    if problems < PROBLEMS:
+        return FEW
     return NOTHING if hidden[2] >= 0 else MORE if all(high < 0 for *_, high in apart) else NO_MORE

@@ -1,6 +1,6 @@
 """Random edits beside a fitted one: of the same rank, at the same layers and site.
 
-What random edits do too is no matter of the language: it comes from taking k dimensions away. There are four kinds:
+Random edits know nothing of the language. What they do too comes from taking k dimensions away. There are four kinds:
 
     haar       uniform among all k-dimensional subspaces, at the strengths of the fitted edit
     matched    by covariance: directions in which the activations vary, in the form of the fitted edit
@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache
 
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import RANDOM_EDITS
 from kernel_surgery.damage.measure import neutral_moments, random_edits
 from kernel_surgery.damage.neutral import NeutralText
 from kernel_surgery.damage.words import HAAR, MATCHED
@@ -25,19 +26,18 @@ from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
 
 KINDS = {HAAR: "uniform", MATCHED: "by covariance", "energy": "of equal energy", "pca": "of the components"}
-DEFAULT = f"energy:5,{MATCHED}:5"
 SEED = 1  # with 0, the bases of one kind would be those of another
 
 
 def parse_kinds(text: str) -> dict[str, int]:
-    """Parse an option such as "haar:5,matched:5" into {kind: count}. Raises UserError for any other form."""
+    """Parse an option such as "energy:5,matched:5" into {kind: count}. Raises UserError for any other form."""
     found: dict[str, int] = {}
     for part in text.split(","):
         kind, _, count = part.strip().partition(":")
         if kind not in KINDS or kind in found or not count.isdecimal() or int(count) < 1:
             raise UserError(
-                f"--controls takes kinds with numbers, such as {DEFAULT}; the kinds are {', '.join(KINDS)}, each once. "
-                f"Got {text!r}."
+                f"--controls takes kinds with numbers, such as {RANDOM_EDITS}; the kinds are {', '.join(KINDS)}, each "
+                f"once. Got {text!r}."
             )
         found[kind] = int(count)
     return found

@@ -9,7 +9,7 @@ import torch
 
 from kernel_surgery import POLYGLOT_SUBSPACE, Subspace, collect_moments, fit_subspace, hooked
 from kernel_surgery.common.errors import UserError
-from kernel_surgery.common.names import LANGUAGES
+from kernel_surgery.common.names import LANGUAGES, RANDOM_EDITS
 from kernel_surgery.damage.measure import neutral_moments, random_edits
 from kernel_surgery.damage.neutral import NeutralText
 from kernel_surgery.damage.words import HAAR, MATCHED
@@ -23,7 +23,7 @@ from kernel_surgery.studies import probe_words
 from kernel_surgery.studies.measuring import Measuring, first_problems
 from kernel_surgery.studies.probe_page import page
 from kernel_surgery.studies.probing import PROMPT_TOKENS, among, few_tokens, prompt_texts, text_of, verdict
-from kernel_surgery.studies.randoms import DEFAULT, KINDS, SEED, parse_kinds, random_subspaces
+from kernel_surgery.studies.randoms import KINDS, SEED, parse_kinds, random_subspaces
 from kernel_surgery.subspace.reading import reading
 from tests.support.browser import check_width
 from tests.support.calls import call
@@ -82,7 +82,6 @@ def test_the_figures_are_those_of_one_edit_measured_alone(run, results, model, t
     assert {name: made[name] for name in expected} == expected
     assert results["asked"] == json.loads(json.dumps(measuring.asked_of())) | {
         **{"site": "mlp_out", "streams": [5, 7], "text": "neutral", "sentences": 4},
-        "damage_languages": list(languages),
     }
 
 
@@ -276,8 +275,8 @@ def test_an_edit_of_equal_energy_takes_as_much_as_the_fitted_one(text, scheduled
         assert random == pytest.approx(fitted, rel=1e-5)  # the basis is stored in float32
 
 
-def test_random_edits_of_the_site_after_a_norm_are_drawn_from_what_is_there(tokenizer, monkeypatch):
-    seen, sites = [], []
+def test_random_edits_of_the_site_after_a_norm_are_drawn_from_what_is_there(monkeypatch):
+    sites = []
 
     def read(*words):
         sites.append(words[3])
@@ -288,14 +287,14 @@ def test_random_edits_of_the_site_after_a_norm_are_drawn_from_what_is_there(toke
     for site in ("mlp_write", "mlp_out", "resid_post", None):
         with pytest.raises(StopIteration):
             neutral_moments(SimpleNamespace(model=None, tokenizer=None), Subspace(bases, site=site))
-    assert sites == ["mlp_write", "mlp_out", "mlp_out", "mlp_out"] and not seen
+    assert sites == ["mlp_write", "mlp_out", "mlp_out", "mlp_out"]
 
 
 @pytest.mark.parametrize("bad", ["", "haar", "haar:0", "haar:x", "gauss:3", "haar:2,haar:3", "haar:2,,"])
 def test_controls_are_kinds_with_numbers(bad):
     with pytest.raises(UserError, match="--controls takes kinds with numbers, such as energy:5,matched:5"):
         parse_kinds(bad)
-    assert parse_kinds(DEFAULT) == {"energy": 5, "matched": 5} and parse_kinds("pca:3, energy:1") == {
+    assert parse_kinds(RANDOM_EDITS) == {"energy": 5, "matched": 5} and parse_kinds("pca:3, energy:1") == {
         "pca": 3,
         "energy": 1,
     }
@@ -325,10 +324,10 @@ def test_an_edit_fitted_on_these_very_tokens_hides_more_than_random_ones_and_a_r
 def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
     below, across, above = [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.0], [0.1, 0.05, 0.2]
     assert verdict(below, [below], 10) == probe_words.MORE and verdict(below, [below], 9) == probe_words.FEW
-    assert verdict(below, [below], 9, unread=True) == verdict(below, [below], unread=True) == probe_words.UNREAD
-    assert verdict(below, [below, below]) == probe_words.MORE
-    assert verdict(below, [below, across]) == verdict(below, [above]) == probe_words.NO_MORE
-    assert verdict(across, [below]) == verdict(above, [below]) == probe_words.NOTHING
+    assert verdict(below, [below], 9, unread=True) == verdict(below, [below], 10, unread=True) == probe_words.UNREAD
+    assert verdict(below, [below, below], 10) == probe_words.MORE
+    assert verdict(below, [below, across], 10) == verdict(below, [above], 10) == probe_words.NO_MORE
+    assert verdict(across, [below], 10) == verdict(above, [below], 10) == probe_words.NOTHING
 
 
 def test_where_a_figure_lies_among_random_ones():
@@ -359,27 +358,24 @@ def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
 
 
 def test_every_verdict_has_its_sentence_with_the_kinds_of_random_edits_and_their_p():
-    assert probe_words.sentence(planted(0.5)) == (
-        "This edit hides 50% of what a linear probe reads of the language above chance, more than each of the random "
-        "edits of its rank: 5 of equal energy (p = 0.17), 4 by covariance (p = 0.20)."
+    said = "This edit hides 50% of what a linear probe reads of the language above chance. "
+    energy, matched = "5 of equal energy (p = 0.17)", "4 by covariance (p = 0.20)"
+    more, not_more = (
+        "That is more than these random edits of its rank hide: ",
+        "It is not shown to be more than these hide: ",
     )
+    assert probe_words.sentence(planted(0.5)) == f"{said}{more}{energy}, {matched}."
     some, none = (probe_words.sentence(planted(0.5, energy=x, matched=ACROSS)) for x in (BELOW, ACROSS))
-    assert some.endswith(
-        "above chance. That is more than random edits hide: 5 of equal energy (p = 0.17); but not shown to be more "
-        "than random edits hide: 4 by covariance (p = 0.20)."
-    )
-    assert none.endswith(
-        "chance. That is not shown to be more than random edits hide: 5 of equal energy (p = 0.17), 4 by covariance "
-        "(p = 0.20)."
-    )
-    said = {
+    assert some == f"{said}{more}{energy}. {not_more}{matched}." and none == f"{said}{not_more}{energy}, {matched}."
+    other = {
         word: probe_words.sentence(planted(0.5, verdict=word))
         for word in (probe_words.NOTHING, probe_words.UNREAD, probe_words.FEW)
     }
-    assert said[probe_words.NOTHING] == "This edit is not shown to hide anything of the language from a linear probe."
-    assert said[probe_words.FEW].startswith("4 problems are too few to say how much")
+    assert other[probe_words.NOTHING] == "This edit is not shown to hide anything of the language from a linear probe."
+    assert other[probe_words.FEW].startswith("4 problems are too few to say how much")
     assert (
-        "so there is nothing to hide" in said[probe_words.UNREAD] and "and chance is 0.100" in said[probe_words.UNREAD]
+        "so there is nothing to hide" in other[probe_words.UNREAD]
+        and "and chance is 0.100" in other[probe_words.UNREAD]
     )
 
 
