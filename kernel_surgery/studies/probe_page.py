@@ -37,6 +37,7 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     probes, means = (by_layer(found, name) for name in ("probes", "left"))
     first += less_read(found) + panels([beside_random(found), probes, means])
+    first += "".join(f"<p class=note>{html.escape(note)}</p>" for note in found["notes"])
     return document(f"Probe: {found['model']['id']}", first + contents(parts))
 
 
@@ -179,13 +180,11 @@ def every_edit(found: Mapping[str, Any]) -> str:
 
 
 def how(found: Mapping[str, Any]) -> str:
-    """Return the notes, the command and the record."""
+    """Return the command and the record."""
     command = found.get("command")
     record = {key: found[key] for key in ("config", "environment", "model", "asked", "controls")}
-    return (
-        "".join(f"<p class=note>{html.escape(note)}</p>" for note in found["notes"])
-        + (f"<pre class=block>{html.escape(command)}</pre>" if command else "")
-        + folded("Record", f"<pre>{html.escape(json.dumps(record, indent=2, ensure_ascii=False))}</pre>")
+    return (f"<pre class=block>{html.escape(command)}</pre>" if command else "") + folded(
+        "Record", f"<pre>{html.escape(json.dumps(record, indent=2, ensure_ascii=False))}</pre>"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import LANGUAGES, RANDOM_EDITS
 from kernel_surgery.damage.measure import neutral_moments, random_edits
 from kernel_surgery.damage.neutral import NeutralText
-from kernel_surgery.damage.words import HAAR, MATCHED
+from kernel_surgery.damage.words import HAAR, MATCHED, ratio_interval
 from kernel_surgery.evaluation.controls import draw
 from kernel_surgery.evaluation.effects import probe_accuracy
 from kernel_surgery.evaluation.options import Asked
@@ -328,6 +329,20 @@ def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
     assert verdict(below, [below, below], 10) == probe_words.MORE
     assert verdict(below, [below, across], 10) == verdict(below, [above], 10) == probe_words.NO_MORE
     assert verdict(across, [below], 10) == verdict(above, [below], 10) == probe_words.NOTHING
+
+
+def test_with_fewer_problems_the_intervals_would_be_too_narrow():
+    """How often an interval of differences that are nothing lies below 0. It should be .025."""
+    generator = np.random.default_rng(0)
+
+    def rate(problems):
+        draws = (generator.normal(size=problems) for _ in range(200))
+        return np.mean([ratio_interval(draw, np.ones(problems))[1] < 0 for draw in draws])
+
+    few, enough = rate(4), rate(probe_words.PROBLEMS)
+    noise = 2 * (0.05 * 0.95 / 200) ** 0.5  # of a rate of .05 in 200 draws
+    print(f"4 problems {few:.3f}, {probe_words.PROBLEMS} problems {enough:.3f}")
+    assert few > 0.05 + noise / 2 and enough <= 0.05 + noise
 
 
 def test_where_a_figure_lies_among_random_ones():
