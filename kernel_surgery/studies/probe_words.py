@@ -10,8 +10,7 @@ from kernel_surgery.studies.randoms import KINDS
 ORIGINAL, EDIT = "original", "edit"
 MORE, NO_MORE, NOTHING = "hides more", "hides no more", "hides nothing"
 UNREAD, FEW = "nothing to hide", "too few problems"
-# Of fewer problems, more than one in twenty of the intervals lies below 0 where there is no difference (a test shows it;
-# 1 in 40 is meant).
+# With fewer problems, more than one in twenty intervals lies below 0 where there is no difference; 1 in 40 is meant.
 PROBLEMS = 10
 SHOWN_P = 0.05
 

@@ -122,9 +122,7 @@ def run_study(
         "damage_in_words": headline(damage),
         "notes": under_way.notes(),
         **{"schema": 1, "command": command, "declared": under_way.named},
-        "environment": environment_record(under_way.device)
-        | {"date": now()}
-        | ranks.record(),
+        "environment": environment_record(under_way.device) | {"date": now()} | ranks.record(),
         **found,
         "test": under_way.figures(texts, ["original", *settings]),
         **{"paired": paired, "power": power(paired), "controls": control_results, "damage": damage},
