@@ -7,8 +7,9 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from kernel_surgery.common.command import did_you_mean, main
+from kernel_surgery.common.command import SCRIPT, did_you_mean, main
 from kernel_surgery.common.errors import UserError
+from kernel_surgery.common.names import VERSION
 
 COMMANDS = {
     "collect": "measure activations of the same problems in several languages",
@@ -44,6 +45,9 @@ def run(argv: list[str] | None = None) -> int | None:
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(listing())
+        return 0
+    if words[0] == "--version":
+        print(f"{SCRIPT} {VERSION}")
         return 0
     if words[0] not in COMMANDS:
         names = f": choose from {', '.join(COMMANDS)}."

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kernel_surgery.common.command import (
     Parser,
+    add_base,
     add_damage,
     check_finite_strength,
     command_line,
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     formats.add_argument("--dequantize", action="store_true", help=more)
     more = "of a quantised checkpoint, write the edited matrices back in their own format"
     formats.add_argument("--requantize", action="store_true", help=more)
+    add_base(p)
     add_damage(p)
     more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
     p.add_argument("--force", action="store_true", help=more)
@@ -63,15 +65,16 @@ def run(argv: list[str] | None = None) -> int:
     quantised = "dequantize" if args.dequantize else "requantize" if args.requantize else None
     if args.undo and quantised:
         raise UserError(f"--undo restores the weights as they were baked: omit --{quantised}.")
+    if args.undo and args.base_model:
+        raise UserError("--undo brings the original's own card back: omit --base-model.")
     check_output(args.out)
 
     with waiting("starting"):
         from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
         from kernel_surgery.checkpoint.record import read_provenance
-        from kernel_surgery.damage.before import damage_before_writing
+        from kernel_surgery.damage.before import damage_before_writing, languages_measured
         from kernel_surgery.models.load import findable, local_folder, resolve_checkpoint
         from kernel_surgery.models.stored import counted, layout_in, layouts, parts
-        from kernel_surgery.problems.generator import parse_languages
         from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("bake", argv), resolve_checkpoint(args.model)
@@ -83,11 +86,11 @@ def run(argv: list[str] | None = None) -> int:
         original = findable(read_provenance(args.out, "restored")["model_id"])
         next_command(Following("verify", ["--restored", args.out, *(["--model", original] if original else [])]))
         return 0
-    languages = parse_languages(args.languages)
     subspace = Subspace.load(args.subspace, force=args.force)
+    languages = languages_measured(args.languages, subspace)
     folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
-    options["quantised"] = quantised
+    options |= {"quantised": quantised, "base": args.base_model}
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)
     show(bake_checkpoint(folder, subspace, args.out, **options))

@@ -33,7 +33,7 @@ def run(argv: list[str] | None = None) -> int:
     """Write the checkpoint. Return 0. Raises UserError for a file that is no GGUF file and for a failed download."""
     args = parser().parse_args(argv)
     with waiting("starting"):
-        from kernel_surgery.models.gguf import fetch_smollm2, is_gguf, size_in_float32, write_checkpoint
+        from kernel_surgery.models.gguf import card_of, fetch_smollm2, is_gguf, size_in_float32, write_checkpoint
         from kernel_surgery.models.load import SMOLLM2_FOLDER, quiet_transformers
 
     if args.model != "smollm2" and not is_gguf(args.model):
@@ -52,7 +52,7 @@ def run(argv: list[str] | None = None) -> int:
     if args.model == "smollm2":
         fetch_smollm2(out)
     else:
-        write_checkpoint(file, out)
+        write_checkpoint(file, out, card_of(file))
     print("a checkpoint in float32")
     wrote(out)
     _next("smollm2" if out == SMOLLM2_FOLDER else out)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kernel_surgery.common.command import (
     Parser,
+    add_base,
     add_damage,
     check_finite_strength,
     command_line,
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="new folder for the adapter")
     more = "1 removes the subspace (default), 2 reflects it, 0 changes nothing"
     p.add_argument("--strength", type=float, default=1.0, help=more)
+    add_base(p)
     add_damage(p)
     more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
     p.add_argument("--force", action="store_true", help=more)
@@ -54,17 +56,17 @@ def run(argv: list[str] | None = None) -> int:
 
     with waiting("starting"):
         from kernel_surgery.checkpoint.adapter import served_modules, write_adapter
-        from kernel_surgery.damage.before import damage_before_writing
+        from kernel_surgery.damage.before import damage_before_writing, languages_measured
         from kernel_surgery.models.load import hub_id, local_folder, resolve_checkpoint
         from kernel_surgery.models.stored import layout_in
-        from kernel_surgery.problems.generator import parse_languages
         from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("lora", argv), resolve_checkpoint(args.model)
-    languages = parse_languages(args.languages)
     subspace = Subspace.load(args.subspace, force=args.force)
+    languages = languages_measured(args.languages, subspace)
     folder = local_folder(source)
     options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
+    options["base"] = args.base_model
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "lora", args.strength, **how)
     rank = write_adapter(folder, subspace, args.out, **options)

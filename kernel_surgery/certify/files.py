@@ -95,8 +95,7 @@ def check_others(folder: Path, source: Path | None, rewritten: Container[str] = 
 
 def read(part: StoredPart) -> Tensor:
     """Read what is edited as [d_model, columns]; a bias has one column."""
-    tensor = part.read()
-    return tensor.reshape(tensor.shape[0], -1)
+    return (tensor := part.read()).reshape(tensor.shape[0], -1)
 
 
 def edited_in(folder: Path, layers: Container[int]) -> dict[str, StoredPart]:
@@ -319,6 +318,9 @@ def verify_adapter(folder: Path, source: Path | None = None, subspace: Path | No
         certificate.rows.append(row)
         certificate.faults += _pair_faults(layer, module, a, b, edit, row)
     certificate.faults += [f"{name} does not belong to a layer of the subspace" for name in sorted(rest)]
+    wrong = sum(not row["error_over_bound"] <= 1 for row in certificate.rows if row["error_over_bound"] is not None)
+    if 2 * wrong > len(asked):
+        certificate.faults.insert(0, f"A of {wrong} of {len(asked)} matrices is wrong: is it another model?")
     unchecked = "A was not checked against the weights: give --model to check it"
     return certificate.done(unchecked if source is None else None)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import (
+    check_base,
     damage_lines,
     edit_record,
     header_lines,
@@ -39,7 +40,7 @@ from kernel_surgery.edit.lora import lora_pair, padded_rank, refuse_offset
 from kernel_surgery.files.folder import new_folder
 from kernel_surgery.files.tensorfile import save_tensors
 from kernel_surgery.models.architectures import layout_named
-from kernel_surgery.models.load import hub_id, read_config
+from kernel_surgery.models.load import read_config
 from kernel_surgery.models.stored import StoredPart, layout_in
 from kernel_surgery.models.table import Layout, Part
 from kernel_surgery.subspace.artifact import Subspace
@@ -59,6 +60,7 @@ def write_adapter(
     *,
     strength: float = 1.0,
     model_id: str | None = None,
+    base: str | None = None,
     force: bool = False,
     command: str | None = None,
     measure: Callable[[], dict[str, Any]] | None = None,
@@ -68,7 +70,7 @@ def write_adapter(
     source: folder of a checkpoint that was not baked.
     subspace: its edits; the edited layers are its layers.
     strength: a in A = a B_e^T W, B = -A_e, with the edit's basis A_e and dual B_e. The schedule multiplies it.
-    model_id: name of the base model for the records, by default the folder.
+    model_id: name of the base model for the records, by default the folder. base: its hub id, if that is another name.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
     measure: called after all checks, before anything is written. It returns the damage for the record and the card
@@ -85,6 +87,7 @@ def write_adapter(
     exist.
     """
     source, destination = Path(source), Path(destination)
+    check_base(base)
     rank, edits = padded_rank(subspace.rank), subspace.projections
     refuse_offset(next(iter(edits.values())))
     layouts = original_layouts(source)
@@ -109,11 +112,11 @@ def write_adapter(
             torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous(),
             torch.nn.functional.pad(pair.b, (0, padding)).contiguous(),
         )
-    record = edit_record("adapter", source, subspace, strength, model_id, command, padded_rank=rank, damage=damage)
+    record = edit_record(
+        *("adapter", source, subspace, strength, model_id, command), base=base, padded_rank=rank, damage=damage
+    )
     record |= {"model_type": read_config(source)["model_type"], **_edited(kind, matrices)}
     tensors = packed(edited_by(record), pairs)
-    # PEFT can load the base model by this name. Only a hub id means the same on another machine.
-    record["base"] = hub_id(model_id or source)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with new_folder(destination, size) as folder:
         save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})

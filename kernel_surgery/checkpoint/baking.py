@@ -25,6 +25,7 @@ from kernel_surgery.checkpoint.dequantising import Dequantised, PartEdit
 from kernel_surgery.checkpoint.record import (
     BASE_CARD,
     UNDO,
+    check_base,
     edit_record,
     edit_tensors,
     edits_in,
@@ -247,6 +248,7 @@ def bake_checkpoint(
     *,
     strength: float = 1.0,
     model_id: str | None = None,
+    base: str | None = None,
     force: bool = False,
     command: str | None = None,
     measure: Callable[[], dict[str, Any]] | None = None,
@@ -257,7 +259,7 @@ def bake_checkpoint(
     source: folder of a checkpoint that was not baked.
     subspace: its edits; the edited layers are its layers.
     strength: a in W <- W - a A (B^T W), b <- b - a A (B^T b - c). The subspace's schedule multiplies it.
-    model_id: name of the model for the records, by default the folder.
+    model_id: name of the model for the records, by default the folder. base: its hub id, if that is another name.
     force: accept a subspace of unknown origin, or one fitted on another model.
     command: the command line, for the record.
     measure: called after all checks, before anything is written. It returns the damage for the record and the card
@@ -276,6 +278,7 @@ def bake_checkpoint(
     file; at strength 1 also by the weights. After any exception `destination` does not exist and `source` is unchanged.
     """
     source, destination = Path(source), Path(destination)
+    check_base(base)
     check_output(destination)
     layouts = original_layouts(source)
     check_source(source, layouts, subspace, force=force)
@@ -288,7 +291,7 @@ def bake_checkpoint(
     removal = _Removal(edited, subspace, strength, keep=quantised != "requantize")
 
     def finish(folder: Path) -> dict[str, Any]:
-        record = edit_record("baked", source, subspace, strength, model_id, command, damage=damage)
+        record = edit_record("baked", source, subspace, strength, model_id, command, base=base, damage=damage)
         if quantised is not None:
             again = [part.quantised.format for part in edited if part.quantised]
             own = {"how": "requantised", "format": sorted(set(again)), "matrices": len(again)}
@@ -378,6 +381,9 @@ def undo_checkpoint(source: Path, destination: Path, *, command: str | None = No
         header |= {key: record[key] for key in ("schedule", "quantisation") if key in record}
         return header | {"rank": record["rank"], "layers": record["layers"], "command": command}
 
-    names: dict[str, str | None] = {"README.md": None, BASE_CARD: "README.md"}
+    # What was added later, such as a certificate, is about the edited weights.
+    added = contents(source).along
+    names: dict[str, str | None] = {name: None for name in added if name not in record["sha256"]}
+    names |= {"README.md": None, BASE_CARD: "README.md"}
     _rewrite(source, destination, layouts, (edited, edit), lambda n: names.get(n, n), lambda folder: None, finish)
     return norms

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernel_surgery.common.environment import environment_record
-from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.errors import CheckpointError, MissingFileError, UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.files.contents import OURS, PROVENANCE
@@ -61,8 +61,13 @@ def write_edits(folder: Path, edits: Mapping[int, Projection]) -> None:
 def read_edits(folder: Path, record: dict[str, Any], file: Path = BASES) -> dict[int, Projection]:
     """Return the edit of every layer that is stored in a folder.
 
-    Raises CheckpointError unless they are edits and have the layers and the rank that the record names.
+    Raises CheckpointError unless they are edits and have the layers and the rank that the record names, and
+    MissingFileError if the file is not there.
     """
+    if not (folder / file).is_file():
+        raise MissingFileError(
+            f"{str(folder)!r} is incomplete: {file.as_posix()}, which holds the edit, is missing. Fetch it again."
+        )
     with opened(folder / file) as tensors:
         held = {name: tensors.get_tensor(name) for name in tensors.keys() if "inside" not in name}  # noqa: SIM118
     try:
@@ -90,17 +95,21 @@ def edit_record(
     strength: float,
     model_id: str | None,
     command: str | None,
+    *,
+    base: str | None = None,
     padded_rank: int | None = None,
     damage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the fields that every record of an edit has: the model, the subspace and the strength.
 
-    kind: "baked" or "adapter". padded_rank: of an adapter. damage: what was measured of it, with "in_words".
+    kind: "baked" or "adapter". base: the original's hub id, by default that of `model_id` or `source`. padded_rank: of
+    an adapter. damage: what was measured of it, with "in_words".
     """
     # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
     return {
-        **{"kind": kind, "model_id": public_name(model_id or source), "strength": strength},
+        **{"kind": kind, "model_id": public_name(model_id or source), "base": base or hub_id(model_id or source)},
+        "strength": strength,
         **({"schedule": {str(i): a for i, a in subspace.strengths.items()}} if subspace.strengths else {}),
         **{"layers": list(subspace.layers), "rank": subspace.rank, "form": subspace.form},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
@@ -118,12 +127,19 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
     words = damage.get("in_words", "damage: not measured")
     lines = [f"**{words[0].upper()}{words[1:]}.**", ""]
     if damage.get("neutral"):
+        languages = ", ".join(next(iter(damage["neutral"].values())))
         lines += [
-            "It was measured on plain everyday text in the languages named. In other languages and in chats it may be",
+            f"It was measured on plain everyday text in {languages}. In other languages and in chats it may be",
             "more. That directions were removed does not mean that the model's language cannot be read any more.",
             "",
         ]
     return lines
+
+
+def check_base(base: str | None) -> None:
+    """Raise UserError for a name of the original, for cards and PEFT, that is not a hub id."""
+    if base is not None and hub_id(base) is None:
+        raise UserError(f"--base-model must be a hub id such as Qwen/Qwen2.5-3B, got {base!r}.")
 
 
 def licence_of(source: Path) -> dict[str, str]:
@@ -143,7 +159,7 @@ def header_lines(record: dict[str, Any]) -> list[str]:
 
     Only a hub id means the same elsewhere, so a folder's name is left out.
     """
-    base = hub_id(record["model_id"])
+    base = record.get("base") or hub_id(record["model_id"])
     known = ({"base_model": base} if base else {}) | record.get("licence", {})
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
 
@@ -173,10 +189,14 @@ def write_provenance(folder: Path, record: dict[str, Any], hashes: dict[str, str
 
 def is_restored(folder: Path) -> bool:
     """Return whether a folder holds what `bake --undo` wrote."""
+    return _kind_of(folder) == "restored"
+
+
+def _kind_of(folder: Path) -> str | None:
     try:
-        return bool(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["kind"] == "restored")
+        return str(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def is_requantised(record: dict[str, Any]) -> bool:
@@ -201,24 +221,32 @@ _WRITER = {
 }
 
 
+def _written_by(kind: str) -> str:
+    what, writer = _WRITER[kind]
+    return f"{what} from python -m {writer}"
+
+
 def read_provenance(folder: Path, kind: str = "baked") -> dict[str, Any]:
     """Return the record of a folder. kind: "baked", "restored" or "adapter".
 
     Raises CheckpointError if the folder has no valid record of that kind.
     """
+    found = _kind_of(folder)
+    if found in _WRITER and found != kind:
+        raise CheckpointError(
+            f"{str(folder)!r} is {_written_by(found)}, not {_written_by(kind)}. verify takes it as --{found}."
+        )
     try:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         if record["kind"] != kind or not isinstance(record["sha256"], dict):
-            raise CheckpointError(f"it is of a {record['kind']!r} checkpoint")
+            raise ValueError(f"it is of a {record['kind']!r} checkpoint")
         strengths = [strength_at(record, layer) for layer in record["layers"]]
         if not strengths or not all(map(math.isfinite, strengths)) or int(record["rank"]) < 1:
-            raise CheckpointError("it names no strength, layers or rank")
+            raise ValueError("it names no strength, layers or rank")
         if not isinstance(record["model_id"], str) or not all(isinstance(i, int) for i in record["layers"]):
-            raise CheckpointError("it names no model or layers")
+            raise ValueError("it names no model or layers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what, writer = _WRITER[kind]
         raise CheckpointError(
-            f"{str(folder)!r} is not {what} from python -m {writer}: its {PROVENANCE} is missing or of another kind. "
-            "verify takes --baked, --restored or --adapter."
+            f"{str(folder)!r} is not {_written_by(kind)}: its {PROVENANCE} is missing or of another kind."
         ) from error
     return record

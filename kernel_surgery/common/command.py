@@ -188,10 +188,16 @@ def add_damage(p: argparse.ArgumentParser) -> None:
     """Add the options of a command that measures an edit's damage before it writes."""
     from kernel_surgery.common.names import LANGUAGES
 
-    more = f"in which the damage is measured; comma-separated, or all: {','.join(LANGUAGES)} (default: en,zh)"
-    p.add_argument("--languages", default="en,zh", help=more)
+    more = f"in which the damage is measured; comma-separated, or all: {','.join(LANGUAGES)} (default: those of the fit)"
+    p.add_argument("--languages", help=more)
     more = "do not load the model to measure the damage; the card says that it was not measured"
     p.add_argument("--no-damage", action="store_true", help=more)
+
+
+def add_base(p: argparse.ArgumentParser) -> None:
+    """Add the option --base-model of a command that writes a folder with a card."""
+    more = "hub id of the original, ORG/NAME, for the card and for PEFT (default: --model's, if it is one)"
+    p.add_argument("--base-model", metavar="ID", help=more)
 
 
 def add_chat(p: argparse._ActionsContainer, default: str | None = "auto") -> None:

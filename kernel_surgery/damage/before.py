@@ -8,19 +8,31 @@ from typing import Any
 import torch
 
 from kernel_surgery.common.errors import KernelSurgeryError, UserError
+from kernel_surgery.common.names import LANGUAGES
 from kernel_surgery.damage.measure import headline, measure_damage
 from kernel_surgery.damage.words import BROKEN
 from kernel_surgery.models.load import load_model, load_tokenizer, parse_device, parse_dtype
 from kernel_surgery.models.stored import located
+from kernel_surgery.problems.generator import parse_languages
 from kernel_surgery.quantised.formats import belonging, quantised_in
 from kernel_surgery.subspace.artifact import Subspace
 
 # Of the weights: the model itself, one weight that is rounded for a yardstick, and activations.
 ROOM = 1.15
-LOGITS = 1500  # tokens whose logits are held at a time in float32: those of two languages, and of a pass
+LOGITS = 750  # tokens of a language whose logits are held in float32: the original's, and a part of a pass
 
 
-def memory_needed(folder: Path, dtype: torch.dtype) -> int:
+def languages_measured(asked: str | None, subspace: Subspace) -> tuple[str, ...]:
+    """Return the languages in which damage is measured: `asked`, by default those of the fit with neutral text.
+
+    Raises UserError for an unknown language.
+    """
+    fitted = (subspace.fit or {}).get("languages") or ()
+    own = ",".join(name for name in fitted if name in LANGUAGES)
+    return parse_languages(asked if asked is not None else own or "en,zh")
+
+
+def memory_needed(folder: Path, dtype: torch.dtype, languages: int = 2) -> int:
     """Return the bytes that a checkpoint needs in memory while its damage is measured. It is loaded as floats."""
     places = located(folder)
     quantised = quantised_in(folder, places)
@@ -31,7 +43,7 @@ def memory_needed(folder: Path, dtype: torch.dtype) -> int:
         held = matrix.pieces["numbers"][1]
         numbers += math.prod(matrix.shape) * (held.shape[0] if form.stacks(held) else 1)
     vocabulary = max((entry.shape[0] for name, entry in entries.items() if "embed" in name), default=0)
-    return int(ROOM * numbers * dtype.itemsize) + 4 * LOGITS * vocabulary
+    return int(ROOM * numbers * dtype.itemsize) + 4 * LOGITS * languages * vocabulary
 
 
 def memory_free(device: torch.device) -> int:
@@ -77,7 +89,7 @@ def _measured(
 ) -> dict[str, Any]:
     device = parse_device()
     dtype = parse_dtype("auto", device)
-    needed, free = memory_needed(folder, dtype), memory_free(device)
+    needed, free = memory_needed(folder, dtype, len(languages)), memory_free(device)
     if needed > free:
         why = f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         return {"in_words": headline(None, why)}

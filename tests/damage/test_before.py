@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.damage import before
-from kernel_surgery.damage.before import memory_needed
+from kernel_surgery.damage.before import languages_measured, memory_needed
 from kernel_surgery.models.load import POLYGLOT, POLYGLOT_SUBSPACE
+from kernel_surgery.subspace.artifact import Subspace
 from tests.support.calls import call
 from tests.support.picos import pico_of
 from tests.support.quantised import save_quantised
@@ -54,7 +56,9 @@ def test_a_harmless_edit_is_written_and_its_card_begins_with_the_damage(command,
 
 def test_what_is_not_measured_is_said_with_the_reason(tmp_path, monkeypatch):
     out = tmp_path / "no"
-    status, said, _ = call("bake", *GIVEN, "--strength", 30, "--no-damage", "--out", out)
+    words = ("--no-damage", "--base-model", "org/model")
+    status, said, _ = call("bake", *GIVEN, "--strength", 30, *words, "--out", out)
+    assert 'base_model: "org/model"' in (out / "README.md").read_text(encoding="utf-8")
     assert status == 0 and said.splitlines()[0] == "damage: not measured (--no-damage)"
     assert first_of_card(out) == "**Damage: not measured (--no-damage).**"
     monkeypatch.setattr(before, "memory_free", lambda device: 1000)
@@ -66,8 +70,20 @@ def test_the_memory_that_is_needed_is_that_of_the_weights_and_some_logits():
     numbers = 1_773_696  # of the embedded model
     vocabulary = json.loads((POLYGLOT / "config.json").read_text())["vocab_size"]
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        needed = memory_needed(POLYGLOT, dtype) - 4 * before.LOGITS * vocabulary
+        needed = memory_needed(POLYGLOT, dtype) - 4 * before.LOGITS * 2 * vocabulary
         assert numbers * size <= needed <= 1.2 * numbers * size
+
+
+def test_the_languages_are_those_of_the_fit_unless_others_are_asked_for():
+    def languages(*fitted, asked=None):
+        return languages_measured(asked, Subspace({0: torch.eye(4)[:, :1]}, site="mlp_out", fit={"languages": fitted}))
+
+    assert languages("sw", "en", "ja") == ("sw", "en", "ja") and languages("sw", asked="en,ko") == ("en", "ko")
+    assert languages("de", "es", "fr") == ("es",) and languages("de", "fr") == ("en", "zh") == languages()
+    with pytest.raises(UserError, match="unknown language 'xx'"):
+        languages("sw", asked="xx")
+    two, seven = (memory_needed(POLYGLOT, torch.float32, count) for count in (2, 7))
+    assert seven > two == memory_needed(POLYGLOT, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["int4-group", "int8-packed", "fp8-block"])

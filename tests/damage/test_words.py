@@ -124,8 +124,18 @@ def test_the_first_line_says_the_worst_and_what_it_rests_on():
         "Perplexity en x1.65, zh x1.65"
     )
     said = headline(damage_of({"hook": mild, "baked": {"en": reading(0.04), "zh": reading(5.0, loss=9.0)}}))
-    assert said.startswith("damage, baked: BROKEN: the edited model no longer predicts ordinary text. KL en 0.04, zh 5")
+    assert said.startswith("damage, baked: BROKEN: the edited model no longer predicts ordinary text in zh. KL en 0.04")
     assert ". No context (unigram): en 3, zh 3. " in said and said.endswith(". Hook: like 4-bit")
+    # Of more than three languages: where the word holds, and the two ends.
+    many = {lang: reading(0.01 * number) for number, lang in enumerate(("en", "zh", "es", "sw"), 1)}
+    found = damage_of({"hook": many})
+    found["yardsticks"] = {n: dict.fromkeys(many, by["en"]) for n, by in found["yardsticks"].items()}
+    assert headline(found) == (
+        "damage, hook: like 4-bit in all 4 languages. KL 0.01 (en) to 0.04 (sw) nats per token. "
+        "4-bit weights: 0.1 (en) to 0.1 (zh). Perplexity x1.65 (en) to x1.65 (zh)"
+    )
+    found = damage_of({"hook": many | {"en": reading(0.0009)}})
+    assert headline(found).startswith("damage, hook: like 4-bit in zh, es, sw of 4 languages. KL 0.0009 (en) to 0.04 ")
     # The toy model's perplexity on text that it was not made for falls with any damage.
     lost = damage_of({"hook": mild})
     for r in lost["yardsticks"][CONSTANT].values():

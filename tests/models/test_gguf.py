@@ -3,7 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
+from huggingface_hub.repocard import metadata_load
 
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.models import gguf, load
@@ -31,6 +34,32 @@ def test_what_is_no_gguf_file_is_refused_and_nothing_is_left(content, message, t
     with pytest.raises(UserError, match=message):
         gguf.write_checkpoint(tmp_path / "m.gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_the_card_says_what_the_file_says_of_itself(tmp_path):
+    def card_of(**fields):
+        """The header and the text of the card of a file with these fields."""
+        writer = GGUFWriter(tmp_path / "m.Q4.gguf", "llama")
+        for key, value in fields.items():
+            writer.add_string(f"general.{key.replace('__', '.')}", value)
+        for name, numbers in (("a", np.ones((2, 32), np.float32)), ("b", np.ones((2, 32), np.float16))):
+            writer.add_tensor(name, numbers)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (tmp_path / "README.md").write_text(card := gguf.card_of(tmp_path / "m.Q4.gguf"))
+        return metadata_load(tmp_path / "README.md"), card
+
+    fields = {"license": "other", "license__name": "a: licence"}
+    header, card = card_of(**fields, base_model__0__repo_url="https://huggingface.co/org/model", repo_url="else/where")
+    expected = {"base_model": "org/model", "license": "other", "license_name": "a: licence"}
+    assert header == expected | {"library_name": "transformers", "tags": ["kernel-surgery"]}
+    found = hashlib.sha256((tmp_path / "m.Q4.gguf").read_bytes()).hexdigest()
+    assert "# m.Q4, read from" in card and "2 tensors: 1 of F32, 1 of F16." in card and f"`{found}`" in card
+    assert "They are not those of\norg/model: what" in card
+    header, card = card_of(repo_url="https://elsewhere.org/a/b")
+    assert header.keys() == {"library_name", "tags"} and "\nthe model that it was made from: what" in card
 
 
 def test_another_package_is_refused_with_both_hashes(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 
 from kernel_surgery import Subspace, hooked
 from kernel_surgery.certify.model import certify_model
@@ -11,6 +12,7 @@ from kernel_surgery.collect import run as collect
 from kernel_surgery.damage.measure import yardstick_readings
 from kernel_surgery.damage.neutral import NeutralText
 from kernel_surgery.damage.words import judged
+from kernel_surgery.models.gguf import SMOLLM2_HUB
 from kernel_surgery.models.load import SMOLLM2_FOLDER, load_model, load_tokenizer, resolve_model
 from kernel_surgery.models.padding import padded, padding_id
 from kernel_surgery.subspace.activations import load_activations
@@ -41,6 +43,10 @@ def collected(folder, tmp_path_factory):
 def test_it_is_what_it_says(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llama" and config["num_hidden_layers"] == 30 and config["hidden_size"] == 576
+    card = metadata_load(folder / "README.md")
+    assert (card["base_model"], card["license"]) == (SMOLLM2_HUB, "apache-2.0")
+    said = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# SmolLM2-135M-Instruct.Q4_1, read from a GGUF file" in said and "210 of Q4_1, 61 of F32, 1 of Q8_0" in said
     assert "quantization_config" not in config and resolve_model("smollm2") == str(folder)
     tokenizer = load_tokenizer("smollm2")
     model, ids = load_model("smollm2", torch.float32), tokenizer("The capital of France is", return_tensors="pt")
