@@ -188,7 +188,7 @@ def add_damage(p: argparse.ArgumentParser) -> None:
     """Add the options of a command that measures an edit's damage before it writes."""
     from kernel_surgery.common.names import LANGUAGES
 
-    more = f"in which the damage is measured; comma-separated, or all: {','.join(LANGUAGES)} (default: those of the fit)"
+    more = f"languages of the damage; comma-separated, or all: {','.join(LANGUAGES)} (default: those of the fit)"
     p.add_argument("--languages", help=more)
     more = "do not load the model to measure the damage; the card says that it was not measured"
     p.add_argument("--no-damage", action="store_true", help=more)
