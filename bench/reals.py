@@ -248,7 +248,7 @@ def probes() -> str:
 
     A column for each run: there are many figures, and few runs.
     """
-    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, percent, ranged, worst
+    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, of_the_word, percent, ranged, worst
     from kernel_surgery.studies.randoms import KINDS
 
     runs = probe_runs()
@@ -275,8 +275,12 @@ def probes() -> str:
                 "means left, random edits": ranged(found["beside"]["all"]["means"], ".2f"),
                 "read in the residual stream, last layer": f"{edit['streams'][last]:.3f}",
                 "the same without an edit": f"{before['streams'][last]:.3f}",
-                "KL, worst language": f"{edit['damage']:.3g} ({worst(found)})",
-                "in words": edit["word"],
+                "largest KL": f"{edit['damage']:.3g} ({worst(found)})",
+                **{
+                    f"largest KL, random edits {KINDS[kind]}": ranged(found["beside"][kind]["damage"], ".2g")
+                    for kind in kinds
+                },
+                "in words": f"{edit['word']}{of_the_word(found)}",
             }
         )
         environment = found["environment"]

@@ -23,6 +23,7 @@ from kernel_surgery.common.command import (
     untouched,
 )
 from kernel_surgery.common.ending import next_command, read_it, wrote
+from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.names import DTYPES, LANGUAGES, MODES
 from kernel_surgery.common.progress import waiting
 
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("eval", description="Compare a model with and without its language subspace on maths problems.")
     more = "how the edit is made: hook (plain PyTorch), baked (in the weights), fused (one operator, the default) or "
     more += "lora (an adapter); original: no edit; all: compare all of them"
-    p.add_argument("--mode", choices=(*MODES, "all"), default="fused", help=more)
+    p.add_argument("--mode", choices=(*MODES, "all"), help=more)
     more = '"polyglot" (the embedded model, default), a folder, or a Hugging Face id'
     p.add_argument("--model", default="polyglot", help=more)
     p.add_argument("--subspace", type=Path, help="subspace file (default: the one shipped with polyglot)")
@@ -89,7 +90,9 @@ def run(argv: list[str] | None = None) -> int:
 
     choose_threads(args.model)
     with untouched("Nothing was written."):
-        options = ranks.agreed(Options(**vars(args)).as_written().with_folder())
+        if args.mode not in (None, "baked" if args.baked else "lora") and (args.baked or args.adapter):
+            raise UserError(f"a folder is evaluated as it was written: leave out --mode {args.mode}.")
+        options = ranks.agreed(Options(**vars(args) | {"mode": args.mode or "fused"}).as_written().with_folder())
     with untouched(lambda: kept_in(options.out)):
         evaluation = evaluate(options, command=command_line("eval", argv), say=say, ranks=ranks)
     if not ranks.first:

@@ -533,7 +533,7 @@ CASES = {
     "bake: another architecture": f"bake --model {{tmp}}/opt {_SUBSPACE} {_OUT}",
     "bake: a configuration without a size": f"bake --model {{tmp}}/sizeless {_SUBSPACE} {_OUT}",
     "bake: a configuration that is none": f"bake --model {{tmp}}/configless {_SUBSPACE} {_OUT}",
-    "bake: NaN": f"bake --model {{tmp}}/holes {_SUBSPACE} {_OUT}",
+    "bake: NaN": f"bake --model {{tmp}}/holes {_SUBSPACE} {_OUT} --no-damage",
     "bake: integers": f"bake --model {{tmp}}/whole {_SUBSPACE} --force {_OUT}",
     "bake: weights cut short": f"bake --model {{tmp}}/short {_SUBSPACE} {_OUT}",
     "bake: a layer that is not there": f"bake {_MODEL} --subspace {{tmp}}/beyond.safetensors {_OUT}",
@@ -551,7 +551,7 @@ CASES = {
     "lora: baked before": f"lora --model {{tmp}}/before/baked {_SUBSPACE} {_OUT}",
     "lora: a foreign subspace": f"lora --model polyglot --subspace {{tmp}}/foreign.safetensors {_OUT}",
     "lora: a bias": f"lora --model {{tmp}}/biased {_SUBSPACE} {_OUT}",
-    "lora: NaN": f"lora --model {{tmp}}/holes {_SUBSPACE} {_OUT}",
+    "lora: NaN": f"lora --model {{tmp}}/holes {_SUBSPACE} {_OUT} --no-damage",
     "lora: no model at the path": f"lora --model {{tmp}}/nowhere {_SUBSPACE} {_OUT}",
     # verify.
     "verify: nothing": "verify",

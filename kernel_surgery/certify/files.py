@@ -22,6 +22,7 @@ from kernel_surgery.checkpoint.record import (
     BASES,
     UNDO,
     edits_file,
+    forced_note,
     is_dequantised,
     read_edits,
     read_provenance,
@@ -154,6 +155,7 @@ class _Certificate:
         """Begin a certificate: check the hashes, and read the edits (from `subspace` if it is given)."""
         certificate = cls(kind, folder, source, record, read_edits(folder, record, edits_file(record)))
         certificate.faults, certificate.remarks = check_files(folder, record)
+        certificate.remarks += filter(None, [forced_note(record)])
         if kind != "adapter":
             rewritten = ("config.json", INDEX) if is_dequantised(record) else ()
             certificate.faults += check_others(folder, source, rewritten)
@@ -329,11 +331,8 @@ def _pair_row(
     layer: int, module: str, a: Tensor, b: Tensor, edit: Projection, weight: Tensor | None, strength: float
 ) -> dict[str, Any]:
     """Return the figures of one adapted layer. Without the original weight, only whether they are finite."""
-    row: dict[str, Any] = {
-        "layer": layer,
-        "tensor": f"{module}.lora_A",
-        "dtype": str(a.dtype).removeprefix("torch."),
-    }
+    dtype = str(a.dtype).removeprefix("torch.")
+    row: dict[str, Any] = {"layer": layer, "tensor": f"{module}.lora_A", "dtype": dtype}
     row |= {"error_over_bound": None, "leak_bfloat16": None, "finite": bool(torch.isfinite(a).all())}
     if weight is not None:
         reads = edit.reads.double()
@@ -391,9 +390,8 @@ def verify_restored(folder: Path, source: Path | None = None, subspace: Path | N
             error = (restored[:, start : start + 1024].double().reshape(block.shape) - block.double()).abs()
             bound = undo_bound(block, bake_weight(block, edit, strength), edit, strength, restored.dtype)
             worst = max(worst, worst_ratio(error, bound))
-        certificate.rows.append(
-            {"layer": layer, "tensor": name, "dtype": new[name].entry.dtype, "error_over_bound": worst}
-        )
+        row = {"layer": layer, "tensor": name, "dtype": new[name].entry.dtype, "error_over_bound": worst}
+        certificate.rows.append(row)
         if not worst <= 1:
             where = f"layer {layer}: {name}"
             certificate.faults.append(f"{where}: an element differs from the original by {worst:.3g} times its bound")

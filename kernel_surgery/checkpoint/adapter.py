@@ -91,7 +91,7 @@ def write_adapter(
     rank, edits = padded_rank(subspace.rank), subspace.projections
     refuse_offset(next(iter(edits.values())))
     layouts = original_layouts(source)
-    check_source(source, layouts, subspace, force=force)
+    doubt = check_source(source, layouts, subspace, force=force)
     refuse_after_norm(subspace, ["lora"])
     kind, pairs = layout_in(source), {}
     found = editable(source, layouts, subspace.bases, "read")
@@ -112,9 +112,8 @@ def write_adapter(
             torch.nn.functional.pad(pair.a, (0, 0, 0, padding)).contiguous(),
             torch.nn.functional.pad(pair.b, (0, padding)).contiguous(),
         )
-    record = edit_record(
-        *("adapter", source, subspace, strength, model_id, command), base=base, padded_rank=rank, damage=damage
-    )
+    own = ("adapter", source, subspace, strength, model_id, command)
+    record = edit_record(*own, base=base, doubt=doubt, padded_rank=rank, damage=damage)
     record |= {"model_type": read_config(source)["model_type"], **_edited(kind, matrices)}
     tensors = packed(edited_by(record), pairs)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -287,7 +286,7 @@ def configuration(record: dict[str, Any]) -> dict[str, Any]:
 
 def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the adapter does."""
-    model, layers = record["model_id"], record["layers"]
+    model, layers, kind = record["model_id"], record["layers"], layout_named(record["model_type"])
     lines = [
         *("---", *header_lines(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
         *(f"# {Path(model).name}, language subspace removed: an adapter", "", *damage_lines(record)),
@@ -302,6 +301,11 @@ def _card(record: dict[str, Any]) -> str:
         "about 2^-9 of the part that the edit removes.",
         "",
         *([record["note"] + ".", ""] if record["note"] else []),
+        "PEFT loads it with `PeftModel.from_pretrained(model, THIS)`. vLLM serves it beside the original:",
+        "",
+        f"    vllm serve {record['base'] or 'BASE'} --enable-lora --max-loras 2 --max-lora-rank "
+        f"{record['padded_rank']} --lora-target-modules {' '.join(served_modules(kind))} --lora-modules edited=THIS",
+        "",
         "`provenance.json` records the SHA-256 of every file and how the subspace was fitted.",
     ]
     return "\n".join(lines) + "\n"

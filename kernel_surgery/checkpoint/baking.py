@@ -281,7 +281,7 @@ def bake_checkpoint(
     check_base(base)
     check_output(destination)
     layouts = original_layouts(source)
-    check_source(source, layouts, subspace, force=force)
+    doubt = check_source(source, layouts, subspace, force=force)
     refuse_after_norm(subspace, ["baked"])
     edited = editable(source, layouts, subspace.bases, quantised)
     check_parts(layout_in(source), edited, subspace.projections, ["baked"])
@@ -291,7 +291,8 @@ def bake_checkpoint(
     removal = _Removal(edited, subspace, strength, keep=quantised != "requantize")
 
     def finish(folder: Path) -> dict[str, Any]:
-        record = edit_record("baked", source, subspace, strength, model_id, command, base=base, damage=damage)
+        given = ("baked", source, subspace, strength, model_id, command)
+        record = edit_record(*given, base=base, doubt=doubt, damage=damage)
         if quantised is not None:
             again = [part.quantised.format for part in edited if part.quantised]
             own = {"how": "requantised", "format": sorted(set(again)), "matrices": len(again)}

@@ -17,6 +17,7 @@ from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError, MissingFileError, UserError
 from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.progress import progress_bar
+from kernel_surgery.damage.words import BITS4
 from kernel_surgery.files.contents import OURS, PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
@@ -97,13 +98,15 @@ def edit_record(
     command: str | None,
     *,
     base: str | None = None,
+    doubt: str | None = None,
     padded_rank: int | None = None,
     damage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the fields that every record of an edit has: the model, the subspace and the strength.
 
-    kind: "baked" or "adapter". base: the original's hub id, by default that of `model_id` or `source`. padded_rank: of
-    an adapter. damage: what was measured of it, with "in_words".
+    kind: "baked" or "adapter". base: the original's hub id, by default that of `model_id` or `source`. doubt: why the
+    subspace may not belong to these weights, if it was forced on them. padded_rank: of an adapter. damage: what was
+    measured of it, with "in_words".
     """
     # In the hub's cache the folder's name is the commit. Otherwise take the commit that the subspace was measured on.
     revision = source.name if source.parent.name == "snapshots" else subspace.revision
@@ -114,7 +117,8 @@ def edit_record(
         **{"layers": list(subspace.layers), "rank": subspace.rank, "form": subspace.form},
         **({} if padded_rank is None else {"padded_rank": padded_rank}),
         **{"site": subspace.site, "revision": revision, "note": subspace.note_on(layout_in(source))},
-        **{"fit": subspace.fit},
+        **{"fit": subspace.fit, "fitted_on": subspace.model_id},
+        **({} if doubt is None else {"forced": doubt}),
         **({"licence": licence} if (licence := licence_of(source)) else {}),
         **({} if damage is None else {"damage": damage}),
         "command": command,
@@ -126,14 +130,35 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
     damage = record.get("damage", {})
     words = damage.get("in_words", "damage: not measured")
     lines = [f"**{words[0].upper()}{words[1:]}.**", ""]
+    if forced := forced_note(record):
+        lines += [f"**{forced}**", ""]
     if damage.get("neutral"):
         languages = ", ".join(next(iter(damage["neutral"].values())))
         lines += [
-            f"It was measured on plain everyday text in {languages}. In other languages and in chats it may be",
-            "more. That directions were removed does not mean that the model's language cannot be read any more.",
+            "KL is KL(original || edited) at every token, compared with that of rounding this model's own weights:",
+            '"like 4-bit" is at most 1.5 times as much as 4 bits cost, "like 8-bit" at most 1.5 times as 8 bits do.'
+            + _beside_4_bits(damage),
+            f"The text is {damage['sentences']} plain everyday sentences in each of {languages}. In other languages",
+            "and in chats it may be more. That directions were removed does not mean that the model's language cannot",
+            "be read any more.",
             "",
         ]
     return lines
+
+
+def _beside_4_bits(damage: dict[str, Any]) -> str:
+    """Return the sentence of a card with the ratios of an edit's damage to that of 4-bit weights, or nothing."""
+    words = (by for verdict in damage["verdict"].values() for by in verdict["languages"].values())
+    ratios = sorted(by["ratios"][BITS4][0] for by in words if BITS4 in by["ratios"])
+    return f" Here it is {ratios[0]:.2g} to {ratios[-1]:.2g} times what 4 bits cost." if ratios else ""
+
+
+def forced_note(record: dict[str, Any]) -> str | None:
+    """Return the sentence on a subspace that was forced on these weights, or None."""
+    if "forced" not in record:
+        return None
+    fitted = f"fitted on {record['fitted_on']}" if record.get("fitted_on") else "of unknown origin"
+    return f"The subspace is {fitted}, and was forced on these weights: it {record['forced']}."
 
 
 def check_base(base: str | None) -> None:

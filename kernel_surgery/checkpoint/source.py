@@ -28,8 +28,10 @@ from kernel_surgery.subspace.fingerprint import sample_weights
 EDITABLE_CODES = tuple(STORED[name].code for name in DTYPES)
 
 
-def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, force: bool = False) -> None:
+def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, force: bool = False) -> str | None:
     """Refuse a checkpoint of unknown architecture, and one that the subspace was not fitted on.
+
+    With `force`, return why it would have been refused (`Subspace.doubt`), or None.
 
     layouts: the headers of its weight files. force: accept a subspace of unknown origin, or one fitted on another
     model. Reads only a few tensors, to compare with the weights that the subspace recorded.
@@ -46,6 +48,12 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
     weights = sampled(folder, layouts)
     shape = config["hidden_size"], config["num_hidden_layers"]
     subspace.check(*shape, lambda: sample_weights(weights.items()), str(folder), force=force)
+    if not force:
+        return None
+    try:
+        return subspace.doubt(lambda: sample_weights(weights.items()))
+    except KernelSurgeryError:  # the edit will say what is wrong with the weights
+        return "cannot be compared with them"
 
 
 def check_edit(folder: Path, subspace: Subspace, modes: Iterable[str], *, force: bool = False) -> None:

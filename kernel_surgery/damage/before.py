@@ -68,12 +68,13 @@ def damage_before_writing(
 ) -> dict[str, Any]:
     """Return the damage as `measure_damage` does, without the yardsticks' figures and with "in_words".
 
-    If it cannot be measured, return {"in_words": why}.
-
     folder: the original checkpoint. mode: "baked" or "lora", as it will be written. languages: of the neutral text.
-    skip: measure nothing, because the user asked for that. say: called with the damage in words.
+    skip: measure nothing, because the user asked for that, and return {"in_words": why}. say: called with the damage in
+    words.
 
-    Raises UserError for an edit that breaks the model, unless `force` is set.
+    A model that is too large for the GPU is measured on the CPU.
+
+    Raises UserError for an edit that breaks the model, unless `force` is set, and if the damage cannot be measured.
     """
     found = (
         {"in_words": headline(None, "--no-damage")}
@@ -84,19 +85,34 @@ def damage_before_writing(
     return found
 
 
+def unmeasured(why: str) -> UserError:
+    """Return the error for damage that cannot be measured: an edit that may break the model is not written unasked."""
+    return UserError(
+        f"the damage cannot be measured: {why}\nThe edit may break the model. Measure it on a machine that can hold "
+        "the model, or add --no-damage: then it is written, and its card says that nothing was measured."
+    )
+
+
+def _place(folder: Path, languages: int) -> tuple[torch.device, torch.dtype]:
+    """Return where a model is measured, and in which dtype. Raises UserError if it fits nowhere."""
+    small = []
+    for device in dict.fromkeys((parse_device(), torch.device("cpu"))):
+        dtype = parse_dtype("auto", device)
+        needed, free = memory_needed(folder, dtype, languages), memory_free(device)
+        if needed <= free:
+            return device, dtype
+        small.append(f"on {device.type} the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    raise unmeasured("; ".join(small) + ".")
+
+
 def _measured(
     folder: Path, subspace: Subspace, mode: str, strength: float, languages: tuple[str, ...], force: bool
 ) -> dict[str, Any]:
-    device = parse_device()
-    dtype = parse_dtype("auto", device)
-    needed, free = memory_needed(folder, dtype, len(languages)), memory_free(device)
-    if needed > free:
-        why = f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        return {"in_words": headline(None, why)}
+    device, dtype = _place(folder, len(languages))
     try:
         tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype, device)
     except KernelSurgeryError as error:
-        return {"in_words": headline(None, str(error).splitlines()[0].rstrip("."))}
+        raise unmeasured(str(error).splitlines()[0]) from error
     found = measure_damage(
         *(model, tokenizer, languages, [mode], subspace), strength=strength, force=force, controls=False
     )

@@ -84,7 +84,10 @@ def text_notes(options: Options, cells: Cells) -> list[str]:
     for mode in modes if options.engine == SERVER else ():
         own = [(cell, cells["original", lang]) for (of, lang), cell in cells.items() if of == mode != "original"]
         if own and all(a["text"] == b["text"] for pair in own for a, b in zip(*pair, strict=True)):
-            notes.append(f"{mode}: every text is the original's: perhaps its server does not edit")
+            notes.append(
+                f"{mode}: every text is the original's. A mild edit may do that, and a server that does not edit does: "
+                "compare a log probability (docs/how-to/serve-with-vllm.md)"
+            )
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from kernel_surgery.evaluation.controls import table as control_table
 from kernel_surgery.evaluation.effects import table as effects_table
+from kernel_surgery.evaluation.pairs import changed, in_words
 from kernel_surgery.evaluation.summary import POOLED, power
 
 
@@ -118,6 +119,8 @@ def shown(results: dict) -> str:
         modes = list(results["modes"])
         return "\n".join([*lines, *(line for mode in modes[1:] or modes for line in expag_lines(results, mode))])
     lines.append(strict_table(results["modes"], results["paired"]))
+    if results["paired"]:
+        lines.append(f"of what the models write, {in_words(changed(results['paired']))} from the original's")
     if results["damage"]:
         lines.append(effects_table(results["damage"]))
     if results["controls"]:

@@ -71,13 +71,20 @@ def screen(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str, list[C
             f"{edit['streams'][last]:.3f} (original {original['streams'][last]:.3f})",
             "attention and the other layers write the language too",
         ),
-        Card("Damage", edit["word"], words.damage_words(found).partition(": ")[2], TONES[edit["word"]]),
+        Card(
+            "Damage",
+            edit["word"] + words.of_the_word(found),
+            words.damage_words(found).partition(": ")[2],
+            TONES[edit["word"]],
+        ),
     ]
     return facts, words.sentence(found), cards
 
 
 def beside_random(found: Mapping[str, Any]) -> str:
     """Return the picture of all edits: their damage, and what the probe still reads."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     measured = found["measured"]
     edit, original = measured[EDIT], measured[ORIGINAL]
     made, (axes,) = figure(PANEL, 3.6)
@@ -89,9 +96,12 @@ def beside_random(found: Mapping[str, Any]) -> str:
     axes.plot([edit["damage"]] * 2, edit["probe_ci95"], lw=1.5, color=COLOURS["fused"])
     axes.plot([edit["damage"]], [edit["probe"]], "D", ms=6, color=COLOURS["fused"], label="the fitted edit")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 1.03)
     axes.set_title("Damage, and what a probe reads", fontsize=10, loc="left")
-    axes.set_xlabel("KL, nats per token, worst language", fontsize=9)
+    axes.set_xlabel("KL, nats per token, largest of the languages", fontsize=9)
     axes.set_ylabel("tokens whose language is read", fontsize=9)
     axes.margins(0.12)
     made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

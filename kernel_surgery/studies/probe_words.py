@@ -29,12 +29,23 @@ def percent(share: float) -> str:
 def sentence(found: Mapping[str, Any]) -> str:
     """Return the verdict: how much of the language the edit hides, whether random edits hide as much, and whether it
     breaks the model."""
-    broken = f" It breaks the model in {worst(found)}." if found["measured"][EDIT]["word"] == BROKEN else ""
+    broken = f" It breaks the model{of_the_word(found)}." if found["measured"][EDIT]["word"] == BROKEN else ""
     return _of_the_language(found) + broken
 
 
+def of_the_word(found: Mapping[str, Any]) -> str:
+    """Return " in es, sw of 7 languages": those in which the edit's damage has its word.
+
+    A word depends on what the language would lose at most, so it need not be that of the largest KL.
+    """
+    edit = found["measured"][EDIT]
+    own = [language for language, word in edit["words"].items() if word == edit["word"]]
+    which = ", ".join(own) + " of" if len(own) < len(edit["words"]) else "all"
+    return f" in {which} {len(edit['words'])} languages"
+
+
 def worst(found: Mapping[str, Any]) -> str:
-    """Return the language in which the edit does most damage."""
+    """Return the language in which the edit's KL is largest."""
     kl = found["measured"][EDIT]["kl"]
     return max(kl, key=lambda language: kl[language])
 
@@ -89,12 +100,12 @@ def stream_words(found: Mapping[str, Any]) -> str:
 
 
 def damage_words(found: Mapping[str, Any]) -> str:
-    """Return the damage in the worst language, beside that of random edits and of 4-bit weights."""
+    """Return the damage in the language where it is largest, beside that of random edits and of 4-bit weights."""
     edit, beside, language = found["measured"][EDIT], found["beside"]["all"]["damage"], worst(found)
     four = found["yardsticks"].get(BITS4, {}).get(language)
     return (
-        f"{edit['word']}: KL {edit['damage']:.3g} nats per token in {language}, the worst of {len(edit['kl'])} "
-        f"languages; random edits {ranged(beside, '.3g')}" + (f", 4-bit weights {four:.3g}" if four is not None else "")
+        f"{edit['word']}{of_the_word(found)}: largest KL {edit['damage']:.3g} nats per token, in {language}; "
+        f"random edits {ranged(beside, '.3g')}" + (f", 4-bit weights {four:.3g}" if four is not None else "")
     )
 
 
@@ -127,7 +138,7 @@ def name_of(name: str) -> str:
 def summary(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the head and a row for the original, the fitted edit and every kind of random edits, with their range."""
     layers = list(found["measured"][EDIT]["streams"])
-    head = ["", "KL, worst language", "probe", "means left", *(f"residual stream after {layer}" for layer in layers)]
+    head = ["", "largest KL", "probe", "means left", *(f"residual stream after {layer}" for layer in layers)]
     head += ["in words"]
     rows = [head]
     for name in (ORIGINAL, EDIT):

@@ -25,7 +25,7 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import LANGUAGES, RANDOM_EDITS
 from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
-from kernel_surgery.damage.words import ratio_interval
+from kernel_surgery.damage.words import judged, ratio_interval
 from kernel_surgery.evaluation.describing import describe_model, describe_subspace
 from kernel_surgery.evaluation.notes import check_held_out, notes_of
 from kernel_surgery.evaluation.options import Asked, Options
@@ -254,6 +254,9 @@ def compared(measuring: Measuring, found: Mapping[str, Measured]) -> dict[str, A
         apart = {name: difference(edit, found[name])["probe"] for name in (ORIGINAL, *nearest)}
         yardsticks = measuring.yardsticks
         figures = {name: measuring.figures(by) | stream_intervals(by) for name, by in found.items()}
+        for name, by in found.items():
+            words = judged(by.kl, yardsticks)["languages"]
+            figures[name]["words"] = {language: own["word"] for language, own in words.items()}
     return {
         "measured": figures,
         "yardsticks": {

@@ -251,21 +251,20 @@ class Subspace:
         than those measured, so also for a finetuned, merged or already baked model.
         """
         self.check_shape(d_model, n_layers, name)
-        if force:
+        if force or (doubt := self.doubt(take_fingerprint)) is None:
             return
-        both = self._beside(name)
+        ways = "Use --force (force=True) if you know that they belong together."
+        if self.fingerprint is not None:
+            ways = "Fit a subspace on this model, load the one it was fitted on, or use --force (force=True)."
+        raise MismatchError(f"the subspace {doubt}.\n{self._beside(name)}{ways}")
+
+    def doubt(self, take_fingerprint: Callable[[], dict]) -> str | None:
+        """Return why the subspace may not belong to a model's weights, after "the subspace", or None if it does."""
         if self.fingerprint is None:
-            raise MismatchError(
-                f"the subspace does not say which model's weights it was measured on.\n{both}"
-                "Use --force (force=True) if you know that they belong together."
-            )
-        if differing := fingerprint_differences(self.fingerprint, take_fingerprint()):
-            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-            raise MismatchError(
-                f"the subspace was measured on other weights: {differing[0]} differs{more}.\n{both}"
-                "Fit a subspace on this model, load the one it was fitted on, or use --force "
-                "(force=True)."
-            )
+            return "does not say which model's weights it was measured on"
+        differing = fingerprint_differences(self.fingerprint, take_fingerprint())
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        return f"was measured on other weights: {differing[0]} differs{more}" if differing else None
 
     def _beside(self, name: str) -> str:
         return (

@@ -61,9 +61,23 @@ def test_what_is_not_measured_is_said_with_the_reason(tmp_path, monkeypatch):
     assert 'base_model: "org/model"' in (out / "README.md").read_text(encoding="utf-8")
     assert status == 0 and said.splitlines()[0] == "damage: not measured (--no-damage)"
     assert first_of_card(out) == "**Damage: not measured (--no-damage).**"
+
+
+@pytest.mark.parametrize("command", CARD)
+def test_nothing_is_written_unasked_if_the_damage_cannot_be_measured(command, tmp_path, monkeypatch):
     monkeypatch.setattr(before, "memory_free", lambda device: 1000)
-    status, said, _ = call("bake", *GIVEN, "--strength", 30, "--out", tmp_path / "small")
-    assert status == 0 and "damage: not measured (the model needs 0." in said and "GB are free)" in said.splitlines()[0]
+    status, said, error = call(command, *GIVEN, "--out", tmp_path / "small")
+    assert status == 2 and list(tmp_path.iterdir()) == [] and said == ""
+    assert error.startswith("error: the damage cannot be measured: on cpu the model needs 0.")
+    assert "GB are free.\nThe edit may break the model." in error and "add --no-damage: then it is written" in error
+    assert call(command, *GIVEN, "--no-damage", "--out", tmp_path / "small")[0] == 0
+
+
+def test_a_model_too_large_for_the_gpu_is_measured_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(before, "parse_device", lambda: torch.device("cuda"))
+    for free, where in (({"cuda": 10**9, "cpu": 0}, "cuda"), ({"cuda": 0, "cpu": 10**9}, "cpu")):
+        monkeypatch.setattr(before, "memory_free", lambda device, free=free: free[device.type])
+        assert before._place(POLYGLOT, 2)[0].type == where
 
 
 def test_the_memory_that_is_needed_is_that_of_the_weights_and_some_logits():

@@ -148,8 +148,10 @@ def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     following = _following(args, broken=broken)
     assert following.note.startswith("Try fewer layers or a lower rank") == broken
     assert following.words[-2:] == ["--strength=-1", "--force"]
-    said = probe_words.sentence(planted(0.5, word="broken" if broken else "like 4-bit"))
-    assert said.endswith(" It breaks the model in sw.") == broken
+    found = planted(0.5, word="broken" if broken else "like 4-bit")
+    assert probe_words.sentence(found).endswith(" It breaks the model in en, zh of 3 languages.") == broken
+    found["measured"]["edit"]["words"]["sw"] = found["measured"]["edit"]["word"]
+    assert probe_words.sentence(found).endswith(" It breaks the model in all 3 languages.") == broken
 
 
 def test_a_subspace_of_unknown_origin_needs_force(shipped, few, tmp_path):
@@ -356,7 +358,9 @@ BELOW, ACROSS = [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.1]
 def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, energy=BELOW, matched=BELOW, word="like 4-bit"):
     """What is said of: an edit's accuracy, the original's, and intervals beside random edits of two kinds."""
     kl = {"en": 0.1, "sw": 2.0, "zh": 0.3}
-    measured = {"original": {"probe": original}, "edit": {"probe": edit, "kl": kl, "word": word}}
+    # The language with the largest KL need not be one of those that have the word.
+    words = {"en": word, "sw": "worse than 4-bit", "zh": word}
+    measured = {"original": {"probe": original}, "edit": {"probe": edit, "kl": kl, "word": word, "words": words}}
     beside = {"energy": {"probe": {"n": 5, "p": 1 / 6}}, "matched": {"probe": {"n": 4, "p": 0.2}}}
     return {
         **{"measured": measured, "asked": {"chance": chance, "problems": 4}, "verdict": verdict, "beside": beside},
