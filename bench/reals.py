@@ -253,7 +253,7 @@ def probes() -> str:
 
     runs = probe_runs()
     kinds = list(dict.fromkeys(kind for found in runs for kind in found["controls"]))
-    head, columns, commands, stamps = [""], [], "", []
+    head, columns, commands, stamps, fits = [""], [], "", [], []
     for found in runs:
         edit, before, fit = found["measured"][EDIT], found["measured"][ORIGINAL], found["subspace"]["fit"]
         last = list(edit["streams"])[-1]
@@ -286,10 +286,13 @@ def probes() -> str:
         environment = found["environment"]
         commands += f"    {found['command']}\n"
         stamps.append(f"{environment['device']}, commit {environment['commit'][:10]}, {environment['date'][:10]}")
+        made = fit["environment"]
+        fits.append(f"{made['commit'][:10]}{' with uncommitted changes' * bool(made['dirty'])} on {made['device']}")
     if not columns:
         return ""
     body = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return f"{tables.table(head, body)}\n{commands}\n{'; '.join(dict.fromkeys(stamps))}.\n"
+    fitted = f"The subspaces were fitted at commits {', '.join(fits)}."
+    return f"{tables.table(head, body)}\n{commands}\n{'; '.join(dict.fromkeys(stamps))}. {fitted}\n"
 
 
 def texts() -> str:

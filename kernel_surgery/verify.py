@@ -66,7 +66,8 @@ def check(args: argparse.Namespace, folders: dict[str, Path]) -> None:
         raise UserError(f"--{' and --'.join(folders)} cannot be combined: give one of them.")
     for folder in folders.values():
         if not folder.is_dir():
-            raise UserError(f"no folder at {str(folder)!r}.")
+            fetch = "Fetch a repository of the hub first: hf download ORG/NAME --local-dir DIR"
+            raise UserError(f"no folder at {str(folder)!r}. {fetch}")
     for name, least, most in (("prompts", 1, 256), ("new_tokens", 0, 1024)):
         if not least <= getattr(args, name) <= most:
             value = getattr(args, name)

@@ -63,7 +63,7 @@ def check_files(folder: Path, record: dict[str, Any]) -> tuple[list[str], list[s
     )
     for name in sorted(names - hashes.keys() - {PROVENANCE}):
         (remarks if name in documents else faults).append(f"{name} was not there when the checkpoint was written")
-    return faults, remarks
+    return faults, [f"{remark}, and no engine reads it" for remark in remarks]
 
 
 def check_others(folder: Path, source: Path | None, rewritten: Container[str] = ()) -> list[str]:
@@ -222,7 +222,7 @@ class _Certificate:
             "of": {self.kind: shareable(self.folder), "model": source},
             **({} if note is None else {"note": note}),
             **({"remarks": self.remarks} if self.remarks else {}),
-            **{key: self.record[key] for key in ("model_id", "strength", "rank")},
+            **{key: self.record[key] for key in ("model_id", "strength", "rank", "layers")},
             **{"tensors": self.rows, "faults": self.faults, "environment": environment_record()},
         }
 

@@ -47,7 +47,7 @@ def figures(certificate: dict[str, Any]) -> str:
         out += table(*render.tensor_table(certificate["tensors"]), keys=1, words=[1, 2])
     if model:
         out += paragraphs(render.sampled(model).split("\n"))
-        out += "<p>Error over its bound, by layer (a check fails above 1):</p>"
+        out += "<p>Error over its bound, by layer (a check fails above 1, or above the limit that is named below):</p>"
         out += table(*render.layer_table(model), words=[len(model["modes"]) + 7]) + paragraphs(render.LAYER_LEGEND)
         out += "<p>Logits against the oracle's:</p>"
         out += table(*render.logit_table(model), keys=1, words=[1, 9]) + paragraphs(render.LOGIT_LEGEND)

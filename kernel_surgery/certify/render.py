@@ -133,7 +133,7 @@ LAYER_LEGEND = (
     "subspace. left: what is left of such rows.",
     "add, norm: fused with the residual addition and the norm. worst pair: modes that differ most. W: baked weights.",
     "leak/floor: the part of the subspace that is left in the weights, over what rounding alone leaves (limit: 1.1).",
-    "hidden: the largest error of the hidden states, over the original model's own.",
+    "hidden: the largest error of the hidden states, over the original model's own (limit: 2).",
 )
 LOGIT_LEGEND = (
     "logit error: root mean square difference, relative to the spread of the oracle's logits. /original's, decoded: "
@@ -176,13 +176,13 @@ def shown(certificate: dict[str, Any]) -> str:
         lines += [sampled(model), *routing(model)]
         lines += [f"{mode} left out: {why}" for mode, why in model["left_out"].items()]
         lines += [certificate["note"]] if certificate.get("note") else []
-        lines += ["", "Error over its bound, by layer (a check fails above 1):"]
+        lines += ["", "Error over its bound, by layer (a check fails above 1, or above the limit that is named below):"]
         lines += [*aligned(*layer_table(model)), *LAYER_LEGEND]
         lines += ["", "Logits against the oracle's:", *aligned(*logit_table(model), left=2), *LOGIT_LEGEND, ""]
     if across := certificate.get("across_engines"):
         lines += [*across_sampled(across), *aligned(*across_table(across)), *across_legend(across), ""]
     lines += [certificate["note"]] if certificate.get("note") and not model else []
-    lines += [f"remark: {remark}, and no engine reads it" for remark in certificate.get("remarks", [])]
+    lines += [f"remark: {remark}" for remark in certificate.get("remarks", [])]
     lines += [f"fault: {fault}" for fault in few(faults)]
     return "\n".join([*lines, verdict(certificate)])
 
@@ -202,7 +202,7 @@ def few(faults: list[str]) -> list[str]:
 def edited_layers(certificate: dict[str, Any]) -> list[int]:
     """Return the layers that a certificate is about, in order."""
     rows = [*certificate["tensors"], *(certificate.get("model") or {}).get("layers", [])]
-    return sorted({row["layer"] for row in rows})
+    return sorted({row["layer"] for row in rows}) or certificate.get("layers", [])
 
 
 def verdict(certificate: dict[str, Any]) -> str:

@@ -190,17 +190,20 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
         ratio = f"Perplexity says nothing in {these}: the original predicts that text worse than without context"
     others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
     beside = CONSTANT if word == BROKEN else BITS4
-    yardstick = listed(damage["yardsticks"][beside], "kl_mean")
     said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
     where, many = "", len(figures) > LISTED
+    known = damage["yardsticks"][beside]
+    yardstick = f". {named(beside, damage).capitalize()}: {listed(known, 'kl_mean')}"
+    if many:  # two ranges, of different languages, would invite a wrong division
+        times = {lang: {"times": r["kl_mean"] / known[lang]["kl_mean"]} for lang, r in figures.items()}
+        yardstick = f", {listed(times, 'times')} times that of {named(beside, damage)}"
     worst = [lang for lang, found in damage["verdict"][mode]["languages"].items() if found["word"] == word]
     if len(worst) < len(figures):
         where = f" in {', '.join(worst)}" + (f" of {len(figures)} languages" if many else "")
     elif many:
         where = f" in all {len(figures)} languages"
     return (
-        f"damage, {', '.join(modes[word])}: {said}{where}. KL {kl} nats per token. "
-        f"{named(beside, damage).capitalize()}: {yardstick}. "
+        f"damage, {', '.join(modes[word])}: {said}{where}. KL {kl} nats per token{yardstick}. "
         + ratio
         + (f". {others[0].upper()}{others[1:]}" if others else "")
     )

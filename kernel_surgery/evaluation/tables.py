@@ -40,7 +40,7 @@ def strict_table(modes: dict, paired: list[dict]) -> str:
 LEGEND = (
     "FAT: mean tokens until the right answer is complete, the whole budget if it never is. fidelity: share of judged "
     "texts with no line in another language. judged: share of texts whose language could be judged.",
-    "Holm p: p-value corrected for all comparisons.",
+    "Holm p: p-value corrected for all comparisons. The verdict goes by it; the intervals are not corrected.",
 )
 
 

@@ -40,8 +40,9 @@ def of_the_word(found: Mapping[str, Any]) -> str:
     """
     edit = found["measured"][EDIT]
     own = [language for language, word in edit["words"].items() if word == edit["word"]]
-    which = ", ".join(own) + " of" if len(own) < len(edit["words"]) else "all"
-    return f" in {which} {len(edit['words'])} languages"
+    if len(own) < len(edit["words"]):
+        return f" in {', '.join(own)} of {len(edit['words'])} languages"
+    return f" in all {len(own)} languages" if len(own) > 2 else " in both languages"
 
 
 def worst(found: Mapping[str, Any]) -> str:

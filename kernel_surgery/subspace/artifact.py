@@ -266,6 +266,11 @@ class Subspace:
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         return f"was measured on other weights: {differing[0]} differs{more}" if differing else None
 
+    @property
+    def _other_way(self) -> str:
+        named = f", or name the one that it was fitted on: --model {self.model_id}" if self.model_id else ""
+        return f"Fit a subspace on this model{named}."
+
     def _beside(self, name: str) -> str:
         return (
             f"  subspace: fitted on {self.model_id or 'an unnamed model'} ({self.site or 'site not stated'}, "
@@ -280,13 +285,12 @@ class Subspace:
         both = self._beside(name)
         if d_model != self.d_model:
             raise MismatchError(
-                f"the subspace has d_model={self.d_model}, but the model has {d_model}.\n{both}"
-                "Fit a subspace on this model."
+                f"the subspace has d_model={self.d_model}, but the model has {d_model}.\n{both}{self._other_way}"
             )
         if self.n_layers not in (None, n_layers):
             raise MismatchError(
                 f"the subspace was fitted on a model with {self.n_layers} layers, but this one has {n_layers}.\n{both}"
-                "Fit a subspace on this model."
+                f"{self._other_way}"
             )
         if self.layers[-1] >= n_layers:
             raise MismatchError(

@@ -11,6 +11,7 @@ import tempfile
 import time
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import torch
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 
-from kernel_surgery.certify.files import verify_adapter
+from kernel_surgery.certify.files import verify_adapter, verify_checkpoint
 from kernel_surgery.checkpoint import baking
 from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
@@ -227,6 +228,24 @@ def test_the_card_has_the_licence_of_the_original(card, expected, source, tmp_pa
     for folder in ("baked", "adapter"):
         header = metadata_load(tmp_path / folder / "README.md")
         assert [header[key] for key in keys if key in header] == ["org/model", *expected]
+
+
+@pytest.mark.parametrize("write", [bake_checkpoint, write_adapter])
+def test_a_subspace_that_was_forced_on_a_model_is_named_wherever_the_folder_goes(write, source, tmp_path):
+    own, verify = space(source), verify_adapter if write is write_adapter else verify_checkpoint
+    write(source, own, tmp_path / "right", force=True)
+    assert "forced" not in json.loads((tmp_path / "right" / "provenance.json").read_text())
+    another = pico("qwen2", dtype=torch.bfloat16, seed=9)
+    other = replace(own, model_id="org/other", fingerprint=fingerprint(another))
+    for name, subspace, said in (
+        ("other", other, "The subspace is fitted on org/other, and was forced on these weights: it was"),
+        ("bare", replace(own, fingerprint=None, model_id=None), "The subspace is of unknown origin, and was forced on"),
+    ):
+        write(source, subspace, tmp_path / name, force=True)
+        assert f"\n**{said}" in (tmp_path / name / "README.md").read_text()
+        certificate = verify(tmp_path / name, source)
+        assert certificate["faults"] == [] and certificate["remarks"][0].startswith(said)
+    assert "was forced" not in (tmp_path / "right" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("write", [bake_checkpoint, write_adapter])

@@ -129,12 +129,13 @@ def test_the_first_line_says_the_worst_and_what_it_rests_on():
     # Of more than three languages: where the word holds, and the two ends.
     many = {lang: reading(0.01 * number) for number, lang in enumerate(("en", "zh", "es", "sw"), 1)}
     found = damage_of({"hook": many})
-    found["yardsticks"] = {n: dict.fromkeys(many, by["en"]) for n, by in found["yardsticks"].items()}
+    yardsticks = {n: dict.fromkeys(many, by["en"]) for n, by in found["yardsticks"].items()}
+    found["yardsticks"] = yardsticks
     assert headline(found) == (
-        "damage, hook: like 4-bit in all 4 languages. KL 0.01 (en) to 0.04 (sw) nats per token. "
-        "4-bit weights: 0.1 (en) to 0.1 (zh). Perplexity x1.65 (en) to x1.65 (zh)"
+        "damage, hook: like 4-bit in all 4 languages. KL 0.01 (en) to 0.04 (sw) nats per token, "
+        "0.1 (en) to 0.4 (sw) times that of 4-bit weights. Perplexity x1.65 (en) to x1.65 (zh)"
     )
-    found = damage_of({"hook": many | {"en": reading(0.0009)}})
+    found = damage_of({"hook": many | {"en": reading(0.0009)}}) | {"yardsticks": yardsticks}
     assert headline(found).startswith("damage, hook: like 4-bit in zh, es, sw of 4 languages. KL 0.0009 (en) to 0.04 ")
     # The toy model's perplexity on text that it was not made for falls with any damage.
     lost = damage_of({"hook": mild})

@@ -1,6 +1,7 @@
 """An edited checkpoint or adapter is evaluated with the numbers that its folder holds, beside its own original."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -107,9 +108,14 @@ def test_the_folder_says_mode_and_strength(folders):
 @pytest.mark.parametrize(("kind", "mode", "what"), [("baked", "baked", "weights"), ("adapter", "lora", "adapter")])
 def test_the_command(folders, tmp_path, kind, mode, what):
     words = ("--problems", 1, "--max-new-tokens", 4, "--no-damage", "--device", "cpu", "--languages", "en")
+    for other in ("fused", "all"):
+        status, _, error = call("eval", f"--{kind}", folders / kind, "--mode", other, *words, "--out", tmp_path / "no")
+        assert status == 2 and f"a folder is evaluated as it was written: leave out --mode {other}." in error
+    assert not (tmp_path / "no").exists()
     with one_thread():
         status, out, error = call("eval", f"--{kind}", folders / kind, *words, "--out", tmp_path / "run")
     assert (status, error) == (0, "")
+    assert re.search(r"^of what the models write, \d of 5 texts differs? from the original's$", out, re.MULTILINE)
     assert f"{mode}: the {what} as written in {kind}, at strength 0.5" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert list(results["modes"]) == ["original", mode] and results["config"]["strength"] == 0.5
