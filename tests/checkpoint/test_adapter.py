@@ -153,7 +153,7 @@ def test_what_is_written_is_verified_and_every_planted_fault_is_named(tmp_path, 
     saved(tmp_path)
     words = ["--model", tmp_path / "source", "--subspace", tmp_path / "subspace.safetensors", "--out"]
     adapter = tmp_path / "adapter"
-    assert lora.run([str(w) for w in [*words, adapter]]) == 0
+    assert lora.run([str(w) for w in [*words, adapter, "--no-damage"]]) == 0
     assert "2 layers, rank 5 padded to 8, strength 1" in capsys.readouterr().out
     assert sorted(p.name for p in adapter.rglob("*") if p.is_file()) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "subspace.safetensors")
