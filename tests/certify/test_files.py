@@ -165,7 +165,8 @@ def test_a_rewritten_card_and_an_added_licence_are_remarks_and_what_a_loader_rea
         *("README.md", "LICENSE", "certificate.json", "picture.svg")
     ]
     assert run(["--baked", str(baked)]) == 0
-    assert "remark: README.md is not the file that was written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "remark: README.md is not the file that was written" in said and said.count(", and no engine reads it\n") == 4
     beside = certified(folder)
     assert beside["faults"] == [] and beside["remarks"] == found["remarks"]  # nor beside the original
     # Undoing does not depend on them either.
@@ -246,7 +247,9 @@ def test_a_checkpoint_whose_edit_was_taken_back_has_a_certificate_too(tmp_path, 
         (i, DOWN.format(i, part)) for i in LAYERS for part in ("weight", "bias")
     ]
     assert all(0 < r["error_over_bound"] <= 1 for r in rows) and (tmp_path / "c.svg").exists()
+    capsys.readouterr()
     assert run(words[:2]) == 0  # hashes alone
+    assert "2 edited layers (1, 2), rank" in capsys.readouterr().out
     (file,) = (folder / "restored").glob("*.safetensors")
     whole, record = load_file(file), folder / "restored" / "provenance.json"
     name, other = DOWN.format(2, "weight"), "model.layers.0.mlp.up_proj.weight"
