@@ -251,6 +251,10 @@ def probes() -> str:
     from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, of_the_word, percent, ranged, worst
     from kernel_surgery.studies.randoms import KINDS
 
+    def ranged_of(found: dict, kind: str, of: str) -> str:
+        form = ".3f" if of == "probe" else ".2g"
+        return ranged(found["beside"][kind][of], form) if kind in found["controls"] else "-"
+
     runs = probe_runs()
     kinds = list(dict.fromkeys(kind for found in runs for kind in found["controls"]))
     head, columns, commands, stamps, fits = [""], [], "", [], []
@@ -258,7 +262,6 @@ def probes() -> str:
         edit, before, fit = found["measured"][EDIT], found["measured"][ORIGINAL], found["subspace"]["fit"]
         last = list(edit["streams"])[-1]
         low, high = edit["probe_ci95"]
-        beside = {kind: found["beside"][kind]["probe"] for kind in found["controls"]}
         head.append(f"{found['model']['id']}: {fit['method']}{', layer by layer' * ('sequential' in fit)}")
         columns.append(
             {
@@ -269,17 +272,14 @@ def probes() -> str:
                 "read after the edit": f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})",
                 "by chance": f"{found['asked']['chance']:.3f}",
                 "hidden": percent(hidden(found)),
-                **{f"read after random edits {KINDS[kind]}": ranged(beside[kind]) for kind in kinds},
+                **{f"read after random edits {KINDS[kind]}": ranged_of(found, kind, "probe") for kind in kinds},
                 "more than random edits": "yes" if found["verdict"] == MORE else "not shown",
                 "means left": f"{edit['means']:.2f}",
                 "means left, random edits": ranged(found["beside"]["all"]["means"], ".2f"),
                 "read in the residual stream, last layer": f"{edit['streams'][last]:.3f}",
                 "the same without an edit": f"{before['streams'][last]:.3f}",
                 "largest KL": f"{edit['damage']:.3g} ({worst(found)})",
-                **{
-                    f"largest KL, random edits {KINDS[kind]}": ranged(found["beside"][kind]["damage"], ".2g")
-                    for kind in kinds
-                },
+                **{f"largest KL, random edits {KINDS[kind]}": ranged_of(found, kind, "damage") for kind in kinds},
                 "in words": f"{edit['word']}{of_the_word(found)}",
             }
         )
