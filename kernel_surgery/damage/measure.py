@@ -199,7 +199,7 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
         yardstick = f", {listed(times, 'times')} times that of {named(beside, damage)}"
     worst = [lang for lang, found in damage["verdict"][mode]["languages"].items() if found["word"] == word]
     if len(worst) < len(figures):
-        where = f" in {', '.join(worst)}" + (f" of {len(figures)} languages" if many else "")
+        where = f" in {', '.join(worst)}" + (f" (of {len(figures)} languages)" if many else "")
     elif many:
         where = f" in all {len(figures)} languages"
     return (

@@ -34,14 +34,14 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def of_the_word(found: Mapping[str, Any]) -> str:
-    """Return " in es, sw of 7 languages": those in which the edit's damage has its word.
+    """Return " in es, sw (of 7 languages)": those in which the edit's damage has its word.
 
     A word depends on what the language would lose at most, so it need not be that of the largest KL.
     """
     edit = found["measured"][EDIT]
     own = [language for language, word in edit["words"].items() if word == edit["word"]]
     if len(own) < len(edit["words"]):
-        return f" in {', '.join(own)} of {len(edit['words'])} languages"
+        return f" in {', '.join(own)} (of {len(edit['words'])} languages)"
     return f" in all {len(own)} languages" if len(own) > 2 else " in both languages"
 
 

@@ -136,7 +136,7 @@ def test_the_first_line_says_the_worst_and_what_it_rests_on():
         "0.1 (en) to 0.4 (sw) times that of 4-bit weights. Perplexity x1.65 (en) to x1.65 (zh)"
     )
     found = damage_of({"hook": many | {"en": reading(0.0009)}}) | {"yardsticks": yardsticks}
-    assert headline(found).startswith("damage, hook: like 4-bit in zh, es, sw of 4 languages. KL 0.0009 (en) to 0.04 ")
+    assert headline(found).startswith("damage, hook: like 4-bit in zh, es, sw (of 4 languages). KL 0.0009 (en) to")
     # The toy model's perplexity on text that it was not made for falls with any damage.
     lost = damage_of({"hook": mild})
     for r in lost["yardsticks"][CONSTANT].values():

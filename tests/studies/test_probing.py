@@ -149,7 +149,7 @@ def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     assert following.note.startswith("Try fewer layers or a lower rank") == broken
     assert following.words[-2:] == ["--strength=-1", "--force"]
     found = planted(0.5, word="broken" if broken else "like 4-bit")
-    assert probe_words.sentence(found).endswith(" It breaks the model in en, zh of 3 languages.") == broken
+    assert probe_words.sentence(found).endswith(" It breaks the model in en, zh (of 3 languages).") == broken
     found["measured"]["edit"]["words"]["sw"] = found["measured"]["edit"]["word"]
     assert probe_words.sentence(found).endswith(" It breaks the model in all 3 languages.") == broken
 
