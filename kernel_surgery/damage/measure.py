@@ -194,7 +194,8 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
     where, many = "", len(figures) > LISTED
     known = damage["yardsticks"][beside]
     yardstick = f". {named(beside, damage).capitalize()}: {listed(known, 'kl_mean')}"
-    if many:  # two ranges, of different languages, would invite a wrong division
+    # Two ranges, of different languages, would invite a wrong division.
+    if many and all(r["kl_mean"] > 0 for r in known.values()):
         times = {lang: {"times": r["kl_mean"] / known[lang]["kl_mean"]} for lang, r in figures.items()}
         yardstick = f", {listed(times, 'times')} times that of {named(beside, damage)}"
     worst = [lang for lang, found in damage["verdict"][mode]["languages"].items() if found["word"] == word]

@@ -137,6 +137,10 @@ def test_the_first_line_says_the_worst_and_what_it_rests_on():
     )
     found = damage_of({"hook": many | {"en": reading(0.0009)}}) | {"yardsticks": yardsticks}
     assert headline(found).startswith("damage, hook: like 4-bit in zh, es, sw (of 4 languages). KL 0.0009 (en) to")
+    # A yardstick that changes nothing: a model without linear layers, such as GPT-2.
+    none = {lang: r | {"kl_mean": 0.0} for lang, r in yardsticks[BITS4].items()}
+    said = headline(found | {"yardsticks": yardsticks | {BITS4: none}})
+    assert "nats per token. 4-bit weights: 0 (en) to 0 (zh). " in said
     # The toy model's perplexity on text that it was not made for falls with any damage.
     lost = damage_of({"hook": mild})
     for r in lost["yardsticks"][CONSTANT].values():

@@ -33,7 +33,7 @@ def originals(tmp_path_factory) -> Path:
     model = pico("qwen2", dtype=torch.bfloat16, **size)
     model.save_pretrained(made / "model")
     Subspace({1: basis(16, 2)}, site="mlp_out").save(made / "s.safetensors")
-    given = ("--model", made / "model", "--subspace", made / "s.safetensors", "--force", "--out")
+    given = ("--model", made / "model", "--subspace", made / "s.safetensors", "--force", "--no-damage", "--out")
     assert call("bake", *given, made / "baked")[0] == 0
     assert call("lora", *given, made / "adapter")[0] == 0
     return made
@@ -122,7 +122,7 @@ def tried(made: Path, seed: int) -> list[int]:
         record.write_text(json.dumps(said))
     model, subspace = ("--model", made / "model"), ("--subspace", made / "s.safetensors", "--force")
     bake, lora = (
-        (command, *model, *subspace, "--out", made / f"new-{command}") for command in ("bake", "lora")
+        (command, *model, *subspace, "--no-damage", "--out", made / f"new-{command}") for command in ("bake", "lora")
     )
     undo = ("bake", "--undo", "--model", made / "baked", "--out", made / "restored")
     verify = ("verify", "--baked", made / "baked", *model)
