@@ -19,11 +19,15 @@ def held(file: Path) -> dict | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+UNCOMMITTED = " with uncommitted changes"
+
+
 def stamped(stored: dict, command: str | None = None) -> str:
     """Where and when something was measured: the commits of its rows, if they have their own."""
     rows = [*stored.get("rows", {})] if isinstance(stored.get("rows"), list) else [*stored.get("rows", {}).values()]
     rows += stored.get("curve", {}).values()
-    commits = dict.fromkeys(row["commit"][:10] for row in rows if "commit" in row) or [stored["commit"][:10]]
+    made = [row for row in rows if "commit" in row] or [stored]
+    commits = dict.fromkeys(f"{row['commit'][:10]}{UNCOMMITTED * bool(row.get('dirty'))}" for row in made)
     dates = sorted({row["date"][:10] for row in rows if "date" in row} or {stored["date"][:10]})
     return (
         f"\n`{command or stored['command']}` on {stored['device']}, torch {stored['torch']}, commit "
@@ -248,12 +252,20 @@ def probes() -> str:
 
     A column for each run: there are many figures, and few runs.
     """
-    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, of_the_word, percent, ranged, worst
+    from kernel_surgery.damage.words import CONSTANT
+    from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, of_the_word, percent, ranged
     from kernel_surgery.studies.randoms import KINDS
 
     def ranged_of(found: dict, kind: str, of: str) -> str:
         form = ".3f" if of == "probe" else ".2g"
         return ranged(found["beside"][kind][of], form) if kind in found["controls"] else "-"
+
+    def more(found: dict) -> str:
+        kinds = ", ".join(KINDS[kind] for kind in found["controls"])
+        return f"yes ({kinds})" if found["verdict"] == MORE else "not shown"
+
+    def by_language(values: dict) -> str:
+        return ", ".join(f"{language} {value:.2g}" for language, value in values.items())
 
     runs = probe_runs()
     kinds = list(dict.fromkeys(kind for found in runs for kind in found["controls"]))
@@ -273,12 +285,14 @@ def probes() -> str:
                 "by chance": f"{found['asked']['chance']:.3f}",
                 "hidden": percent(hidden(found)),
                 **{f"read after random edits {KINDS[kind]}": ranged_of(found, kind, "probe") for kind in kinds},
-                "more than random edits": "yes" if found["verdict"] == MORE else "not shown",
+                "more than random edits": more(found),
                 "means left": f"{edit['means']:.2f}",
                 "means left, random edits": ranged(found["beside"]["all"]["means"], ".2f"),
                 "read in the residual stream, last layer": f"{edit['streams'][last]:.3f}",
                 "the same without an edit": f"{before['streams'][last]:.3f}",
-                "largest KL": f"{edit['damage']:.3g} ({worst(found)})",
+                "prompts in the chat template": "yes" if found["config"]["chat"] == "on" else "no",
+                "KL": by_language(edit["kl"]),
+                "KL without context": by_language(found["yardsticks"][CONSTANT]),
                 **{f"largest KL, random edits {KINDS[kind]}": ranged_of(found, kind, "damage") for kind in kinds},
                 "in words": f"{edit['word']}{of_the_word(found)}",
             }
@@ -287,7 +301,7 @@ def probes() -> str:
         commands += f"    {found['command']}\n"
         stamps.append(f"{environment['device']}, commit {environment['commit'][:10]}, {environment['date'][:10]}")
         made = fit["environment"]
-        fits.append(f"{made['commit'][:10]}{' with uncommitted changes' * bool(made['dirty'])} on {made['device']}")
+        fits.append(f"{made['commit'][:10]}{UNCOMMITTED * bool(made['dirty'])} on {made['device']}")
     if not columns:
         return ""
     body = [[name, *(column[name] for column in columns)] for name in columns[0]]

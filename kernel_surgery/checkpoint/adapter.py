@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import (
+    by_layer,
     check_base,
     damage_lines,
     edit_record,
     header_lines,
     spans,
+    title_of,
     write_edits,
     write_provenance,
 )
@@ -287,12 +289,14 @@ def configuration(record: dict[str, Any]) -> dict[str, Any]:
 def _card(record: dict[str, Any]) -> str:
     """Return the model card, which says what the adapter does."""
     model, layers, kind = record["model_id"], record["layers"], layout_named(record["model_type"])
+    base = record["base"] or "BASE"
+    base += f" --revision {record['revision']}" if record["base"] and record["revision"] else ""
     lines = [
         *("---", *header_lines(record), "library_name: peft", "tags: [kernel-surgery, lora]", "---", ""),
-        *(f"# {Path(model).name}, language subspace removed: an adapter", "", *damage_lines(record)),
+        *(f"# {Path(model).name}, {title_of(record)}: an adapter", "", *damage_lines(record)),
         f"This adapter edits layers {layers[0]} to {layers[-1]} ({len(layers)} in all) of {model}. There W of",
         f"{_edited_in_words(record)} acts as W - a A_e (B_e^T W),",
-        f"with A_e and B_e of rank {record['rank']} and a = {record['strength']:g}.",
+        f"with A_e and B_e of rank {record['rank']} and a = {record['strength']:g}{by_layer(record)}.",
         *spans(record, "A_e", "B_e"),
         "",
         "A = a B_e^T W and B = -A_e, with the edit's basis A_e and dual B_e. For an orthogonal edit, A_e = B_e.",
@@ -303,7 +307,7 @@ def _card(record: dict[str, Any]) -> str:
         *([record["note"] + ".", ""] if record["note"] else []),
         "PEFT loads it with `PeftModel.from_pretrained(model, THIS)`. vLLM serves it beside the original:",
         "",
-        f"    vllm serve {record['base'] or 'BASE'} --enable-lora --max-loras 2 --max-lora-rank "
+        f"    vllm serve {base} --enable-lora --max-loras 2 --max-lora-rank "
         f"{record['padded_rank']} --lora-target-modules {' '.join(served_modules(kind))} --lora-modules edited=THIS",
         "",
         "`provenance.json` records the SHA-256 of every file and how the subspace was fitted.",

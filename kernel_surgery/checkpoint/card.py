@@ -6,11 +6,13 @@ from typing import Any
 from kernel_surgery.checkpoint.record import (
     BASE_CARD,
     UNDO,
+    by_layer,
     damage_lines,
     header_lines,
     is_dequantised,
     is_requantised,
     spans,
+    title_of,
 )
 from kernel_surgery.files.contents import PROVENANCE
 
@@ -23,7 +25,10 @@ _UNDO = (
     "",
     "    python -m kernel_surgery.bake --undo --model THIS --out RESTORED",
 )
-_REQUANTISED = ("The edited matrices were quantised again in their own format, so the edit cannot be undone.",)
+_REQUANTISED = (
+    "The edited matrices were quantised again in their own format, so the edit cannot be undone.",
+    "The damage was measured before that, and quantising may add to it.",
+)
 
 
 def card_of(record: dict[str, Any], site: str, changed: str) -> str:
@@ -34,10 +39,10 @@ def card_of(record: dict[str, Any], site: str, changed: str) -> str:
     model, layers, a = record["model_id"], record["layers"], record["strength"]
     lines = [
         *("---", *header_lines(record), "library_name: transformers", "tags: [kernel-surgery]", "---", ""),
-        *(f"# {Path(model).name}, language subspace removed", "", *damage_lines(record)),
+        *(f"# {Path(model).name}, {title_of(record)}", "", *damage_lines(record)),
         f"These are the weights of {model} with one edit. In layers {layers[0]} to {layers[-1]} ({len(layers)} in all)",
         f"every matrix W that writes into the output of `{site}` became W - a A (B^T W): {changed}.",
-        f"A and B have rank {record['rank']}, and a = {a:g}. For an orthogonal edit, A = B.",
+        f"A and B have rank {record['rank']}, and a = {a:g}{by_layer(record)}. For an orthogonal edit, A = B.",
         *spans(record, "A", "B"),
         _KEPT[is_dequantised(record)],
         "",

@@ -189,6 +189,17 @@ def header_lines(record: dict[str, Any]) -> list[str]:
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
 
 
+def title_of(record: dict[str, Any]) -> str:
+    """Return what a card's title says of the edit: at strength 1 everywhere the subspace is removed."""
+    whole = all(strength_at(record, layer) == 1 for layer in record["layers"])
+    return "language subspace removed" if whole else f"language subspace edited at strength {record['strength']:g}"
+
+
+def by_layer(record: dict[str, Any]) -> str:
+    """Return what a card says after the strength, if a schedule multiplies it."""
+    return f", in each layer times its factor in `{PROVENANCE}` (`schedule`)" if record.get("schedule") else ""
+
+
 def spans(record: dict[str, Any], written: str, read: str) -> list[str]:
     """Return the line of a card that says what the edit's factors are."""
     if record["form"] == "orthogonal":

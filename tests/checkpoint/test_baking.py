@@ -24,6 +24,7 @@ from kernel_surgery.certify.files import verify_adapter, verify_checkpoint
 from kernel_surgery.checkpoint import baking
 from kernel_surgery.checkpoint.adapter import write_adapter
 from kernel_surgery.checkpoint.baking import bake_checkpoint, undo_checkpoint
+from kernel_surgery.checkpoint.record import by_layer, title_of
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.edit.baked import remove
 from kernel_surgery.files import hashing, tensorfile
@@ -256,10 +257,20 @@ def test_a_folder_has_a_name_on_the_hub_if_one_is_given(write, source, tmp_path)
     if write is write_adapter:
         config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "org/model" and verify_adapter(tmp_path / "new")["faults"] == []
+        write(source, replace(space(source), revision="abc"), tmp_path / "pinned", base="org/model")
+        assert "vllm serve org/model --revision abc --enable-lora" in (tmp_path / "pinned" / "README.md").read_text()
     for name in ("model", "a/b/c", str(source)):
         with pytest.raises(UserError, match="--base-model must be a hub id such as Qwen/"):
             write(source, space(source), tmp_path / "no", base=name)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_card_says_removed_only_at_strength_1_in_every_layer():
+    record = {"layers": [1, 2], "strength": 1.0}
+    assert title_of(record) == "language subspace removed" and by_layer(record) == ""
+    assert title_of(record | {"strength": 0.5}) == "language subspace edited at strength 0.5"
+    scheduled = record | {"schedule": {"2": 0.5}}
+    assert title_of(scheduled) == "language subspace edited at strength 1" and "`schedule`" in by_layer(scheduled)
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0, -0.5])
@@ -269,7 +280,8 @@ def test_undo_gives_the_weights_back_to_within_a_rounding_and_the_rest_to_the_by
     bake_checkpoint(source, subspace, tmp_path / "baked", strength=strength)
     card = (tmp_path / "baked" / "README.md").read_text()
     assert "base_model" not in card, "a folder's name means nothing on another machine"
-    assert f"{source.name}, language subspace removed" in card and str(tmp_path) not in card
+    done = "removed" if strength == 1 else f"edited at strength {strength:g}"
+    assert f"# {source.name}, language subspace {done}\n" in card and str(tmp_path) not in card
     middle = tensors(tmp_path / "baked")
     undo_checkpoint(tmp_path / "baked", tmp_path / "restored")
     new = tensors(tmp_path / "restored")
