@@ -20,6 +20,7 @@ PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tutorial.md").read_te
 BLOCK = re.compile(r"(<!-- not rerun: [^>]* -->\n)?^```(\w+)\n(.*?)^```", re.M | re.S)
 SMALLER = {"--problems 5": "--problems 1", "--max-new-tokens 24": "--max-new-tokens 8", "--probed 10": "--probed 5"}
 NUMBER = re.compile(r"\b[0-9a-f]{16}\b|[-+]?\d[\d.]*(?:e[-+]\d+)?")
+LANGUAGE = re.compile(r"\((?:zh|en|es|ar|ja|ko|sw)\)")
 
 
 def steps() -> list[tuple[str, str, list[str]]]:
@@ -34,8 +35,8 @@ def steps() -> list[tuple[str, str, list[str]]]:
 
 
 def plain(line: str) -> str:
-    """A line without its figures, and without the width of its columns."""
-    return " ".join(NUMBER.sub("#", line).split())
+    """A line without its figures, their languages, and the width of its columns."""
+    return " ".join(NUMBER.sub("#", LANGUAGE.sub("(#)", line)).split())
 
 
 def missing(shown: list[str], printed: str) -> list[str]:
