@@ -254,14 +254,14 @@ def probes() -> str:
     """
     from kernel_surgery.damage.words import CONSTANT
     from kernel_surgery.studies.probe_words import EDIT, MORE, ORIGINAL, hidden, of_the_word, percent, ranged
-    from kernel_surgery.studies.randoms import KINDS
+    from kernel_surgery.studies.randoms import KINDS, SCALED
 
     def ranged_of(found: dict, kind: str, of: str) -> str:
         form = ".3f" if of == "probe" else ".2g"
         return ranged(found["beside"][kind][of], form) if kind in found["controls"] else "-"
 
     def more(found: dict) -> str:
-        kinds = ", ".join(KINDS[kind] for kind in found["controls"])
+        kinds = ", ".join(KINDS[kind] for kind in found["controls"] if kind != SCALED)
         return f"yes ({kinds})" if found["verdict"] == MORE else "not shown"
 
     def by_language(values: dict) -> str:

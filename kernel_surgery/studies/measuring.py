@@ -292,9 +292,11 @@ class Measuring:
 
     def figures(self, found: Measured) -> dict[str, Any]:
         """Return everything that is reported of an edit, with intervals and its damage in words."""
+        judgement = judged(found.kl, self.yardsticks)
         return found.as_json() | {
             "neutral": {language: with_intervals(reading) for language, reading in found.kl.items()},
-            "word": judged(found.kl, self.yardsticks)["word"],
+            "word": judgement["word"],
+            "words": {language: own["word"] for language, own in judgement["languages"].items()},
             "probe_ci95": list(ratio_interval(found.all_hits, found.tokens * len(found.hits))),
         }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from kernel_surgery.damage.words import BITS4, BROKEN
 from kernel_surgery.models.architectures import spans
-from kernel_surgery.studies.randoms import KINDS
+from kernel_surgery.studies.randoms import KINDS, SCALED
 
 ORIGINAL, EDIT = "original", "edit"
 MORE, NO_MORE, NOTHING = "hides more", "hides no more", "hides nothing"
@@ -67,13 +67,19 @@ def _of_the_language(found: Mapping[str, Any]) -> str:
         return "This edit is not shown to hide anything of the language from a linear probe."
     said = f"This edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance."
     more, others = (_counted(found, more) for more in (True, False))
+    if not (more or others):
+        return said + " No random edit that takes directions away was measured beside it."
     said += f" That is more than these random edits of its rank hide: {more}." if more else ""
     return said + (f" It is not shown to be more than these hide: {others}." if others else "")
 
 
 def _counted(found: Mapping[str, Any], more: bool) -> str:
-    """Return the kinds of random edits that the fitted one is, or is not, shown to hide more than, with their p."""
-    kinds = {name.partition(":")[0]: interval for name, interval in found["difference"].items() if name != ORIGINAL}
+    """Return the kinds of random edits that the fitted one is, or is not, shown to hide more than, with their p.
+
+    Without `SCALED`, whose edits take no direction away.
+    """
+    kinds = {name.partition(":")[0]: interval for name, interval in found["difference"].items()}
+    kinds = {kind: interval for kind, interval in kinds.items() if kind not in (ORIGINAL, SCALED)}
     chosen = [kind for kind, (_, _, high) in kinds.items() if (high < 0) == more]
     rows = ((kind, found["beside"][kind]["probe"]) for kind in chosen)
     return ", ".join(f"{by['n']} {KINDS[kind]} (p = {by['p']:.2f})" for kind, by in rows)

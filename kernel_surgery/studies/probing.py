@@ -25,7 +25,7 @@ from kernel_surgery.common.files import write_atomic
 from kernel_surgery.common.names import LANGUAGES, RANDOM_EDITS
 from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
-from kernel_surgery.damage.words import judged, ratio_interval
+from kernel_surgery.damage.words import ratio_interval
 from kernel_surgery.evaluation.describing import describe_model, describe_subspace
 from kernel_surgery.evaluation.notes import check_held_out, notes_of
 from kernel_surgery.evaluation.options import Asked, Options
@@ -43,7 +43,7 @@ from kernel_surgery.studies.measuring import Measured, Measuring, difference, fi
 from kernel_surgery.studies.opening import open_together
 from kernel_surgery.studies.probe_page import write_page
 from kernel_surgery.studies.probe_words import EDIT, FEW, MORE, NO_MORE, NOTHING, ORIGINAL, PROBLEMS, UNREAD
-from kernel_surgery.studies.randoms import KINDS, parse_kinds, random_subspaces
+from kernel_surgery.studies.randoms import KINDS, SCALED, parse_kinds, random_subspaces
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
 
@@ -254,9 +254,6 @@ def compared(measuring: Measuring, found: Mapping[str, Measured]) -> dict[str, A
         apart = {name: difference(edit, found[name])["probe"] for name in (ORIGINAL, *nearest)}
         yardsticks = measuring.yardsticks
         figures = {name: measuring.figures(by) | stream_intervals(by) for name, by in found.items()}
-        for name, by in found.items():
-            words = judged(by.kl, yardsticks)["languages"]
-            figures[name]["words"] = {language: own["word"] for language, own in words.items()}
     return {
         "measured": figures,
         "yardsticks": {
@@ -268,7 +265,9 @@ def compared(measuring: Measuring, found: Mapping[str, Measured]) -> dict[str, A
         },
         "difference": apart,
         "verdict": verdict(
-            *(apart[ORIGINAL], [apart[name] for name in nearest], len(measuring.asked)),
+            apart[ORIGINAL],
+            [apart[name] for name in nearest if name.partition(":")[0] != SCALED],
+            len(measuring.asked),
             unread=figures[ORIGINAL]["probe_ci95"][0] <= measuring.chance,
         ),
     }
@@ -304,12 +303,14 @@ def verdict(hidden: Sequence[float], apart: Sequence[Sequence[float]], problems:
     """Return what the intervals allow to say of the probe at the edited layers.
 
     hidden: [difference in accuracy from the original, low, high]. apart: the same from the random edit of each kind
-    that hides most. problems: that the probe was asked. unread: whether it reads nothing without an edit.
+    that hides most, of the kinds that take directions away. problems: that the probe was asked. unread: whether it
+    reads nothing without an edit.
 
-    `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0, `NO_MORE` unless all others are.
+    `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0. `MORE` if there are others, and all
+    of them are.
     """
     if unread:
         return UNREAD
     if problems < PROBLEMS:
         return FEW
-    return NOTHING if hidden[2] >= 0 else MORE if all(high < 0 for *_, high in apart) else NO_MORE
+    return NOTHING if hidden[2] >= 0 else MORE if apart and all(high < 0 for *_, high in apart) else NO_MORE

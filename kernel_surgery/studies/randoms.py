@@ -26,6 +26,7 @@ from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.moments import Moments
 
 KINDS = {HAAR: "uniform", MATCHED: "by covariance", "energy": "of equal energy", "pca": "of the components"}
+SCALED = "energy"  # the kind that takes no direction away: a linear probe still reads what is scaled
 SEED = 1  # with 0, the bases of one kind would be those of another
 
 

@@ -322,6 +322,12 @@ def test_an_edit_fitted_on_these_very_tokens_hides_more_than_random_ones_and_a_r
         assert status == 0, error
         said[name] = json.loads((tmp_path / name / "probe.json").read_text(encoding="utf-8"))["verdict"], subspace
     assert said["fitted"][0] == probe_words.MORE and said["random"][0] != probe_words.MORE
+    # Scaled edits alone say nothing of hiding.
+    words = ["--subspace", tmp_path / "fitted.safetensors", "--controls", "energy:1", "--probed", "10", "--force"]
+    status, printed, _ = call("probe", *words, "--out", tmp_path / "scaled", "--device", "cpu")
+    assert status == 0 and "No random edit that takes directions away was measured" in printed.splitlines()[0]
+    found = json.loads((tmp_path / "scaled" / "probe.json").read_text(encoding="utf-8"))
+    assert found["verdict"] == probe_words.NO_MORE
 
 
 def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
@@ -329,6 +335,7 @@ def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
     assert verdict(below, [below], 10) == probe_words.MORE and verdict(below, [below], 9) == probe_words.FEW
     assert verdict(below, [below], 9, unread=True) == verdict(below, [below], 10, unread=True) == probe_words.UNREAD
     assert verdict(below, [below, below], 10) == probe_words.MORE
+    assert verdict(below, [], 10) == probe_words.NO_MORE, "nothing that takes directions away beside it"
     assert verdict(below, [below, across], 10) == verdict(below, [above], 10) == probe_words.NO_MORE
     assert verdict(across, [below], 10) == verdict(above, [below], 10) == probe_words.NOTHING
 
@@ -355,16 +362,19 @@ def test_where_a_figure_lies_among_random_ones():
 BELOW, ACROSS = [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.1]
 
 
-def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, energy=BELOW, matched=BELOW, word="like 4-bit"):
-    """What is said of: an edit's accuracy, the original's, and intervals beside random edits of two kinds."""
+def planted(edit, original=0.9, chance=0.1, verdict=probe_words.MORE, haar=BELOW, matched=BELOW, word="like 4-bit"):
+    """What is said of: an edit's accuracy, the original's, and intervals beside random edits of two kinds.
+
+    Those of equal energy are there too, and take no direction away, so nothing is said of them.
+    """
     kl = {"en": 0.1, "sw": 2.0, "zh": 0.3}
     # The language with the largest KL need not be one of those that have the word.
     words = {"en": word, "sw": "worse than 4-bit", "zh": word}
     measured = {"original": {"probe": original}, "edit": {"probe": edit, "kl": kl, "word": word, "words": words}}
-    beside = {"energy": {"probe": {"n": 5, "p": 1 / 6}}, "matched": {"probe": {"n": 4, "p": 0.2}}}
+    beside = {"haar": {"probe": {"n": 5, "p": 1 / 6}}, "matched": {"probe": {"n": 4, "p": 0.2}}}
     return {
         **{"measured": measured, "asked": {"chance": chance, "problems": 4}, "verdict": verdict, "beside": beside},
-        "difference": {"original": BELOW, "energy:3": energy, "matched:0": matched},
+        "difference": {"original": BELOW, "haar:3": haar, "matched:0": matched, "energy:1": BELOW},
     }
 
 
@@ -378,14 +388,17 @@ def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
 
 def test_every_verdict_has_its_sentence_with_the_kinds_of_random_edits_and_their_p():
     said = "This edit hides 50% of what a linear probe reads of the language above chance. "
-    energy, matched = "5 of equal energy (p = 0.17)", "4 by covariance (p = 0.20)"
+    haar, matched = "5 uniform (p = 0.17)", "4 by covariance (p = 0.20)"
     more, not_more = (
         "That is more than these random edits of its rank hide: ",
         "It is not shown to be more than these hide: ",
     )
-    assert probe_words.sentence(planted(0.5)) == f"{said}{more}{energy}, {matched}."
-    some, none = (probe_words.sentence(planted(0.5, energy=x, matched=ACROSS)) for x in (BELOW, ACROSS))
-    assert some == f"{said}{more}{energy}. {not_more}{matched}." and none == f"{said}{not_more}{energy}, {matched}."
+    assert probe_words.sentence(planted(0.5)) == f"{said}{more}{haar}, {matched}."
+    some, none = (probe_words.sentence(planted(0.5, haar=x, matched=ACROSS)) for x in (BELOW, ACROSS))
+    assert some == f"{said}{more}{haar}. {not_more}{matched}." and none == f"{said}{not_more}{haar}, {matched}."
+    alone = planted(0.5, verdict=probe_words.NO_MORE)
+    alone["difference"] = {"original": BELOW, "energy:1": BELOW}
+    assert probe_words.sentence(alone) == f"{said}No random edit that takes directions away was measured beside it."
     other = {
         word: probe_words.sentence(planted(0.5, verdict=word))
         for word in (probe_words.NOTHING, probe_words.UNREAD, probe_words.FEW)
