@@ -4,14 +4,16 @@ A model's weights are changed while a module runs, one module at a time, and res
 memory of one weight, and the model is whole again when the block ends.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from kernel_surgery.models.architectures import decoder_layers
+from kernel_surgery.models.architectures import decoder_layers, layout_of, submodule
 from kernel_surgery.models.shards import refuse_split
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.erasing import SHRINKAGE, shrunk
@@ -20,6 +22,7 @@ from kernel_surgery.subspace.moments import Moments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Change = Callable[[Tensor], Tensor]  # of a parameter's data, to what it is while its module runs
 GROUP = 32  # weights that share one scale
 
 
@@ -40,14 +43,14 @@ def rounded_to_bits(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
 
 
 @contextmanager
-def _while_running(modules: Iterable[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change the parameters of each module while that module runs."""
+def _while_running(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
+    """Change the parameters of each module while that module runs. changes: {module: how}."""
     whole: dict[nn.Parameter, Tensor] = {}
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         for parameter in module.parameters(recurse=False):
             whole[parameter] = parameter.data
-            parameter.data = change(parameter.data)
+            parameter.data = changes[module](parameter.data)
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for parameter in module.parameters(recurse=False):
@@ -55,7 +58,7 @@ def _while_running(modules: Iterable[nn.Module], change: Callable[[Tensor], Tens
 
     handles = [
         handle
-        for module in modules
+        for module in changes
         for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
     ]
     try:
@@ -71,18 +74,43 @@ def _while_running(modules: Iterable[nn.Module], change: Callable[[Tensor], Tens
 def rounded_weights(model: "PreTrainedModel", bits: int) -> Iterator[None]:
     """Round the weights of all linear layers in the decoder to `bits` while the block runs (`rounded_to_bits`).
 
-    The embeddings, the norms and the biases stay, as in most quantised checkpoints. Raises ModelError for weights that
-    are split over processes.
+    Experts that are one tensor are rounded one by one. The embeddings, the norms, the biases and the
+    routers stay, as in most quantised checkpoints. Raises ModelError for weights that are split over processes.
     """
     refuse_split(model, "round the weights in groups")
-    linear = [
-        module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)
-    ]
 
-    def change(data: Tensor) -> Tensor:
+    def rows(data: Tensor) -> Tensor:
         return rounded_to_bits(data, bits) if data.ndim == 2 else data
 
-    with _while_running(linear, change):
+    def columns(data: Tensor) -> Tensor:
+        return rounded_to_bits(data.T, bits).T if data.ndim == 2 else data
+
+    def each(change: Change, data: Tensor) -> Tensor:
+        if data.ndim != 3:  # the experts' biases are a matrix
+            return data
+        made = torch.empty_like(data)
+        for expert, matrix in zip(made, data, strict=True):  # so that no second stack in float32 is needed
+            expert.copy_(change(matrix))
+        return made
+
+    changes: dict[nn.Module, Change] = {}
+    stacks = [form for form in layout_of(model).writes if form.stacked and not form.bias]
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                changes[module] = rows
+            elif isinstance(module, Conv1D):
+                changes[module] = columns
+        for form in stacks:
+            path, _, name = form.path.rpartition(".")
+            if (experts := submodule(layer, path)) is None:
+                continue  # a dense layer
+            changes[experts] = partial(each, columns if form.transposed else rows)
+            block = layer.get_submodule(path.rpartition(".")[0])
+            for module in block.modules():  # a router, and the gate of a shared expert
+                if isinstance(module, nn.Linear) and module.out_features in (1, len(getattr(experts, name))):
+                    changes.pop(module)
+    with _while_running(changes):
         yield
 
 
@@ -121,7 +149,7 @@ def in_other_precision(model: "PreTrainedModel") -> Iterator[None]:
         for module in [*own, *decoder_layers(model)]:
             handles.append(module.register_forward_hook(after))
     try:
-        with _while_running(own, change):
+        with _while_running(dict.fromkeys(own, change)):
             yield
     finally:
         for handle in handles:

@@ -1,5 +1,7 @@
 """The known changes: what each does to a weight, and that the model is whole again after it."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -14,11 +16,14 @@ from kernel_surgery.damage.yardsticks import (
     rounded_to_bits,
     rounded_weights,
 )
+from kernel_surgery.models.architectures import decoder_layers, layout_of
 from kernel_surgery.models.load import POLYGLOT_SUBSPACE, load_model, load_tokenizer
+from kernel_surgery.models.table import ARCHITECTURES
 from kernel_surgery.numerics.projection import Projection
 from kernel_surgery.subspace.erasing import SHRINKAGE, shrunk
 from kernel_surgery.subspace.moments import Moments
 from tests.support.models import pico
+from tests.support.picos import pico_of
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,43 @@ def test_rounded_weights_are_those_of_the_decoder_alone_and_come_back(polyglot):
     assert_whole(model, before)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
+
+
+# Of all architectures: the tensors of at least two dimensions in a decoder layer that stay.
+STAY = re.compile(
+    r"mlp\.(gate|router|router\.gate|gate\.wg|shared_expert_gate)\.weight|(block_sparse_moe|feed_forward)\.router\.weight|"
+    r"linear_attn\.conv1d\.weight|.*bias"
+)
+INPUTS_FIRST = {"gpt2": 2, "gpt_oss": 3, "llama4_text": 3, "llama4": 3}  # {model type: the dimensions of such tensors}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_all_linear_layers_and_experts_of_an_architecture_are_rounded_along_their_inputs(kind):
+    model, seen = pico_of(kind), {}
+    before, body = weights_of(model), layout_of(model).layers + "."
+
+    def watch(module, inputs):
+        for parameter in module.parameters(recurse=False):
+            seen[parameter] = parameter.data
+
+    with torch.no_grad(), rounded_weights(model, 4):
+        handles = [module.register_forward_pre_hook(watch) for module in model.modules()]
+        model(torch.arange(1, 41)[None])
+    for handle in handles:
+        handle.remove()
+    rounded = 0
+    for name, parameter in model.named_parameters():
+        weight, inside = before[name], re.sub(r"^\d+\.", "", name.removeprefix(body))
+        if not name.startswith(body) or weight.ndim < 2 or STAY.fullmatch(inside):
+            assert torch.equal(seen.get(parameter, weight), weight), name
+            continue
+        turned = weight.mT if INPUTS_FIRST.get(kind) == weight.ndim else weight
+        expected = rounded_to_bits(turned.reshape(-1, turned.shape[-1]), 4).view(turned.shape)
+        expected = expected.mT if INPUTS_FIRST.get(kind) == weight.ndim else expected
+        assert torch.equal(seen[parameter], expected) and not torch.equal(expected, weight), name
+        rounded += 1
+    assert rounded >= 4 * len(decoder_layers(model))
+    assert_whole(model, before)
 
 
 @pytest.mark.parametrize("block", [lambda m: rounded_weights(m, 8), in_other_precision])
