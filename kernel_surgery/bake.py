@@ -44,8 +44,6 @@ def parser() -> argparse.ArgumentParser:
     formats.add_argument("--requantize", action="store_true", help=more)
     add_base(p)
     add_damage(p)
-    more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
-    p.add_argument("--force", action="store_true", help=more)
     return p
 
 
@@ -86,10 +84,10 @@ def run(argv: list[str] | None = None) -> int:
         original = findable(read_provenance(args.out, "restored")["model_id"])
         next_command(Following("verify", ["--restored", args.out, *(["--model", original] if original else [])]))
         return 0
-    subspace = Subspace.load(args.subspace, force=args.force)
+    subspace = Subspace.load(args.subspace, force=bool(args.force))
     languages = languages_measured(args.languages, subspace)
     folder = local_folder(source)
-    options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
+    options = {"strength": args.strength, "model_id": args.model, "force": bool(args.force), "command": command}
     options |= {"quantised": quantised, "base": args.base_model}
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "baked", args.strength, **how)

@@ -39,8 +39,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--strength", type=float, default=1.0, help=more)
     add_base(p)
     add_damage(p)
-    more = "accept a subspace of unknown origin or of another model, and an edit that breaks the model"
-    p.add_argument("--force", action="store_true", help=more)
     return p
 
 
@@ -62,10 +60,10 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.subspace.artifact import Subspace
 
     command, source = command_line("lora", argv), resolve_checkpoint(args.model)
-    subspace = Subspace.load(args.subspace, force=args.force)
+    subspace = Subspace.load(args.subspace, force=bool(args.force))
     languages = languages_measured(args.languages, subspace)
     folder = local_folder(source)
-    options = {"strength": args.strength, "model_id": args.model, "force": args.force, "command": command}
+    options = {"strength": args.strength, "model_id": args.model, "force": bool(args.force), "command": command}
     options["base"] = args.base_model
     how = {"languages": languages, "force": args.force, "skip": args.no_damage, "say": partial(print, flush=True)}
     options["measure"] = partial(damage_before_writing, folder, subspace, "lora", args.strength, **how)

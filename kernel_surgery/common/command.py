@@ -185,13 +185,15 @@ def _without_place(word: str) -> str:
 
 
 def add_damage(p: argparse.ArgumentParser) -> None:
-    """Add the options of a command that measures an edit's damage before it writes."""
+    """Add the options of a command that measures an edit's damage before it writes, or refuses to."""
     from kernel_surgery.common.names import LANGUAGES
 
     more = f"languages of the damage; comma-separated, or all: {','.join(LANGUAGES)} (default: those of the fit)"
     p.add_argument("--languages", help=more)
     more = "do not load the model to measure the damage; the card says that it was not measured"
     p.add_argument("--no-damage", action="store_true", help=more)
+    more = "accept a subspace of unknown origin or of another model, or an edit that breaks the model; twice: both"
+    p.add_argument("--force", action="count", default=0, help=more)
 
 
 def add_base(p: argparse.ArgumentParser) -> None:

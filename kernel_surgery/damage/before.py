@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kernel_surgery.models.stored import located
 from kernel_surgery.problems.generator import parse_languages
 from kernel_surgery.quantised.formats import belonging, quantised_in
 from kernel_surgery.subspace.artifact import Subspace
+from kernel_surgery.subspace.fingerprint import fingerprint
 
 # Of the weights: the model itself, one weight that is rounded for a yardstick, and activations.
 ROOM = 1.15
@@ -62,19 +64,21 @@ def damage_before_writing(
     strength: float,
     *,
     languages: tuple[str, ...],
-    force: bool,
+    force: int,
     skip: bool,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Return the damage as `measure_damage` does, without the yardsticks' figures and with "in_words".
 
     folder: the original checkpoint. mode: "baked" or "lora", as it will be written. languages: of the neutral text.
+    force: how many objections are overruled. That the subspace is not of these weights is one, a broken model is one.
     skip: measure nothing, because the user asked for that, and return {"in_words": why}. say: called with the damage in
     words.
 
     A model that is too large for the GPU is measured on the CPU.
 
-    Raises UserError for an edit that breaks the model, unless `force` is set, and if the damage cannot be measured.
+    Raises UserError for an edit that breaks the model, unless `force` overrules that too, and if the damage cannot be
+    measured.
     """
     found = (
         {"in_words": headline(None, "--no-damage")}
@@ -106,7 +110,7 @@ def _place(folder: Path, languages: int) -> tuple[torch.device, torch.dtype]:
 
 
 def _measured(
-    folder: Path, subspace: Subspace, mode: str, strength: float, languages: tuple[str, ...], force: bool
+    folder: Path, subspace: Subspace, mode: str, strength: float, languages: tuple[str, ...], force: int
 ) -> dict[str, Any]:
     device, dtype = _place(folder, len(languages))
     try:
@@ -114,13 +118,14 @@ def _measured(
     except KernelSurgeryError as error:
         raise unmeasured(str(error).splitlines()[0]) from error
     found = measure_damage(
-        *(model, tokenizer, languages, [mode], subspace), strength=strength, force=force, controls=False
+        *(model, tokenizer, languages, [mode], subspace), strength=strength, force=force > 0, controls=False
     )
     words = headline(found)
-    if found["verdict"][mode]["word"] == BROKEN and not force:
-        raise UserError(
-            f"{words}.\nChoose a lower rank or strength, fewer layers, or fit --method oblique. With --force it is "
-            "written anyway."
-        )
+    foreign = subspace.doubt(partial(fingerprint, model)) is not None
+    if found["verdict"][mode]["word"] == BROKEN and force <= foreign:
+        way = "With --force it is written anyway."
+        if force:
+            way = "One --force accepts the subspace of other weights. With a second one the edit is written anyway."
+        raise UserError(f"{words}.\nChoose a lower rank or strength, fewer layers, or fit --method oblique. {way}")
     del found["yardsticks"]  # the verdict holds the ratios to them
     return {"in_words": words} | found

@@ -1,6 +1,8 @@
 """Damage before anything is written: what breaks the model is refused, what cannot be measured is said."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +41,21 @@ def test_an_edit_that_breaks_the_model_is_refused_unless_forced(command, tmp_pat
     assert said.splitlines()[0] == record["in_words"]
     mode = {"bake": "baked", "lora": "lora"}[command]
     assert record["verdict"][mode]["word"] == "broken" and set(record["neutral"][mode]) == {"en"}
+
+
+@pytest.mark.parametrize("command", CARD)
+def test_force_once_accepts_a_foreign_subspace_and_not_that_it_breaks_the_model(command, tmp_path):
+    foreign, out = tmp_path / "foreign.safetensors", tmp_path / "out"
+    replace(Subspace.load(POLYGLOT_SUBSPACE), fingerprint=None).save(foreign)
+    words = (*("--model", "polyglot", "--subspace", foreign), "--languages", "en", "--out", out)
+    assert "does not say which model it was fitted on" in call(command, *words)[2]
+    status, said, error = call(command, *words, "--strength", 30, "--force")
+    assert status == 2 and not out.exists() and "BROKEN: the edited model" in error
+    assert "One --force accepts the subspace of other weights. With a second one the edit is written anyway." in error
+    status, said, error = call(command, *words, "--strength", 30, "--force", "--force")
+    assert (status, error) == (0, "") and "BROKEN" in said.splitlines()[0] and "BROKEN" in first_of_card(out)
+    shutil.rmtree(out)
+    assert call(command, *words, "--force")[0] == 0 and "was forced on" in (out / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("command", CARD)
