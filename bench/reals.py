@@ -261,7 +261,8 @@ def probes() -> str:
         return ranged(found["beside"][kind][of], form) if kind in found["controls"] else "-"
 
     def more(found: dict) -> str:
-        kinds = ", ".join(KINDS[kind] for kind in found["controls"] if kind != SCALED)
+        each = {kind: found["beside"][kind]["probe"] for kind in found["controls"] if kind != SCALED}
+        kinds = "; ".join(f"{by['n']} {KINDS[kind]}, p = {by['p']:.2f}" for kind, by in each.items())
         return f"yes ({kinds})" if found["verdict"] == MORE else "not shown"
 
     def by_language(values: dict) -> str:

@@ -75,6 +75,8 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.models.stored import counted, layout_in, layouts, parts
         from kernel_surgery.subspace.artifact import Subspace
 
+    if args.undo and Path(args.model).is_dir():
+        read_provenance(Path(args.model))  # first: an adapter is no model, and is better named
     command, source = command_line("bake", argv), resolve_checkpoint(args.model)
     if args.undo:
         norms = undo_checkpoint(local_folder(source), args.out, command=command)

@@ -88,20 +88,22 @@ def run(argv: list[str] | None = None) -> int:
     wrote(args.out, ("probe.json", "report.html", "measured.json"))
     read_it(args.out / "report.html")
     judged = set(found["asked"]["languages"]) <= set(LANGUAGES)
-    next_command(_following(args, broken=found["measured"]["edit"]["word"] == "broken", judged=judged))
+    broken, rank = found["measured"]["edit"]["word"] == "broken", found["subspace"]["rank"]
+    next_command(_following(args, broken=broken, rank=rank, judged=judged))
     return 0
 
 
-def _following(args: argparse.Namespace, *, broken: bool, judged: bool = True) -> Following:
+def _following(args: argparse.Namespace, *, broken: bool, rank: int = 1, judged: bool = True) -> Following:
     """Return what shows the model's answers. broken: whether the edit breaks the model. judged: whether answers are, in
-    the languages of the edit."""
+    the languages of the edit. rank: of the edit."""
     words: list[Word] = ["--mode", "fused", "--model", args.model]
     words += ["--subspace", args.subspace] if args.subspace else []
     words += strength_words(args.strength)
     words += ["--force"] if args.force else []
     note = "What the edited model answers is another question. This measures it:"
     if broken:
-        note = f"Try fewer layers or a lower rank (fit --layers, --rank). {note}"
+        less = "fewer layers or a lower rank (fit --layers, --rank)" if rank > 1 else "fewer layers (fit --layers)"
+        note = f"Try {less}. {note}"
     if not judged:
         return Following("compare", [*words, PROMPT], note.replace("measures", "shows"))
     return Following("eval", words, note)

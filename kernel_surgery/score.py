@@ -52,7 +52,7 @@ def run(argv: list[str] | None = None) -> int:
     with waiting("counting"):
         summary = summary_table(results)
     print(summary, file=sys.stderr)
-    note = 'This shows how often the scorer is right, from a copy with what you read in each line ("correct", "value"):'
+    note = 'Write into a copy what you read in each text ("correct", "value"), and see how often the scorer is right:'
     copy = args.file.with_name(f"{args.file.stem}-read.jsonl")
     next_command(Following("score", [copy, "--labels"], note), file=sys.stderr)
     return 0

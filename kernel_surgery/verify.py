@@ -104,8 +104,8 @@ def run(argv: list[str] | None = None) -> int:
         from kernel_surgery.checkpoint.record import read_provenance
         from kernel_surgery.checkpoint.source import refuse_baked
         from kernel_surgery.common.environment import now
+        from kernel_surgery.common.names import PROVENANCE
         from kernel_surgery.engines.texts import parse_arguments
-        from kernel_surgery.files.contents import PROVENANCE
         from kernel_surgery.files.hashing import sha256
         from kernel_surgery.models.load import POLYGLOT_SUBSPACE, findable, local_folder, public_name, resolve_model
         from kernel_surgery.models.threads import choose_threads
@@ -184,6 +184,9 @@ def _following(
             note = f"Only hashes were checked. With the original, every number is. {note}".rstrip()
             return Following("verify", ["--restored", args.restored, *named], note)
         return Following("eval", ["--mode", "original", "--model", args.restored])
+    if "adapter" in folders and args.model is None:
+        note = f"A is what the weights make of it. With the original, it is checked. {note}".rstrip()
+        return Following("verify", ["--adapter", args.adapter, *named], note)
     words: list[Word] = [word for kind, folder in folders.items() for word in (f"--{kind}", folder)]
     if not words:
         assert subspace is not None  # of what was certified

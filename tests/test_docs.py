@@ -15,6 +15,7 @@ from kernel_surgery.evaluation.external import check_labels, label_table, read_l
 from kernel_surgery.files.problems import problem_source
 from kernel_surgery.models.architectures import layout_named
 from kernel_surgery.studies.declaring import read_grid
+from tests.support.calls import call
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("docs/**/*.md"))}
@@ -149,3 +150,22 @@ def test_the_architecture_that_a_page_adds_is_refused_as_it_shows():
     with pytest.raises(ModelError) as refused:
         layout_named("vaultgemma")
     assert f"error: {refused.value}\n" in PAGES["docs/how-to/add-an-architecture.md"]
+
+
+@pytest.mark.slow
+def test_what_a_reader_of_a_published_folder_sees_is_what_is_printed(tmp_path, monkeypatch):
+    """The damage line of the page, with its figures, and the table: of the embedded model with a default fit."""
+    monkeypatch.chdir(tmp_path)
+    assert call("collect", "--out", "acts.safetensors")[0] == 0
+    assert call("fit", "--activations", "acts.safetensors", "--out", "subspace.safetensors")[0] == 0
+    assert call("bake", "--model", "polyglot", "--subspace", "subspace.safetensors", "--out", "EDITED")[0] == 0
+    status, said, _ = call("verify", "--baked", "EDITED")
+    page = PAGES["docs/how-to/publish-a-baked-model.md"]
+    shown = next(body for _, body in FENCE.findall(page) if body.startswith("as the folder records it"))
+    number = re.compile(r"\d+\.\d+(?:e-\d+)?")
+    assert status == 0
+    for line in (line.removesuffix(" ...") for line in shown.splitlines() if line != "..."):
+        (same,) = [own for own in said.splitlines() if number.sub("#", own).startswith(number.sub("#", line))]
+        pairs = zip(number.findall(line), number.findall(same), strict=False)
+        # The last of three digits depends on the processor.
+        assert all(float(a) == pytest.approx(float(b), rel=0.01) for a, b in pairs), (line, same)

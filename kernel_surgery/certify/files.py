@@ -31,9 +31,10 @@ from kernel_surgery.checkpoint.record import (
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import shareable
+from kernel_surgery.common.names import PROVENANCE
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.baked import bake_weight
-from kernel_surgery.files.contents import DOCUMENT, INDEX, PROVENANCE, contents
+from kernel_surgery.files.contents import DOCUMENT, INDEX, contents
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened

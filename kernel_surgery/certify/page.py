@@ -84,7 +84,7 @@ def worst_checks(certificate: dict[str, Any]) -> list[Row]:
 
 def _cards(certificate: dict[str, Any]) -> Iterator[Card]:
     faults, model = certificate["faults"], certificate.get("model")
-    holds = "everything holds" if not faults else counted(len(faults), "fault")
+    holds = render.holding(certificate) if not faults else counted(len(faults), "fault")
     yield Card("Is the edit exact?", holds, faults[0] if faults else "", "bad" if faults else "good")
     if rows := worst_checks(certificate):
         row = max(rows, key=lambda r: r.value)

@@ -14,6 +14,7 @@ vLLM only loads experts whose gate and up projections have a pair too. Those are
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import (
+    BASE_CARD,
     by_layer,
     check_base,
     damage_lines,
@@ -124,6 +126,8 @@ def write_adapter(
         write_edits(folder, edits)
         write_atomic(folder / CONFIG, json.dumps(configuration(record), indent=2) + "\n")
         write_atomic(folder / "README.md", _card(record))
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / BASE_CARD)
         write_provenance(folder, record, {})
     return rank
 
@@ -310,6 +314,8 @@ def _card(record: dict[str, Any]) -> str:
         f"    vllm serve {base} --enable-lora --max-loras 2 --max-lora-rank "
         f"{record['padded_rank']} --lora-target-modules {' '.join(served_modules(kind))} --lora-modules edited=THIS",
         "",
+        "Serve it beside the very weights that it was made of: beside others it is another edit.",
+        f"The original model's card, if it had one, is `{BASE_CARD}`.",
         "`provenance.json` records the SHA-256 of every file and how the subspace was fitted.",
     ]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from kernel_surgery.checkpoint.record import (
     spans,
     title_of,
 )
-from kernel_surgery.files.contents import PROVENANCE
+from kernel_surgery.common.names import PROVENANCE
 
 _KEPT = {
     False: "Every other tensor is byte-identical to the original.",
@@ -25,10 +25,8 @@ _UNDO = (
     "",
     "    python -m kernel_surgery.bake --undo --model THIS --out RESTORED",
 )
-_REQUANTISED = (
-    "The edited matrices were quantised again in their own format, so the edit cannot be undone.",
-    "The damage was measured before that, and quantising may add to it.",
-)
+_REQUANTISED = "The edited matrices were quantised again in their own format, so the edit cannot be undone."
+_BEFORE = "The damage was measured before that, and quantising may add to it."
 
 
 def card_of(record: dict[str, Any], site: str, changed: str) -> str:
@@ -37,6 +35,7 @@ def card_of(record: dict[str, Any], site: str, changed: str) -> str:
     site: the edited module, from its layer on. changed: what was edited, in words.
     """
     model, layers, a = record["model_id"], record["layers"], record["strength"]
+    requantised = [_REQUANTISED, *([_BEFORE] if record.get("damage", {}).get("neutral") else [])]
     lines = [
         *("---", *header_lines(record), "library_name: transformers", "tags: [kernel-surgery]", "---", ""),
         *(f"# {Path(model).name}, {title_of(record)}", "", *damage_lines(record)),
@@ -48,7 +47,7 @@ def card_of(record: dict[str, Any], site: str, changed: str) -> str:
         "",
         *([record["note"] + ".", ""] if record["note"] else []),
         f"`{PROVENANCE}` records the SHA-256 of every file and how the subspace was fitted.",
-        *(_REQUANTISED if is_requantised(record) else _UNDO),
+        *(requantised if is_requantised(record) else _UNDO),
         "",
         f"The original model's card, if it had one, is `{BASE_CARD}`.",
     ]

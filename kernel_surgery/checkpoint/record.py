@@ -16,9 +16,10 @@ import torch
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError, MissingFileError, UserError
 from kernel_surgery.common.files import write_atomic
+from kernel_surgery.common.names import PROVENANCE
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.damage.words import BITS4
-from kernel_surgery.files.contents import OURS, PROVENANCE
+from kernel_surgery.files.contents import OURS
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.files.tensorfile import opened, save_tensors
 from kernel_surgery.models.load import hub_id, public_name
@@ -133,12 +134,13 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
     if forced := forced_note(record):
         lines += [f"**{forced}**", ""]
     if damage.get("neutral"):
-        languages = ", ".join(next(iter(damage["neutral"].values())))
+        names = list(next(iter(damage["neutral"].values())))
+        languages = f"each of {', '.join(names)}" if len(names) > 1 else names[0]
         lines += [
             "KL is KL(original || edited) at every token, compared with that of rounding this model's own weights:",
             '"like 4-bit" is at most 1.5 times as much as 4 bits cost, "like 8-bit" at most 1.5 times as 8 bits do.'
             + _beside_4_bits(damage),
-            f"The text is {damage['sentences']} plain everyday sentences in each of {languages}. In other languages",
+            f"The text is {damage['sentences']} plain everyday sentences in {languages}. In other languages",
             "and in chats it may be more. That directions were removed does not mean that the model's language cannot",
             "be read any more.",
             "",
@@ -150,7 +152,8 @@ def _beside_4_bits(damage: dict[str, Any]) -> str:
     """Return the sentence of a card with the ratios of an edit's damage to that of 4-bit weights, or nothing."""
     words = (by for verdict in damage["verdict"].values() for by in verdict["languages"].values())
     ratios = sorted(by["ratios"][BITS4][0] for by in words if BITS4 in by["ratios"])
-    return f" Here it is {ratios[0]:.2g} to {ratios[-1]:.2g} times what 4 bits cost." if ratios else ""
+    ends = list(dict.fromkeys(f"{ratio:.2g}" for ratio in ratios[:1] + ratios[-1:]))
+    return f" Here it is {' to '.join(ends)} times what 4 bits cost." if ends else ""
 
 
 def forced_note(record: dict[str, Any]) -> str | None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from kernel_surgery.checkpoint.record import is_restored, read_provenance
-from kernel_surgery.common.errors import CheckpointError, KernelSurgeryError, ModelError
-from kernel_surgery.common.names import DTYPES, WRITE
+from kernel_surgery.common.errors import CheckpointError, KernelSurgeryError, MismatchError, ModelError
+from kernel_surgery.common.names import DTYPES, PROVENANCE, WRITE
 from kernel_surgery.edit.baked import AFTER_A_NORM, refuse_offset_without_bias
 from kernel_surgery.edit.lora import refuse_bias, refuse_offset
-from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.tensorfile import Layout
 from kernel_surgery.models.before import check_config
 from kernel_surgery.models.stored import StoredPart, layout_in, sampled, whole_parts
@@ -47,7 +46,12 @@ def check_source(folder: Path, layouts: list[Layout], subspace: Subspace, *, for
         )
     weights = sampled(folder, layouts)
     shape = config["hidden_size"], config["num_hidden_layers"]
-    subspace.check(*shape, lambda: sample_weights(weights.items()), str(folder), force=force)
+    try:
+        subspace.check(*shape, lambda: sample_weights(weights.items()), str(folder), force=force)
+    except MismatchError as error:
+        if is_restored(folder):
+            error.add_note(f"{str(folder)!r} was restored, to within a rounding: use the original's own folder.")
+        raise
     if not force:
         return None
     try:

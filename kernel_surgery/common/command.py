@@ -32,7 +32,10 @@ from kernel_surgery.common.ranks import ALONE, Ranks, StoppedElsewhere, close, c
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PACKAGE_NAME = "kernel_surgery"
-RESUMES = "Give the same command again: what can go on does, eval with --resume."
+RESUMES = (
+    "Give the same command again: collect, fit and study go on where they were, eval and probe with --resume, all "
+    "others begin anew."
+)
 SCRIPT = "kernel-surgery"
 _ADDRESS = re.compile(r"https?://[^\s\"'<>]+")
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kernel_surgery.common.errors import ExistsError, KernelSurgeryError, UserError
+from kernel_surgery.common.names import PROVENANCE
 
 # Errors of a disk that is full or refuses to be written.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -19,9 +20,11 @@ def check_output(path: Path, *, size: int = 0, overwrite: bool | None = None, op
     size: the bytes that will be written. overwrite: whether an existing file may be replaced; None for a new folder.
 
     Raises ExistsError if there is something at `path` already. Raises UserError if it is a folder where a file is
-    written, if a parent cannot hold it, or if the disk has too little space.
+    written, if a parent cannot hold it, or if the disk has too little space, and for a place inside a written folder:
+    only a file at its top may come later, such as a certificate.
     """
     where = f"{option} {str(path)!r}"
+    _refuse_inside(path if overwrite is None else path.parent, where)
     there = _there(path, where)
     if there and overwrite is not None and path.is_dir():
         raise UserError(f"{where} is a folder. Name a file in it.")
@@ -37,9 +40,20 @@ def check_folder(path: Path, *, size: int = 0, option: str = "--out") -> None:
     Raises UserError as `check_output` does.
     """
     where = f"{option} {str(path)!r}"
+    _refuse_inside(path, where)
     if _there(path, where) and not path.is_dir():
         raise UserError(f"{where} is a file. Name a folder.")
     _check_room(next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()), where, size)
+
+
+def _refuse_inside(path: Path, where: str) -> None:
+    """Raise UserError for a path inside a folder whose record names every file in it: `verify` would find faults."""
+    for folder in path.absolute().parents:
+        if (folder / PROVENANCE).is_file():
+            raise UserError(
+                f"{where} is inside {str(folder)!r}, and {PROVENANCE} there names every file of that folder: verify "
+                "would find what does not belong. Choose a place beside it."
+            )
 
 
 def _there(path: Path, where: str) -> bool:

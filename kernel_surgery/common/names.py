@@ -25,4 +25,5 @@ MODES = ("original", "hook", "baked", "fused", "lora")
 REACHES = ("output", "add", "norm")
 PLUGIN = "kernel_surgery"  # the plugin's part of vLLM's additional_config
 REQUEST_STRENGTH = "kernel_surgery_strength"  # in the extra_args of a request to vLLM
+PROVENANCE = "provenance.json"  # the record in a written folder
 LARGEST_STRENGTH = 3.4e38  # of float32, in which edits are computed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kernel_surgery.common.names import BATCH_TOKENS
+from kernel_surgery.common.names import BATCH_TOKENS, LANGUAGES
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.damage.neutral import NeutralText, Reading, encoded, tokens_in
 from kernel_surgery.damage.words import (
@@ -60,7 +60,8 @@ def measure_damage(
     random edits, which no word depends on.
 
     Returns {"split", "sentences", "precision", "neutral": {mode: {language: figures}}, "yardsticks": {name: the same},
-    "verdict": {mode: `words.judged`}}. The model is unchanged afterwards.
+    "verdict": {mode: `words.judged`}}. The model is unchanged afterwards. "no_text" is there if the subspace was fitted
+    in languages without neutral text, and lists them.
 
     Numerics: the model's own dtype; figures in float64.
     """
@@ -78,8 +79,11 @@ def measure_damage(
         for mode, block in blocks.items():
             with block():
                 edits[mode] = text.read()
+    fitted = (subspace.fit or {}).get("languages") or ()
+    no_text = [language for language in fitted if language not in LANGUAGES]
     return {
         **{"split": split, "sentences": text.sentences, "precision": other_precision(model)},
+        **({"no_text": no_text} if no_text else {}),
         "neutral": {mode: _figures(by) for mode, by in edits.items()},
         "yardsticks": {name: _figures(yardsticks[name]) for name in (*names, CONSTANT)},
         "verdict": {mode: judged(by, yardsticks) for mode, by in edits.items()},
@@ -191,7 +195,7 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
     others = "; ".join(f"{', '.join(by)}: {other}" for other, by in modes.items() if other != word)
     beside = CONSTANT if word == BROKEN else BITS4
     said = "BROKEN: the edited model no longer predicts ordinary text" if word == BROKEN else word
-    where, many = "", len(figures) > LISTED
+    where, many, no_text = "", len(figures) > LISTED, damage.get("no_text")
     known = damage["yardsticks"][beside]
     yardstick = f". {named(beside, damage).capitalize()}: {listed(known, 'kl_mean')}"
     # Two ranges, of different languages, would invite a wrong division.
@@ -207,6 +211,7 @@ def headline(damage: Mapping[str, Any] | None, why: str = "") -> str:
         f"damage, {', '.join(modes[word])}: {said}{where}. KL {kl} nats per token{yardstick}. "
         + ratio
         + (f". {others[0].upper()}{others[1:]}" if others else "")
+        + (f". Not measured in the fit's {', '.join(no_text)}: there is no neutral text" if no_text else "")
     )
 
 

@@ -8,7 +8,11 @@ every ratio has a 95% interval, paired over sentences:
     like 4-bit         at most 1.5 times that of 4-bit weights
     worse than 4-bit   none of these
     broken             KL is at least half of what it would be if the model ignored the context, or it predicts the text
-                       worse than a model that ignores the context, although the original does better
+                       no better than a model that ignores the context, although the original gains from the context
+
+A text shows the second only if the original gains what it believes to: on average at least half of that KL. Else its
+own predictions are poor there, or the text is short beside what a model without context was fitted on, which is the
+same text.
 
 A mild word must be shown: the upper end of the interval is compared, and the mildest word that is shown is taken.
 "broken" is said whenever the interval cannot rule it out. A figure that is not finite is "broken".
@@ -36,7 +40,8 @@ RULE = (
     f"In words, per language, with 95% confidence over the sentences: {BELOW}: KL at most that of running the model in "
     f"the other precision; {EIGHT}: at most 1.5 times that of 8-bit weights; {FOUR}: at most 1.5 times that of 4-bit "
     f"weights (round to nearest, groups of 32); {WORSE}: none of these; {BROKEN}: at least half of what it would be if "
-    "the model ignored the context, or the text predicted worse than without context. The worst language counts."
+    "the model ignored the context, or the text predicted no better than without context, where the original gains "
+    "from it. The worst language counts."
 )
 
 
@@ -96,8 +101,11 @@ def _broken(edit: Reading, ratios: Mapping[str, Sequence[float]], constant: Read
         return False
     if CONSTANT in ratios and ratios[CONSTANT][2] >= LOST:
         return True
-    useful = edit.original_loss.sum() < constant.loss.sum()
-    return bool(useful and edit.loss.sum() >= constant.loss.sum())
+    # A model that knows what it does not know gains its KL from the constant one, on average.
+    gained = constant.loss.sum() - edit.original_loss.sum()
+    if gained <= 0 or gained < LOST * constant.kl.sum():
+        return False
+    return ratio_interval(edit.loss - constant.loss, edit.tokens)[1] >= 0
 
 
 def judged(

@@ -22,7 +22,7 @@ from kernel_surgery.checkpoint.source import check_edit
 from kernel_surgery.common.environment import environment_record, now
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.names import BEFORE_CHAT
+from kernel_surgery.common.names import BEFORE_CHAT, PROVENANCE
 from kernel_surgery.common.progress import waiting
 from kernel_surgery.common.ranks import ALONE, Ranks
 from kernel_surgery.edit.modes import modes_of
@@ -41,7 +41,6 @@ from kernel_surgery.evaluation.served import served
 from kernel_surgery.evaluation.shares import answer_together, refuse_other_shares, take_up_together
 from kernel_surgery.evaluation.summary import expag_metrics, pair, power, summarize
 from kernel_surgery.evaluation.written import read_written
-from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.hashing import sha256
 from kernel_surgery.models.before import load_checked
 from kernel_surgery.models.chat import OFF, Chat, choose_chat

@@ -10,9 +10,10 @@ from kernel_surgery.certify.quantised import same_bytes
 from kernel_surgery.checkpoint.adapter import WEIGHTS, edited_by, unpacked
 from kernel_surgery.checkpoint.record import edits_file, read_edits, read_provenance
 from kernel_surgery.common.errors import CheckpointError, MismatchError
+from kernel_surgery.common.names import PROVENANCE
 from kernel_surgery.common.progress import progress
 from kernel_surgery.edit.lora import lora_pair
-from kernel_surgery.files.contents import DOCUMENT, PROVENANCE
+from kernel_surgery.files.contents import DOCUMENT
 from kernel_surgery.files.folder import changed_files
 from kernel_surgery.files.tensorfile import opened
 from kernel_surgery.models.before import check_config

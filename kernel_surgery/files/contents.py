@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kernel_surgery.common.errors import CheckpointError
+from kernel_surgery.common.names import PROVENANCE
 
-PROVENANCE = "provenance.json"
 OURS = "kernel_surgery"  # the subfolder for our own tensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from kernel_surgery.common.errors import CheckpointError
 from kernel_surgery.common.files import check_output
+from kernel_surgery.common.names import PROVENANCE
 from kernel_surgery.common.progress import progress_bar
-from kernel_surgery.files.contents import PROVENANCE
 from kernel_surgery.files.hashing import sha256
 
 

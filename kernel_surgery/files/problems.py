@@ -80,8 +80,8 @@ class Source:
         if not known:
             raise UserError(
                 f"{self.record['problems_file']} is in {', '.join(self._held())}. Answers are judged in "
-                f"{', '.join(LANGUAGES)} alone. `collect` and `fit` read any language; without --problems, `eval` asks "
-                "generated problems."
+                f"{', '.join(LANGUAGES)} alone. `collect`, `fit` and `probe` read any language; without --problems, "
+                "`eval` asks generated problems."
             )
         return known
 

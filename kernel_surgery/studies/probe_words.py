@@ -109,11 +109,12 @@ def stream_words(found: Mapping[str, Any]) -> str:
 def damage_words(found: Mapping[str, Any]) -> str:
     """Return the damage in the language where it is largest, beside that of random edits and of 4-bit weights."""
     edit, beside, language = found["measured"][EDIT], found["beside"]["all"]["damage"], worst(found)
-    four = found["yardsticks"].get(BITS4, {}).get(language)
-    return (
-        f"{edit['word']}{of_the_word(found)}: largest KL {edit['damage']:.3g} nats per token, in {language}; "
-        f"random edits {ranged(beside, '.3g')}" + (f", 4-bit weights {four:.3g}" if four is not None else "")
-    )
+    fours = found["yardsticks"].get(BITS4, {})
+    own = max((name for name in edit["kl"] if edit["words"][name] == edit["word"]), key=lambda name: edit["kl"][name])
+    first = f"KL {edit['kl'][own]:.3g} nats per token in {own}; " if own != language else ""
+    said = f"{first}largest KL {edit['damage']:.3g} nats per token, in {language}; random edits {ranged(beside, '.3g')}"
+    four = f", 4-bit weights {fours[language]:.3g}" if language in fours else ""
+    return f"{edit['word']}{of_the_word(found)}: {said}{four}"
 
 
 def rank_words(found: Mapping[str, Any]) -> str:

@@ -148,7 +148,8 @@ def _holds(subspace: Described) -> str:
     if not shares:
         return "not recorded: there are no singular values beside the basis"
     # An erasing method weighs the means' differences by the covariance: all of them are 1 at its full rank.
-    of = "what the languages' means tell" if (subspace.fit or {}).get("method") in ERASING else "the language variance"
+    told = "what the languages' means tell on the text of the fit"
+    of = told if (subspace.fit or {}).get("method") in ERASING else "the language variance"
     return f"{_range(shares, '.3f')} of {of}, by layer"
 
 

@@ -213,7 +213,12 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     _, subspace = saved(tmp_path)
     write_adapter(tmp_path / "source", subspace, tmp_path / "adapter")
     assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
-    assert "A was not checked against the weights: give --model to check it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "A was not checked against the weights: give --model to check it" in said
+    assert "the files are those that were written; without the original their numbers were not checked" in said
+    assert "everything holds" not in said and "next: python -m kernel_surgery.verify --adapter" in said
+    assert verify.run(["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "source")]) == 0
+    assert "everything holds" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
     save_file({f"basis.{i}": torch.zeros(48, 5) for i in LAYERS}, kept)
     with pytest.raises(ValueError, match="layer 1 is not orthonormal"):

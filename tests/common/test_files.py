@@ -53,6 +53,16 @@ def test_the_plot_beside_a_certificate_is_not_overwritten_either(tmp_path):
 
 def test_outputs_are_checked_as_files_or_folders(tmp_path):
     check_output(tmp_path / "new" / "deep.json", overwrite=False)
+    (written := tmp_path / "written").mkdir()
+    (written / "provenance.json").write_text("{}")
+    check_output(written / "certificate.json", overwrite=False)  # a document beside the weights
+    for inside in (
+        lambda: check_output(written / "sub"),
+        lambda: check_output(written / "sub" / "deep.json", overwrite=False),
+        lambda: check_folder(written / "results" / "one"),
+    ):
+        with pytest.raises(UserError, match=r"is inside .*written.*names every file of that folder"):
+            inside()
     check_folder(tmp_path / "new" / "deep")
     check_folder(tmp_path)
     with pytest.raises(ExistsError):
@@ -62,7 +72,7 @@ def test_outputs_are_checked_as_files_or_folders(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ExistsError):
         check_output(tmp_path / "link", overwrite=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "written"]
 
 
 # -------------------------------------------------------------------------------------------- what travels

@@ -1,6 +1,7 @@
 """Damage before anything is written: what breaks the model is refused, what cannot be measured is said."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -56,6 +57,27 @@ def test_force_once_accepts_a_foreign_subspace_and_not_that_it_breaks_the_model(
     assert (status, error) == (0, "") and "BROKEN" in said.splitlines()[0] and "BROKEN" in first_of_card(out)
     shutil.rmtree(out)
     assert call(command, *words, "--force")[0] == 0 and "was forced on" in (out / "README.md").read_text("utf-8")
+
+
+def test_languages_of_the_fit_without_neutral_text_are_named(tmp_path):
+    own, out = Subspace.load(POLYGLOT_SUBSPACE), tmp_path / "out"
+    replace(own, fit=own.fit | {"languages": ["de", "es", "fr"]}).save(tmp_path / "own.safetensors")
+    status, said, _ = call("bake", "--model", "polyglot", "--subspace", tmp_path / "own.safetensors", "--out", out)
+    line = r"damage, baked: .* KL es .* Not measured in the fit's de, fr: there is no neutral text"
+    assert status == 0 and re.fullmatch(line, said.splitlines()[0])
+    assert said.splitlines()[0].lower() in first_of_card(out).lower()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "plain everyday sentences in es." in card and re.search(r"Here it is [\d.]+ times what 4 bits cost", card)
+    # What it was made for: an adapter has another kind, and a restored checkpoint other weights.
+    status, _, error = call("bake", "--undo", "--model", out, "--out", tmp_path / "restored")
+    assert (status, error) == (0, "")
+    words = ("--model", tmp_path / "restored", "--subspace", POLYGLOT_SUBSPACE, "--out", tmp_path / "again")
+    error = call("bake", *words)[2]
+    assert "differs" in error and "was restored, to within a rounding: use the original's own folder" in error
+    call("lora", *GIVEN, "--no-damage", "--out", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.base.md").read_bytes() == (POLYGLOT / "README.md").read_bytes()
+    error = call("bake", "--undo", "--model", tmp_path / "adapter", "--out", tmp_path / "no")[2]
+    assert "is an adapter from python -m kernel_surgery.lora" in error and "verify takes it as --adapter" in error
 
 
 @pytest.mark.parametrize("command", CARD)

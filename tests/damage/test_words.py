@@ -1,5 +1,7 @@
 """The rule that puts damage into words, and its intervals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,13 @@ def test_a_text_that_is_predicted_worse_than_without_context_is_broken():
     assert word_of(reading(0.05, loss=6.1), YARDSTICKS)["word"] == BROKEN
     # Unless the original predicts it as badly: then its loss says nothing about the edit.
     assert word_of(reading(0.05, loss=6.1, original=6.5), YARDSTICKS)["word"] == WORDS[2]
+    # Or gains less from the context than half of the KL without it, which is 3: it knows little of the text.
+    assert word_of(reading(0.05, loss=6.1, original=4.6), YARDSTICKS)["word"] == WORDS[2]
+    assert word_of(reading(0.05, loss=6.1, original=4.4), YARDSTICKS)["word"] == BROKEN
+    # It must be excluded: with the same mean, losses that differ between sentences give the severe word.
+    unsure = reading(0.05, loss=5.9)
+    unsure = replace(unsure, loss=unsure.loss + 20 * np.where(np.arange(22) % 2, 0.4, -0.4))
+    assert unsure.loss.sum() == pytest.approx(22 * 20 * 5.9) and word_of(unsure, YARDSTICKS)["word"] == BROKEN
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -145,8 +145,9 @@ def test_what_is_printed_has_the_figures_and_the_next_command(run, results):
 @pytest.mark.parametrize("broken", [True, False])
 def test_an_edit_that_breaks_the_model_is_not_passed_on_in_silence(broken):
     args = parser().parse_args(["--out", "x", "--strength=-1", "--force"])
-    following = _following(args, broken=broken)
+    following = _following(args, broken=broken, rank=2)
     assert following.note.startswith("Try fewer layers or a lower rank") == broken
+    assert _following(args, broken=broken, rank=1).note.startswith("Try fewer layers (fit --layers)") == broken
     assert following.words[-2:] == ["--strength=-1", "--force"]
     found = planted(0.5, word="broken" if broken else "like 4-bit")
     assert probe_words.sentence(found).endswith(" It breaks the model in en, zh (of 3 languages).") == broken
@@ -384,6 +385,19 @@ def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
     assert probe_words.hidden(planted(0.05)) == 1, "below chance, nothing more is hidden"
     shares = {0.0087: "0.9%", 0.0994: "9.9%", 0.0996: "10%", 1.0: "100%", 0.0: "0.0%"}
     assert {share: probe_words.percent(share) for share in shares} == shares
+
+
+def test_the_damage_names_the_language_that_has_the_word_and_the_largest():
+    found = planted(0.5, word="broken")
+    found["measured"]["edit"]["damage"] = 2.0
+    found |= {"yardsticks": {"4-bit": {"sw": 0.5}}}
+    found["beside"]["all"] = {"damage": {"low": 0.1, "high": 0.2}}
+    assert probe_words.damage_words(found) == (
+        "broken in en, zh (of 3 languages): KL 0.3 nats per token in zh; largest KL 2 nats per token, in sw; random "
+        "edits 0.1 to 0.2, 4-bit weights 0.5"
+    )
+    found["measured"]["edit"]["words"] = dict.fromkeys(("en", "sw", "zh"), "broken")
+    assert probe_words.damage_words(found).startswith("broken in all 3 languages: largest KL 2 nats per token, in sw;")
 
 
 def test_every_verdict_has_its_sentence_with_the_kinds_of_random_edits_and_their_p():
