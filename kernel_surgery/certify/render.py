@@ -216,7 +216,7 @@ def verdict(certificate: dict[str, Any]) -> str:
 def holding(certificate: dict[str, Any]) -> str:
     """Return what a certificate without a fault says. Some checks of an adapter or a restored folder need the original.
     """
-    of = certificate["of"]
+    of = certificate.get("of", {})
     if of.get("model") is None and {"adapter", "restored"} & of.keys():
         return "the files are those that were written; without the original their numbers were not checked"
     return "everything holds"

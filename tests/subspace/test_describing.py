@@ -93,7 +93,7 @@ def test_one_that_was_converted_from_an_npz_says_what_is_known(tmp_path):
     lines = str(Subspace.load(out, force=True)).split("\n")
     assert len(lines) == 5 and "not stated, layer 2" in lines[0] and "site not stated" in lines[0]
     assert lines[1].startswith("fit    oblique, rank 3, in ")
-    assert lines[3] == "holds  1.000 of what the languages' means tell, by layer"
+    assert lines[3] == "holds  1.000 of what the languages' means tell on the text of the fit, by layer"
 
 
 def test_the_edit_of_a_folder_prints_no_tensor():
