@@ -74,7 +74,7 @@ def typed(kind: str, body: str) -> str:
 def test_the_commands_of_the_tutorial_print_what_it_shows(tmp_path, monkeypatch):
     assert (SMOLLM2_FOLDER / "config.json").is_file(), "fetch the model first: make smollm2"
     monkeypatch.chdir(tmp_path)
-    fewer_sentences(monkeypatch, 4)
+    fewer_sentences(monkeypatch, 2)
     assert len(steps()) == 11
     for kind, body, shown in steps():
         printed = typed(kind, body)
