@@ -4,7 +4,8 @@
     --results DIR      first store the figures of a finished `kernel_surgery.eval --mode fused` (README.md's table)
     --study DIR        first store a finished study (docs/retest.md), or a search (docs/real.md)
     --controls DIR...  first store the controls of finished evaluations (docs/retest.md)
-    --probes DIR...    first store finished runs of `kernel_surgery.probe` (docs/real.md)
+    --probes DIR...    first store finished runs of `kernel_surgery.probe`; one with the same command is replaced
+                       (docs/real.md)
 
 A table stands between two marks on its page: <!-- measured: NAME --> and <!-- end -->. Nobody types a figure there.
 The reference of the public names (docs/api.md) and the messages of docs/errors.md are written in the same way.
@@ -179,8 +180,9 @@ def store_inputs(args: argparse.Namespace) -> None:
             stored.append(about | {"controls": r["controls"]})
         write_atomic(CONTROLS, json.dumps(stored) + "\n")
     if args.probes:
-        runs = [reals.of_probe(finished(folder, "probe.json")) for folder in args.probes]
-        write_atomic(reals.PROBES, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+        runs = {run["command"]: run for run in reals.probe_runs()}
+        runs |= {run["command"]: run for run in (reals.of_probe(finished(at, "probe.json")) for at in args.probes)}
+        write_atomic(reals.PROBES, json.dumps(list(runs.values()), indent=1, ensure_ascii=False) + "\n")
 
 
 def outdated() -> dict[str, str]:

@@ -263,7 +263,7 @@ def probes() -> str:
     def more(found: dict) -> str:
         each = {kind: found["beside"][kind]["probe"] for kind in found["controls"] if kind != SCALED}
         kinds = "; ".join(f"{by['n']} {KINDS[kind]}, p = {by['p']:.2f}" for kind, by in each.items())
-        return f"yes ({kinds})" if found["verdict"] == MORE else "not shown"
+        return f"by the intervals, than {kinds}" if found["verdict"] == MORE else "not shown"
 
     def by_language(values: dict) -> str:
         return ", ".join(f"{language} {value:.2g}" for language, value in values.items())
@@ -280,6 +280,7 @@ def probes() -> str:
             {
                 "rank": str(found["subspace"]["rank"]),
                 "fitted on": fit.get("problems_file", "our templates"),
+                "asked": found["config"].get("problems_file", "our templates, other wordings"),
                 "languages": ", ".join(found["asked"]["languages"]),
                 "read without an edit": f"{before['probe']:.3f}",
                 "read after the edit": f"{edit['probe']:.3f} ({low:.3f} to {high:.3f})",

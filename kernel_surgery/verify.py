@@ -185,7 +185,7 @@ def _following(
             return Following("verify", ["--restored", args.restored, *named], note)
         return Following("eval", ["--mode", "original", "--model", args.restored])
     if "adapter" in folders and args.model is None:
-        note = f"A is what the weights make of it. With the original, it is checked. {note}".rstrip()
+        note = f"With the original, A is checked too. {note}".rstrip()
         return Following("verify", ["--adapter", args.adapter, *named], note)
     words: list[Word] = [word for kind, folder in folders.items() for word in (f"--{kind}", folder)]
     if not words:

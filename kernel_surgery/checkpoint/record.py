@@ -137,7 +137,8 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
         names = list(next(iter(damage["neutral"].values())))
         languages = f"each of {', '.join(names)}" if len(names) > 1 else names[0]
         lines += [
-            "KL is KL(original || edited) at every token, compared with that of rounding this model's own weights:",
+            "KL is KL(original || edited) at every token, compared with that of rounding this model's own weights to",
+            "the nearest, without calibration, which costs more than good 4-bit formats do:",
             '"like 4-bit" is at most 1.5 times as much as 4 bits cost, "like 8-bit" at most 1.5 times as 8 bits do.'
             + _beside_4_bits(damage),
             f"The text is {damage['sentences']} plain everyday sentences in {languages}. In other languages",

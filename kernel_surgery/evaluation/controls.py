@@ -345,12 +345,12 @@ def percentile(real: float, controls: Sequence[float]) -> dict[str, float | int]
     """Return where a figure of the real subspace lies among the controls'.
 
     "percentile": share of controls below it, with ties counted half.
-    "as_far": number of controls at least as far from their median as it is. "n": number of controls.
+    "as_far": number of controls at least as far from the median of all, it included, as it is. "n": number of controls.
     "p": (1 + as_far) / (1 + n), the two-sided Monte Carlo p-value.
     "spread": largest distance of a control from the median.
     """
     n = len(controls)
-    middle = statistics.median(controls)
+    middle = statistics.median([*controls, real])  # else the real figure would be farther out than its rank is
     below = sum(c < real for c in controls) + sum(c == real for c in controls) / 2
     as_far = sum(abs(c - middle) >= abs(real - middle) - 1e-12 for c in controls)
     spread = max(abs(c - middle) for c in controls)

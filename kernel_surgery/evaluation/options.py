@@ -30,7 +30,8 @@ OF_ENGINES = ("engine", "tensor_parallel", "engine_args", "base_url", "served", 
 class Asked:
     """The problems of an evaluation and its languages. record, note: what records and outputs say of their origin.
 
-    alike: what outputs say of wordings that a fit on the same file has seen (`Source.worded_alike`).
+    alike: what outputs say of wordings that a fit on the same file has seen (`Source.worded_alike`). seen: the share of
+    such prompts.
     """
 
     problems: tuple[Problem, ...]
@@ -38,6 +39,7 @@ class Asked:
     record: dict[str, Any]
     note: str | None
     alike: str | None = None
+    seen: float = 0.0
 
 
 def check_engine_controls(controls: str | None, engine: str) -> None:

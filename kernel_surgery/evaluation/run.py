@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernel_surgery.checkpoint.source import check_edit
+from kernel_surgery.checkpoint.source import check_edit, refuse_baked
 from kernel_surgery.common.environment import environment_record, now
 from kernel_surgery.common.errors import UserError
 from kernel_surgery.common.files import write_atomic
@@ -79,6 +79,11 @@ def subspace_of(options: Options) -> tuple[Subspace | None, Path | None]:
         folder, kind = options.written
         return read_written(folder, kind, local_folder(resolve_model(options.model))), folder / PROVENANCE
     if options.subspace is None and options.model != "polyglot":
+        refuse_baked(
+            Path(options.model),
+            "Ask it alone with --mode original, or beside its original: --model ORIGINAL --baked THIS (an adapter: "
+            "--adapter THIS).",
+        )
         raise UserError(
             f"--mode {options.mode} needs --subspace for {options.model!r}. Make one with python -m "
             "kernel_surgery.collect and python -m kernel_surgery.fit."

@@ -122,8 +122,8 @@ class Source:
             f"{split} split, by a hash of their ids"
         )
 
-    def worded_alike(self, split: str) -> str | None:
-        """Return a note if prompts of a split are worded as prompts of the fit split, numbers aside, else None."""
+    def seen(self, split: str) -> tuple[int, int]:
+        """Return how many prompts of a split are worded as prompts of the fit split, numbers aside, and of how many."""
 
         def wordings(name: str) -> list[str]:
             return [
@@ -134,11 +134,16 @@ class Source:
             ]
 
         asked, known = wordings(split), set(wordings("fit"))
-        if not (alike := sum(wording in known for wording in asked)):
+        return sum(wording in known for wording in asked), len(asked)
+
+    def worded_alike(self, split: str) -> str | None:
+        """Return a note if prompts of a split are worded as prompts of the fit split, numbers aside, else None."""
+        alike, asked = self.seen(split)
+        if not alike:
             return None
         return (
-            f"{alike} of the {len(asked)} prompts of the {split} split are worded as prompts that the subspace was "
-            "fitted on, but for the numbers: what the edit does on other wordings is not shown"
+            f"{alike} of the {asked} prompts of the {split} split are worded as prompts that the subspace was fitted "
+            "on, but for the numbers: this says nothing of other wordings"
         )
 
 

@@ -9,10 +9,11 @@ from kernel_surgery.studies.randoms import KINDS, SCALED
 
 ORIGINAL, EDIT = "original", "edit"
 MORE, NO_MORE, NOTHING = "hides more", "hides no more", "hides nothing"
-UNREAD, FEW = "nothing to hide", "too few problems"
+UNREAD, FEW, UNCOMPARED = "nothing to hide", "too few problems", "not compared"
 # With fewer problems, more than one in twenty intervals lies below 0 where there is no difference; 1 in 40 is meant.
 PROBLEMS = 10
 SHOWN_P = 0.05
+MOSTLY = 0.5  # of the prompts: from here on the verdict says that they are worded as those of the fit
 
 
 def hidden(found: Mapping[str, Any]) -> float:
@@ -65,9 +66,11 @@ def _of_the_language(found: Mapping[str, Any]) -> str:
         )
     if found["verdict"] == NOTHING:
         return "This edit is not shown to hide anything of the language from a linear probe."
-    said = f"This edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance."
+    # Of problems from the file of the fit: with their wordings the edit may know the template, and not the language.
+    where = "On wordings that it was fitted on, this" if asked.get("worded_as_fitted", 0) >= MOSTLY else "This"
+    said = f"{where} edit hides {percent(hidden(found))} of what a linear probe reads of the language above chance."
     more, others = (_counted(found, more) for more in (True, False))
-    if not (more or others):
+    if found["verdict"] == UNCOMPARED:
         return said + " No random edit that takes directions away was measured beside it."
     said += f" That is more than these random edits of its rank hide: {more}." if more else ""
     return said + (f" It is not shown to be more than these hide: {others}." if others else "")

@@ -42,7 +42,17 @@ from kernel_surgery.problems.generator import Problem
 from kernel_surgery.studies.measuring import Measured, Measuring, difference, first_problems
 from kernel_surgery.studies.opening import open_together
 from kernel_surgery.studies.probe_page import write_page
-from kernel_surgery.studies.probe_words import EDIT, FEW, MORE, NO_MORE, NOTHING, ORIGINAL, PROBLEMS, UNREAD
+from kernel_surgery.studies.probe_words import (
+    EDIT,
+    FEW,
+    MORE,
+    NO_MORE,
+    NOTHING,
+    ORIGINAL,
+    PROBLEMS,
+    UNCOMPARED,
+    UNREAD,
+)
 from kernel_surgery.studies.randoms import KINDS, SCALED, parse_kinds, random_subspaces
 from kernel_surgery.subspace.artifact import Subspace
 from kernel_surgery.subspace.fingerprint import fingerprint
@@ -118,7 +128,7 @@ def run_probe(
         "model": describe_model(public_name(options.model), model),
         "subspace": describe_subspace(subspace, path, config["subspace"]),
         "notes": notes,
-        "asked": asked_of(measuring, text),
+        "asked": asked_of(measuring, text) | {"worded_as_fitted": asked.seen if asked.alike in notes else 0.0},
         "controls": kinds,
         **ranks.by_first(partial(compared, measuring, found)),
     }
@@ -131,7 +141,8 @@ def _asked(options: Options, probed: int) -> Asked:
     languages = source.languages(options.languages, judged=False)
     if len(languages) < 2:
         raise UserError("a probe tells languages apart, so it needs at least two; --languages names one.")
-    about = source.record, source.note("test"), source.worded_alike("test")
+    alike, of = source.seen("test")
+    about = source.record, source.note("test"), source.worded_alike("test"), alike / max(of, 1)
     return Asked(tuple(first_problems(source.split("test"), probed)), languages, *about)
 
 
@@ -306,11 +317,13 @@ def verdict(hidden: Sequence[float], apart: Sequence[Sequence[float]], problems:
     that hides most, of the kinds that take directions away. problems: that the probe was asked. unread: whether it
     reads nothing without an edit.
 
-    `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0. `MORE` if there are others, and all
-    of them are.
+    `UNREAD` and `FEW` come first. `NOTHING` unless the first interval is below 0. `UNCOMPARED` if there are no others.
+    `MORE` if all of them are below 0.
     """
     if unread:
         return UNREAD
     if problems < PROBLEMS:
         return FEW
-    return NOTHING if hidden[2] >= 0 else MORE if apart and all(high < 0 for *_, high in apart) else NO_MORE
+    if hidden[2] >= 0:
+        return NOTHING
+    return UNCOMPARED if not apart else MORE if all(high < 0 for *_, high in apart) else NO_MORE

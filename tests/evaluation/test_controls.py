@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,6 +179,15 @@ def test_a_control_edits_each_layer_at_its_own_strength_and_lets_go():
     idle = pytest.raises(RuntimeError, match=r"x never ran at layers \[1, 2\]")
     with idle, controlled(fused, model, control):
         pass
+
+
+@pytest.mark.parametrize("n", [5, 19])
+def test_the_p_value_of_a_figure_that_is_drawn_as_the_controls_are_is_no_smaller_than_it_says(n):
+    """With the median of the controls alone, one in five is farther out than five of its like, and not one in six."""
+    drawn = np.random.default_rng(3).normal(size=(6000, n + 1))
+    small = np.mean([percentile(row[0], row[1:].tolist())["p"] <= 1 / (n + 1) + 1e-9 for row in drawn])
+    print(f"{n} controls: p = {1 / (n + 1):.3f} in {small:.3f} of draws")
+    assert small == pytest.approx(1 / (n + 1), abs=3.3 * (1 / (n + 1) / 6000) ** 0.5)
 
 
 def test_words_follow_the_percentile():

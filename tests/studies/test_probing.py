@@ -83,6 +83,7 @@ def test_the_figures_are_those_of_one_edit_measured_alone(run, results, model, t
     assert {name: made[name] for name in expected} == expected
     assert results["asked"] == json.loads(json.dumps(measuring.asked_of())) | {
         **{"site": "mlp_out", "streams": [5, 7], "text": "neutral", "sentences": 4},
+        "worded_as_fitted": 0.0,
     }
 
 
@@ -219,6 +220,7 @@ def test_prompts_that_are_worded_as_those_of_the_fit_are_counted_where_the_fit_i
     prompts = 2 * made["asked"]["problems"]
     said = f"{prompts} of the {prompts} prompts of the test split are worded as prompts that the subspace was fitted on"
     assert any(note.startswith(said) for note in made["notes"]), made["notes"]
+    assert made["asked"]["worded_as_fitted"] == 1.0
 
 
 def test_what_the_damage_is_measured_on():
@@ -328,7 +330,7 @@ def test_an_edit_fitted_on_these_very_tokens_hides_more_than_random_ones_and_a_r
     status, printed, _ = call("probe", *words, "--out", tmp_path / "scaled", "--device", "cpu")
     assert status == 0 and "No random edit that takes directions away was measured" in printed.splitlines()[0]
     found = json.loads((tmp_path / "scaled" / "probe.json").read_text(encoding="utf-8"))
-    assert found["verdict"] == probe_words.NO_MORE
+    assert found["verdict"] == probe_words.UNCOMPARED
 
 
 def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
@@ -336,7 +338,7 @@ def test_a_verdict_needs_intervals_below_zero_and_enough_problems():
     assert verdict(below, [below], 10) == probe_words.MORE and verdict(below, [below], 9) == probe_words.FEW
     assert verdict(below, [below], 9, unread=True) == verdict(below, [below], 10, unread=True) == probe_words.UNREAD
     assert verdict(below, [below, below], 10) == probe_words.MORE
-    assert verdict(below, [], 10) == probe_words.NO_MORE, "nothing that takes directions away beside it"
+    assert verdict(below, [], 10) == probe_words.UNCOMPARED, "nothing that takes directions away beside it"
     assert verdict(below, [below, across], 10) == verdict(below, [above], 10) == probe_words.NO_MORE
     assert verdict(across, [below], 10) == verdict(above, [below], 10) == probe_words.NOTHING
 
@@ -387,6 +389,16 @@ def test_the_share_that_is_hidden_is_of_what_is_read_above_chance():
     assert {share: probe_words.percent(share) for share in shares} == shares
 
 
+def test_a_verdict_says_that_the_wordings_were_those_of_the_fit_and_that_nothing_was_compared():
+    found = planted(0.5)
+    assert probe_words.sentence(found).startswith("This edit hides 50% ")
+    for share, said in ((0.4, "This edit"), (0.5, "On wordings that it was fitted on, this edit")):
+        found["asked"]["worded_as_fitted"] = share
+        assert probe_words.sentence(found).startswith(f"{said} hides 50% ")
+    found["verdict"] = probe_words.UNCOMPARED
+    assert probe_words.sentence(found).endswith("No random edit that takes directions away was measured beside it.")
+
+
 def test_the_damage_names_the_language_that_has_the_word_and_the_largest():
     found = planted(0.5, word="broken")
     found["measured"]["edit"]["damage"] = 2.0
@@ -410,7 +422,7 @@ def test_every_verdict_has_its_sentence_with_the_kinds_of_random_edits_and_their
     assert probe_words.sentence(planted(0.5)) == f"{said}{more}{haar}, {matched}."
     some, none = (probe_words.sentence(planted(0.5, haar=x, matched=ACROSS)) for x in (BELOW, ACROSS))
     assert some == f"{said}{more}{haar}. {not_more}{matched}." and none == f"{said}{not_more}{haar}, {matched}."
-    alone = planted(0.5, verdict=probe_words.NO_MORE)
+    alone = planted(0.5, verdict=probe_words.UNCOMPARED)
     alone["difference"] = {"original": BELOW, "energy:1": BELOW}
     assert probe_words.sentence(alone) == f"{said}No random edit that takes directions away was measured beside it."
     other = {
