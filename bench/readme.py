@@ -29,7 +29,7 @@ def peers() -> str:
         of = [r for r in counted if r["provider"] == name]
         moved = next((f"{figure(r, 'bytes_moved'):.1f}" for r in of if r["M"] == COUNTED), "")
         body.append([*cells, moved, f"{max(r['error_over_bound'] for r in of):.2f}"])
-    head = ["bfloat16", *SHOWN, f"bytes added, {COUNTED} tokens", "error/bound"]
+    head = ["bfloat16", *SHOWN, f"on a CPU: bytes added, {COUNTED} tokens", "on a CPU: error/bound"]
     one = next(r for r in timed if r["provider"] == "fused")
     shapes = f"{one['layers']} layers of Qwen2.5-3B's shapes, random weights, replayed as a CUDA graph"
     about = f"Time over the original's with its 95% interval: {shapes}. {where(one)}"

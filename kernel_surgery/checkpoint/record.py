@@ -137,8 +137,9 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
         names = list(next(iter(damage["neutral"].values())))
         languages = f"each of {', '.join(names)}" if len(names) > 1 else names[0]
         lines += [
-            "KL is KL(original || edited) at every token, compared with that of rounding this model's own weights to",
-            "the nearest, without calibration, which costs more than good 4-bit formats do:",
+            f"KL is KL(original || edited) at every token, measured in {measured_in(damage)}. It is compared with that",
+            "of rounding this model's own weights to the nearest, without calibration, which costs more than good",
+            "4-bit formats do:",
             '"like 4-bit" is at most 1.5 times as much as 4 bits cost, "like 8-bit" at most 1.5 times as 8 bits do.'
             + _beside_4_bits(damage),
             f"The text is {damage['sentences']} plain everyday sentences in {languages}. In other languages",
@@ -147,6 +148,11 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
             "",
         ]
     return lines
+
+
+def measured_in(damage: dict[str, Any]) -> str:
+    """Return the precision in which a damage was measured, from the yardstick of the other one."""
+    return "float32" if damage["precision"] == "bfloat16" else "16 bits"
 
 
 def _beside_4_bits(damage: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def refuse_baked(source: Path, why: str) -> None:
 
 def original_layouts(source: Path) -> list[Layout]:
     """Return the headers of the weight files of an original checkpoint. Raises CheckpointError for a baked one."""
-    refuse_baked(source, "A second edit removes nothing more at strength 1, and adds to the first at any other.")
+    refuse_baked(source, "The same edit again removes nothing more at strength 1, and adds to the first at any other.")
     return stored_layouts(source)
 
 

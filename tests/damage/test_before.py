@@ -68,6 +68,8 @@ def test_languages_of_the_fit_without_neutral_text_are_named(tmp_path):
     assert said.splitlines()[0].lower() in first_of_card(out).lower()
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "plain everyday sentences in es." in card and re.search(r"Here it is [\d.]+ times what 4 bits cost", card)
+    error = call("eval", "--model", out, "--out", tmp_path / "run")[2]
+    assert "was baked before" in error and "--mode original, or beside its original: --model ORIGINAL --baked" in error
     # What it was made for: an adapter has another kind, and a restored checkpoint other weights.
     status, _, error = call("bake", "--undo", "--model", out, "--out", tmp_path / "restored")
     assert (status, error) == (0, "")
