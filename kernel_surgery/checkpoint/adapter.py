@@ -28,6 +28,7 @@ from kernel_surgery.checkpoint.record import (
     BASE_CARD,
     by_layer,
     check_base,
+    checked_by,
     damage_lines,
     edit_record,
     header_lines,
@@ -314,10 +315,9 @@ def _card(record: dict[str, Any]) -> str:
         f"    vllm serve {base} --enable-lora --max-loras 2 --max-lora-rank "
         f"{record['padded_rank']} --lora-target-modules {' '.join(served_modules(kind))} --lora-modules edited=THIS",
         "",
-        "Serve it beside the very weights that it was made of: beside others it is another edit. This checks both:",
+        "Serve it beside the very weights that it was made of: beside others it is another edit.",
         "",
-        "    python -m kernel_surgery.verify --adapter THIS --model ORIGINAL",
-        "",
+        *checked_by("--adapter THIS", needed=True),
         f"The original model's card, if it had one, is `{BASE_CARD}`.",
         "`provenance.json` records the SHA-256 of every file and how the subspace was fitted.",
     ]

@@ -16,7 +16,7 @@ import torch
 from kernel_surgery.common.environment import environment_record
 from kernel_surgery.common.errors import CheckpointError, MissingFileError, UserError
 from kernel_surgery.common.files import write_atomic
-from kernel_surgery.common.names import PROVENANCE
+from kernel_surgery.common.names import PROVENANCE, VERSION
 from kernel_surgery.common.progress import progress_bar
 from kernel_surgery.damage.words import BITS4
 from kernel_surgery.files.contents import OURS
@@ -203,6 +203,19 @@ def title_of(record: dict[str, Any]) -> str:
     """Return what a card's title says of the edit: at strength 1 everywhere the subspace is removed."""
     whole = all(strength_at(record, layer) == 1 for layer in record["layers"])
     return "language subspace removed" if whole else f"language subspace edited at strength {record['strength']:g}"
+
+
+def checked_by(options: str, *, needed: bool) -> list[str]:
+    """Return the lines of a card on how to check the folder. needed: whether that takes the original."""
+    more = " --model ORIGINAL" if needed else ""
+    without = "" if needed else " With `--model ORIGINAL` every element is held to its bound, too."
+    return [
+        f"The Python package kernel_surgery {VERSION} checks a downloaded copy of this folder, THIS. ORIGINAL is the",
+        f"model that it was made of, a hub id or a folder.{without}",
+        "",
+        f"    python -m kernel_surgery.verify {options}{more}",
+        "",
+    ]
 
 
 def by_layer(record: dict[str, Any]) -> str:

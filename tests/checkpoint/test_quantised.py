@@ -378,6 +378,7 @@ def test_the_commands_bake_and_verify_a_quantised_checkpoint(tmp_path, capsys):
         card = (tmp_path / how / "README.md").read_text()
         assert ("cannot be undone" in card) == (how == "requantize")
         assert ("other quantised tensors were written as bfloat16" in card) == (how == "dequantize")
+        assert ("verify --baked THIS --model ORIGINAL\n" in card) == (how == "requantize")
         assert "The damage was measured" not in card and "not measured (--no-damage)" in card
     printed = capsys.readouterr().out
     assert "file/format" in printed and "everything holds" in printed
