@@ -113,7 +113,11 @@ def page(certificate: dict[str, Any]) -> str:
         *((key, str(ran.get(key, ""))) for key in ("engine", "dtype", "device")),
         ("modes", ", ".join(ran.get("modes", []))),
     ]
-    words = "The edit was made exactly: every check holds." if not count else f"{counted(count, 'check')} failed."
+    words = f"{counted(count, 'check')} failed."
+    if not count:
+        holds = render.holding(certificate)
+        exact = "The edit was made exactly: every check holds."
+        words = exact if holds == render.WHOLE else f"{holds[0].upper()}{holds[1:]}."
     damage = certificate.get("damage_in_words", "")
     note = f"<p class=note>{html.escape(damage)}</p>" if damage else ""
     note += "".join(f"<p class=note>{html.escape(remark)}.</p>" for remark in certificate.get("remarks", []))
@@ -129,7 +133,8 @@ def page(certificate: dict[str, Any]) -> str:
     )
     sections = [
         ("Faults", faults(certificate)),
-        ("By mode" if "across_engines" in certificate else "By layer", plots(certificate)),
+        # Without the original an adapter has no error to draw.
+        ("By mode" if "across_engines" in certificate else "By layer", plots(certificate) if rows or ran else ""),
         ("Figures", figures(certificate)),
         ("How it was run", how),
     ]

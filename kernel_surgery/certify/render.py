@@ -213,10 +213,13 @@ def verdict(certificate: dict[str, Any]) -> str:
     return f"{what}: " + (counted(len(faults), "fault") if faults else holding(certificate))
 
 
+WHOLE = "everything holds"
+
+
 def holding(certificate: dict[str, Any]) -> str:
     """Return what a certificate without a fault says. Some checks of an adapter or a restored folder need the original.
     """
     of = certificate.get("of", {})
     if of.get("model") is None and {"adapter", "restored"} & of.keys():
-        return "the files are those that were written; without the original their numbers were not checked"
-    return "everything holds"
+        return "what can be checked without the original holds"
+    return WHOLE

@@ -138,8 +138,8 @@ def damage_lines(record: dict[str, Any]) -> list[str]:
         languages = f"each of {', '.join(names)}" if len(names) > 1 else names[0]
         lines += [
             f"KL is KL(original || edited) at every token, measured in {measured_in(damage)}. It is compared with that",
-            "of rounding this model's own weights to the nearest, without calibration, which costs more than good",
-            "4-bit formats do:",
+            "of rounding this model's own weights to the nearest, without calibration; calibrated formats are made to",
+            "cost less, and were not measured.",
             '"like 4-bit" is at most 1.5 times as much as 4 bits cost, "like 8-bit" at most 1.5 times as 8 bits do.'
             + _beside_4_bits(damage),
             f"The text is {damage['sentences']} plain everyday sentences in {languages}. In other languages",

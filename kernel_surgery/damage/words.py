@@ -103,7 +103,7 @@ def _broken(edit: Reading, ratios: Mapping[str, Sequence[float]], constant: Read
         return True
     # A model that knows what it does not know gains its KL from the constant one, on average.
     gained = constant.loss.sum() - edit.original_loss.sum()
-    if gained <= 0 or gained < LOST * constant.kl.sum():
+    if gained <= LOST * constant.kl.sum():
         return False
     return ratio_interval(edit.loss - constant.loss, edit.tokens)[1] >= 0
 

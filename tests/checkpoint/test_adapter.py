@@ -215,8 +215,14 @@ def test_an_adapter_vouches_for_nothing_by_itself(tmp_path, capsys):
     assert verify.run(["--adapter", str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr().out
     assert "A was not checked against the weights: give --model to check it" in said
-    assert "the files are those that were written; without the original their numbers were not checked" in said
+    assert "what can be checked without the original holds" in said
     assert "everything holds" not in said and "next: python -m kernel_surgery.verify --adapter" in said
+    out = ["--out", str(tmp_path / "certificate.json")]
+    assert verify.run(["--adapter", str(tmp_path / "adapter"), *out]) == 0
+    page = (tmp_path / "certificate.html").read_text(encoding="utf-8")
+    assert "What can be checked without the original holds." in page and "<h2>By layer</h2>" not in page
+    assert "made exactly" not in page
+    capsys.readouterr()
     assert verify.run(["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "source")]) == 0
     assert "everything holds" in capsys.readouterr().out
     kept = tmp_path / "adapter" / "kernel_surgery" / "subspace.safetensors"
